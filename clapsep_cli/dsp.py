@@ -1,0 +1,96 @@
+"""Signal processing that the networks are defined by: STFT, its inverse, windowed-sinc resampling, mel filters."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+RATE_HZ = 32_000
+N_FFT = 1024  # samples, window and transform alike
+HOP = 320  # samples, at RATE_HZ
+
+
+@lru_cache(maxsize=8)
+def _hann(device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Never an inference tensor: one made in inference mode could not be used in training afterwards.
+    with torch.inference_mode(False):
+        return torch.hann_window(N_FFT, periodic=True, device=device, dtype=dtype)
+
+
+def spectrum(x: Tensor, hop: int = HOP) -> Tensor:
+    """Complex STFT of `x`, 1024-point periodic Hann, centred, reflected at the ends.
+
+    `x`: float32 `[samples]` or `[batch, samples]`, more than 512 samples. Returns complex64
+    `[(batch,) samples // hop + 1 frames, 513 bins]`.
+    """
+    bins_first = torch.stft(x, N_FFT, hop, window=_hann(x.device, x.dtype), pad_mode="reflect", return_complex=True)
+    return bins_first.transpose(-1, -2)
+
+
+def power(spec: Tensor) -> Tensor:
+    """|spec|², float32; without the square root that `abs` would take first."""
+    return torch.addcmul(spec.real.square(), spec.imag, spec.imag)
+
+
+def waveform(spec: Tensor, length: int, hop: int = HOP) -> Tensor:
+    """Inverse of `spectrum`: complex64 `[(batch,) frames, 513]` to float32 `[(batch,) length samples]`."""
+    window = _hann(spec.device, spec.real.dtype)
+    return torch.istft(spec.transpose(-1, -2), N_FFT, hop, window=window, length=length)
+
+
+class Resampler(nn.Module):
+    """Windowed-sinc resampling between two fixed rates: Hann window, low-pass width 6, roll-off 0.99.
+
+    These are torchaudio's defaults, which the released weights were trained with. One strided convolution computes
+    every output phase: for 32 → 48 kHz, two samples in and three samples out at each step.
+    """
+
+    LOWPASS_WIDTH = 6  # zero crossings of the sinc on either side
+    ROLLOFF = 0.99  # cut-off over the lower Nyquist frequency
+
+    kernel: Tensor
+
+    def __init__(self, rate_in: int, rate_out: int) -> None:
+        super().__init__()
+        common = math.gcd(rate_in, rate_out)
+        self.step_in, self.step_out = rate_in // common, rate_out // common
+        cutoff = min(self.step_in, self.step_out) * self.ROLLOFF
+        self.reach = math.ceil(self.LOWPASS_WIDTH * self.step_in / cutoff)
+        taps = torch.arange(-self.reach, self.reach + self.step_in, dtype=torch.float64, device="cpu") / self.step_in
+        phases = torch.arange(self.step_out, dtype=torch.float64, device="cpu")[:, None] / self.step_out
+        t = ((taps - phases) * cutoff).clamp(-self.LOWPASS_WIDTH, self.LOWPASS_WIDTH)
+        kernel = torch.sinc(t) * torch.cos(t * math.pi / self.LOWPASS_WIDTH / 2).square() * (cutoff / self.step_in)
+        self.register_buffer("kernel", kernel[:, None].float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Resample float32 `[batch, samples]` to `[batch, ceil(samples · rate_out / rate_in)]`."""
+        length = math.ceil(x.shape[-1] * self.step_out / self.step_in)
+        padded = F.pad(x, (self.reach, self.reach + self.step_in))[:, None]
+        phases = F.conv1d(padded, self.kernel, stride=self.step_in)
+        return phases.transpose(1, 2).flatten(1)[:, :length]
+
+
+def mel_filters(rate: int, bands: int, low: float, high: float) -> Tensor:
+    """Triangular filters of equal area between `low` and `high` Hz, on Slaney's mel scale: float32 `[513, bands]`."""
+    edges = _mel_to_hz(torch.linspace(_hz_to_mel(low), _hz_to_mel(high), bands + 2, dtype=torch.float64, device="cpu"))
+    bins = torch.linspace(0, rate / 2, N_FFT // 2 + 1, dtype=torch.float64, device="cpu")[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
+    return (triangles * (2 / (right - left))).float()
+
+
+# Slaney's mel scale: linear up to 1000 Hz (mel 15), then 27 mels for each factor of 6.4.
+_LINEAR_HZ_PER_MEL = 200 / 3
+_LOG_STEP = math.log(6.4) / 27
+
+
+def _hz_to_mel(hz: float) -> float:
+    return hz / _LINEAR_HZ_PER_MEL if hz < 1000 else 15 + math.log(hz / 1000) / _LOG_STEP
+
+
+def _mel_to_hz(mel: Tensor) -> Tensor:
+    return torch.where(mel < 15, mel * _LINEAR_HZ_PER_MEL, 1000 * torch.exp((mel - 15) * _LOG_STEP))

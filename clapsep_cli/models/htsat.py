@@ -1,0 +1,246 @@
+"""HTSAT, the audio transformer of LAION-CLAP: a Swin transformer over a folded log-mel spectrogram.
+
+It serves twice (arXiv 2402.17455, III): as CLAP's audio tower, and, tuned by LoRA, as the separator's encoder.
+Layers keep Swin's names. Tokens are laid out `[batch, rows, columns, channels]` throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clapsep_cli.dsp import mel_filters, spectrum
+
+RATE_HZ = 48_000
+HOP = 480  # samples, at RATE_HZ
+MEL_BAND_HZ = (50.0, 14_000.0)
+PATCH = 4  # mel bins and frames to a patch
+MLP_RATIO = 4
+SHIFT_MASK = -100.0  # added to the attention between tokens that only the shift has made neighbours
+
+
+class BinNorm(nn.BatchNorm1d):
+    """Batch normalisation of each frequency bin, `[batch, frames, bins]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        # With running statistics it is one multiply-add along the last axis: no transposed copies.
+        mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return torch.addcmul(self.bias - mean * scale, x, scale)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within square windows, with a relative position bias and, where shifted, Swin's mask."""
+
+    relative_position_index: Tensor
+    shift_mask: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, width: int, heads: int, side: int, window: int, shift: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        # Constants are made on the CPU by name, so that a module built on the meta device has them all the same.
+        self.register_buffer("relative_position_index", _relative_position_index(window), persistent=False)
+        self.register_buffer("shift_mask", _shift_mask(side, window, shift) if shift else None, persistent=False)
+        self.register_buffer("bias", None, persistent=False)
+        self.register_load_state_dict_post_hook(WindowAttention._forget_bias)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch · windows, tokens, width]`, windows of one image in row-major order, to the same shape."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self._attention_bias()
+        bias = bias.expand(len(x), -1, -1, -1) if len(bias) == 1 else bias.repeat(len(x) // len(bias), 1, 1, 1)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return cast(Tensor, self.proj(heads.transpose(1, 2).flatten(2)))
+
+    def train(self, mode: bool = True) -> WindowAttention:
+        self._forget_bias()
+        return super().train(mode)
+
+    def _forget_bias(self, _incompatible_keys: object = None) -> None:
+        self.bias = None
+
+    def _attention_bias(self) -> Tensor:
+        """Position bias plus shift mask, `[1 or windows, heads, tokens, tokens]`.
+
+        In evaluation without gradients it is computed once and kept until `train`, `eval` or `load_state_dict`.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self._compute_bias()
+        if self.bias is None:
+            self.bias = self._compute_bias()
+        return self.bias
+
+    def _compute_bias(self) -> Tensor:
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+        return bias.contiguous() if self.shift_mask is None else bias + self.shift_mask[:, None]
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm Swin block on a `side` × `side` map: windowed attention, then an MLP, each added to its input."""
+
+    def __init__(self, width: int, heads: int, side: int, window: int, shifted: bool) -> None:
+        super().__init__()
+        # A map of a single window has nothing to shift.
+        self.window = min(window, side)
+        self.shift = window // 2 if shifted and side > window else 0
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, heads, side, self.window, self.shift)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, MLP_RATIO * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, side, side, width]` to the same shape."""
+        x = x + self._attend(self.norm1(x))
+        return cast(Tensor, x + self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+        batch, side, _, width = x.shape
+        count, window = side // self.window, self.window
+        windows = x.view(batch, count, window, count, window, width).transpose(2, 3).reshape(-1, window**2, width)
+        attended = self.attn(windows).view(batch, count, count, window, window, width)
+        x = attended.transpose(2, 3).reshape(batch, side, side, width)
+        return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
+
+
+class PatchEmbedding(nn.Module):
+    """Image `[batch, side, side]` to patches `[batch, side / 4, side / 4, width]`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, width, PATCH, stride=PATCH)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return cast(Tensor, self.norm(self.proj(image[:, None]).permute(0, 2, 3, 1)))
+
+
+class PatchMerging(nn.Module):
+    """Halves the map and doubles the width: four neighbours side by side, then LayerNorm and a linear layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, side, _, width = x.shape
+        pairs = x.view(batch, side // 2, 2, side // 2, 2, width)
+        # Swin's order of the neighbours runs down the column first: (0, 0), (1, 0), (0, 1), (1, 1).
+        neighbours = pairs.permute(0, 1, 3, 4, 2, 5).reshape(batch, side // 2, side // 2, 4 * width)
+        return cast(Tensor, self.reduction(self.norm(neighbours)))
+
+
+class SwinStage(nn.Module):
+    def __init__(self, width: int, depth: int, heads: int, side: int, window: int, merging: bool) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(SwinBlock(width, heads, side, window, shifted=i % 2 == 1) for i in range(depth)))
+        self.downsample = PatchMerging(width) if merging else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.downsample(self.blocks(x)))
+
+
+class HTSAT(nn.Module):
+    """Hierarchical token-semantic audio transformer, without its classifier.
+
+    The log-mel spectrogram, `frames × mels`, is cut in time into `image / mels` chunks that are stacked along
+    frequency to a square image. Sound shorter than the image is `stretch`ed to its length by bicubic interpolation,
+    as CLAP does, or else silence follows it, as in the separator.
+    """
+
+    mel: Tensor
+
+    def __init__(
+        self,
+        *,
+        mels: int,
+        image: int,
+        width: int,
+        depths: Sequence[int],
+        heads: Sequence[int],
+        attention_window: int,
+        stretch: bool,
+    ) -> None:
+        super().__init__()
+        self.mels, self.image, self.stretch = mels, image, stretch
+        self.register_buffer("mel", mel_filters(RATE_HZ, mels, *MEL_BAND_HZ))
+        self.bn0 = BinNorm(mels)
+        self.patch_embed = PatchEmbedding(width)
+        last = len(depths) - 1
+        self.layers = nn.ModuleList(
+            SwinStage(width << i, depth, head, image // PATCH >> i, attention_window, merging=i < last)
+            for i, (depth, head) in enumerate(zip(depths, heads, strict=True))
+        )
+
+    @property
+    def frames(self) -> int:
+        """Frames that fill the image."""
+        return self.image * self.image // self.mels
+
+    def forward(self, audio: Tensor) -> list[Tensor]:
+        """Features of `audio`, float32 `[batch, samples]` at 48 kHz, `samples // 480 + 1` at most `frames`.
+
+        Returns the patch embedding and the output of each stage, after its merging, from shallow to deep:
+        `[batch, rows, columns, channels]`.
+        """
+        features = [self.patch_embed(self._fold(self.log_mel(audio)))]
+        for layer in self.layers:
+            features.append(layer(features[-1]))
+        return features
+
+    def log_mel(self, audio: Tensor) -> Tensor:
+        """Log-mel spectrogram, normalised per band: `[batch, samples]` at 48 kHz to `[batch, frames, mels]`."""
+        spec = spectrum(audio, HOP)
+        power = (spec.real.square() + spec.imag.square()) @ self.mel
+        if not self.stretch:
+            power = F.pad(power, (0, 0, 0, self.frames - power.shape[1]))
+        x: Tensor = self.bn0(10 * power.clamp(min=1e-10).log10())
+        if self.stretch:
+            x = F.interpolate(x[:, None], (self.frames, self.mels), mode="bicubic", align_corners=True)[:, 0]
+        return x
+
+    def _fold(self, x: Tensor) -> Tensor:
+        # Image row = chunk · mels + mel, column = frame within the chunk.
+        return x.view(len(x), -1, self.image, self.mels).transpose(2, 3).reshape(len(x), self.image, self.image)
+
+
+def _relative_position_index(window: int) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window: int64 `[window², window²]`."""
+    position = torch.arange(window, device="cpu")
+    row, column = position.repeat_interleave(window), position.repeat(window)
+    offset = window - 1
+    return (row[:, None] - row + offset) * (2 * window - 1) + column[:, None] - column + offset
+
+
+def _shift_mask(side: int, window: int, shift: int) -> Tensor:
+    """-100 between tokens that a cyclic shift has brought into one window from opposite edges, else 0.
+
+    Float32 `[windows, window², window²]`.
+    """
+    wrapped = torch.arange(side, device="cpu") >= side - shift
+    zone = 2 * wrapped[:, None].long() + wrapped
+    count = side // window
+    zones = zone.view(count, window, count, window).transpose(1, 2).reshape(count**2, window**2)
+    return (zones[:, :, None] != zones[:, None]) * SHIFT_MASK
