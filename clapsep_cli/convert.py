@@ -117,7 +117,7 @@ def convert(
     config = config or CLAPSepConfig()
     towers, decoder = _Source("LAION-CLAP", clap), _Source("CLAPSep", tuned)
     with torch.device("meta"):
-        separator, text, audio = CLAPSep(config), ClapTextEncoder(None, config), ClapAudioEncoder(config)
+        separator, text, audio = CLAPSep(config), ClapTextEncoder(config, None), ClapAudioEncoder(config)
 
     encoder_part = {
         name: _merged(_released(name, _ENCODER), shape, towers, decoder)

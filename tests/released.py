@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from fill import checkpoints
-from safetensors.torch import save_file
 from torch import Tensor
 
+from clapsep_cli.checkpoint import save_part
 from clapsep_cli.convert import convert
 from clapsep_cli.models.clapsep import CLAPSepConfig
 
@@ -20,7 +19,5 @@ def released_parts(seed: int = 0) -> dict[str, dict[str, Tensor]]:
 
 def write_released(folder: Path, seed: int = 0) -> None:
     """Write `released_parts` as `separator`, `text` and `audio.safetensors`, each with its configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"family": "clapsep", "config": json.dumps(CLAPSepConfig().to_dict())}
     for part, tensors in released_parts(seed).items():
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / f"{part}.safetensors", metadata)
+        save_part(folder, part, "clapsep", CLAPSepConfig(), tensors)

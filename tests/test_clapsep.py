@@ -76,7 +76,7 @@ def parts() -> Parts:
 @pytest.fixture(scope="session")
 def separator(parts: Parts) -> CLAPSep:
     with torch.device("meta"):
-        return loaded(CLAPSep(), parts["separator"])
+        return loaded(CLAPSep(CLAPSepConfig()), parts["separator"])
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,7 @@ def features(separator: CLAPSep, mixture: Tensor) -> Features:
 
 def test_text_embeddings(parts: Parts) -> None:
     with torch.device("meta"):
-        text = ClapTextEncoder(None)
+        text = ClapTextEncoder(CLAPSepConfig(), None)
     embeddings = loaded(text, parts["text"]).embed_ids(
         *(torch.from_numpy(golden(f"text_{n}")) for n in ("ids", "mask"))
     )
@@ -102,7 +102,7 @@ def test_text_embeddings(parts: Parts) -> None:
 @pytest.fixture(scope="session")
 def hearing(parts: Parts) -> ClapAudioEncoder:
     with torch.device("meta"):
-        return loaded(ClapAudioEncoder(), parts["audio"])
+        return loaded(ClapAudioEncoder(CLAPSepConfig()), parts["audio"])
 
 
 @pytest.mark.parametrize(("entry", "seconds"), [("q10", 10), ("q3", 3), ("q0p5", 0.5)])
@@ -176,7 +176,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def reading(tiny_parts: Parts, tokenizer: Tokenizer) -> ClapTextEncoder:
-    return loaded(ClapTextEncoder(tokenizer, TINY), tiny_parts["text"])
+    return loaded(ClapTextEncoder(TINY, tokenizer), tiny_parts["text"])
 
 
 @pytest.fixture
@@ -259,11 +259,7 @@ def test_waveform_inverts_spectrum() -> None:
     torch.testing.assert_close(waveform(spec, 32_000), x[:, :32_000], rtol=0, atol=1e-5)
 
 
-def test_config_survives_json_and_rejects_nonsense() -> None:
-    assert CLAPSepConfig.from_dict(TINY.to_dict()) == TINY
-    assert CLAPSepConfig.from_dict({}) == CLAPSepConfig()
-    with pytest.raises(ValueError, match=r"unknown.*colour"):
-        CLAPSepConfig.from_dict({"colour": 3})
+def test_config_rejects_nonsense() -> None:
     with pytest.raises(ValueError, match="window fits the image"):
         replace(TINY, window=48_000)
     with pytest.raises(ValueError, match="heads divide the widths"):
@@ -287,7 +283,7 @@ def test_a_long_text_is_cut_and_keeps_its_end_mark(reading: ClapTextEncoder) -> 
 
 def test_text_encoder_refuses_what_it_cannot_read(reading: ClapTextEncoder, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="9 tokens instead of 10"):
-        ClapTextEncoder(tokenizer, replace(TINY, vocabulary=10))
+        ClapTextEncoder(replace(TINY, vocabulary=10), tokenizer)
     with pytest.raises(ValueError, match="at least one text"):
         reading.embed([])
 

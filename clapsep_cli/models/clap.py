@@ -33,9 +33,8 @@ class ClapTextEncoder(TextEncoder):
     `ValueError` where its vocabulary is not the one that the network was made for.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, config: CLAPSepConfig | None = None) -> None:
+    def __init__(self, config: CLAPSepConfig, tokenizer: Tokenizer | None) -> None:
         super().__init__()
-        config = config or CLAPSepConfig()
         if tokenizer is not None:
             if tokenizer.get_vocab_size() != config.vocabulary:
                 raise ValueError(f"a tokenizer of {tokenizer.get_vocab_size()} tokens instead of {config.vocabulary}")
@@ -90,9 +89,8 @@ class ClapAudioEncoder(AudioEncoder):
 
     rate = htsat.RATE_HZ
 
-    def __init__(self, config: CLAPSepConfig | None = None) -> None:
+    def __init__(self, config: CLAPSepConfig) -> None:
         super().__init__()
-        config = config or CLAPSepConfig()
         self.window = config.window * htsat.RATE_HZ // RATE_HZ
         self.htsat = config.build_htsat(stretch=True)
         self.norm = nn.LayerNorm(config.deepest)

@@ -6,9 +6,9 @@ conditioned on the queries by FiLM; MaskNet turns the result and the 32 kHz spec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,19 +81,6 @@ class CLAPSepConfig:
     def deepest(self) -> int:
         """Width of the last Swin stage."""
         return self.width << len(self.depths) - 1
-
-    def to_dict(self) -> dict[str, int | list[int]]:
-        """Plain numbers and lists, for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CLAPSepConfig:
-        """Inverse of `to_dict`; what is missing takes the released size. Raises `ValueError` for unknown names."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown in a CLAPSep configuration: {', '.join(unknown)}")
-        arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**arguments)
 
     def build_htsat(self, *, stretch: bool) -> HTSAT:
         return HTSAT(
@@ -252,9 +239,8 @@ class CLAPSep(Separator):
 
     rate = RATE_HZ
 
-    def __init__(self, config: CLAPSepConfig | None = None) -> None:
+    def __init__(self, config: CLAPSepConfig) -> None:
         super().__init__()
-        config = config or CLAPSepConfig()
         self.config = config
         self.window = config.window
         self.resample = Resampler(RATE_HZ, htsat.RATE_HZ)

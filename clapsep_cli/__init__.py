@@ -1,0 +1,38 @@
+"""clapsep: extract the sound you describe from a recording.
+
+    from clapsep_cli import Query, load_model, separate
+    result = separate(audio, rate, Query(pos="dog barking", neg="rain"), load_model())
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clapsep_cli.checkpoint import Model, load_model
+    from clapsep_cli.errors import ClapsepError
+    from clapsep_cli.query import Query
+    from clapsep_cli.separate import Separation, embed_query, extract, separate
+
+__version__ = "0.1.0"
+
+_HOMES = {  # imported when first used: the command's --help must not wait for torch
+    "ClapsepError": "errors",
+    "Model": "checkpoint",
+    "Query": "query",
+    "Separation": "separate",
+    "embed_query": "separate",
+    "extract": "separate",
+    "load_model": "checkpoint",
+    "separate": "separate",
+}
+__all__ = ["ClapsepError", "Model", "Query", "Separation", "embed_query", "extract", "load_model", "separate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

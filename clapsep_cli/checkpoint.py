@@ -1,0 +1,159 @@
+"""Models on disk: a folder of `separator`, `text` and `audio.safetensors`, and `tokenizer.json`.
+
+Each part's metadata names its family and holds the whole configuration. Parts are read when they are first needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clapsep_cli.errors import CheckpointError, DeviceError, ModelError
+from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
+from clapsep_cli.registry import DEFAULT_MODEL, FAMILIES, MODELS, weights_folder
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+PARTS = ("separator", "text", "audio")
+
+
+class Model:
+    """A separator and its query encoders, ready for use on `device`. Get one from `load_model`."""
+
+    def __init__(self, name: str, folder: Path, device: torch.device) -> None:
+        self.name, self.folder, self.device = name, folder, device
+        metadata = read_metadata(folder / "separator.safetensors")
+        self.family = metadata["family"]
+        self.config = read_config(metadata, folder)
+
+    @cached_property
+    def separator(self) -> Separator:
+        return cast(Separator, load_part(self.folder, "separator", self.family, self.config).to(self.device))
+
+    @cached_property
+    def text(self) -> TextEncoder:
+        return cast(TextEncoder, load_part(self.folder, "text", self.family, self.config).to(self.device))
+
+    @cached_property
+    def audio(self) -> AudioEncoder:
+        return cast(AudioEncoder, load_part(self.folder, "audio", self.family, self.config).to(self.device))
+
+
+def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
+    """A network of a model, from `folder`, on the CPU, in eval mode. Raises `CheckpointError`."""
+    path = folder / f"{part}.safetensors"
+    tensors = read_tensors(path)
+    arguments = [config, *([_tokenizer(folder / "tokenizer.json")] if part == "text" else [])]
+    with torch.device("meta"):  # the weights come from the file: do not fill them twice
+        module = resolve(getattr(FAMILIES[family], part))(*arguments)
+    try:
+        # Weights are stored as float16 where that is enough, and always computed with as float32.
+        module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, assign=True)
+    except RuntimeError as error:
+        first = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise CheckpointError(f"{path}: is not a {part} of family {family!r} ({first})") from error
+    return module.eval()
+
+
+def _tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error})") from error
+
+
+def load_model(model: str | Path = DEFAULT_MODEL, device: str = "auto") -> Model:
+    """Load a model by name or from a folder (a string with a separator, or a `Path`, is a folder).
+
+    `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises `ModelError` where there is no such model,
+    `CheckpointError` where its files are not right, `DeviceError` where the device is not there.
+    """
+    chosen = choose_device(device)
+    if isinstance(model, str) and model in MODELS:
+        return Model(model, weights_folder() / MODELS[model].folder, chosen)
+    folder = Path(model)
+    if folder.is_dir():
+        return Model(folder.resolve().name, folder, chosen)
+    raise ModelError(f"no model {str(model)!r}: name a folder with its files, or one of {', '.join(MODELS)}")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for; `auto` prefers CUDA, then Apple's MPS. Raises `DeviceError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"no device {name!r}: use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise DeviceError(f"device {name!r} is not there: PyTorch sees {count} CUDA devices; use -d auto or -d cpu")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device 'mps' is not there: PyTorch sees no Apple GPU; use -d auto or -d cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise DeviceError(f"no device {name!r}: use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def save_part(
+    folder: Path, part: str, family: str, config: DataclassInstance, tensors: Mapping[str, Tensor], **notes: str
+) -> None:
+    """Write one part of a model, atomically. `notes` go into the file's metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{part}.safetensors"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    metadata = {"family": family, "config": json.dumps(dataclasses.asdict(config)), **notes}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """A part's metadata. Raises `CheckpointError` unless it names a known family and holds a configuration."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a part of a model ({error})") from error
+    if metadata.get("family") not in FAMILIES or "config" not in metadata:
+        raise CheckpointError(f"{path}: is not of a model family known here ({', '.join(FAMILIES)})")
+    return metadata
+
+
+def read_config(metadata: Mapping[str, str], folder: Path) -> Any:
+    """The frozen configuration of the family's own class. Raises `CheckpointError` where it does not fit."""
+    try:
+        values = json.loads(metadata["config"])
+        arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return resolve(FAMILIES[metadata["family"]].config)(**arguments)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: has a configuration that is not understood here ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a part, mapped from the file. Raises `CheckpointError`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def resolve(target: str) -> Any:
+    """The object that "module:name" names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,194 @@
+"""The command line: parses, makes one library call, prints, and sets the exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from clapsep_cli.errors import ClapsepError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.progress import Progress
+
+    from clapsep_cli.checkpoint import Model
+    from clapsep_cli.separate import Extraction
+    from clapsep_cli.train import Report
+
+FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="clapsep",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Extract the sound you describe from a recording.",
+    epilog='Example: clapsep extract mix.wav --pos "dog barking" --neg "rain"',
+)
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="NAME|PATH", help="A model by name, or a folder with one.")]
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def main() -> NoReturn:
+    """Run the command; a user's mistake ends with one line on stderr, never with a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ClapsepError as error:
+        _complain(error)
+        raise SystemExit(FAILED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    raise SystemExit(0)
+
+
+def _complain(error: ClapsepError) -> None:
+    typer.echo(f"clapsep: {error}", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from clapsep_cli import __version__
+
+        typer.echo(f"clapsep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def extract(
+    mixtures: Annotated[list[Path], typer.Argument(metavar="MIX...", help="Recordings to extract from.")],
+    pos: Annotated[list[str] | None, typer.Option("--pos", help="What to keep, in words; several are averaged.")] = None,
+    neg: Annotated[list[str] | None, typer.Option("--neg", help="What to leave, in words; several are averaged.")] = None,
+    query_audio: Annotated[
+        list[Path] | None,
+        typer.Option("--query-audio", metavar="FILE|DIR", help="Recordings that sound like what to keep."),
+    ] = None,
+    neg_audio: Annotated[
+        list[Path] | None,
+        typer.Option("--neg-audio", metavar="FILE|DIR", help="Recordings that sound like what to leave."),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option("--alpha", metavar="X", help="Weight of audio beside text of the same side, 0 to 1.")
+    ] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; beside each input if not given.")
+    ] = None,
+    model: ModelOption = "mini",
+    device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write what matches the query to MIX.target.wav and the rest to MIX.residual.wav.
+
+    Give at least one query, of either side, as text or as audio.
+    """
+    from clapsep_cli.query import Query
+
+    query = Query(pos or (), neg or (), query_audio or (), neg_audio or (), alpha)
+    from clapsep_cli.checkpoint import load_model
+    from clapsep_cli.separate import check_outputs, embed_query
+
+    check_outputs(mixtures, out, overwrite)
+    loaded = load_model(model, device)
+    wanted = embed_query(loaded, query)
+    if not quiet:
+        typer.echo(f"{loaded.name} on {loaded.device}: {query.describe()}")
+    failures = 0
+    for mixture in mixtures:
+        failures += not _extract_one(mixture, wanted, loaded, out, overwrite, quiet)
+    if failures:
+        if len(mixtures) > 1:
+            typer.echo(f"clapsep: {failures} of {len(mixtures)} files failed", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _extract_one(mixture: Path, wanted: object, model: Model, out: Path | None, overwrite: bool, quiet: bool) -> bool:
+    """Extract from one file; whether it worked. One bad file must not stop the rest."""
+    from clapsep_cli.audio import duration
+    from clapsep_cli.separate import extract as extract_file
+
+    try:
+        with _progress(quiet) as progress:
+            task = progress.add_task(mixture.name, total=duration(mixture))
+            done = extract_file(mixture, wanted, model, out, overwrite, lambda s: progress.advance(task, s))  # type: ignore[arg-type]
+    except ClapsepError as error:
+        _complain(error)
+        return False
+    if not quiet:
+        _print_extraction(done)
+    return True
+
+
+def _print_extraction(done: Extraction) -> None:
+    speed = done.seconds / done.elapsed
+    typer.echo(f"{done.mixture}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.0f} times real time)")
+    for part, path in (("target", done.target), ("residual", done.residual)):
+        typer.echo(f"  {part:8}  {path}")
+        if done.clipped[part]:
+            typer.echo(f"clapsep: {path}: {done.clipped[part]} samples were over full scale and are clipped", err=True)
+
+
+def _progress(quiet: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+
+
+@app.command()
+def train(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.csv", help="Clips: file,label[,captions,split].")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the model and the run's state go.")],
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="DIR", help="Text encoder to train into; the bundled one by default.")
+    ] = None,
+    paraphrases: Annotated[
+        Path | None, typer.Option("--paraphrases", metavar="CSV", help="Further captions by label: label,captions.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the separator, 32 examples each.")] = None,
+    audio_steps: Annotated[
+        int | None, typer.Option("--audio-steps", min=1, help="Steps of the audio encoder, 48 examples each.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Everything drawn at random follows from it.")] = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a small model like the bundled one. Stopped, it goes on where it was when called again."""
+    from dataclasses import replace
+
+    from clapsep_cli.registry import DEFAULT_MODEL, MODELS, weights_folder
+    from clapsep_cli.train import TrainConfig
+    from clapsep_cli.train import train as train_model
+
+    config = TrainConfig(seed=seed)
+    if steps:
+        config = replace(config, separator=replace(config.separator, steps=steps))
+    if audio_steps:
+        config = replace(config, audio=replace(config.audio, steps=audio_steps))
+    encoder = text or weights_folder() / MODELS[DEFAULT_MODEL].folder
+    train_model(manifest, out, encoder, paraphrases, config, _ignore if quiet else _print_report)
+    if not quiet:
+        typer.echo(f'done: clapsep extract --model {out} MIX --pos "…"')
+
+
+def _print_report(report: Report) -> None:
+    figures = "  ".join(f"{name} {value:.3f}" for name, value in report.figures.items())
+    typer.echo(f"{report.stage} {report.step}/{report.steps}  {figures}")
+
+
+def _ignore(report: Report) -> None:
+    pass

@@ -1,0 +1,35 @@
+"""Everything that can go wrong for a user, as one tree; `cli` catches the root once and prints one line."""
+
+from __future__ import annotations
+
+
+class ClapsepError(Exception):
+    """One clear line: what is wrong, where, and what to do about it."""
+
+
+class AudioError(ClapsepError):
+    """A recording cannot be read, or is not usable as audio."""
+
+
+class QueryError(ClapsepError):
+    """A query is missing, empty or contradictory."""
+
+
+class OutputError(ClapsepError):
+    """An output cannot be written, or exists already."""
+
+
+class DeviceError(ClapsepError):
+    """The device asked for is not there."""
+
+
+class ModelError(ClapsepError):
+    """A model is unknown or its files are not there."""
+
+
+class CheckpointError(ModelError):
+    """A model's files are there, but are not what they should be."""
+
+
+class ManifestError(ClapsepError):
+    """A training or evaluation manifest cannot be used as it stands."""

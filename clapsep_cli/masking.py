@@ -1,0 +1,124 @@
+"""Applies a mask made at 32 kHz to audio of any rate and channel count, as a stream.
+
+The mask is taken as a function of time (a value every 10 ms) and frequency (every 31.25 Hz). The audio is analysed
+at its own rate with the same 32 ms window and 10 ms hop, so nothing is resampled, every channel keeps its phase, and
+at 32 kHz this is exactly the STFT that the mask was made for. Above 16 kHz, where the model hears nothing, each frame
+carries on the mean of the mask's top band (14–16 kHz).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.fft import next_fast_len
+from torch import Tensor
+from torch.nn import functional as F
+
+from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
+
+TOP_BINS = 64  # of the mask, 14–16 kHz
+VALUES_AT_ONCE = 2**22  # spectral values handled in one go: bounds the memory of many channels at high rates
+
+
+class MaskedStream:
+    """Masks a stream of `channels` at `rate` Hz: push audio and mask frames, pull what is finished.
+
+    `audio`, `mask`, `sums` and `envelope` all begin where the next frame does; only what is unfinished is held.
+    """
+
+    def __init__(self, rate: int, channels: int, device: torch.device) -> None:
+        self.hop = max(1, round(rate * HOP / RATE_HZ))
+        self.half = max(1, round(rate * N_FFT / RATE_HZ / 2))  # of the analysis window, in samples
+        self.size = 2 * self.half
+        self.n_fft = next_fast_len(self.size, real=True)
+        self.window = torch.hann_window(self.size, device=device)
+        self.audio = torch.zeros(channels, 0, device=device)
+        self.mask = torch.zeros(0, N_FFT // 2 + 1, device=device)
+        self.sums = torch.zeros(channels, self.size - self.hop, device=device)  # overlap-add, to be added to
+        self.envelope = torch.zeros(self.size - self.hop, device=device)  # sum of squared windows, likewise
+        self.frame = 0  # the next one to be computed
+        self.pushed = 0  # samples
+        self.pulled = -self.half  # samples; the first ones stem from the reflection before the recording
+        self.frames_per_hop = self.hop / rate * RATE_HZ / HOP  # of the mask: 1 at rates that are a multiple of 100
+        self.mask_frame = 0  # the first one held
+        bins = torch.arange(self.n_fft // 2 + 1, dtype=torch.float64) * (rate / self.n_fft / (RATE_HZ / N_FFT))
+        self.bins = bins.clamp(max=N_FFT // 2).to(device)
+        self.above = (bins > N_FFT // 2).to(device)
+
+    def push(self, audio: Tensor) -> None:
+        """Take in `audio`, float32 `[channels, samples]`."""
+        self.audio = torch.cat([self.audio, audio], 1)
+        self.pushed += audio.shape[1]
+
+    def push_mask(self, mask: Tensor) -> None:
+        """Take in the next frames of the mask, float32 `[frames, 513]`."""
+        self.mask = torch.cat([self.mask, mask])
+
+    def pull(self) -> Tensor:
+        """What can be computed from all that came so far, float32 `[channels, samples]`."""
+        begin = self.half if self.frame == 0 else 0  # still to be reflected
+        audible = (begin + self.audio.shape[1] - self.size) // self.hop + 1
+        masked = math.ceil((self.mask_frame + len(self.mask) - 1) / self.frames_per_hop) - self.frame
+        return self._compute(min(audible, masked))
+
+    def finish(self, samples: int) -> Tensor:
+        """The rest of a stream that is `samples` long; what was pushed beyond that is padding."""
+        # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
+        last = math.ceil(self.pushed / self.hop)
+        self.audio = _reflect(self.audio, 0, last * self.hop + self.half - self.pushed)
+        before = max(self.pulled, 0)
+        rest = torch.cat([self._compute(last + 1 - self.frame), self.sums / self.envelope.clamp(min=1e-8)], 1)
+        return rest[:, : samples - before]
+
+    def _compute(self, count: int) -> Tensor:
+        """The samples that the next `count` frames complete."""
+        if count > 0 and self.frame == 0:
+            self.audio = _reflect(self.audio, self.half, 0)
+        step = max(1, VALUES_AT_ONCE // (len(self.audio) * (self.n_fft // 2 + 1)))
+        parts = [self._frames(min(step, count - done)) for done in range(0, count, step)]
+        return torch.cat([self.audio[:, :0], *parts], 1)
+
+    def _frames(self, count: int) -> Tensor:
+        span = (count - 1) * self.hop + self.size
+        frames = self.audio[:, :span].unfold(1, self.size, self.hop) * self.window
+        spectra = torch.fft.rfft(frames, self.n_fft) * self._mask(count)
+        pieces = torch.fft.irfft(spectra, self.n_fft)[..., : self.size] * self.window
+        sums, envelope = self._overlap_add(pieces), self._overlap_add(self.window.square().expand(1, count, -1))[0]
+        sums[:, : self.sums.shape[1]] += self.sums
+        envelope[: len(self.envelope)] += self.envelope
+        done = count * self.hop
+        self.frame += count
+        self.sums, self.envelope, self.audio = sums[:, done:], envelope[done:], self.audio[:, done:]
+        skipped = min(max(0, -self.pulled), done)
+        self.pulled += done
+        return sums[:, skipped:done] / envelope[skipped:done]
+
+    def _overlap_add(self, pieces: Tensor) -> Tensor:
+        """`[channels, frames, size]` to `[channels, (frames − 1) · hop + size]`."""
+        span = (pieces.shape[1] - 1) * self.hop + self.size
+        added = F.fold(pieces.transpose(1, 2), (1, span), (1, self.size), stride=(1, self.hop))
+        return added[:, 0, 0]
+
+    def _mask(self, count: int) -> Tensor:
+        """The mask at the next `count` frames and the bins of this stream, `[count, bins]`; drops what is past."""
+        at = (self.frame + torch.arange(count + 1, dtype=torch.float64)) * self.frames_per_hop - self.mask_frame
+        mask = _interpolate(self.mask, at[:count].clamp(max=len(self.mask) - 1).to(self.mask.device), 0)
+        past = min(int(at[count]), len(self.mask) - 1)
+        self.mask, self.mask_frame = self.mask[past:], self.mask_frame + past
+        native = _interpolate(mask, self.bins, 1)
+        return torch.where(self.above, mask[:, -TOP_BINS:].mean(1, keepdim=True), native)
+
+
+def _reflect(audio: Tensor, before: int, after: int) -> Tensor:
+    return F.pad(audio[None], (before, after), mode="reflect")[0]
+
+
+def _interpolate(values: Tensor, at: Tensor, axis: int) -> Tensor:
+    """`values` at fractional indices `at` along `axis`, linearly; exact where `at` is whole."""
+    lower, fraction = at.floor().long(), (at - at.floor()).float()
+    if not fraction.any():
+        return values.index_select(axis, lower)
+    upper = (lower + 1).clamp(max=values.shape[axis] - 1)
+    fraction = fraction[:, None] if axis == 0 else fraction
+    return torch.lerp(values.index_select(axis, lower), values.index_select(axis, upper), fraction)

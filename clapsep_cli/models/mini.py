@@ -1,0 +1,222 @@
+"""mini: CLAPSep's ideas at a fiftieth of its size, for the bundled model.
+
+A positive and a negative embedding in one shared text-audio space drive FiLM layers of a convolutional U-Net with a
+recurrent bottleneck; its output masks the magnitude STFT of the mixture. The shared space is a frozen table of word
+vectors (`weights/make_text.py`); the audio encoder is trained into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clapsep_cli import dsp
+from clapsep_cli.errors import QueryError
+from clapsep_cli.models import base
+
+SILENCE_RMS = 1e-5  # quieter windows are not brought to level: there is nothing in them (−100 dBFS)
+
+
+@dataclass(frozen=True)
+class MiniConfig:
+    """Sizes of a mini model. `dim`: of the shared space; `words`: rows of the word table."""
+
+    dim: int = 160
+    words: int = 89_332
+    seconds: int = 10
+    bands: int = 128
+    linear_bands: int = 48  # the lowest bands are single bins, to tell close partials apart
+    channels: tuple[int, ...] = (32, 64, 128, 192)
+    query: int = 256
+    hidden: int = 192  # of the GRU, each way
+    fine: int = 4  # channels of the refinement at full resolution
+    audio_channels: tuple[int, ...] = (32, 64, 128, 256)
+
+
+@lru_cache
+def band_matrix(bands: int, linear: int) -> Tensor:
+    """Which bins make up each band, float32 `[bands, 513]`, columns of sum 1.
+
+    The first `linear` bands are bins 0 … linear − 1; the others are triangles that widen evenly on a log scale up to
+    16 kHz and overlap so that every bin is shared out completely.
+    """
+    top = dsp.N_FFT // 2
+    with torch.device("cpu"):  # a constant, also where a model is built without memory
+        steps = torch.arange(1, bands - linear + 1) / (bands - linear)
+        centres = torch.cat([torch.arange(linear), (linear - 1) * (top / (linear - 1)) ** steps])
+        bins = torch.arange(top + 1, dtype=torch.float32)
+        upper = torch.bucketize(bins, centres[1:-1], right=True) + 1
+        share = ((bins - centres[upper - 1]) / (centres[upper] - centres[upper - 1])).clamp(0, 1)
+        matrix = torch.zeros(bands, top + 1)
+        matrix[upper, bins.long()] = share
+        matrix[upper - 1, bins.long()] = 1 - share
+    return matrix
+
+
+class Front(nn.Module):
+    """Log band energies of a spectrum, brought to a common level so that loud and soft inputs look alike."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        matrix = band_matrix(config.bands, config.linear_bands)
+        self.register_buffer("matrix", matrix / matrix.sum(1, keepdim=True), persistent=False)
+        self.matrix: Tensor
+
+    def forward(self, power: Tensor) -> Tensor:
+        """`power`: float32 `[batch, frames, 513]`. Returns float32 `[batch, 1, frames, bands]`, about unit range."""
+        bands = power @ self.matrix.T
+        # RMS of the signal to within a constant: |X|² sums to N_FFT/2 · 3/8 · N_FFT · rms² a frame (Hann window).
+        level = power.sum(-1).mean(-1) / (3 / 16 * dsp.N_FFT**2)
+        gain = 1 / level.clamp(min=SILENCE_RMS**2)
+        return ((torch.log1p(bands * (gain * 10)[:, None, None]) - 2) / 2)[:, None]
+
+
+class Residual(nn.Module):
+    """Two 3×3 convolutions; FiLM (paper III-C: γ(c)·x + β(c), here with γ around 1) before the second activation."""
+
+    def __init__(self, channels: int, query: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.film = nn.Linear(query, 2 * channels) if query else None
+
+    def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if self.film is not None:
+            gain, bias = self.film(query)[:, :, None, None].chunk(2, 1)
+            h = h * (1 + gain) + bias
+        return F.relu(h + x)
+
+
+class Bottleneck(nn.Module):
+    """A bidirectional GRU over time, on all bands at once: `[batch, channels, frames, bands]` in and out."""
+
+    def __init__(self, width: int, hidden: int, query: int) -> None:
+        super().__init__()
+        self.film = nn.Linear(query, width)
+        self.gru = nn.GRU(width, hidden, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(2 * hidden, width)
+
+    def forward(self, x: Tensor, query: Tensor) -> Tensor:
+        b, c, t, f = x.shape
+        h = x.permute(0, 2, 1, 3).reshape(b, t, c * f) * (1 + self.film(query)[:, None])
+        return x + self.out(self.gru(h)[0]).view(b, t, c, f).permute(0, 2, 1, 3)
+
+
+class Mini(base.Separator):
+    """The separator. Its features are the log band energies alone: conditioning begins in the first block."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        c, q = config.channels, config.query
+        self.config = config
+        self.rate = dsp.RATE_HZ
+        self.window = config.seconds * dsp.RATE_HZ
+        self.step = 2 ** len(c)  # frames are padded to a multiple of this
+        self.front = Front(config)
+        self.register_buffer("spread", band_matrix(config.bands, config.linear_bands), persistent=False)
+        self.spread: Tensor
+        self.query = nn.Sequential(nn.Linear(2 * config.dim, q), nn.ReLU(), nn.Linear(q, q), nn.ReLU())
+        self.stem = nn.Conv2d(1, c[0], (4, 8), stride=(2, 4), padding=(1, 2))
+        self.down = nn.ModuleList(Residual(n, q) for n in c)
+        self.halve = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(c))
+        self.bottleneck = Bottleneck(config.bands // 4 // 2 ** (len(c) - 1) * c[-1], config.hidden, q)
+        self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(c))
+        self.lateral = nn.ModuleList(nn.Conv2d(n, n, 1) for n in c[:-1])
+        self.up = nn.ModuleList(Residual(n, q) for n in c[:-1])
+        self.head = nn.ConvTranspose2d(c[0], config.fine, (4, 8), stride=(2, 4), padding=(1, 2))
+        self.fine = nn.Sequential(
+            nn.Conv2d(config.fine + 1, config.fine, 3, padding=1), nn.ReLU(), nn.Conv2d(config.fine, 1, 3, padding=1)
+        )
+
+    def encode(self, mixture: Tensor) -> Tensor:
+        return self.bands(dsp.power(dsp.spectrum(mixture)))
+
+    def bands(self, power: Tensor) -> Tensor:
+        x: Tensor = self.front(power)
+        return F.pad(x, (0, 0, 0, -x.shape[2] % self.step))
+
+    def mask(self, features: Tensor, condition: Tensor) -> Tensor:
+        frames = self.window // dsp.HOP + 1
+        return self.band_mask(features, condition)[:, :frames].float() @ self.spread
+
+    def band_mask(self, bands: Tensor, condition: Tensor) -> Tensor:
+        """`bands`: `[batch, 1, frames, bands]`; returns the mask per band, `[batch, frames, bands]`."""
+        query: Tensor = self.query(condition)
+        x, skips = self.stem(bands), []
+        for level, block in enumerate(self.down):
+            x = block(self.halve[level - 1](x) if level else x, query)
+            skips.append(x)
+        x = self.bottleneck(x, query)
+        for level in reversed(range(len(self.up))):
+            x = F.interpolate(self.narrow[level](x), scale_factor=2) + self.lateral[level](skips[level])
+            x = self.up[level](x, query)
+        return torch.sigmoid(self.fine(torch.cat([F.relu(self.head(x)), bands], 1)))[:, 0]
+
+
+class MiniText(base.TextEncoder):
+    """The mean of word vectors; words outside the table count for nothing."""
+
+    def __init__(self, config: MiniConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.register_buffer("table", torch.zeros(config.words, config.dim, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(config.words, dtype=torch.float16))
+        self.table: Tensor
+        self.scale: Tensor
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Raises `QueryError` for a text without a single known word."""
+        return torch.stack([self._embed(text) for text in texts])
+
+    def _embed(self, text: str) -> Tensor:
+        ids = [i for i in self.tokenizer.encode(text).ids if i < len(self.table)]
+        if not ids:
+            raise QueryError(f"the model 'mini' knows no word of the query {text!r}: describe the sound in plain English")
+        vectors = self.table[ids].float() * self.scale[ids, None].float()
+        return F.normalize(vectors.mean(0), dim=0)
+
+
+class MiniAudio(base.AudioEncoder):
+    """A convolutional network from log band energies into the word space."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        c = config.audio_channels
+        self.config = config
+        self.rate = dsp.RATE_HZ
+        self.window = config.seconds * dsp.RATE_HZ
+        self.front = Front(config)
+        self.stem = nn.Conv2d(1, c[0], 8, stride=4, padding=2)
+        self.blocks = nn.ModuleList(Residual(n, 0) for n in c)
+        self.halve = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(c))
+        width = config.bands // 4 // 2 ** (len(c) - 1) * c[-1]
+        self.mix = nn.Linear(width, 2 * c[-1])
+        self.out = nn.Sequential(nn.Linear(4 * c[-1], 2 * c[-1]), nn.ReLU(), nn.Linear(2 * c[-1], config.dim))
+
+    def forward(self, power: Tensor) -> Tensor:
+        """`power`: float32 `[batch, frames, 513]`. Returns `[batch, dim]`, rows of length 1."""
+        x = self.front(power)
+        x = self.stem(F.pad(x, (0, 0, 0, -x.shape[2] % 2 ** (len(self.blocks) + 1))))
+        for level, block in enumerate(self.blocks):
+            x = block(self.halve[level - 1](x) if level else x)
+        h = F.relu(self.mix(x.permute(0, 2, 1, 3).flatten(2)))
+        return F.normalize(self.out(torch.cat([h.mean(1), h.amax(1)], 1)).float(), dim=-1)
+
+    def embed(self, audio: Tensor) -> Tensor:
+        """Recordings over `window` samples are covered by equal, barely overlapping windows whose embeddings average."""
+        count = -(-len(audio) // self.window)
+        length = max(min(len(audio), self.window), dsp.N_FFT)
+        audio = F.pad(audio, (0, max(0, length - len(audio))))
+        starts = [round(i * (len(audio) - length) / max(count - 1, 1)) for i in range(count)]
+        windows = torch.stack([audio[start : start + length] for start in starts])
+        return F.normalize(self(dsp.power(dsp.spectrum(windows))).mean(0), dim=0)

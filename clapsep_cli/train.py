@@ -1,0 +1,445 @@
+"""Training of a mini model: first its audio encoder into the word space, then, with both encoders frozen, its separator.
+
+The recipe follows the paper where it applies (III-D, IV-B): mixtures made on the fly, positive, negative and both
+queries in 25, 25 and 50 % of the examples, text and audio of a side mixed with one α, loss 0.9 · SNR + 0.1 · SI-SNR.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clapsep_cli import dsp
+from clapsep_cli.checkpoint import load_part, read_tensors, save_part
+from clapsep_cli.data import Clip, Draw, Pool, Sampler, ahead, fit, mix, read_clip, read_manifest, read_paraphrases
+from clapsep_cli.errors import CheckpointError, ManifestError, QueryError
+from clapsep_cli.evaluate import make_mixtures, score
+from clapsep_cli.models.base import TextEncoder, condition
+from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
+
+EQ_POINTS = 6  # control points of a random equaliser curve over the bins
+VALIDATION_MIXTURES = 48
+AUDIO_VIEWS = 4  # embeddings kept per clip, each of another stretch and augmentation
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast one network is trained."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    decay: float = 0.3  # the learning rate falls to zero over this last share of the steps
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seed: int = 0
+    draw: Draw = Draw()
+    audio: Stage = Stage(steps=1200, batch=48, lr=2e-3)
+    separator: Stage = Stage(steps=8000, batch=32, lr=1e-3)
+    temperature: float = 0.07  # of the audio encoder's softmax over captions
+    noise: float = 0.25  # length of the random vector added to an embedding that the separator is given
+    text_only: float = 0.4  # share of the examples whose queries are text alone
+    audio_only: float = 0.25  # … audio alone; the rest mixes both with α ~ U(0, 1) (Eq. 3)
+    absent: float = 0.03  # share of the examples whose positive query is for something not there
+    eq_db: float = 4.0  # standard deviation of the random equaliser at its control points
+    ema: float = 0.999
+    weight_decay: float = 0.01
+    validate_every: int = 500
+    save_every: int = 250
+    mini: MiniConfig = field(default_factory=MiniConfig)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run says of itself while it goes on. `figures` are averages since the last report."""
+
+    stage: str
+    step: int
+    steps: int
+    figures: Mapping[str, float]
+
+
+Listener = Callable[[Report], None]
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, constant, then linear to zero over the last `decay` share (so a run can be made longer)."""
+    return stage.lr * min(1.0, (step + 1) / stage.warmup, (stage.steps - step) / max(1.0, stage.decay * stage.steps))
+
+
+def equaliser(count: int, std_db: float, generator: torch.Generator) -> Tensor:
+    """Random smooth frequency responses around 0 dB, flat for half of them: amplitudes `[count, 1, 513 bins]`."""
+    points = torch.randn(count, 1, EQ_POINTS, generator=generator) * std_db
+    points *= (torch.rand(count, 1, 1, generator=generator) < 0.5).float()
+    points -= points.mean(-1, keepdim=True)
+    return torch.pow(10, F.interpolate(points, size=dsp.N_FFT // 2 + 1, mode="linear", align_corners=True) / 20)
+
+
+def stripes(count: int, size: int, widest: int, generator: torch.Generator) -> Tensor:
+    """SpecAugment along one axis (paper IV-B): 1 `[count, size]`, and 0 in two random stripes of up to `widest`."""
+    at, kept = torch.arange(size), torch.ones(count, size)
+    for _ in range(2):
+        width = torch.randint(0, widest, (count, 1), generator=generator)
+        start = (torch.rand(count, 1, generator=generator) * (size - width)).long()
+        kept *= ((at < start) | (at >= start + width)).float()
+    return kept
+
+
+def disguise(power: Tensor, std_db: float, generator: torch.Generator) -> Tensor:
+    """Augment what an audio encoder hears: a random equaliser, stripes of time and of frequency. `[batch, frames, 513]`."""
+    count, frames, bins = power.shape
+    over_bins = equaliser(count, std_db, generator).square()[:, 0] * stripes(count, bins, bins // 10, generator)
+    return power * (stripes(count, frames, frames // 8, generator)[:, :, None] * over_bins[:, None])
+
+
+class Texts:
+    """Embeddings of every caption of every label."""
+
+    def __init__(self, encoder: TextEncoder, clips: Sequence[Clip], paraphrases: Mapping[str, tuple[str, ...]]) -> None:
+        captions: dict[str, list[str]] = {}
+        for clip in clips:
+            known = captions.setdefault(clip.label, [])
+            for text in (*clip.captions, *paraphrases.get(clip.label, ())):
+                if text not in known:
+                    known.append(text)
+        self.encoder = encoder
+        self.by_label: dict[str, Tensor] = {}
+        rows: list[str] = []
+        for label, texts in captions.items():
+            embedded = []
+            for text in texts:
+                try:
+                    embedded.append(encoder.embed([text])[0])
+                    rows.append(text)
+                except QueryError:
+                    continue
+            if embedded:
+                self.by_label[label] = torch.stack(embedded)
+        if not self.by_label:
+            raise ManifestError("no caption of the manifest has a word that the text encoder knows")
+        # One class per distinct caption; labels that share one share the class.
+        self.captions = sorted(set(rows))
+        self.table = encoder.embed(self.captions)
+        index = {text: i for i, text in enumerate(self.captions)}
+        self.targets: dict[str, Tensor] = {}
+        for label, texts in captions.items():
+            row = torch.zeros(len(self.captions))
+            row[[index[t] for t in texts if t in index]] = 1
+            self.targets[label] = row / row.sum().clamp(min=1)
+
+
+def _seeded(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def train_audio(pool: Pool, texts: Texts, config: TrainConfig, among: Sequence[int], listen: Listener) -> MiniAudio:
+    """Train an audio encoder to point at the captions of what it hears, on the clips `among`."""
+    torch.manual_seed(config.seed)
+    net = MiniAudio(config.mini).to(memory_format=torch.channels_last).train()
+    stage = config.audio
+    optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
+    sampler = Sampler(pool, replace(config.draw, label_power=0.5), config.seed + 1, among)
+    hits, losses = 0.0, 0.0
+    for step, drawn in enumerate(ahead(lambda s: sampler.pairs(s, stage.batch), range(stage.steps))):
+        clips, others, indices = drawn  # type: ignore[misc]
+        generator = _seeded(config.seed, step)
+        # A shot is rarely clean: half of them have something else in the background, 5 to 30 dB down.
+        background = 10 ** -(0.25 + 1.25 * torch.rand(len(clips), 1, generator=generator))
+        background *= (torch.rand(len(clips), 1, generator=generator) < 0.5).float()
+        audio = torch.from_numpy(clips) + torch.from_numpy(others) * background
+        power = disguise(dsp.power(dsp.spectrum(audio)), config.eq_db, generator)
+        wanted = torch.stack([texts.targets[pool.clips[i].label] for i in indices[:, 0]])
+        with torch.autocast("cpu", torch.bfloat16):
+            embedding = net(power)
+        logits = embedding.float() @ texts.table.T / config.temperature
+        loss = -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
+        _update(net, optimiser, loss, learning_rate(stage, step))
+        hits += float(wanted.gather(1, logits.argmax(1, keepdim=True)).gt(0).float().mean())
+        losses += loss.item()
+        if (step + 1) % 50 == 0:
+            listen(Report("audio encoder", step + 1, stage.steps, {"loss": losses / 50, "accuracy": hits / 50}))
+            hits = losses = 0.0
+    return net.eval()
+
+
+def _update(net: nn.Module, optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+    optimiser.step()
+
+
+@torch.inference_mode()
+def shots(net: MiniAudio, pool: Pool, config: TrainConfig, among: Sequence[int]) -> Tensor:
+    """Audio embeddings of augmented stretches of the clips `among`: float32 `[len(among), AUDIO_VIEWS, dim]`."""
+    sampler = Sampler(pool, config.draw, config.seed + 2)
+    out = torch.empty(len(among), AUDIO_VIEWS, config.mini.dim)
+    for view in range(AUDIO_VIEWS):
+        for start in range(0, len(among), 32):
+            rows = range(start, min(start + 32, len(among)))
+            audio = np.stack([sampler.place(among[r], np.random.default_rng((config.seed, view, among[r]))) for r in rows])
+            generator = _seeded(config.seed, view, start)
+            power = dsp.power(dsp.spectrum(torch.from_numpy(audio)))
+            out[start : start + len(rows), view] = net(disguise(power, config.eq_db, generator) if view % 2 else power)
+    return out.clone()
+
+
+class Queries:
+    """Draws the condition of each example: text, audio or both (Eq. 3), on one side or on both."""
+
+    def __init__(self, pool: Pool, texts: Texts, views: Mapping[int, Tensor], config: TrainConfig) -> None:
+        self.pool, self.texts, self.views, self.config = pool, texts, views, config
+
+    def side(self, clip: int, alpha: float, rng: np.random.Generator) -> Tensor:
+        """An embedding that asks for the sound of `clip`: α · audio + (1 − α) · text; the audio is another clip's."""
+        label = self.pool.clips[clip].label
+        others = [i for i in self.pool.by_label[label] if i != clip and i in self.views]
+        audio = self.views[int(rng.choice(others)) if others else clip][rng.integers(AUDIO_VIEWS)]
+        captions = self.texts.by_label.get(label)
+        if captions is None or alpha == 1:
+            return self.blurred(audio, rng)
+        text = self.blurred(captions[rng.integers(len(captions))], rng)
+        return alpha * self.blurred(audio, rng) + (1 - alpha) * text if alpha else text
+
+    def blurred(self, embedding: Tensor, rng: np.random.Generator) -> Tensor:
+        """Moved a little, so that the separator also understands what lies beside the captions and shots it met."""
+        noise = torch.from_numpy(rng.standard_normal(len(embedding), dtype=np.float32))
+        return F.normalize(embedding + noise * (self.config.noise / math.sqrt(len(embedding))), dim=0)
+
+    def alpha(self, rng: np.random.Generator) -> float:
+        draw = rng.random() - self.config.text_only
+        return 0.0 if draw < 0 else 1.0 if draw < self.config.audio_only else float(rng.random())
+
+    def draw(self, sampler: Sampler, indices: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Conditions `[batch, 2 · dim]`, and whether what the positive asks for is in the mixture `[batch]`."""
+        rows, present = [], []
+        for target, interferer in indices:
+            alpha, valence = self.alpha(rng), rng.random()
+            absent = rng.random() < self.config.absent
+            if absent:
+                target = sampler.clip(rng, avoid=[self.pool.clips[i].label for i in (target, interferer)])
+            # 25 % of the examples have the positive alone, 25 % the negative alone, 50 % both.
+            positive = self.side(target, alpha, rng)[None] if absent or valence >= 0.25 else None
+            negative = self.side(interferer, alpha, rng)[None] if valence < 0.25 or valence >= 0.5 else None
+            rows.append(condition(positive, negative))
+            present.append(not absent)
+        return torch.cat(rows), torch.tensor(present)
+
+
+def separation_loss(mask: Tensor, mixture: Tensor, target: Tensor, present: Tensor) -> Tensor:
+    """−0.9 · SNR − 0.1 · SI-SNR (Eq. 14) of the masked mixture on spectra `[batch, frames, bins]`, batch mean, in dB.
+
+    Where the query asks for something absent, the loss is the level of the output relative to the mixture instead.
+    The floors keep an example that is separated to 30 dB from outweighing the rest.
+    """
+
+    def ratio(signal: Tensor, noise: Tensor) -> Tensor:
+        return 10 * torch.log10((signal + 1e-8) / (noise + 1e-3 * signal + 1e-8))
+
+    # |M·X − S|² = M²·|X|² − 2·M·Re(X·S*) + |S|²: all that depends on the mask M are two sums of real products.
+    mixture_power, cross = dsp.power(mixture), torch.addcmul(mixture.real * target.real, mixture.imag, target.imag)
+    output = (mask.square() * mixture_power).sum((1, 2))
+    shared = (mask * cross).sum((1, 2))
+    wanted = dsp.power(target).sum((1, 2))
+    fitted = shared.square() / (wanted + 1e-8)
+    loss = -0.9 * ratio(wanted, output - 2 * shared + wanted) - 0.1 * ratio(fitted, (output - fitted).clamp(min=0))
+    all_in = mixture_power.sum((1, 2))
+    quiet = -0.3 * ratio(all_in, output + 1e-2 * all_in)
+    return torch.where(present, loss, quiet).mean()
+
+
+class Run:
+    """A separator in training, with its averaged weights and all that a resumed run needs."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.path = config, folder / "state.safetensors"
+        crop = replace(config.mini, seconds=int(config.draw.seconds))
+        self.net = Mini(crop).to(memory_format=torch.channels_last).train()
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.optimiser = torch.optim.AdamW(self.net.parameters(), weight_decay=config.weight_decay, fused=True)
+        self.average = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+        self.step = 0
+
+    def update_average(self) -> None:
+        keep = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        for name, value in self.net.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - keep)
+            else:
+                self.average[name].copy_(value)
+
+    def save(self) -> None:
+        tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        moments = self.optimiser.state_dict()["state"]
+        for index, name in enumerate(self.names):
+            tensors |= {f"optimiser.{name}.{k}": v for k, v in moments.get(index, {}).items()}
+        temporary = self.path.with_suffix(".partial")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(self.step)})
+        os.replace(temporary, self.path)
+
+    def resume(self) -> bool:
+        if not self.path.exists():
+            return False
+        with safe_open(self.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            self.step = int(file.metadata()["step"])
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        try:
+            self.net.load_state_dict(part("net."))
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.path}: was written by a run of another configuration; use another --out") from error
+        for name, value in part("average.").items():
+            self.average[name].copy_(value)
+        groups = self.optimiser.state_dict()["param_groups"]
+        state = {i: part(f"optimiser.{name}.") for i, name in enumerate(self.names)}
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        return True
+
+
+def train_separator(
+    run: Run, sampler: Sampler, queries: Queries, validate: Callable[[Mini], Mapping[str, float]], listen: Listener
+) -> None:
+    """Train until `config.separator.steps`, from wherever `run` stands; saves as it goes."""
+    config, stage = run.config, run.config.separator
+
+    def draw(step: int) -> tuple[Any, ...]:
+        drawn = sampler.pairs(step, stage.batch)
+        rng = np.random.default_rng((config.seed, 1, step))
+        return *drawn, *queries.draw(sampler, drawn[2].tolist(), rng)
+
+    losses: list[float] = []
+    began = time.monotonic()
+    for drawn in ahead(draw, range(run.step, stage.steps)):
+        targets, others, _, conditions, present = drawn  # type: ignore[misc]
+        generator = _seeded(config.seed, 2, run.step)
+        target, mixture = (
+            dsp.spectrum(torch.from_numpy(x)).mul_(equaliser(len(x), config.eq_db, generator)) for x in (targets, others)
+        )
+        mixture += target
+        with torch.autocast("cpu", torch.bfloat16):
+            bands = run.net.bands(dsp.power(mixture)).to(memory_format=torch.channels_last)
+            band_mask = run.net.band_mask(bands, conditions)
+        mask = band_mask[:, : mixture.shape[1]].float() @ run.net.spread
+        loss = separation_loss(mask, mixture, target, present)
+        _update(run.net, run.optimiser, loss, learning_rate(stage, run.step))
+        run.step += 1
+        run.update_average()
+        losses.append(loss.item())
+        if run.step % 50 == 0:
+            rate = len(losses) * stage.batch / (time.monotonic() - began)
+            listen(Report("separator", run.step, stage.steps, {"loss": float(np.mean(losses)), "examples/s": rate}))
+            losses, began = [], time.monotonic()
+        if run.step % config.save_every == 0 or run.step == stage.steps:
+            run.save()
+        if run.step % config.validate_every == 0 or run.step == stage.steps:
+            listen(Report("validation", run.step, stage.steps, validate(averaged(run))))
+            began = time.monotonic()
+
+
+def averaged(run: Run) -> Mini:
+    """The separator with the averaged weights, at full window length, ready for use."""
+    net = Mini(run.config.mini).eval()
+    net.load_state_dict(run.average)
+    return net
+
+
+def audio_encoder(
+    folder: Path, pool: Pool, texts: Texts, config: TrainConfig, among: Sequence[int], listen: Listener
+) -> tuple[MiniAudio, dict[int, Tensor]]:
+    """The audio encoder, trained and saved in `folder` unless it is there, and its embeddings of the clips `among`."""
+    if not (folder / "audio.safetensors").exists():
+        net = train_audio(pool, texts, config, among, listen)
+        save_part(folder, "audio", "mini", config.mini, _half(net.state_dict()))
+    net = load_part(folder, "audio", "mini", config.mini)
+    path = folder / "shots.safetensors"
+    if not path.exists():
+        save_file(dict(zip(map(str, among), shots(net, pool, config, among), strict=True)), path)
+    return net, {int(name): views for name, views in read_tensors(path).items()}
+
+
+def _half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as they are stored: float16, which costs nothing that can be heard, and no counters."""
+    return {k: v.half() for k, v in state.items() if v.is_floating_point()}
+
+
+def validation(folder: Path, clips: Sequence[Clip], texts: Texts, audio: MiniAudio) -> Callable[[Mini], dict[str, float]]:
+    """A function that scores a separator on some mixtures of the clips that are not trained on."""
+    rows = [row for row in make_mixtures(clips, folder, seed=1, per_label=1) if row.shot_file][:VALIDATION_MIXTURES]
+    cases = []
+    with torch.inference_mode():
+        for row in rows:
+            parts = [read_clip(folder / name) for name in (row.source_file, row.noise_file, row.shot_file)]
+            samples = audio.window
+            mixture, target = mix(fit(parts[0], samples), fit(parts[1], samples))
+            positive, negative = texts.encoder.embed([row.positive_caption, row.negative_caption]).split(1)
+            shot = audio.embed(torch.from_numpy(parts[2]))[None]
+            conditions = {
+                "both": condition(positive, negative),
+                "positive": condition(positive, None),
+                "shot": condition(shot, None),
+            }
+            cases.append((mixture, target, conditions))
+
+    def validate(net: Mini) -> dict[str, float]:
+        names = ("both", "positive", "shot")
+        return {
+            name: float(np.mean([score(net, wanted[name], mixture, target)[1] for mixture, target, wanted in cases]))
+            for name in names
+        }
+
+    return validate
+
+
+def train(
+    manifest: Path, out: Path, text: Path, paraphrases: Path | None, config: TrainConfig, listen: Listener
+) -> None:
+    """Train a mini model on the clips of `manifest` and write it to the folder `out`.
+
+    `text`: a folder with the text encoder (`text.safetensors`, `tokenizer.json`). A run that was stopped goes on from
+    `out`; what it would have drawn does not change. Clips whose split is not "train" are only validated on.
+    """
+    clips = read_manifest(manifest)
+    among = [index for index, clip in enumerate(clips) if clip.split == "train"]
+    if len({clips[index].label for index in among}) < 2:
+        raise ManifestError(f"{manifest}: needs clips of two labels or more in the split 'train'")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("text.safetensors", "tokenizer.json"):
+        if text.resolve() != out.resolve():
+            shutil.copy(text / name, out / name)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    encoder = load_part(out, "text", "mini", config.mini)
+    pool = Pool.load(clips)
+    texts = Texts(encoder, clips, read_paraphrases(paraphrases) if paraphrases else {})
+    audio, views = audio_encoder(out, pool, texts, config, among, listen)
+    held_out = [clip for clip in clips if clip.split != "train"]
+    validate = validation(manifest.parent, held_out, texts, audio) if held_out else lambda net: {}
+
+    run = Run(config, out)
+    run.resume()
+    sampler = Sampler(pool, config.draw, config.seed, among)
+    train_separator(run, sampler, Queries(pool, texts, views, config), validate, listen)
+    save_part(out, "separator", "mini", config.mini, _half(run.average))
