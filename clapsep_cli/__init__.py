@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from clapsep_cli.checkpoint import Model, load_model
     from clapsep_cli.errors import ClapsepError
     from clapsep_cli.query import Query
-    from clapsep_cli.separate import Separation, embed_query, extract, separate
+    from clapsep_cli.pipeline import Separation, embed_query, extract, separate
 
 __version__ = "0.1.0"
 
@@ -21,11 +21,11 @@ _HOMES = {  # imported when first used: the command's --help must not wait for t
     "ClapsepError": "errors",
     "Model": "checkpoint",
     "Query": "query",
-    "Separation": "separate",
-    "embed_query": "separate",
-    "extract": "separate",
+    "Separation": "pipeline",
+    "embed_query": "pipeline",
+    "extract": "pipeline",
     "load_model": "checkpoint",
-    "separate": "separate",
+    "separate": "pipeline",
 }
 __all__ = ["ClapsepError", "Model", "Query", "Separation", "embed_query", "extract", "load_model", "separate"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from clapsep_cli.checkpoint import Model
-    from clapsep_cli.separate import Extraction
+    from clapsep_cli.pipeline import Extraction
     from clapsep_cli.train import Report
 
 FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
@@ -100,7 +100,7 @@ def extract(
 
     query = Query(pos or (), neg or (), query_audio or (), neg_audio or (), alpha)
     from clapsep_cli.checkpoint import load_model
-    from clapsep_cli.separate import check_outputs, embed_query
+    from clapsep_cli.pipeline import check_outputs, embed_query
 
     check_outputs(mixtures, out, overwrite)
     loaded = load_model(model, device)
@@ -119,7 +119,7 @@ def extract(
 def _extract_one(mixture: Path, wanted: object, model: Model, out: Path | None, overwrite: bool, quiet: bool) -> bool:
     """Extract from one file; whether it worked. One bad file must not stop the rest."""
     from clapsep_cli.audio import duration
-    from clapsep_cli.separate import extract as extract_file
+    from clapsep_cli.pipeline import extract as extract_file
 
     try:
         with _progress(quiet) as progress:

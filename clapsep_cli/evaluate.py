@@ -18,7 +18,7 @@ from clapsep_cli.errors import ManifestError
 from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.base import Separator
 from clapsep_cli.query import Query
-from clapsep_cli.separate import embed_query
+from clapsep_cli.pipeline import embed_query
 
 LOWEST_DB = -100.0
 

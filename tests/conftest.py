@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from released import write_released
+from torch import Tensor
+
+from clapsep_cli.checkpoint import Model, load_model, save_part
+from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
+from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
+from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
+from clapsep_cli.registry import weights_folder
+
+TINY_MINI = MiniConfig(query=16, channels=(8, 8, 8, 8), hidden=8, fine=2, audio_channels=(8, 8, 8, 8))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Fixed(Separator):
+    """Answers every window with one mask: a number, or values per bin, or one number per frame of the window."""
+
+    rate = RATE_HZ
+
+    def __init__(self, mask: float | Tensor, window: int = 10 * RATE_HZ) -> None:
+        super().__init__()
+        self.window = window
+        self.value = torch.as_tensor(mask, dtype=torch.float32)
+        self.heard: list[Tensor] = []
+
+    def encode(self, mixture: Tensor) -> Tensor:
+        assert mixture.shape == (1, self.window)
+        self.heard.append(mixture[0].clone())
+        return mixture
+
+    def mask(self, features: Tensor, condition: Tensor) -> Tensor:
+        return self.value.expand(len(features), self.window // HOP + 1, N_FFT // 2 + 1)
+
+
+class OneHot(TextEncoder):
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([len(text) % 4 for text in texts]), 4).float()
+
+
+class Mean(AudioEncoder):
+    rate = RATE_HZ
+
+    def embed(self, audio: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(torch.stack([audio.mean(), audio.std(), audio[0], audio[-1]]), dim=0)
+
+
+class Stub(Model):
+    """A model around a given separator."""
+
+    def __init__(self, separator: Separator) -> None:
+        self.name, self.folder, self.device = "stub", Path(), torch.device("cpu")
+        self.family, self.config = "stub", None
+        self.__dict__.update(separator=separator, text=OneHot(), audio=Mean())
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mini model of random weights with the bundled text encoder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("text.safetensors", "tokenizer.json"):
+        shutil.copy(weights_folder() / "mini" / name, folder / name)
+    torch.manual_seed(0)
+    for part, network in (("separator", Mini(TINY_MINI)), ("audio", MiniAudio(TINY_MINI))):
+        save_part(folder, part, "mini", TINY_MINI, network.state_dict())
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Model:
+    return load_model(tiny_folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def released_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLAPSep model of the released size with stand-in weights."""
+    folder = tmp_path_factory.mktemp("released")
+    write_released(folder)
+    return folder

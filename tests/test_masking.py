@@ -1,0 +1,105 @@
+"""Masks reach audio of every rate, unharmed and in place."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clapsep_cli import dsp
+from clapsep_cli.masking import MaskedStream
+
+CPU = torch.device("cpu")
+RATES = [8000, 11025, 12345, 16000, 22050, 32000, 44100, 48000, 96000, 192000]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def frames(samples: int, rate: int) -> int:
+    return math.ceil(samples * 100 / rate) + 1
+
+
+def masked(audio: Tensor, rate: int, mask: Tensor) -> Tensor:
+    stream = MaskedStream(rate, len(audio), CPU)
+    stream.push(audio)
+    stream.push_mask(mask)
+    return torch.cat([stream.pull(), stream.finish(audio.shape[1])], 1)
+
+
+def test_at_32_khz_it_is_the_models_own_stft() -> None:
+    audio, mask = noise(2, 96_000), torch.rand(301, 513, generator=torch.Generator().manual_seed(1))
+    expected = dsp.waveform(dsp.spectrum(audio) * mask, 96_000)
+    torch.testing.assert_close(masked(audio, 32_000, mask), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("gain", [1.0, 0.25, 0.0])
+def test_a_constant_mask_is_a_gain_up_to_the_highest_frequency(rate: int, gain: float) -> None:
+    audio = noise(2, rate + 17)
+    out = masked(audio, rate, torch.full((frames(rate + 17, rate), 513), gain))
+    assert out.shape == audio.shape
+    torch.testing.assert_close(out, gain * audio, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_mask_lies_at_the_right_time_and_frequency(rate: int) -> None:
+    seconds, tone = 2.0, min(3000.0, rate / 4)
+    t = np.arange(int(rate * seconds)) / rate
+    audio = torch.from_numpy(np.sin(2 * np.pi * tone * t).astype(np.float32))[None]
+    count = frames(audio.shape[1], rate)
+    hidden = torch.ones(count, 513)
+    hidden[count // 2 :, round(tone / 31.25) - 8 : round(tone / 31.25) + 9] = 0  # the tone, from 1 s on
+    out = masked(audio, rate, hidden)[0]
+    edge = int(0.05 * rate)
+    torch.testing.assert_close(out[edge : rate - edge], audio[0, edge : rate - edge], rtol=0, atol=2e-2)
+    assert out[rate + edge : -edge].abs().max() < 2e-2
+    crossing = int((out.abs().unfold(0, rate // 100, rate // 100).amax(1) > 0.5).sum())
+    assert abs(crossing - 100) <= 2  # in hundredths of a second
+
+
+def test_above_16_khz_the_top_band_carries_on() -> None:
+    rate = 48_000
+    t = np.arange(rate) / rate
+    high = torch.from_numpy(np.sin(2 * np.pi * 20_000 * t).astype(np.float32))[None]
+    mask = torch.zeros(101, 513)
+    mask[:, -64:] = 0.5
+    inside = slice(rate // 20, -rate // 20)  # a tone cut off at the ends is not confined to its band there
+    torch.testing.assert_close(masked(high, rate, mask)[:, inside], 0.5 * high[:, inside], rtol=0, atol=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rate=st.sampled_from([8000, 22050, 32000, 44100]),
+    cuts=st.lists(st.integers(1, 30_000), min_size=1, max_size=20),
+    mask_cuts=st.lists(st.integers(1, 90), min_size=1, max_size=20),
+)
+def test_blocks_do_not_matter(rate: int, cuts: list[int], mask_cuts: list[int]) -> None:
+    audio = noise(2, 70_001)
+    mask = torch.rand(frames(70_001, rate), 513, generator=torch.Generator().manual_seed(1))
+    stream, out = MaskedStream(rate, 2, CPU), []
+    audio_parts = _cut(audio, cuts, 1)
+    mask_parts = _cut(mask, mask_cuts, 0)
+    for i in range(max(len(audio_parts), len(mask_parts))):
+        if i < len(audio_parts):
+            stream.push(audio_parts[i])
+        if i < len(mask_parts):
+            stream.push_mask(mask_parts[i])
+        out.append(stream.pull())
+    out.append(stream.finish(70_001))
+    torch.testing.assert_close(torch.cat(out, 1), masked(audio, rate, mask), rtol=0, atol=1e-6)
+
+
+def _cut(x: Tensor, sizes: list[int], axis: int) -> list[Tensor]:
+    parts, at = [], 0
+    for size in sizes:
+        size = min(size, x.shape[axis] - at)
+        parts.append(x.narrow(axis, at, size))
+        at += size
+    return [*parts, x.narrow(axis, at, x.shape[axis] - at)]
