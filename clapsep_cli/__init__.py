@@ -1,7 +1,7 @@
 """clapsep: extract the sound you describe from a recording.
 
-    from clapsep_cli import Query, load_model, separate
-    result = separate(audio, rate, Query(pos="dog barking", neg="rain"), load_model())
+from clapsep_cli import Query, load_model, separate
+result = separate(audio, rate, Query(pos="dog barking", neg="rain"), load_model())
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clapsep_cli.checkpoint import Model, load_model
     from clapsep_cli.errors import ClapsepError
-    from clapsep_cli.query import Query
     from clapsep_cli.pipeline import Separation, embed_query, extract, separate
+    from clapsep_cli.query import Query
 
 __version__ = "0.1.0"
 

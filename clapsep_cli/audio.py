@@ -149,7 +149,9 @@ class Writer:
             scaled = np.round(audio.T.astype(np.float64) * full)
             self.clipped += int(np.count_nonzero((scaled > full - 1) | (scaled < -full)))
             scaled = scaled.clip(-full, full - 1)
-            samples = scaled.astype(np.int16) if self.bits == 16 else (scaled * 2.0 ** (32 - self.bits)).astype(np.int32)
+            samples = (
+                scaled.astype(np.int16) if self.bits == 16 else (scaled * 2.0 ** (32 - self.bits)).astype(np.int32)
+            )
         try:
             self._file.write(samples)
         except (soundfile.LibsndfileError, OSError) as error:
@@ -159,7 +161,7 @@ class Writer:
         """Finish the file and give it its name."""
         try:
             self._file.close()
-            os.replace(self._temporary, self.path)
+            self._temporary.replace(self.path)
         except (soundfile.LibsndfileError, OSError) as error:
             raise OutputError(f"{self.path}: writing failed ({_reason(error)})") from error
 

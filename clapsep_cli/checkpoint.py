@@ -94,7 +94,9 @@ def load_model(model: str | Path = DEFAULT_MODEL, device: str = "auto") -> Model
 def choose_device(name: str) -> torch.device:
     """The device asked for; `auto` prefers CUDA, then Apple's MPS. Raises `DeviceError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -119,7 +121,7 @@ def save_part(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     metadata = {"family": family, "config": json.dumps(dataclasses.asdict(config)), **notes}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from clapsep_cli.errors import ClapsepError, OutputError
+from clapsep_cli.errors import ClapsepError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.progress import Progress
 
     from clapsep_cli.checkpoint import Model
@@ -30,7 +27,9 @@ app = typer.Typer(
     epilog='Example: clapsep extract mix.wav --pos "dog barking" --neg "rain"',
 )
 
-ModelOption = Annotated[str, typer.Option("--model", metavar="NAME|PATH", help="A model by name, or a folder with one.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="NAME|PATH", help="A model by name, or a folder with one.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
@@ -71,8 +70,12 @@ def _root(
 @app.command()
 def extract(
     mixtures: Annotated[list[Path], typer.Argument(metavar="MIX...", help="Recordings to extract from.")],
-    pos: Annotated[list[str] | None, typer.Option("--pos", help="What to keep, in words; several are averaged.")] = None,
-    neg: Annotated[list[str] | None, typer.Option("--neg", help="What to leave, in words; several are averaged.")] = None,
+    pos: Annotated[
+        list[str] | None, typer.Option("--pos", help="What to keep, in words; several are averaged.")
+    ] = None,
+    neg: Annotated[
+        list[str] | None, typer.Option("--neg", help="What to leave, in words; several are averaged.")
+    ] = None,
     query_audio: Annotated[
         list[Path] | None,
         typer.Option("--query-audio", metavar="FILE|DIR", help="Recordings that sound like what to keep."),
@@ -155,12 +158,15 @@ def train(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.csv", help="Clips: file,label[,captions,split].")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the model and the run's state go.")],
     text: Annotated[
-        Path | None, typer.Option("--text", metavar="DIR", help="Text encoder to train into; the bundled one by default.")
+        Path | None,
+        typer.Option("--text", metavar="DIR", help="Text encoder to train into; the bundled one by default."),
     ] = None,
     paraphrases: Annotated[
         Path | None, typer.Option("--paraphrases", metavar="CSV", help="Further captions by label: label,captions.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the separator, 32 examples each.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps of the separator, 32 examples each.")
+    ] = None,
     audio_steps: Annotated[
         int | None, typer.Option("--audio-steps", min=1, help="Steps of the audio encoder, 48 examples each.")
     ] = None,
@@ -192,3 +198,37 @@ def _print_report(report: Report) -> None:
 
 def _ignore(report: Report) -> None:
     pass
+
+
+@app.command()
+def evaluate(
+    mixtures: Annotated[
+        Path,
+        typer.Option("--mixtures", metavar="CSV", help="source_file,positive_caption,noise_file,negative_caption[,…]."),
+    ],
+    audio: Annotated[Path, typer.Option("--audio", metavar="DIR", help="Folder that the list's files are in.")],
+    model: ModelOption = "mini",
+    device: DeviceOption = "auto",
+    labels: Annotated[bool, typer.Option("--labels", help="Also print the scores of each label.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Print SDRi and SI-SDRi in dB over a list of mixtures: 10 s at 0 dB, by the paper's equations."""
+    from clapsep_cli.checkpoint import load_model
+    from clapsep_cli.evaluate import by_label, read_mixtures, summary
+    from clapsep_cli.evaluate import evaluate as evaluate_model
+
+    rows, loaded = read_mixtures(mixtures), load_model(model, device)
+    with _progress(quiet) as progress:
+        task = progress.add_task(mixtures.name, total=len(rows))
+        scores = evaluate_model(loaded, rows, audio, lambda: progress.advance(task))
+    typer.echo("query     mixtures   SDRi ± std      SI-SDRi ± std   median level of the output")
+    for query, s in summary(scores).items():
+        typer.echo(
+            f"{query:9} {s['mixtures']:8.0f}  {s['sdri']:6.2f} ± {s['sdri_std']:5.2f}"
+            f"  {s['si_sdri']:7.2f} ± {s['si_sdri_std']:5.2f}  {s['level_median']:8.1f} dB"
+        )
+    if labels:
+        for query in ("both", "positive", "shot"):
+            typer.echo(f"\nSI-SDRi by label, {query}")
+            for label, value, count in by_label(scores, query):
+                typer.echo(f"  {value:6.2f}  {label} ({count})")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import soundfile
@@ -22,6 +23,7 @@ PEAK = 0.9  # a mixture over full scale is brought down to this (paper IV-A)
 MAX_FAULTS_SHOWN = 10
 
 Audio = NDArray[np.float32]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,22 @@ def read_manifest(path: Path) -> list[Clip]:
             reader = csv.DictReader(file)
             missing = {"file", "label"} - set(reader.fieldnames or ())
             if missing:
-                raise ManifestError(f"{path}: no column {', '.join(sorted(missing))}; needed: file,label[,captions,split]")
+                raise ManifestError(
+                    f"{path}: no column {', '.join(sorted(missing))}; needed: file,label[,captions,split]"
+                )
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{path}: cannot be read as a CSV manifest ({error})") from error
     clips, faults = [], []
     for line, row in enumerate(rows, 2):
-        file = path.parent / (row["file"] or "")
+        recording = path.parent / (row["file"] or "")
         label = (row["label"] or "").strip()
         captions = tuple(c.strip() for c in (row.get("captions") or "").split(";") if c.strip())
         if not label:
             faults.append(f"line {line}: no label")
-        elif not file.is_file():
-            faults.append(f"line {line}: no file {file}")
-        clips.append(Clip(file, label, captions or (label.replace("_", " "),), row.get("split") or "train"))
+        elif not recording.is_file():
+            faults.append(f"line {line}: no file {recording}")
+        clips.append(Clip(recording, label, captions or (label.replace("_", " "),), row.get("split") or "train"))
     if faults or not clips:
         shown = "; ".join(faults[:MAX_FAULTS_SHOWN]) + (" …" if len(faults) > MAX_FAULTS_SHOWN else "")
         raise ManifestError(f"{path}: {shown or 'no rows'}")
@@ -68,7 +72,9 @@ def read_manifest(path: Path) -> list[Clip]:
 def read_paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
     """Read further captions by label from a CSV with the columns `label` and `captions` (separated by ";")."""
     with path.open(newline="", encoding="utf-8") as file:
-        return {r["label"]: tuple(c.strip() for c in r["captions"].split(";") if c.strip()) for r in csv.DictReader(file)}
+        return {
+            r["label"]: tuple(c.strip() for c in r["captions"].split(";") if c.strip()) for r in csv.DictReader(file)
+        }
 
 
 def read_clip(path: Path) -> Audio:
@@ -83,16 +89,18 @@ def read_clip(path: Path) -> Audio:
 
 def fit(audio: Audio, samples: int) -> Audio:
     """The first `samples` of `audio`, zero-padded at the end where it is shorter (paper IV-A)."""
-    return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
+    return np.asarray(np.pad(audio[:samples], (0, max(0, samples - len(audio)))), np.float32)
 
 
 def mix(target: Audio, interferer: Audio, snr_db: float = 0.0) -> tuple[Audio, Audio]:
     """Mix two signals of one length at `snr_db`; returns (mixture, target), scaled together if the peak exceeds 1."""
-    ratio = (np.square(target, dtype=np.float64).sum() + 1e-12) / (np.square(interferer, dtype=np.float64).sum() + 1e-12)
+    ratio = (np.square(target, dtype=np.float64).sum() + 1e-12) / (
+        np.square(interferer, dtype=np.float64).sum() + 1e-12
+    )
     mixture = target + interferer * np.float32(np.sqrt(ratio / 10 ** (snr_db / 10)))
     peak = np.abs(mixture).max()
     scale = np.float32(PEAK / peak if peak > 1 else 1)
-    return mixture * scale, target * scale
+    return np.asarray(mixture * scale, np.float32), np.asarray(target * scale, np.float32)
 
 
 @dataclass
@@ -164,12 +172,14 @@ class Sampler:
         stretch = math.ceil(n * speed) + 1  # samples of the clip that fill the window
         if len(pcm) > stretch:
             starts = rng.integers(0, len(pcm) - stretch + 1, 2)
-            pcm = max((pcm[s : s + stretch] for s in starts), key=lambda x: float(np.square(x[::8], dtype=np.float32).sum()))
+            pcm = max(
+                (pcm[s : s + stretch] for s in starts), key=lambda x: float(np.square(x[::8], dtype=np.float32).sum())
+            )
         audio = pcm.astype(np.float32) / 32768
         if speed != 1:
             audio = np.interp(np.arange(0, len(audio) - 1, speed), np.arange(len(audio)), audio).astype(np.float32)
         if len(audio) >= n:
-            return audio[:n]
+            return np.asarray(audio[:n], np.float32)
         out = np.zeros(n, np.float32)
         layout = rng.random()
         at = 0 if layout < 0.4 else int(rng.integers(0, n - len(audio) + 1))
@@ -182,7 +192,7 @@ class Sampler:
         return out
 
     def pairs(self, step: int, size: int) -> tuple[Audio, Audio, NDArray[np.int64]]:
-        """Targets and interferers, float32 `[size, samples]` each, mixed by adding them; and their clips `[size, 2]`."""
+        """Targets and interferers, float32 `[size, samples]` each, to be added up; and their clips, `[size, 2]`."""
         rng = self.rng(step)
         targets, interferers = np.empty((2, size, self.samples), np.float32)
         indices = np.empty((size, 2), np.int64)
@@ -195,7 +205,7 @@ class Sampler:
         return targets, interferers, indices
 
 
-def ahead(make: Callable[[int], object], steps: range) -> Iterator[object]:
+def ahead(make: Callable[[int], Made], steps: range) -> Iterator[Made]:
     """Yield `make(step)` for each step, making the next one in a thread while the last is being used."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(make, steps.start) if steps else None

@@ -1,4 +1,4 @@
-"""Evaluation by the paper's protocol (IV-A2): pairs of clips mixed at 0 dB, 10 s at 32 kHz, improvement over the mixture."""
+"""Evaluation by the paper's protocol (IV-A2): pairs of clips mixed at 0 dB, 10 s at 32 kHz, scored by improvement."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from clapsep_cli.data import Audio, Clip, fit, mix, read_clip
 from clapsep_cli.errors import ManifestError
 from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.base import Separator
-from clapsep_cli.query import Query
 from clapsep_cli.pipeline import embed_query
+from clapsep_cli.query import Query
 
 LOWEST_DB = -100.0
 
@@ -118,7 +118,8 @@ def evaluate(
     scores = []
     samples = model.separator.window
     for row in rows:
-        mixture, target = mix(*(fit(read_clip(folder / f), samples) for f in (row.source_file, row.noise_file)))
+        source, noise = (fit(read_clip(folder / file), samples) for file in (row.source_file, row.noise_file))
+        mixture, target = mix(source, noise)
         queries = {
             "both": Query(row.positive_caption, row.negative_caption),
             "positive": Query(row.positive_caption),
@@ -148,3 +149,13 @@ def summary(scores: Sequence[Score]) -> dict[str, Mapping[str, float]]:
             "level_median": float(np.median([s.level for s in chosen])),
         }
     return table
+
+
+def by_label(scores: Sequence[Score], query: str) -> list[tuple[str, float, int]]:
+    """Mean SI-SDRi of each label under one kind of query, best first: label, dB, mixtures."""
+    groups: dict[str, list[float]] = {}
+    for s in scores:
+        if s.query == query:
+            groups.setdefault(s.mixture.label, []).append(s.si_sdri)
+    rows = [(label, float(np.mean(values)), len(values)) for label, values in groups.items()]
+    return sorted(rows, key=lambda row: -row[1])

@@ -88,7 +88,9 @@ def _embed_shot(model: Model, shot: Shot) -> Tensor:
 
 
 @torch.inference_mode()
-def stream(model: Model, wanted: Tensor, blocks: Iterable[Audio], rate: int, channels: int) -> Iterator[tuple[Audio, Audio]]:
+def stream(
+    model: Model, wanted: Tensor, blocks: Iterable[Audio], rate: int, channels: int
+) -> Iterator[tuple[Audio, Audio]]:
     """Separate a recording that arrives in `blocks` (float32 `[channels, samples]` at `rate` Hz).
 
     `wanted` is the condition from `embed_query`. Yields pairs (mixture, target) that join to the whole recording;
@@ -164,7 +166,9 @@ def check_outputs(mixtures: Sequence[Path], folder: Path | None, overwrite: bool
         for path in output_paths(mixture, folder).values():
             absolute = path.absolute()
             if absolute in writers:
-                raise OutputError(f"{path}: both {writers[absolute]} and {mixture} would write it; use -o for one of them")
+                raise OutputError(
+                    f"{path}: both {writers[absolute]} and {mixture} would write it; use -o for one of them"
+                )
             writers[absolute] = mixture
             if path.exists() and not overwrite:
                 raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another folder")

@@ -13,7 +13,9 @@ from clapsep_cli.errors import QueryError
 
 DEFAULT_ALPHA = 0.5
 
-Shot = Path | tuple[NDArray[np.float32], int]  # a file, or samples [samples] or [channels, samples] and their rate in Hz
+Shot = (
+    Path | tuple[NDArray[np.float32], int]
+)  # a file, or samples [samples] or [channels, samples] and their rate in Hz
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,13 @@ class Entry:
 MODELS = {
     entry.name: entry
     for entry in [
-        Entry("mini", "mini", "mini", "MIT", "bundled; small and fast, for the sounds it was trained on (weights/README.md)"),
+        Entry(
+            "mini",
+            "mini",
+            "mini",
+            "MIT",
+            "bundled; small and fast, for the sounds it was trained on (weights/README.md)",
+        ),
     ]
 }
 

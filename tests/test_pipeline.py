@@ -185,7 +185,9 @@ def test_audio_that_is_none() -> None:
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT"])
 @pytest.mark.parametrize("rate", [44_100, 48_000])
-def test_files_keep_rate_channels_length_and_depth_and_add_up(tiny: Model, tmp_path: Path, subtype: str, rate: int) -> None:
+def test_files_keep_rate_channels_length_and_depth_and_add_up(
+    tiny: Model, tmp_path: Path, subtype: str, rate: int
+) -> None:
     path = tmp_path / "mix.wav"
     soundfile.write(path, noise(20_001, 2), rate, subtype=subtype)
     mixture, _ = soundfile.read(path, dtype="float64")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -34,7 +36,7 @@ def test_windows_cover_the_stream_whatever_its_blocks(samples: int, blocks: list
     for start, window in windows:
         expected = np.arange(start * HOP + 1, start * HOP + WINDOW + 1, dtype=np.float32)
         np.testing.assert_array_equal(window, np.where(expected <= samples, expected, 0))
-    for left, right in zip(starts, starts[1:], strict=False):
+    for left, right in pairwise(starts):
         assert left * HOP + WINDOW - right * HOP >= OVERLAP_FRAMES * HOP
     if len(starts) > 1:  # the last window ends with the stream, to within a frame
         assert starts[-1] * HOP + WINDOW - samples < HOP

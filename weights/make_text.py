@@ -77,7 +77,9 @@ def main() -> None:
     args = parser.parse_args()
 
     with zipfile.ZipFile(args.wheel) as wheel:
-        tokens = next(iter(load(wheel.read("wordllama/weights/l2_supercat_256.safetensors")).values())).astype(np.float32)
+        tokens = next(iter(load(wheel.read("wordllama/weights/l2_supercat_256.safetensors")).values())).astype(
+            np.float32
+        )
         subwords = Tokenizer.from_str(wheel.read("wordllama/tokenizers/l2_supercat_tokenizer_config.json").decode())
     wink = json.loads(args.wink.read_text())
     lemmas = wordnet_words(args.wordnet)
@@ -96,7 +98,8 @@ def main() -> None:
 
     values, vectors = np.linalg.eigh(joint.T.astype(np.float64) @ joint)
     table = joint @ vectors[:, ::-1][:, : args.dim]
-    print(f"{len(words)} words, {args.dim} of {joint.shape[1]} dimensions keep {values[-args.dim :].sum() / values.sum():.1%}")
+    kept = values[-args.dim :].sum() / values.sum()
+    print(f"{len(words)} words, {args.dim} of {joint.shape[1]} dimensions keep {kept:.1%}")
     scale = np.abs(table).max(1, keepdims=True) / 127
     args.out.mkdir(parents=True, exist_ok=True)
     save_file(

@@ -7,6 +7,7 @@ vectors (`weights/make_text.py`); the audio encoder is trained into it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -109,7 +110,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, query: Tensor) -> Tensor:
         b, c, t, f = x.shape
         h = x.permute(0, 2, 1, 3).reshape(b, t, c * f) * (1 + self.film(query)[:, None])
-        return x + self.out(self.gru(h)[0]).view(b, t, c, f).permute(0, 2, 1, 3)
+        added: Tensor = self.out(self.gru(h)[0])
+        return x + added.view(b, t, c, f).permute(0, 2, 1, 3)
 
 
 class Mini(base.Separator):
@@ -151,7 +153,8 @@ class Mini(base.Separator):
 
     def band_mask(self, bands: Tensor, condition: Tensor) -> Tensor:
         """`bands`: `[batch, 1, frames, bands]`; returns the mask per band, `[batch, frames, bands]`."""
-        query: Tensor = self.query(condition)
+        # A condition has length 1; at unit variance it drives the first layer from the start of training.
+        query: Tensor = self.query(condition * math.sqrt(condition.shape[1]))
         x, skips = self.stem(bands), []
         for level, block in enumerate(self.down):
             x = block(self.halve[level - 1](x) if level else x, query)
@@ -181,7 +184,9 @@ class MiniText(base.TextEncoder):
     def _embed(self, text: str) -> Tensor:
         ids = [i for i in self.tokenizer.encode(text).ids if i < len(self.table)]
         if not ids:
-            raise QueryError(f"the model 'mini' knows no word of the query {text!r}: describe the sound in plain English")
+            raise QueryError(
+                f"the model 'mini' knows no word of the query {text!r}: describe the sound in plain English"
+            )
         vectors = self.table[ids].float() * self.scale[ids, None].float()
         return F.normalize(vectors.mean(0), dim=0)
 
@@ -213,7 +218,7 @@ class MiniAudio(base.AudioEncoder):
         return F.normalize(self.out(torch.cat([h.mean(1), h.amax(1)], 1)).float(), dim=-1)
 
     def embed(self, audio: Tensor) -> Tensor:
-        """Recordings over `window` samples are covered by equal, barely overlapping windows whose embeddings average."""
+        """A recording over `window` samples is covered by as few windows as that takes; their embeddings average."""
         count = -(-len(audio) // self.window)
         length = max(min(len(audio), self.window), dsp.N_FFT)
         audio = F.pad(audio, (0, max(0, length - len(audio))))

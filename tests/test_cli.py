@@ -1,0 +1,151 @@
+"""The command as a user meets it: what it writes, prints and exits with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import clapsep_cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def clapsep(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "clapsep_cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> Path:
+    path = tmp_path / "ein Hund im Regen – 犬.wav"
+    audio = 0.1 * np.random.default_rng(0).standard_normal((4000, 2))
+    soundfile.write(path, audio, 16_000, subtype="PCM_16")
+    return path
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, clapsep_cli, clapsep_cli.cli; assert not {'torch', 'numpy', 'soundfile'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_and_version(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    shown = clapsep("--help", cwd=tmp_path)
+    assert time.perf_counter() - began < 10  # the bar is 0.3 s, see `make bench`; this only catches the absurd
+    assert shown.returncode == 0
+    for command in ("extract", "train", "evaluate"):
+        assert command in shown.stdout
+    assert clapsep("--version", cwd=tmp_path).stdout == f"clapsep {clapsep_cli.__version__}\n"
+
+
+def test_extract_writes_target_and_residual_and_says_so(mix: Path, tiny_folder: Path) -> None:
+    done = clapsep("extract", mix.name, "--pos", "dog barking", "--neg", "rain", "--model", tiny_folder, cwd=mix.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    parts = {part: mix.with_name(f"{mix.stem}.{part}.wav") for part in ("target", "residual")}
+    for path in parts.values():
+        assert path.name in done.stdout
+    total = sum(soundfile.read(path, dtype="int16")[0].astype(int) for path in parts.values())
+    np.testing.assert_array_equal(total, soundfile.read(mix, dtype="int16")[0])
+    assert sorted(mix.parent.iterdir()) == sorted([mix, *parts.values()])
+
+
+def test_quiet_prints_nothing_and_out_is_made(mix: Path, tiny_folder: Path) -> None:
+    arguments = ["extract", mix, "--neg", "rain", "--model", tiny_folder, "-o", "new/folder", "-q"]
+    done = clapsep(*arguments, cwd=mix.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(list((mix.parent / "new" / "folder").iterdir())) == 2
+    again = clapsep(*arguments, cwd=mix.parent)
+    assert again.returncode == 1
+    assert "--overwrite" in again.stderr
+    assert clapsep(*arguments, "--overwrite", cwd=mix.parent).returncode == 0
+
+
+def test_audio_queries_from_files_and_folders(mix: Path, tiny_folder: Path) -> None:
+    shots = mix.parent / "shots"
+    shots.mkdir()
+    for name in ("a.wav", "b.flac"):
+        soundfile.write(shots / name, 0.1 * np.random.default_rng(1).standard_normal(3000), 8000)
+    (shots / "notes.txt").write_text("not a recording")
+    common = [mix, "--model", tiny_folder, "--overwrite"]
+    assert clapsep("extract", *common, "--query-audio", shots, "--neg-audio", shots / "a.wav", cwd=mix.parent).returncode == 0
+    empty = mix.parent / "empty"
+    empty.mkdir()
+    failed = clapsep("extract", *common, "--query-audio", empty, cwd=mix.parent)
+    assert failed.returncode == 1
+    assert "no recordings" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["mix.wav"], 1, 'e.g. --pos "dog barking"'),
+        (["none.wav", "--pos", "dog"], 1, "none.wav: no such file"),
+        (["text.wav", "--pos", "dog"], 1, "text.wav: cannot be read as audio"),
+        ([".", "--pos", "dog"], 1, "is a folder"),
+        (["mix.wav", "--pos", ""], 1, "--pos is empty"),
+        (["mix.wav", "--pos", "dog", "--alpha", "2"], 1, "--alpha"),
+        (["mix.wav", "--pos", "dog", "--model", "huge"], 1, "no model 'huge'"),
+        (["mix.wav", "--pos", "dog", "-d", "gpu"], 1, "no device 'gpu'"),
+        (["mix.wav", "--pos", "qzxv"], 1, "qzxv"),
+        (["mix.wav", "--query-audio", "none.wav"], 1, "none.wav: no such file"),
+        (["mix.wav", "./mix.wav", "--pos", "dog"], 1, "would write it"),
+        (["mix.wav", "--pos", "dog", "-o", "text.wav"], 1, "cannot be written"),
+        (["mix.wav", "--pos"], 2, "requires an argument"),
+        ([], 2, "MIX"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    mix: Path, tiny_folder: Path, arguments: list[str], code: int, message: str
+) -> None:
+    folder = mix.parent
+    mix.rename(folder / "mix.wav")
+    (folder / "text.wav").write_text("I am not audio")
+    before = sorted(folder.rglob("*"))
+    model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
+    done = clapsep("extract", *arguments, *model, cwd=folder)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("clapsep: ")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_one_bad_file_does_not_stop_the_rest(mix: Path, tiny_folder: Path) -> None:
+    bad = mix.parent / "bad.wav"
+    bad.write_bytes(b"RIFF")
+    done = clapsep("extract", bad, mix, "--pos", "dog", "--model", tiny_folder, cwd=mix.parent)
+    assert done.returncode == 1
+    assert "bad.wav: cannot be read" in done.stderr
+    assert "1 of 2 files failed" in done.stderr
+    assert mix.with_name(f"{mix.stem}.target.wav").exists()
+
+
+def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
+    """What `pip install` puts down is enough to extract, in an empty folder, with no checkout and no network."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("clapsep-*.whl")
+    installed = tmp_path / "installed"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = clapsep("extract", mix, "--pos", "a dog barking", "-o", ".", cwd=empty, PYTHONPATH=str(installed), HOME=str(empty))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list(empty.iterdir())) == 2
