@@ -69,6 +69,7 @@ class TrainConfig:
     eq_db: float = 4.0  # standard deviation of the random equaliser at its control points
     ema: float = 0.999
     weight_decay: float = 0.01
+    report_every: int = 50
     validate_every: int = 500
     save_every: int = 250
     mini: MiniConfig = field(default_factory=MiniConfig)
@@ -85,6 +86,7 @@ class Report:
 
 
 Listener = Callable[[Report], None]
+Validate = Callable[[Mini], Mapping[str, float]]  # mean SI-SDRi by kind of query
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -117,8 +119,9 @@ def train_audio(pool: Pool, texts: Texts, config: TrainConfig, among: Sequence[i
         _update(net, optimiser, loss, learning_rate(stage, step))
         hits += float(wanted.gather(1, logits.argmax(1, keepdim=True)).gt(0).float().mean())
         losses += loss.item()
-        if (step + 1) % 50 == 0:
-            listen(Report("audio encoder", step + 1, stage.steps, {"loss": losses / 50, "accuracy": hits / 50}))
+        if (step + 1) % config.report_every == 0:
+            means = {"loss": losses / config.report_every, "accuracy": hits / config.report_every}
+            listen(Report("audio encoder", step + 1, stage.steps, means))
             hits = losses = 0.0
     return net.eval()
 
@@ -230,6 +233,9 @@ class Run:
             self.average[name].copy_(value)
         groups = self.optimiser.state_dict()["param_groups"]
         state = {i: part(f"optimiser.{name}.") for i, name in enumerate(self.names)}
+        # The fused optimiser walks weights and moments by their place in memory: lay the moments out alike.
+        for i, parameter in enumerate(self.net.parameters()):
+            state[i] = {k: torch.empty_like(parameter).copy_(v) if v.dim() else v for k, v in state[i].items()}
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         return True
 
@@ -264,7 +270,7 @@ def train_separator(
         run.step += 1
         run.update_average()
         losses.append(loss.item())
-        if run.step % 50 == 0:
+        if run.step % config.report_every == 0:
             rate = len(losses) * stage.batch / (time.monotonic() - began)
             listen(Report("separator", run.step, stage.steps, {"loss": float(np.mean(losses)), "examples/s": rate}))
             losses, began = [], time.monotonic()
@@ -301,32 +307,25 @@ def _half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.half() for k, v in state.items() if v.is_floating_point()}
 
 
-def validation(
-    folder: Path, clips: Sequence[Clip], texts: Texts, audio: MiniAudio
-) -> Callable[[Mini], dict[str, float]]:
-    """A function that scores a separator on some mixtures of the clips that are not trained on."""
-    rows = [row for row in make_mixtures(clips, folder, seed=1, per_label=1) if row.shot_file][:VALIDATION_MIXTURES]
-    cases = []
+def validation(folder: Path, clips: Sequence[Clip], texts: Texts, audio: MiniAudio) -> Validate:
+    """A function that gives a separator's mean SI-SDRi by kind of query, on a mixture of each label of `clips`."""
+    cases: list[tuple[str, Tensor, Audio, Audio]] = []
     with torch.inference_mode():
-        for row in rows:
-            parts = [read_clip(folder / name) for name in (row.source_file, row.noise_file, row.shot_file)]
-            samples = audio.window
-            mixture, target = mix(fit(parts[0], samples), fit(parts[1], samples))
+        for row in make_mixtures(clips, folder, seed=1, per_label=1)[:VALIDATION_MIXTURES]:
+            source, noise = (fit(read_clip(folder / name), audio.window) for name in (row.source_file, row.noise_file))
+            mixture, target = mix(source, noise)
             positive, negative = texts.encoder.embed([row.positive_caption, row.negative_caption])[:, None]
-            shot = audio.embed(torch.from_numpy(parts[2]))[None]
-            conditions = {
-                "both": condition(positive, negative),
-                "positive": condition(positive, None),
-                "shot": condition(shot, None),
-            }
-            cases.append((mixture, target, conditions))
+            cases.append(("both", condition(positive, negative), mixture, target))
+            cases.append(("positive", condition(positive, None), mixture, target))
+            if row.shot_file:
+                shot = audio.embed(torch.from_numpy(read_clip(folder / row.shot_file)))[None]
+                cases.append(("shot", condition(shot, None), mixture, target))
 
     def validate(net: Mini) -> dict[str, float]:
-        names = ("both", "positive", "shot")
-        return {
-            name: float(np.mean([score(net, wanted[name], mixture, target)[1] for mixture, target, wanted in cases]))
-            for name in names
-        }
+        gains: dict[str, list[float]] = {}
+        for kind, wanted, mixture, target in cases:
+            gains.setdefault(kind, []).append(score(net, wanted, mixture, target)[1])
+        return {kind: float(np.mean(values)) for kind, values in gains.items()}
 
     return validate
 
@@ -353,7 +352,8 @@ def train(
     texts = Texts(encoder, clips, read_paraphrases(paraphrases) if paraphrases else {})
     audio, views = audio_encoder(out, pool, texts, config, among, listen)
     held_out = [clip for clip in clips if clip.split != "train"]
-    validate = validation(manifest.parent, held_out, texts, audio) if held_out else lambda net: {}
+    labels = len({clip.label for clip in held_out})
+    validate = validation(manifest.parent, held_out, texts, audio) if labels > 1 else lambda net: {}
 
     run = Run(config, out)
     run.resume()

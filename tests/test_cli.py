@@ -5,19 +5,50 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pytest
 import soundfile
 
 import clapsep_cli
+from clapsep_cli.cli import main
 
 ROOT = Path(__file__).parents[1]
 
 
-def clapsep(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Clapsep(Protocol):
+    def __call__(self, *arguments: str | Path, cwd: Path) -> Done: ...
+
+
+@pytest.fixture
+def clapsep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Clapsep:
+    """The command, run in this process: importing torch for every call would take most of the time."""
+
+    def run(*arguments: str | Path, cwd: Path) -> Done:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["clapsep", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+def process(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "clapsep_cli", *map(str, arguments)],
         cwd=cwd,
@@ -42,10 +73,8 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_help_and_version(tmp_path: Path) -> None:
-    began = time.perf_counter()
+def test_help_and_version(clapsep: Clapsep, tmp_path: Path) -> None:
     shown = clapsep("--help", cwd=tmp_path)
-    assert time.perf_counter() - began < 10  # the bar is 0.3 s, see `make bench`; this only catches the absurd
     assert shown.returncode == 0
     for command in ("extract", "train", "evaluate"):
         assert command in shown.stdout
@@ -53,7 +82,7 @@ def test_help_and_version(tmp_path: Path) -> None:
 
 
 def test_extract_writes_target_and_residual_and_says_so(mix: Path, tiny_folder: Path) -> None:
-    done = clapsep("extract", mix.name, "--pos", "dog barking", "--neg", "rain", "--model", tiny_folder, cwd=mix.parent)
+    done = process("extract", mix.name, "--pos", "dog barking", "--neg", "rain", "--model", tiny_folder, cwd=mix.parent)
     assert (done.returncode, done.stderr) == (0, "")
     parts = {part: mix.with_name(f"{mix.stem}.{part}.wav") for part in ("target", "residual")}
     for path in parts.values():
@@ -63,7 +92,7 @@ def test_extract_writes_target_and_residual_and_says_so(mix: Path, tiny_folder: 
     assert sorted(mix.parent.iterdir()) == sorted([mix, *parts.values()])
 
 
-def test_quiet_prints_nothing_and_out_is_made(mix: Path, tiny_folder: Path) -> None:
+def test_quiet_prints_nothing_and_out_is_made(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     arguments = ["extract", mix, "--neg", "rain", "--model", tiny_folder, "-o", "new/folder", "-q"]
     done = clapsep(*arguments, cwd=mix.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -74,14 +103,17 @@ def test_quiet_prints_nothing_and_out_is_made(mix: Path, tiny_folder: Path) -> N
     assert clapsep(*arguments, "--overwrite", cwd=mix.parent).returncode == 0
 
 
-def test_audio_queries_from_files_and_folders(mix: Path, tiny_folder: Path) -> None:
+def test_audio_queries_from_files_and_folders(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     shots = mix.parent / "shots"
     shots.mkdir()
     for name in ("a.wav", "b.flac"):
         soundfile.write(shots / name, 0.1 * np.random.default_rng(1).standard_normal(3000), 8000)
     (shots / "notes.txt").write_text("not a recording")
     common = [mix, "--model", tiny_folder, "--overwrite"]
-    assert clapsep("extract", *common, "--query-audio", shots, "--neg-audio", shots / "a.wav", cwd=mix.parent).returncode == 0
+    assert (
+        clapsep("extract", *common, "--query-audio", shots, "--neg-audio", shots / "a.wav", cwd=mix.parent).returncode
+        == 0
+    )
     empty = mix.parent / "empty"
     empty.mkdir()
     failed = clapsep("extract", *common, "--query-audio", empty, cwd=mix.parent)
@@ -109,14 +141,14 @@ def test_audio_queries_from_files_and_folders(mix: Path, tiny_folder: Path) -> N
     ],
 )
 def test_mistakes_get_one_clear_line(
-    mix: Path, tiny_folder: Path, arguments: list[str], code: int, message: str
+    clapsep: Clapsep, mix: Path, tiny_folder: Path, arguments: list[str], code: int, message: str
 ) -> None:
     folder = mix.parent
     mix.rename(folder / "mix.wav")
     (folder / "text.wav").write_text("I am not audio")
     before = sorted(folder.rglob("*"))
     model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
-    done = clapsep("extract", *arguments, *model, cwd=folder)
+    done = clapsep("extract", *model, *arguments, cwd=folder)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -126,7 +158,7 @@ def test_mistakes_get_one_clear_line(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_one_bad_file_does_not_stop_the_rest(mix: Path, tiny_folder: Path) -> None:
+def test_one_bad_file_does_not_stop_the_rest(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     bad = mix.parent / "bad.wav"
     bad.write_bytes(b"RIFF")
     done = clapsep("extract", bad, mix, "--pos", "dog", "--model", tiny_folder, cwd=mix.parent)
@@ -146,6 +178,8 @@ def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
     empty = tmp_path / "empty"
     empty.mkdir()
-    done = clapsep("extract", mix, "--pos", "a dog barking", "-o", ".", cwd=empty, PYTHONPATH=str(installed), HOME=str(empty))
+    done = process(
+        "extract", mix, "--pos", "a dog barking", "-o", ".", cwd=empty, PYTHONPATH=str(installed), HOME=str(empty)
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list(empty.iterdir())) == 2

@@ -229,11 +229,9 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_behind(tmp_path: Pat
     bad = noise(5000)
     bad[4000] = np.inf
     soundfile.write(broken, bad, 8000, subtype="FLOAT")
-    before = sorted(tmp_path.iterdir())
     with pytest.raises(AudioError, match="sample 4000"):
         extract(broken, WANTED, model, tmp_path / "new")
-    assert sorted(tmp_path.iterdir()) == [*before[:4], tmp_path / "new"] or sorted(tmp_path.iterdir()) == before
-    assert not any((tmp_path / "new").glob("*"))
+    assert not any((tmp_path / "new").iterdir())
 
 
 def test_models_that_are_none(tmp_path: Path, tiny_folder: Path) -> None:

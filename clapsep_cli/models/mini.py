@@ -217,6 +217,7 @@ class MiniAudio(base.AudioEncoder):
         h = F.relu(self.mix(x.permute(0, 2, 1, 3).flatten(2)))
         return F.normalize(self.out(torch.cat([h.mean(1), h.amax(1)], 1)).float(), dim=-1)
 
+    @torch.no_grad()
     def embed(self, audio: Tensor) -> Tensor:
         """A recording over `window` samples is covered by as few windows as that takes; their embeddings average."""
         count = -(-len(audio) // self.window)

@@ -1,0 +1,80 @@
+"""Speed, as ratios measured in one run: `make bench`. Figures are medians; state the machine's load with them."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import soundfile
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from clapsep_cli import Query, embed_query, extract, load_model
+from clapsep_cli.models.base import condition
+from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
+
+RUNS = 5
+
+
+def median(work: Callable[[], object], runs: int = RUNS) -> float:
+    """Median wall time of `work` in seconds, after one run that is not counted."""
+    times = []
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def row(name: str, value: str) -> None:
+    print(f"{name:<58} {value}", flush=True)
+
+
+def bench_start() -> None:
+    bare = median(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
+    helped = median(lambda: subprocess.run([sys.executable, "-m", "clapsep_cli", "--help"], check=True, capture_output=True))
+    row("clapsep --help", f"{helped:.3f} s ({helped / bare:.1f} × bare Python)")
+
+
+def bench_mini(folder: Path) -> None:
+    model, rate, seconds = load_model("mini", "cpu"), 48_000, 120
+    path = folder / "mix.wav"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((seconds * rate, 2)), rate)
+    wanted = embed_query(model, Query("dog barking", "rain"))
+    spent = median(lambda: extract(path, wanted, model, overwrite=True), 3)
+    row(f"mini, {seconds} s of stereo at 48 kHz, file to files", f"{spent:.2f} s ({seconds / spent:.0f} × real time)")
+
+
+@torch.inference_mode()
+def bench_clapsep() -> None:
+    a = torch.randn(2048, 2048)
+    rate = 2 * 2048**3 / median(lambda: a @ a, 20) / 1e9  # GFLOP/s
+    row("matrix product, float32", f"{rate:.0f} GFLOP/s")
+    torch.manual_seed(0)
+    net = CLAPSep(CLAPSepConfig()).eval()
+    mixture, wanted = 0.1 * torch.randn(1, net.window), condition(torch.randn(1, 512), torch.randn(1, 512))
+    with FlopCounterMode(display=False) as products:
+        features = net.encode(mixture)
+        net.mask(features, wanted)
+    gflop = products.get_total_flops() / 1e9
+    encode, mask = median(lambda: net.encode(mixture)), median(lambda: net.mask(features, wanted))
+    share = (encode + mask) / (gflop / rate)
+    row("CLAPSep (random weights), one window of 10 s, float32", f"{encode:.2f} s to encode + {mask:.2f} s to mask")
+    row("", f"{share:.1f} × the time of its {gflop:.0f} GFLOP of products at that rate")
+
+
+if __name__ == "__main__":
+    row("load average, threads", f"{os.getloadavg()[0]:.2f}, {torch.get_num_threads()}")
+    bench_start()
+    with tempfile.TemporaryDirectory() as name:
+        bench_mini(Path(name))
+    bench_clapsep()

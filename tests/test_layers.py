@@ -1,0 +1,63 @@
+"""The house rules that no linter knows: who may import whom, who prints, who may touch a pickle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
+
+LAYERS = [  # from the ground up; a module imports only from lines above its own
+    {"errors", "metrics", "dsp"},
+    {"query", "registry", "windows", "masking", "augment"},
+    {"models.base"},
+    {"models.htsat", "models.mini"},
+    {"models.clapsep"},
+    {"models.clap"},
+    {"convert", "checkpoint", "audio"},
+    {"data", "pipeline"},
+    {"evaluate", "conditions"},
+    {"train"},
+    {"cli"},
+    {"__main__"},
+]
+UNLAYERED = {"__init__", "models.__init__"}  # the first only names the public interface, lazily
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+MAX_LINES = 400
+
+
+def imports(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_place() -> None:
+    assert set(MODULES) - UNLAYERED == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", sorted(LEVEL))
+def test_nothing_imports_upward(name: str) -> None:
+    used = {used.removeprefix("clapsep_cli.") for used in imports(ast.parse(MODULES[name].read_text()))}
+    higher = sorted(u for u in used & set(LEVEL) if LEVEL[u] >= LEVEL[name])
+    assert not higher, f"{name} imports {higher}, which do not lie below it"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_cli_prints_and_only_convert_unpickles(name: str) -> None:
+    source = MODULES[name].read_text()
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+    if name != "cli":
+        assert not called & {"print", "typer.echo", "sys.stdout.write", "sys.stderr.write"}
+    if name != "convert":
+        assert not called & {"torch.load", "pickle.load", "pickle.loads", "np.load", "torch.save"}
+    if name != "registry":
+        assert "family ==" not in source
+    assert source.count("\n") <= MAX_LINES

@@ -1,0 +1,85 @@
+"""The mini family keeps the contract, and its bundled text encoder understands words nobody trained on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import TINY_MINI
+
+from clapsep_cli import load_model
+from clapsep_cli.checkpoint import Model
+from clapsep_cli.models.base import condition
+from clapsep_cli.models.mini import Mini, band_matrix
+from clapsep_cli.registry import weights_folder
+
+LABELS = {
+    "dog barking": ["puppy", "a hound", "dogs", "DOG!", "the sound of a dog's bark"],
+    "rain falling": ["downpour", "heavy rain on a roof", "a rainstorm"],
+    "keyboard typing": ["typing on a computer", "keystrokes"],
+    "a helicopter": ["chopper", "a hovering chopper"],
+    "a rooster crowing": ["cockerel"],
+    "a person speaking": ["someone talks", "speech"],
+    "a violin": ["violinist", "a fiddle playing a violin tune"],
+}
+
+
+@pytest.mark.parametrize(("wanted", "said"), [(label, text) for label, texts in LABELS.items() for text in texts])
+def test_words_from_outside_the_manifest_find_their_label(wanted: str, said: str, tiny: Model) -> None:
+    similarity = tiny.text.embed(list(LABELS)) @ tiny.text.embed([said])[0]
+    assert list(LABELS)[int(similarity.argmax())] == wanted
+
+
+def test_embeddings_have_length_1_and_depend_on_their_own_text_alone(tiny: Model) -> None:
+    together = tiny.text.embed(["dog barking", "rain"])
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(together[1:], tiny.text.embed(["rain"]))
+    for samples in (1, 700, 32_000, 700_001):
+        embedded = tiny.audio.embed(torch.randn(samples, generator=torch.Generator().manual_seed(0)))
+        assert embedded.shape == (TINY_MINI.dim,)
+        assert embedded.norm() == pytest.approx(1, abs=1e-5)
+
+
+def test_all_of_a_long_shot_counts(tiny: Model) -> None:
+    audio = torch.randn(800_000, generator=torch.Generator().manual_seed(0))
+    changed = audio.clone()
+    changed[-1000:] *= 10
+    assert not torch.equal(tiny.audio.embed(audio), tiny.audio.embed(changed))
+
+
+def test_bands_share_out_every_bin() -> None:
+    matrix = band_matrix(128, 48)
+    torch.testing.assert_close(matrix.sum(0), torch.ones(513))
+    assert (matrix >= 0).all()
+    assert (matrix.sum(1) > 0).all()
+    torch.testing.assert_close(matrix[:47, :47], torch.eye(47))
+
+
+def test_masks_lie_between_0_and_1_whatever_the_batch() -> None:
+    torch.manual_seed(0)
+    net = Mini(TINY_MINI).eval()
+    mixtures, wanted = 0.1 * torch.randn(2, net.window), condition(torch.randn(2, TINY_MINI.dim), None)
+    with torch.no_grad():
+        both = net.mask(net.encode(mixtures), wanted)
+        alone = net.mask(net.encode(mixtures[1:]), wanted[1:])
+        shared = net.mask(net.encode(mixtures), wanted[1:])
+    assert both.shape == (2, net.window // 320 + 1, 513)
+    assert both.min() >= 0
+    assert both.max() <= 1
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared[1:], alone, rtol=0, atol=1e-5)
+
+
+def test_condition_has_length_1_and_zeros_for_a_missing_side() -> None:
+    side = torch.tensor([[3.0, 4.0]])
+    torch.testing.assert_close(condition(side, None), torch.tensor([[0.6, 0.8, 0, 0]]))
+    torch.testing.assert_close(condition(None, side), torch.tensor([[0, 0, 0.6, 0.8]]))
+    torch.testing.assert_close(condition(side, side), torch.tensor([[0.6, 0.8, 0.6, 0.8]]) / math.sqrt(2))
+    with pytest.raises(ValueError, match="positive or a negative"):
+        condition(None, None)
+
+
+def test_the_bundled_model_is_small() -> None:
+    assert sum(path.stat().st_size for path in weights_folder().rglob("*")) <= 30_000_000
+    assert load_model("mini", "cpu").family == "mini"
