@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from clapsep_cli import dsp
 from clapsep_cli.augment import disguise, equaliser, seeded
-from clapsep_cli.checkpoint import load_part, read_tensors, save_part
+from clapsep_cli.checkpoint import load_part, read_metadata, read_tensors, save_part
 from clapsep_cli.conditions import Mixing, Queries, Texts
 from clapsep_cli.data import (
     Audio,
@@ -94,16 +94,20 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.lr * min(1.0, (step + 1) / stage.warmup, (stage.steps - step) / max(1.0, stage.decay * stage.steps))
 
 
-def train_audio(pool: Pool, texts: Texts, config: TrainConfig, among: Sequence[int], listen: Listener) -> MiniAudio:
-    """Train an audio encoder to point at the captions of what it hears, on the clips `among`."""
-    torch.manual_seed(config.seed)
-    net = MiniAudio(config.mini).train()
+def train_audio(
+    net: MiniAudio, steps: range, pool: Pool, texts: Texts, config: TrainConfig, among: Sequence[int], listen: Listener
+) -> None:
+    """Train an audio encoder to point at the captions of what it hears, on the clips `among`, for `steps`.
+
+    Where they do not begin at 0, the learning rate rises and falls once more over those that are left.
+    """
+    net.train()
     _channels_last(net)
-    stage = config.audio
+    stage = replace(config.audio, steps=len(steps))
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
     sampler = Sampler(pool, replace(config.draw, label_power=0.5), config.seed + 1, among)
     hits, losses = 0.0, 0.0
-    for step, drawn in enumerate(ahead(lambda s: sampler.pairs(s, stage.batch), range(stage.steps))):
+    for step, drawn in zip(steps, ahead(lambda s: sampler.pairs(s, stage.batch), steps), strict=True):
         clips, others, indices = drawn
         generator = seeded(config.seed, step)
         # A shot is rarely clean: half of them have something else in the background, 5 to 30 dB down.
@@ -116,14 +120,14 @@ def train_audio(pool: Pool, texts: Texts, config: TrainConfig, among: Sequence[i
             embedding = net(power)
         logits = embedding.float() @ texts.table.T / config.temperature
         loss = -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
-        _update(net, optimiser, loss, learning_rate(stage, step))
+        _update(net, optimiser, loss, learning_rate(stage, step - steps.start))
         hits += float(wanted.gather(1, logits.argmax(1, keepdim=True)).gt(0).float().mean())
         losses += loss.item()
         if (step + 1) % config.report_every == 0:
             means = {"loss": losses / config.report_every, "accuracy": hits / config.report_every}
-            listen(Report("audio encoder", step + 1, stage.steps, means))
+            listen(Report("audio encoder", step + 1, steps.stop, means))
             hits = losses = 0.0
-    return net.eval()
+    net.eval()
 
 
 def _channels_last(net: nn.Module) -> None:
@@ -291,15 +295,22 @@ def averaged(run: Run) -> Mini:
 def audio_encoder(
     folder: Path, pool: Pool, texts: Texts, config: TrainConfig, among: Sequence[int], listen: Listener
 ) -> tuple[MiniAudio, dict[int, Tensor]]:
-    """The audio encoder, trained and saved in `folder` unless it is there, and its embeddings of the clips `among`."""
-    if not (folder / "audio.safetensors").exists():
-        net = train_audio(pool, texts, config, among, listen)
-        save_part(folder, "audio", "mini", config.mini, _half(net.state_dict()))
+    """The audio encoder, saved in `folder`, and its embeddings of the clips `among`.
+
+    It is trained, or trained further, unless it has had `config.audio.steps` already.
+    """
+    path, views = folder / "audio.safetensors", folder / "shots.safetensors"
+    had = int(read_metadata(path)["steps"]) if path.exists() else 0
+    if had < config.audio.steps:
+        torch.manual_seed(config.seed)
+        net = load_part(folder, "audio", "mini", config.mini) if had else MiniAudio(config.mini)
+        train_audio(net, range(had, config.audio.steps), pool, texts, config, among, listen)
+        views.unlink(missing_ok=True)
+        save_part(folder, "audio", "mini", config.mini, _half(net.state_dict()), steps=str(config.audio.steps))
     net = load_part(folder, "audio", "mini", config.mini)
-    path = folder / "shots.safetensors"
-    if not path.exists():
-        save_file(dict(zip(map(str, among), shots(net, pool, config, among), strict=True)), path)
-    return net, {int(name): views for name, views in read_tensors(path).items()}
+    if not views.exists():
+        save_file(dict(zip(map(str, among), shots(net, pool, config, among), strict=True)), views)
+    return net, {int(name): embedded for name, embedded in read_tensors(views).items()}
 
 
 def _half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

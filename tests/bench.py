@@ -40,8 +40,10 @@ def row(name: str, value: str) -> None:
 
 
 def bench_start() -> None:
-    bare = median(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
-    helped = median(lambda: subprocess.run([sys.executable, "-m", "clapsep_cli", "--help"], check=True, capture_output=True))
+    def spent(*arguments: str) -> float:
+        return median(lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True))
+
+    bare, helped = spent("-c", "pass"), spent("-m", "clapsep_cli", "--help")
     row("clapsep --help", f"{helped:.3f} s ({helped / bare:.1f} × bare Python)")
 
 

@@ -1,6 +1,6 @@
 """Copies the reference's small golden numbers into tests/golden: `make golden`. Its output is committed.
 
-    python tests/make_golden.py GOLDEN_DIR
+python tests/make_golden.py GOLDEN_DIR
 """
 
 from __future__ import annotations
