@@ -21,7 +21,7 @@ from clapsep_cli.errors import AudioError, OutputError
 from clapsep_cli.masking import MaskedStream
 from clapsep_cli.models.base import condition
 from clapsep_cli.query import Query, Shot
-from clapsep_cli.windows import MaskTrack, Windower
+from clapsep_cli.windows import MaskTrack, Windower, downmix
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
 PEAK = 0.9  # to which a window over full scale is brought before the model hears it (paper IV-A)
@@ -66,14 +66,14 @@ def embed_query(model: Model, query: Query) -> Tensor:
 def _embed_side(model: Model, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
     # Means of unit vectors, not scaled to length 1 again: so were the released weights trained.
     text = model.text.embed(list(texts)).mean(0, keepdim=True) if texts else None
-    files = [file for shot in shots for file in (recordings(shot) if isinstance(shot, Path) else [shot])]
+    files = [file for shot in shots for file in ([shot] if isinstance(shot, tuple) else recordings(Path(shot)))]
     audio = torch.stack([_embed_shot(model, file) for file in files]).mean(0, keepdim=True) if files else None
     if text is None or audio is None:
         return text if audio is None else audio
     return alpha * audio + (1 - alpha) * text
 
 
-def _embed_shot(model: Model, shot: Shot) -> Tensor:
+def _embed_shot(model: Model, shot: Path | tuple[Audio, int]) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, Path):
         name, mono = str(shot), read_mono(shot, rate)
@@ -96,17 +96,17 @@ def stream(
     `wanted` is the condition from `embed_query`. Yields pairs (mixture, target) that join to the whole recording;
     what is held at any time does not grow with its length, and the result does not depend on the blocks.
     """
-    to_model = soxr.ResampleStream(rate, RATE_HZ, 1, "float32", "HQ") if rate != RATE_HZ else None
-    windower, track = Windower(model.separator.window), MaskTrack()
+    to_model = soxr.ResampleStream(rate, RATE_HZ, channels, "float32", "HQ") if rate != RATE_HZ else None
+    windower, track = Windower(model.separator.window, channels), MaskTrack()
     masked = MaskedStream(rate, channels, model.device)
     waiting = np.zeros((channels, 0), np.float32)  # the mixture whose target is still to come
     samples = 0
 
-    def hear(mono: Audio, last: bool) -> None:
-        heard = mono if to_model is None else to_model.resample_chunk(mono, last=last)
+    def hear(block: Audio, last: bool) -> None:
+        heard = block if to_model is None else to_model.resample_chunk(block.T, last=last).reshape(-1, channels).T
         windows = [*windower.push(heard), *(windower.finish() if last else ())]
         for start, window in windows:
-            final = track.add(start, _window_mask(model, window, wanted))
+            final = track.add(start, _window_mask(model, downmix(window), wanted))
             if final is not None:
                 masked.push_mask(final)
 
@@ -114,12 +114,12 @@ def stream(
         samples += block.shape[1]
         waiting = np.concatenate([waiting, block], 1)
         masked.push(torch.from_numpy(block).to(model.device))
-        hear(block.mean(0), last=False)
+        hear(block, last=False)
         target = masked.pull().cpu().numpy()
         if target.shape[1]:
             yield waiting[:, : target.shape[1]], target
             waiting = waiting[:, target.shape[1] :]
-    hear(np.zeros(0, np.float32), last=True)
+    hear(waiting[:, :0], last=True)
     rest = track.finish()
     assert rest is not None, "a recording has at least one window"
     masked.push_mask(rest)

@@ -13,9 +13,8 @@ from clapsep_cli.errors import QueryError
 
 DEFAULT_ALPHA = 0.5
 
-Shot = (
-    Path | tuple[NDArray[np.float32], int]
-)  # a file, or samples [samples] or [channels, samples] and their rate in Hz
+# A recording or a folder of them, or samples ([samples] or [channels, samples]) and their rate in Hz.
+Shot = str | Path | tuple[NDArray[np.float32], int]
 
 
 @dataclass(frozen=True)
@@ -51,5 +50,5 @@ class Query:
         parts = []
         for prefix, texts, shots in sides:
             parts += [f"{prefix}{text!r}" for text in texts]
-            parts += [f"{prefix}like {shot.name if isinstance(shot, Path) else 'a recording'}" for shot in shots]
+            parts += [f"{prefix}like {'a recording' if isinstance(shot, tuple) else Path(shot).name}" for shot in shots]
         return ", ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Protocol
 import numpy as np
 import pytest
 import soundfile
+import typer
 
 import clapsep_cli
-from clapsep_cli.cli import main
+from clapsep_cli.audio import Writer
+from clapsep_cli.cli import app, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,3 +186,26 @@ def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list(empty.iterdir())) == 2
+
+
+def test_an_interrupted_run_leaves_nothing_behind(
+    clapsep: Clapsep, mix: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Writer, audio: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    done = clapsep("extract", mix, "--pos", "dog", "--model", tiny_folder, cwd=mix.parent)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert list(mix.parent.iterdir()) == [mix]
+
+
+def test_readme_and_help_name_the_same_options() -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = vars(typer.main.get_command(app))["commands"]
+    options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}
+    for option in options["extract"] - {p.name for p in commands["extract"].params} - {"--help", "mixtures"}:
+        assert f"`{option}" in readme or f", `{option}" in readme, f"README does not explain {option}"
+    for option in set(re.findall(r"(?<=[\s`])--?[a-z][a-z-]*", readme)):
+        assert option in set().union(*options.values()), f"README speaks of {option}, which no command has"

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli.dsp import HOP
-from clapsep_cli.windows import OVERLAP_FRAMES, MaskTrack, Windower
+from clapsep_cli.windows import OVERLAP_FRAMES, MaskTrack, Windower, downmix
 
 WINDOW = 500 * HOP
 
 
 def cut(samples: int, blocks: list[int]) -> list[tuple[int, np.ndarray]]:
     audio = np.arange(1, samples + 1, dtype=np.float32)
-    windower, windows, at = Windower(WINDOW), [], 0
+    windower, windows, at = Windower(WINDOW, 1), [], 0
     for size in [*blocks, samples]:
-        windows += list(windower.push(audio[at : at + size]))
+        windows += list(windower.push(audio[None, at : at + size]))
         at = min(samples, at + size)
     return windows + list(windower.finish())
 
@@ -35,7 +35,7 @@ def test_windows_cover_the_stream_whatever_its_blocks(samples: int, blocks: list
     assert starts[-1] * HOP + WINDOW >= samples
     for start, window in windows:
         expected = np.arange(start * HOP + 1, start * HOP + WINDOW + 1, dtype=np.float32)
-        np.testing.assert_array_equal(window, np.where(expected <= samples, expected, 0))
+        np.testing.assert_array_equal(window[0], np.where(expected <= samples, expected, 0))
     for left, right in pairwise(starts):
         assert left * HOP + WINDOW - right * HOP >= OVERLAP_FRAMES * HOP
     if len(starts) > 1:  # the last window ends with the stream, to within a frame
@@ -77,3 +77,12 @@ def test_masks_that_differ_cross_fade_slowly() -> None:
     steps = joined.diff()
     assert steps.min() >= 0
     assert steps.max() < 1.5 / OVERLAP_FRAMES
+
+
+def test_downmix_is_the_mean_unless_the_channels_cancel() -> None:
+    left, right = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
+    np.testing.assert_array_equal(downmix(left[None]), left)
+    np.testing.assert_allclose(downmix(np.stack([left, right])), (left + right) / 2, rtol=1e-5)
+    np.testing.assert_allclose(downmix(np.stack([left, np.zeros_like(left)])), left / 2)
+    np.testing.assert_array_equal(downmix(np.stack([-0.9 * left, left])), left)
+    assert not downmix(np.zeros((2, 10), np.float32)).any()
