@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
-from clapsep_cli.registry import DEFAULT_MODEL, FAMILIES, MODELS, weights_folder
+from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, weights_folder
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -76,15 +76,15 @@ def _tokenizer(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error})") from error
 
 
-def load_model(model: str | Path = DEFAULT_MODEL, device: str = "auto") -> Model:
+def load_model(model: str | Path = BUNDLED, device: str = "auto") -> Model:
     """Load a model by name or from a folder (a string with a separator, or a `Path`, is a folder).
 
     `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises `ModelError` where there is no such model,
     `CheckpointError` where its files are not right, `DeviceError` where the device is not there.
     """
     chosen = choose_device(device)
-    if isinstance(model, str) and model in MODELS:
-        return Model(model, weights_folder() / MODELS[model].folder, chosen)
+    if isinstance(model, str) and model in MODELS and not MODELS[model].remotes:
+        return Model(model, weights_folder() / model, chosen)
     folder = Path(model)
     if folder.is_dir():
         return Model(folder.resolve().name, folder, chosen)

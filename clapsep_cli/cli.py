@@ -178,7 +178,7 @@ def train(
     """Train a small model like the bundled one. Stopped, it goes on where it was when called again."""
     from dataclasses import replace
 
-    from clapsep_cli.registry import DEFAULT_MODEL, MODELS, weights_folder
+    from clapsep_cli.registry import BUNDLED, weights_folder
     from clapsep_cli.train import TrainConfig
     from clapsep_cli.train import train as train_model
 
@@ -187,7 +187,7 @@ def train(
         config = replace(config, separator=replace(config.separator, steps=steps))
     if audio_steps:
         config = replace(config, audio=replace(config.audio, steps=audio_steps))
-    encoder = text or weights_folder() / MODELS[DEFAULT_MODEL].folder
+    encoder = text or weights_folder() / BUNDLED
     train_model(manifest, out, encoder, paraphrases, config, _ignore if quiet else _print_report)
     if not quiet:
         typer.echo(f'done: clapsep extract --model {out} MIX --pos "…"')

@@ -33,30 +33,72 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
+class Remote:
+    """A file on the Hub, pinned: `revision` is a commit, `size` in bytes.
+
+    Where `disputed`, reports of the hash disagree: then the hash that the Hub itself states for the pinned revision
+    decides, and what was accepted is recorded.
+    """
+
+    repo: str
+    repo_type: str  # "model" or "space"
+    revision: str
+    path: str
+    size: int
+    sha256: str
+    disputed: bool = False
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A model that can be named. `folder`: below the weights that come with the package."""
+    """A model that can be named. It is bundled (`remotes` is empty), or made from the files `remotes` by `convert`."""
 
     name: str
     family: str
-    folder: str
     licence: str
     about: str
+    remotes: tuple[Remote, ...] = ()
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(remote.size for remote in self.remotes)
 
 
-MODELS = {
-    entry.name: entry
-    for entry in [
-        Entry(
-            "mini",
-            "mini",
-            "mini",
-            "MIT",
-            "bundled; small and fast, for the sounds it was trained on (weights/README.md)",
+_ENTRIES = [
+    Entry(
+        name="mini",
+        family="mini",
+        licence="MIT",
+        about="bundled; small and fast, for the sounds it was trained on (weights/README.md)",
+    ),
+    Entry(
+        name="clapsep",
+        family="clapsep",
+        licence="LAION-CLAP CC0; the separator's weights state none (its code: MIT)",
+        about="the released CLAPSep with LAION-CLAP's HTSAT-base and RoBERTa (arXiv 2402.17455)",
+        remotes=(
+            Remote(
+                repo="lukewys/laion_clap",
+                repo_type="model",
+                revision="b3708341862f581175dba5c356a4ebf74a9b6651",
+                path="music_audioset_epoch_15_esc_90.14.pt",
+                size=2_352_471_003,
+                sha256="fae3e9c087f2909c28a09dc31c8dfcdacbc42ba44c70e972b58c1bd1caf6dedd",
+            ),
+            Remote(
+                repo="AisakaMikoto/CLAPSep",
+                repo_type="space",
+                revision="e3c73653fa9aadcddbcc3b5e967182a573589e81",
+                path="model/best_model.ckpt",
+                size=177_818_986,
+                sha256="6fcc8dbcd7174af86266cf16b4105eced0802352762f81dbfefdce29af3dba04",
+                disputed=True,
+            ),
         ),
-    ]
-}
-
-DEFAULT_MODEL = "mini"
+    ),
+]
+MODELS = {entry.name: entry for entry in _ENTRIES}
+BUNDLED = "mini"
 
 
 def weights_folder() -> Path:
