@@ -1,4 +1,4 @@
-"""From the tensors of the released checkpoints to the state dicts of our networks.
+"""From the released checkpoints to the parts of our models. The only place that reads a pickle, and it runs none.
 
 Every tensor is accounted for: what a network needs must be there, in the right shape, and what nothing needs must be
 known to be superfluous. LoRA is merged into the separator's encoder on the way.
@@ -6,16 +6,25 @@ known to be superfluous. LoRA is merged into the separator's encoder on the way.
 
 from __future__ import annotations
 
+import _codecs
+import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from clapsep_cli.checkpoint import read_tensors, save_part
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
 
+NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
 LORA_RANK = 16
 LORA_SCALE = 1 / LORA_RANK  # alpha is 1
 
@@ -102,6 +111,63 @@ class _Source:
         ]
         if problems:
             raise CheckpointError(f"the {self.what} checkpoint does not fit the network; {'; '.join(problems)}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch checkpoint by name, bare or nested under `state_dict` or `model`, mapped from the file.
+
+    Only tensors, containers, numbers and the few constructors of NumPy scalars are allowed; a pickle that asks for
+    anything else is refused before it is run. Raises `CheckpointError`.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    scalars: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed = [*scalars, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)), _codecs.encode]
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles: they are read or refused, which is what matters
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+        more = f" (it asks for {asked[1]})" if asked else ""
+        raise CheckpointError(f"{path}: holds more than weights{more}; refused, and nothing of it was run") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    for nesting in NESTINGS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(nesting), Mapping):
+            loaded = loaded[nesting]
+    tensors = dict(loaded) if isinstance(loaded, Mapping) else {}
+    if not tensors or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in tensors.items()):
+        raise CheckpointError(f"{path}: holds no tensors by name, neither bare nor under {' or '.join(NESTINGS)}")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig | None = None, **notes: str) -> None:
+    """Write the parts of a CLAPSep model to `folder` from its two released `files`, in any order.
+
+    `notes` go into the metadata of every part. What was written is read back and compared. Raises `CheckpointError`.
+    """
+    config = config or CLAPSepConfig()
+    clap: dict[str, Tensor] | None = None
+    tuned: dict[str, Tensor] | None = None
+    for file in files:
+        tensors = read_checkpoint(file)
+        if any(name.startswith("text_branch.") for name in tensors):
+            clap = tensors
+        elif any(name.startswith("decoder_model.") for name in tensors):
+            tuned = tensors
+        else:
+            raise CheckpointError(f"{file}: is neither LAION-CLAP's checkpoint nor CLAPSep's")
+    if clap is None or tuned is None:
+        lacking = "LAION-CLAP's music_audioset_epoch_15_esc_90.14.pt" if clap is None else "CLAPSep's best_model.ckpt"
+        raise CheckpointError(f"a CLAPSep model takes two checkpoints, and {lacking} is not among the files given")
+    for part, tensors in convert(clap, tuned, config).items():
+        save_part(folder, part, "clapsep", config, tensors, **notes)
+        written = read_tensors(folder / f"{part}.safetensors")
+        wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
+        if wrong:
+            damage = f"is not what was written ({_first(wrong)}); is the disk sound?"
+            raise CheckpointError(f"{folder / part}.safetensors: {damage}")
 
 
 def convert(

@@ -93,7 +93,7 @@ def checkpoints(config: CLAPSepConfig | None = None, seed: int = 0) -> tuple[dic
 def _stand_in(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     unread = ("attn_mask", "relative_position_index", "num_batches_tracked", "tscam_conv.weight")
     if name.endswith(unread) or ".stft.conv_" in name or not shape:
-        return torch.empty(shape)
+        return torch.zeros(shape)
     if name.endswith("melW"):
         return mel_filters(RATE_HZ, shape[1], *MEL_BAND_HZ)
     return torch.from_numpy(fill(name, shape, seed))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fill import checkpoints, golden, noise, released_shapes, signal
 from released import released_parts
+from tiny_clapsep import TINY, WORDS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -30,28 +31,6 @@ from clapsep_cli.models.htsat import BinNorm
 
 Parts = dict[str, dict[str, Tensor]]
 Module = TypeVar("Module", bound=nn.Module)
-
-WORDS = ["<s>", "<pad>", "</s>", "a", "dog", "barking", "rain", "on", "roof"]
-TINY = CLAPSepConfig(
-    window=40_320,
-    dim=12,
-    mels=32,
-    image=64,
-    width=8,
-    depths=(2, 3),
-    heads=(2, 4),
-    mask_width=16,
-    mask_layers=2,
-    mask_heads=2,
-    mask_feed_forward=24,
-    vocabulary=len(WORDS),
-    text_tokens=6,
-    text_positions=8,
-    text_width=16,
-    text_layers=2,
-    text_heads=4,
-    text_feed_forward=20,
-)
 
 
 @pytest.fixture(autouse=True)
