@@ -27,6 +27,10 @@ class ModelError(ClapsepError):
     """A model is unknown or its files are not there."""
 
 
+class DownloadError(ModelError):
+    """A model's file cannot be downloaded, or is not the one that was pinned."""
+
+
 class CheckpointError(ModelError):
     """A model's files are there, but are not what they should be."""
 

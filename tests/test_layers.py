@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"errors", "metrics", "dsp"},
     {"query", "registry", "windows", "masking", "augment"},
-    {"models.base"},
-    {"models.htsat", "models.mini"},
+    {"models.base", "hub_client"},
+    {"models.htsat", "models.mini", "hub"},
     {"models.clapsep"},
     {"models.clap"},
     {"checkpoint", "audio"},

@@ -1,0 +1,257 @@
+"""Downloads: one pinned file of the Hub at a time, believed only after its size and SHA-256 were checked.
+
+The Hub's own client does the transfer and keeps its cache, so HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and its tokens work
+as everywhere. What was accepted, and on whose word, is recorded as JSON in `home()/accepted`; a file that fails is
+taken out of the cache, into `home()/quarantine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clapsep_cli import hub_client
+from clapsep_cli.errors import DownloadError
+from clapsep_cli.hub_client import Progress
+from clapsep_cli.registry import Remote
+
+Say = Callable[[str], None]  # is told, in a line, why it takes longer
+
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that was checked: where it lies in the Hub's cache, `size` in bytes, `sha256` in hex.
+
+    `downloaded` tells that `fetch` itself put it there; otherwise its content was in the cache before.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    downloaded: bool = False
+
+
+def home() -> Path:
+    """Where clapsep keeps converted models and records: CLAPSEP_HOME, or a folder in the platform's user cache."""
+    own = os.environ.get("CLAPSEP_HOME")
+    if own:
+        return Path(own).expanduser().absolute()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "clapsep"
+
+
+@contextmanager
+def lock(name: str, say: Say | None = None) -> Iterator[None]:
+    """Hold the lock `name` among all processes that share `home()`; wait for it if need be, and `say` so first.
+
+    It is free again when its holder dies. Not re-entrant. Raises `DownloadError` if `home()` cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = home() / "locks" / f"{name}.lock"
+    held = FileLock(path)
+    with _writing_home():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            if say:
+                say(f"waiting for another clapsep, which is at work on {name}")
+            held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def fetch(remote: Remote, progress: Progress | None = None, say: Say | None = None) -> Fetched:
+    """The pinned file, checked; downloaded if it is not in the Hub's cache.
+
+    What was checked once is hashed again only after its size or time has changed, and then needs no network. Processes
+    that want the same file wait for each other. Raises `DownloadError`: one line with what is wrong and what to do.
+    """
+    known = _believed(remote)
+    if known:
+        return known
+    with lock(_key(remote), say):
+        # While this process waited, another one may have checked it.
+        return _believed(remote) or _checked(remote, hub_client.cached(remote), progress)
+
+
+def verify(remote: Remote) -> Fetched:
+    """Hash the file in the Hub's cache again, whatever is recorded. Raises `DownloadError`, also if it is not there."""
+    with lock(_key(remote)):
+        path = hub_client.cached(remote)
+        if path is None:
+            raise DownloadError(
+                f"{hub_client.where(remote)} is not downloaded: download it, {hub_client.way_out(remote)}"
+            )
+        return _checked(remote, path)
+
+
+def discard(fetched: Fetched) -> None:
+    """Delete a file that `fetch` downloaded, as far as the cache can be written; one that was there before stays."""
+    if fetched.downloaded:
+        with suppress(OSError):
+            for path in _chain(fetched.path):
+                path.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file in hex, read in blocks. Raises `DownloadError` if it cannot be read."""
+    sha256 = hashlib.sha256()
+    with _reading(path), path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DownloadError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _writing_home() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write to {home()} ({error.strerror or error}): set CLAPSEP_HOME to a folder that can be written"
+        ) from error
+
+
+def _key(remote: Remote) -> str:
+    return "--".join((remote.repo_type, remote.repo, remote.path, remote.revision[:12])).replace("/", "--")
+
+
+def _recorded_in(remote: Remote) -> Path:
+    return home() / "accepted" / f"{_key(remote)}.json"
+
+
+def _record(remote: Remote) -> dict[str, Any] | None:
+    """What was accepted for the remote, if anything was. What is not a record of it counts as none."""
+    try:
+        record: dict[str, Any] = json.loads(_recorded_in(remote).read_text(encoding="utf-8"))
+        whole = all(isinstance(record[key], str) for key in ("sha256", "source", "file"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    decided = {"sha256"} if remote.disputed else set()
+    same = all(record.get(key) == value for key, value in asdict(remote).items() if key not in decided)
+    return record if whole and same else None
+
+
+def _believed(remote: Remote) -> Fetched | None:
+    """The file, if it was checked before and is as it was then."""
+    record = _record(remote)
+    if record is None:
+        return None
+    path = Path(record["file"])
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    if (now.st_size, now.st_mtime_ns) != (remote.size, record.get("mtime_ns")):
+        return None
+    return Fetched(path, remote.size, record["sha256"], bool(record.get("downloaded")))
+
+
+def _authority(remote: Remote, record: dict[str, Any] | None, stated: str | None) -> tuple[str, str]:
+    """The SHA-256 that decides, and whose word it is; `stated` is the Hub's, where it was asked.
+
+    Of a disputed file, what was accepted once stays what is accepted.
+    """
+    sha256, source = remote.sha256, "pinned by clapsep"
+    if remote.disputed and record:
+        sha256, source = record["sha256"], record["source"]
+    elif remote.disputed and stated:
+        sha256, source = stated, f"stated by {hub_client.endpoint()} for the pinned revision"
+    elif remote.disputed:
+        raise DownloadError(
+            f"{hub_client.where(remote)} cannot be checked, as no SHA-256 is stated for it: "
+            f"set HF_ENDPOINT to the Hub itself, {hub_client.way_out(remote)}"
+        )
+    if stated and stated != sha256:
+        raise hub_client.changed(remote, f"SHA-256 {sha256} ({source})", stated)
+    return sha256, source
+
+
+def _checked(remote: Remote, path: Path | None, progress: Progress | None = None) -> Fetched:
+    """Compare the file, downloaded if `path` is None, with what decides; record it, or put it away and raise."""
+    record = _record(remote)
+    stated = hub_client.ask(remote) if path is None or (remote.disputed and record is None) else None
+    sha256, source = _authority(remote, record, stated)
+    downloaded = bool(record and record.get("downloaded"))
+    if path is None:
+        path, downloaded = hub_client.download(remote, progress)
+    with _reading(path):
+        before = path.stat()  # of before hashing: what is written meanwhile must not pass as checked
+    came = digest(path) if before.st_size == remote.size else None
+    accepted = _recorded_in(remote)
+    if came != sha256:
+        with _writing_home():
+            accepted.unlink(missing_ok=True)
+        became = _quarantine(remote, path)
+        raise DownloadError(
+            f"{hub_client.where(remote)} is damaged: expected {remote.size} bytes with SHA-256 {sha256} ({source}), "
+            f"got {before.st_size} bytes{f' with {came}' if came else ''}; {became}: "
+            f"run the command again to download it anew, {hub_client.way_out(remote)}"
+        )
+    checked = {
+        "sha256": sha256,
+        "source": source,
+        "pinned_sha256": remote.sha256,
+        "file": str(path),
+        "mtime_ns": before.st_mtime_ns,
+        "downloaded": downloaded,
+    }
+    with _writing_home():
+        accepted.parent.mkdir(parents=True, exist_ok=True)
+        partial = accepted.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(remote) | checked, indent=1) + "\n", encoding="utf-8")
+        partial.replace(accepted)
+    return Fetched(path, remote.size, sha256, downloaded)
+
+
+def _chain(path: Path) -> list[Path]:
+    """A file of the cache with the links that lead to it, the file last."""
+    chain = [path]
+    while chain[-1].is_symlink():
+        chain.append(chain[-1].parent / chain[-1].readlink())
+    return chain
+
+
+def _quarantine(remote: Remote, path: Path) -> str:
+    """Take a file out of the Hub's cache; what became of it, in words. The latest one of a remote is kept."""
+    *links, file = _chain(path)
+    kept = home() / "quarantine" / _key(remote)
+    try:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(kept)
+            became = f"it was moved to {kept}"
+        except OSError:  # no right to, or another disk, where a copy might fill it
+            file.unlink()
+            became = "it was deleted"
+        for link in links:
+            link.unlink(missing_ok=True)
+    except OSError as error:
+        return f"it could not be removed ({error.strerror}), so delete {file} yourself"
+    return became

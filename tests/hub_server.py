@@ -1,0 +1,211 @@
+"""A Hub on 127.0.0.1 for HF_ENDPOINT: the real client downloads from it, and it can fail in the ways that Hubs do.
+
+with HubServer() as hub:
+    hub.add_file("owner/name", "model", revision, "folder/file.bin", data)
+    hub.faults = Faults(flip=True)
+    ...  # HF_ENDPOINT=hub.url
+    assert hub.gets()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote
+
+RESOLVE = re.compile(r"/(?P<type>spaces/|datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+PREFIXES = {"model": "", "space": "spaces/", "dataset": "datasets/"}
+BLOCK = 16 * 1024
+
+
+@dataclass
+class Faults:
+    """What goes wrong, until another one is assigned to `HubServer.faults`. Sizes in bytes of the body, times in s."""
+
+    status: int | None = None  # the answer to every request
+    error_code: str | None = None  # of that answer: RepoNotFound, RevisionNotFound, EntryNotFound, GatedRepo
+    busy: int = 0  # so many requests are answered 503 first
+    busy_gets: int = 0  # likewise, but only those for a body
+    cut_after: int | None = None  # a body breaks off there, with its full length announced
+    cuts: int = 1_000_000  # so many bodies break off
+    reset: bool = False  # a body that breaks off does so with a TCP reset, not with an orderly end
+    short_by: int = 0  # a body is shorter by this, and so is its announced length
+    flip: bool = False  # one byte in the middle of a body is another one
+    commit: str | None = None  # what X-Repo-Commit says instead of the revision; "" leaves it out
+    stated: str | None = None  # what the metadata say instead of the SHA-256
+    slow: float = 0.0  # seconds before a body
+    silent: float = 0.0  # seconds before any answer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it came; `range` is the header, "" without one."""
+
+    method: str
+    path: str
+    range: str
+
+
+@dataclass(frozen=True)
+class _File:
+    data: bytes
+    sha256: str
+    lfs: bool
+
+
+class HubServer:
+    """The server. With `redirect`, bodies come from another host, as on the Hub.
+
+    `requests` lists what it was asked for files, and `asides` the paths of all other requests, which get a 404 and meet
+    no faults: the client reports itself once per process.
+    """
+
+    def __init__(self, redirect: bool = False) -> None:
+        self.faults = Faults()
+        self.redirect = redirect
+        self.requests: list[Request] = []
+        self.asides: list[str] = []
+        self._files: dict[tuple[str, str, str, str], _File] = {}
+        self._lock = threading.Lock()
+        self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_port}"
+
+    def add_file(self, repo: str, repo_type: str, revision: str, path: str, data: bytes, lfs: bool = True) -> str:
+        """Serve `data`; its SHA-256. Without `lfs`, the metadata state a Git hash instead of it."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._files[PREFIXES[repo_type], repo, revision, path] = _File(data, sha256, lfs)
+        return sha256
+
+    def gets(self) -> list[Request]:
+        """The requests for a file's body."""
+        return [request for request in self.requests if request.method == "GET"]
+
+    def __enter__(self) -> HubServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Go away: nobody listens there any more. May be called again."""
+        if self._thread.is_alive():
+            self._http.shutdown()
+            self._thread.join()
+            self._http.server_close()
+
+    def take(self, request: Request) -> Faults:
+        """Note a request; the faults that it meets. Counted ones are used up."""
+        with self._lock:
+            self.requests.append(request)
+            faults, get = self.faults, request.method == "GET"
+            met = Faults(**vars(faults))
+            if faults.busy or (get and faults.busy_gets):
+                met.status = 503
+                faults.busy -= bool(faults.busy)
+                faults.busy_gets -= bool(get and faults.busy_gets)
+            elif get and faults.cut_after is not None:
+                met.cut_after = faults.cut_after if faults.cuts else None
+                faults.cuts -= bool(faults.cuts)
+            return met
+
+    def find(self, path: str) -> tuple[_File, str] | None:
+        """The file that a URL names, with its revision; with `redirect`, bodies lie below /lfs/."""
+        match = RESOLVE.fullmatch(unquote(path))
+        named = (match["type"] or "", match["repo"], match["revision"], match["path"]) if match else None
+        for key, file in self._files.items():
+            if key == named or path == f"/lfs/{file.sha256}":
+                return file, key[2]
+        return None
+
+
+class _Http(ThreadingHTTPServer):
+    daemon_threads = False  # joined when the server closes: no thread outlives a test
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that went away is none of our failures
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        self.close_connection = True
+        if not self.path.startswith("/lfs/") and not RESOLVE.fullmatch(self.path):
+            self.hub.asides.append(self.path)
+            self._head(404, {"Content-Length": "0"})
+            return
+        faults = self.hub.take(Request(self.command, self.path, self.headers.get("Range", "")))
+        time.sleep(faults.silent)
+        found = self.hub.find(self.path)
+        if faults.status or found is None:
+            self._refuse(faults, faults.status or 404)
+            return
+        file, revision = found
+        stated = faults.stated or file.sha256
+        headers = {"X-Repo-Commit": revision if faults.commit is None else faults.commit, "Accept-Ranges": "bytes"}
+        if file.lfs:
+            headers |= {"X-Linked-Etag": f'"{stated}"', "X-Linked-Size": str(len(file.data))}
+        headers["ETag"] = f'"{stated if file.lfs else hashlib.sha1(file.data).hexdigest()}"'
+        if self.hub.redirect and not self.path.startswith("/lfs/"):
+            headers["Location"] = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/lfs/{file.sha256}"
+            self._head(302, headers | {"Content-Length": "0"})
+            return
+        self._send(faults, file.data, headers, body)
+
+    def _refuse(self, faults: Faults, status: int) -> None:
+        code = faults.error_code or ("EntryNotFound" if status == 404 else None)
+        self._head(status, {"Content-Length": "0"} | ({"X-Error-Code": code} if code else {}))
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def _send(self, faults: Faults, data: bytes, headers: dict[str, str], body: bool) -> None:
+        if faults.flip and body:
+            middle = len(data) // 2
+            data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        data = data[: len(data) - faults.short_by] if body else data
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        if wanted:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self._head(206 if wanted else 200, headers | {"Content-Length": str(len(data) - start)})
+        if not body:
+            return
+        time.sleep(faults.slow)
+        end = len(data) if faults.cut_after is None else min(faults.cut_after, len(data))
+        for at in range(start, end, BLOCK):
+            self.wfile.write(data[at : min(at + BLOCK, end)])
+        self.wfile.flush()
+        if end < len(data) and faults.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
