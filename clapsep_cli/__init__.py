@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clapsep_cli.checkpoint import Model, load_model
+    from clapsep_cli.checkpoint import Model
     from clapsep_cli.errors import ClapsepError
+    from clapsep_cli.library import load_model
     from clapsep_cli.pipeline import Separation, embed_query, extract, separate
     from clapsep_cli.query import Query
 
@@ -24,7 +25,7 @@ _HOMES = {  # imported when first used: the command's --help must not wait for t
     "Separation": "pipeline",
     "embed_query": "pipeline",
     "extract": "pipeline",
-    "load_model": "checkpoint",
+    "load_model": "library",
     "separate": "pipeline",
 }
 __all__ = ["ClapsepError", "Model", "Query", "Separation", "embed_query", "extract", "load_model", "separate"]

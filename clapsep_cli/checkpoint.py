@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
-from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, weights_folder
+from clapsep_cli.registry import FAMILIES, resolve
+from clapsep_cli.texts import CachedTexts
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,12 +30,16 @@ PARTS = ("separator", "text", "audio")
 
 
 class Model:
-    """A separator and its query encoders, ready for use on `device`. Get one from `load_model`."""
+    """A separator and its query encoders, ready for use on `device`. Get one from `load_model`.
 
-    def __init__(self, name: str, folder: Path, device: torch.device) -> None:
-        self.name, self.folder, self.device = name, folder, device
+    `text_cache` is a folder in which embeddings of texts are kept, if they are.
+    """
+
+    def __init__(self, name: str, folder: Path, device: torch.device, text_cache: Path | None = None) -> None:
+        self.name, self.folder, self.device, self.text_cache = name, folder, device, text_cache
         metadata = read_metadata(folder / "separator.safetensors")
         self.family = metadata["family"]
+        self.revision = metadata.get("revision", "")
         self.config = read_config(metadata, folder)
 
     @cached_property
@@ -44,7 +48,10 @@ class Model:
 
     @cached_property
     def text(self) -> TextEncoder:
-        return cast(TextEncoder, load_part(self.folder, "text", self.family, self.config).to(self.device))
+        def load() -> TextEncoder:
+            return cast(TextEncoder, load_part(self.folder, "text", self.family, self.config).to(self.device))
+
+        return CachedTexts(load, self.text_cache, self.config.dim, self.device) if self.text_cache else load()
 
     @cached_property
     def audio(self) -> AudioEncoder:
@@ -56,13 +63,13 @@ def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
     path = folder / f"{part}.safetensors"
     tensors = read_tensors(path)
     arguments = [config, *([_tokenizer(folder / "tokenizer.json")] if part == "text" else [])]
-    with torch.device("meta"):  # the weights come from the file: do not fill them twice
-        module = resolve(getattr(FAMILIES[family], part))(*arguments)
     try:
+        with torch.device("meta"):  # the weights come from the file: do not fill them twice
+            module = resolve(getattr(FAMILIES[family], part))(*arguments)
         # Weights are stored as float16 where that is enough, and always computed with as float32.
         module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, assign=True)
-    except RuntimeError as error:
-        first = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+    except (RuntimeError, ValueError) as error:
+        first = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
         raise CheckpointError(f"{path}: is not a {part} of family {family!r} ({first})") from error
     return module.eval()
 
@@ -74,21 +81,6 @@ def _tokenizer(path: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error})") from error
-
-
-def load_model(model: str | Path = BUNDLED, device: str = "auto") -> Model:
-    """Load a model by name or from a folder (a string with a separator, or a `Path`, is a folder).
-
-    `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises `ModelError` where there is no such model,
-    `CheckpointError` where its files are not right, `DeviceError` where the device is not there.
-    """
-    chosen = choose_device(device)
-    if isinstance(model, str) and model in MODELS and not MODELS[model].remotes:
-        return Model(model, weights_folder() / model, chosen)
-    folder = Path(model)
-    if folder.is_dir():
-        return Model(folder.resolve().name, folder, chosen)
-    raise ModelError(f"no model {str(model)!r}: name a folder with its files, or one of {', '.join(MODELS)}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -115,13 +107,18 @@ def choose_device(name: str) -> torch.device:
 def save_part(
     folder: Path, part: str, family: str, config: DataclassInstance, tensors: Mapping[str, Tensor], **notes: str
 ) -> None:
-    """Write one part of a model, atomically. `notes` go into the file's metadata."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write one part of a model, atomically. `notes` go into the file's metadata. Raises `ModelError`."""
     path = folder / f"{part}.safetensors"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     metadata = {"family": family, "config": json.dumps(dataclasses.asdict(config)), **notes}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    temporary.replace(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: cannot be written ({error}); is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -153,9 +150,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-
-
-def resolve(target: str) -> Any:
-    """The object that "module:name" names."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -11,7 +14,9 @@ import typer
 from clapsep_cli.errors import ClapsepError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from collections.abc import Callable, Iterator
+
+    from rich.progress import Progress, ProgressColumn, TaskID
 
     from clapsep_cli.checkpoint import Model
     from clapsep_cli.pipeline import Extraction
@@ -29,9 +34,27 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[
-    str, typer.Option("--model", metavar="NAME|PATH", help="A model by name, or a folder with one.")
+    str | None,
+    typer.Option("--model", metavar="NAME|PATH", help="A model by name or folder; by default the best there is."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def _use_home(folder: Path | None) -> None:
+    if folder is not None:
+        os.environ["CLAPSEP_HOME"] = str(folder)
+
+
+ModelDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model-dir",
+        metavar="DIR",
+        callback=_use_home,
+        expose_value=False,
+        help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -68,6 +91,18 @@ def _root(
     pass
 
 
+def _load(model: str | None, device: str, quiet: bool) -> Model:
+    """Load a model, showing a download if it takes one."""
+    from clapsep_cli.library import load_model
+
+    with _downloads(quiet) as progress:
+        return load_model(model, device, _note, progress)
+
+
+def _note(line: str) -> None:
+    typer.echo(f"clapsep: {line}", err=True)
+
+
 @app.command()
 def extract(
     mixtures: Annotated[list[Path], typer.Argument(metavar="MIX...", help="Recordings to extract from.")],
@@ -91,8 +126,9 @@ def extract(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; beside each input if not given.")
     ] = None,
-    model: ModelOption = "mini",
+    model: ModelOption = None,
     device: DeviceOption = "auto",
+    _model_dir: ModelDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -103,14 +139,14 @@ def extract(
     from clapsep_cli.query import Query
 
     query = Query(pos or (), neg or (), query_audio or (), neg_audio or (), alpha)
-    from clapsep_cli.checkpoint import load_model
     from clapsep_cli.pipeline import check_outputs, embed_query
 
     check_outputs(mixtures, out, overwrite)
-    loaded = load_model(model, device)
+    loaded = _load(model, device, quiet)
     wanted = embed_query(loaded, query)
     if not quiet:
-        typer.echo(f"{loaded.name} on {loaded.device}: {query.describe()}")
+        revision = f" ({loaded.revision})" if loaded.revision else ""
+        typer.echo(f"{loaded.name}{revision} on {loaded.device}, float32: {query.describe()}")
     failures = 0
     for mixture in mixtures:
         failures += not _extract_one(mixture, wanted, loaded, out, overwrite, quiet)
@@ -146,13 +182,22 @@ def _print_extraction(done: Extraction) -> None:
             typer.echo(f"clapsep: {path}: {done.clipped[part]} samples were over full scale and are clipped", err=True)
 
 
-def _progress(quiet: bool) -> Progress:
+def _progress(quiet: bool, *columns: ProgressColumn) -> Progress:
+    """Progress bars on stderr, if somebody is there to see them; `columns` stand behind the bar."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    described = TextColumn("{task.description}", markup=False)
     shown = sys.stderr.isatty() and not quiet
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
+    return Progress(
+        described,
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not shown,
+    )
 
 
 @app.command()
@@ -209,17 +254,17 @@ def evaluate(
         typer.Option("--mixtures", metavar="CSV", help="source_file,positive_caption,noise_file,negative_caption[,…]."),
     ],
     audio: Annotated[Path, typer.Option("--audio", metavar="DIR", help="Folder that the list's files are in.")],
-    model: ModelOption = "mini",
+    model: ModelOption = None,
     device: DeviceOption = "auto",
+    _model_dir: ModelDirOption = None,
     labels: Annotated[bool, typer.Option("--labels", help="Also print the scores of each label.")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Print SDRi and SI-SDRi in dB over a list of mixtures: 10 s at 0 dB, by the paper's equations."""
-    from clapsep_cli.checkpoint import load_model
     from clapsep_cli.evaluate import by_label, read_mixtures, summary
     from clapsep_cli.evaluate import evaluate as evaluate_model
 
-    rows, loaded = read_mixtures(mixtures), load_model(model, device)
+    rows, loaded = read_mixtures(mixtures), _load(model, device, quiet)
     with _progress(quiet) as progress:
         task = progress.add_task(mixtures.name, total=len(rows))
         scores = evaluate_model(loaded, rows, audio, lambda: progress.advance(task))
@@ -234,3 +279,97 @@ def evaluate(
             typer.echo(f"\nSI-SDRi by label, {query}")
             for label, value, count in by_label(scores, query):
                 typer.echo(f"  {value:6.2f}  {label} ({count})")
+
+
+@contextmanager
+def _downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr for each file that is downloaded while it lasts."""
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    tasks: dict[str, TaskID] = {}
+    with _progress(quiet, DownloadColumn(), TransferSpeedColumn()) as progress:
+
+        def update(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = progress.add_task(file, total=total)
+            progress.update(tasks[file], completed=done)
+
+        yield update
+
+
+models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
+app.add_typer(models, name="models")
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A name from `clapsep models list`.")]
+KeepOption = Annotated[bool, typer.Option("--keep-original", help="Keep the downloaded files after conversion.")]
+
+
+@models.command("list")
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")] = False,
+    _model_dir: ModelDirOption = None,
+) -> None:
+    """List all models, and where those that are here lie."""
+    from clapsep_cli.library import statuses
+
+    if as_json:
+        typer.echo(json.dumps([status.as_json() for status in statuses()], indent=2))
+        return
+    for status in statuses():
+        entry = status.entry
+        where = status.folder or f"not here; {entry.download_bytes / 1e9:.2f} GB to download"
+        typer.echo(f"{entry.name:10} {entry.about}\n{'':10} {where}\n{'':10} licence: {entry.licence}")
+
+
+@models.command()
+def download(
+    name: NameArgument, keep_original: KeepOption = False, quiet: QuietOption = False, _model_dir: ModelDirOption = None
+) -> None:
+    """Download a model's pinned files, check and convert them."""
+    from clapsep_cli.library import install
+
+    with _downloads(quiet) as progress:
+        folder = install(name, keep_original=keep_original, say=_note, progress=progress)
+    if not quiet:
+        typer.echo(folder)
+
+
+@models.command()
+def convert(
+    name: NameArgument,
+    files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files, carried here.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", hidden=True)] = None,
+    quiet: QuietOption = False,
+    _model_dir: ModelDirOption = None,
+) -> None:
+    """Make a model from files that are already here: what a machine without a network needs."""
+    from clapsep_cli.library import install
+
+    # A parser gives an option one value: further files behind --from arrive as arguments.
+    folder = install(name, [*files, *(more or [])], say=_note)
+    if not quiet:
+        typer.echo(folder)
+
+
+@models.command()
+def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+    """Read all of a model and say whether it is sound."""
+    from clapsep_cli.library import verify as verify_model
+
+    typer.echo(f"{verify_model(name)}: sound")
+
+
+@models.command()
+def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+    """Print the folder of a model that is here."""
+    from clapsep_cli.library import path_of
+
+    typer.echo(path_of(name))
+
+
+@models.command("rm")
+def remove(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+    """Delete a model that was downloaded or converted."""
+    from clapsep_cli.library import remove as remove_model
+
+    typer.echo(f"{remove_model(name)}: removed")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,8 @@ class Family:
     separator: str  # made from the config
     text: str  # made from the config and a tokenizer
     audio: str  # made from the config
+    convert: str = ""  # writes the parts of a model, from files as they were released
+    tokenizer: str = ""  # of the released text encoder, below the bundled weights
 
 
 FAMILIES = {
@@ -22,6 +26,8 @@ FAMILIES = {
         separator="clapsep_cli.models.clapsep:CLAPSep",
         text="clapsep_cli.models.clap:ClapTextEncoder",
         audio="clapsep_cli.models.clap:ClapAudioEncoder",
+        convert="clapsep_cli.convert:convert_clapsep",
+        tokenizer="roberta-tokenizer.json.gz",
     ),
     "mini": Family(
         config="clapsep_cli.models.mini:MiniConfig",
@@ -98,7 +104,13 @@ _ENTRIES = [
     ),
 ]
 MODELS = {entry.name: entry for entry in _ENTRIES}
-BUNDLED = "mini"
+PREFERRED, BUNDLED = "clapsep", "mini"
+
+
+def resolve(target: str) -> Any:
+    """The object that "module:name" names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
 def weights_folder() -> Path:

@@ -42,6 +42,7 @@ from clapsep_cli.errors import CheckpointError, ManifestError
 from clapsep_cli.evaluate import make_mixtures, score
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
+from clapsep_cli.objective import separation_loss, statistics
 
 VALIDATION_MIXTURES = 48
 AUDIO_VIEWS = 4  # embeddings kept per clip, each of another stretch and augmentation
@@ -70,7 +71,7 @@ class TrainConfig:
     ema: float = 0.999
     weight_decay: float = 0.01
     report_every: int = 50
-    validate_every: int = 500
+    validate_every: int = 1000
     save_every: int = 250
     mini: MiniConfig = field(default_factory=MiniConfig)
 
@@ -163,28 +164,6 @@ def shots(net: MiniAudio, pool: Pool, config: TrainConfig, among: Sequence[int])
     return out.clone()
 
 
-def separation_loss(mask: Tensor, mixture: Tensor, target: Tensor, present: Tensor) -> Tensor:
-    """−0.9 · SNR − 0.1 · SI-SNR (Eq. 14) of the masked mixture on spectra `[batch, frames, bins]`, batch mean, in dB.
-
-    Where the query asks for something absent, the loss is the level of the output relative to the mixture instead.
-    The floors keep an example that is separated to 30 dB from outweighing the rest.
-    """
-
-    def ratio(signal: Tensor, noise: Tensor) -> Tensor:
-        return 10 * torch.log10((signal + 1e-8) / (noise + 1e-3 * signal + 1e-8))
-
-    # |M·X − S|² = M²·|X|² − 2·M·Re(X·S*) + |S|²: all that depends on the mask M are two sums of real products.
-    mixture_power, cross = dsp.power(mixture), torch.addcmul(mixture.real * target.real, mixture.imag, target.imag)
-    output = (mask.square() * mixture_power).sum((1, 2))
-    shared = (mask * cross).sum((1, 2))
-    wanted = dsp.power(target).sum((1, 2))
-    fitted = shared.square() / (wanted + 1e-8)
-    loss = -0.9 * ratio(wanted, output - 2 * shared + wanted) - 0.1 * ratio(fitted, (output - fitted).clamp(min=0))
-    all_in = mixture_power.sum((1, 2))
-    quiet = -0.3 * ratio(all_in, output + 1e-2 * all_in)
-    return torch.where(present, loss, quiet).mean()
-
-
 class Run:
     """A separator in training, with its averaged weights and all that a resumed run needs."""
 
@@ -260,16 +239,15 @@ def train_separator(
     for drawn in ahead(draw, range(run.step, stage.steps)):
         (targets, others, _), (conditions, present) = drawn
         generator = seeded(config.seed, 2, run.step)
-        target, mixture = (
-            dsp.spectrum(torch.from_numpy(x)).mul_(equaliser(len(x), config.eq_db, generator))
-            for x in (targets, others)
+        gains = (equaliser(stage.batch, config.eq_db, generator), equaliser(stage.batch, config.eq_db, generator))
+        of = statistics(
+            torch.from_numpy(targets), torch.from_numpy(others), gains, run.net.front.matrix, run.net.spread
         )
-        mixture += target
+        frames = of.bands.shape[1]
+        heard = run.net.front.compress(of.bands, of.mixture / frames)
         with torch.autocast("cpu", torch.bfloat16):
-            bands = run.net.bands(dsp.power(mixture)).to(memory_format=torch.channels_last)
-            band_mask = run.net.band_mask(bands, conditions)
-        mask = band_mask[:, : mixture.shape[1]].float() @ run.net.spread
-        loss = separation_loss(mask, mixture, target, present)
+            mask = run.net.band_mask(run.net.pad(heard).contiguous(memory_format=torch.channels_last), conditions)
+        loss = separation_loss(mask[:, :frames].float(), of, present)
         _update(run.net, run.optimiser, loss, learning_rate(stage, run.step))
         run.step += 1
         run.update_average()

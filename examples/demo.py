@@ -40,5 +40,5 @@ def extract(folder: Path, *query: str) -> None:
 
 
 if __name__ == "__main__":
-    extract(OUT / "by-text", "--pos", "dog barking", "--neg", "rain")
-    extract(OUT / "by-audio", "--query-audio", str(HERE / "another-dog.flac"))
+    extract(OUT / "by-text", "--model", "mini", "--pos", "dog barking", "--neg", "rain")
+    extract(OUT / "by-audio", "--model", "mini", "--query-audio", str(HERE / "another-dog.flac"))

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
 from released import write_released
 from torch import Tensor
 
-from clapsep_cli.checkpoint import Model, load_model, save_part
+from clapsep_cli.checkpoint import Model, save_part
+from clapsep_cli.cli import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
+from clapsep_cli.library import load_model
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import weights_folder
@@ -87,3 +92,31 @@ def released_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("released")
     write_released(folder)
     return folder
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Clapsep(Protocol):
+    def __call__(self, *arguments: str | Path, cwd: Path) -> Done: ...
+
+
+@pytest.fixture
+def clapsep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Clapsep:
+    """The command, run in this process: importing torch for every call would take most of the time."""
+
+    def run(*arguments: str | Path, cwd: Path) -> Done:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["clapsep", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, captured.out, captured.err)
+
+    return run

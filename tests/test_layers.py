@@ -11,13 +11,15 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 
 LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"errors", "metrics", "dsp"},
-    {"query", "registry", "windows", "masking", "augment"},
+    {"query", "registry", "windows", "masking", "augment", "objective"},
     {"models.base", "hub_client"},
     {"models.htsat", "models.mini", "hub"},
     {"models.clapsep"},
     {"models.clap"},
+    {"texts"},
     {"checkpoint", "audio"},
     {"convert"},
+    {"library"},
     {"data", "pipeline"},
     {"evaluate", "conditions"},
     {"train"},

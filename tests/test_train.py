@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from conftest import TINY_MINI
+from torch import Tensor
 
 from clapsep_cli import dsp, load_model
 from clapsep_cli.augment import equaliser, seeded, stripes
@@ -19,9 +20,10 @@ from clapsep_cli.data import Draw, Pool, Sampler, mix, read_manifest
 from clapsep_cli.errors import CheckpointError, ManifestError
 from clapsep_cli.evaluate import evaluate, make_mixtures, read_mixtures, summary, write_mixtures
 from clapsep_cli.metrics import sdr, si_sdr
-from clapsep_cli.models.mini import MiniText
+from clapsep_cli.models.mini import MiniText, band_matrix
+from clapsep_cli.objective import separation_loss, statistics
 from clapsep_cli.registry import weights_folder
-from clapsep_cli.train import Report, Run, Stage, TrainConfig, learning_rate, separation_loss, train, train_separator
+from clapsep_cli.train import Report, Run, Stage, TrainConfig, learning_rate, train, train_separator
 
 TEXT = weights_folder() / "mini"
 CONFIG = TrainConfig(
@@ -90,22 +92,40 @@ def test_a_stopped_run_goes_on_to_the_same_weights(manifest: Path, tmp_path: Pat
         run(manifest, tmp_path / "straight", other)
 
 
+def loss_of(mask: Tensor, target: Tensor, other: Tensor, present: bool, eq: float = 0.0) -> float:
+    """The loss of one example under a mask per band, `[frames, bands]`."""
+    gains = (equaliser(1, eq, seeded(2)), equaliser(1, eq, seeded(5)))
+    spread = band_matrix(128, 48)
+    of = statistics(target[None], other[None], gains, spread, spread)
+    return separation_loss(mask[None], of, torch.tensor([present])).item()
+
+
 def test_the_loss_is_the_papers_on_waveforms() -> None:
-    """Parseval: on spectra of sounds that fade in and out, it is −0.9 · SNR − 0.1 · SI-SNR of the waveforms."""
+    """Parseval: on sounds that fade in and out, it is −0.9 · SNR − 0.1 · SI-SNR of the waveforms."""
     fade = torch.hann_window(32_000)
     target, other = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0)) * fade
-    spectra = [dsp.spectrum(x[None]) for x in (target, target + other)]
-    mask = torch.full(spectra[0].shape, 0.3)
-    loss = separation_loss(mask, spectra[1], spectra[0], torch.tensor([True]))
     estimate, clean = (0.3 * (target + other)).numpy(), target.numpy()
+    expected = -0.9 * sdr(estimate, clean) - 0.1 * si_sdr(estimate, clean)
     # The floor of 30 dB takes a hundredth of a decibel at these ratios.
-    assert loss.item() == pytest.approx(-0.9 * sdr(estimate, clean) - 0.1 * si_sdr(estimate, clean), abs=0.03)
+    assert loss_of(torch.full((101, 128), 0.3), target, other, present=True) == pytest.approx(expected, abs=0.03)
+
+
+def test_the_loss_on_bands_is_the_loss_on_bins() -> None:
+    generator = torch.Generator().manual_seed(1)
+    target, other = torch.randn(2, 32_000, generator=generator)
+    mask = torch.rand(101, 128, generator=generator)
+    spectra = [dsp.spectrum(x[None]) * equaliser(1, 6.0, seeded(k)) for x, k in ((target, 2), (other, 5))]
+    wanted, estimate = spectra[0], (spectra[0] + spectra[1]) * (mask @ band_matrix(128, 48))
+    energy, error = wanted.abs().square().sum(), (estimate - wanted).abs().square().sum()
+    fitted = (estimate * wanted.conj()).real.sum().square() / energy
+    rest = estimate.abs().square().sum() - fitted
+    expected = -9 * torch.log10(energy / (error + 1e-3 * energy)) - torch.log10(fitted / (rest + 1e-3 * fitted))
+    assert loss_of(mask, target, other, present=True, eq=6.0) == pytest.approx(expected.item(), abs=1e-3)
 
 
 def test_an_absent_sound_is_learned_as_silence() -> None:
-    spectrum = dsp.spectrum(torch.randn(1, 32_000))
-    masks = [torch.full(spectrum.shape, level) for level in (0.01, 0.5)]
-    quiet, loud = (separation_loss(m, spectrum, spectrum, torch.tensor([False])) for m in masks)
+    target, other = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0))
+    quiet, loud = (loss_of(torch.full((101, 128), m), target, other, present=False) for m in (0.01, 0.5))
     assert quiet < loud
 
 

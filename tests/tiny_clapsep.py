@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,12 @@ TINY = CLAPSepConfig(
 )
 
 
-def write_checkpoints(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+ROBERTA = replace(TINY, vocabulary=50_265)  # for use with the tokenizer that is bundled
+
+
+def write_checkpoints(folder: Path, config: CLAPSepConfig = TINY) -> tuple[Path, Path]:
     """Write stand-ins as the released files are nested, optimiser state and NumPy scalars included."""
-    clap, tuned = checkpoints(TINY, seed)
+    clap, tuned = checkpoints(config)
     optimiser = {i: {"exp_avg": torch.zeros_like(t), "step": 3} for i, t in enumerate(clap.values())}
     nested = {
         "epoch": 15,

@@ -72,9 +72,12 @@ class Front(nn.Module):
 
     def forward(self, power: Tensor) -> Tensor:
         """`power`: float32 `[batch, frames, 513]`. Returns float32 `[batch, 1, frames, bands]`, about unit range."""
-        bands = power @ self.matrix.T
+        return self.compress(power @ self.matrix.T, power.sum(-1).mean(-1))
+
+    def compress(self, bands: Tensor, energy: Tensor) -> Tensor:
+        """The same from what was computed of the power: its `bands`, and the `energy` of a mean frame, `[batch]`."""
         # RMS of the signal to within a constant: |X|² sums to N_FFT/2 · 3/8 · N_FFT · rms² a frame (Hann window).
-        level = power.sum(-1).mean(-1) / (3 / 16 * dsp.N_FFT**2)
+        level = energy / (3 / 16 * dsp.N_FFT**2)
         gain = 1 / level.clamp(min=SILENCE_RMS**2)
         return ((torch.log1p(bands * (gain * 10)[:, None, None]) - 2) / 2)[:, None]
 
@@ -141,11 +144,11 @@ class Mini(base.Separator):
         )
 
     def encode(self, mixture: Tensor) -> Tensor:
-        return self.bands(dsp.power(dsp.spectrum(mixture)))
+        return self.pad(self.front(dsp.power(dsp.spectrum(mixture))))
 
-    def bands(self, power: Tensor) -> Tensor:
-        x: Tensor = self.front(power)
-        return F.pad(x, (0, 0, 0, -x.shape[2] % self.step))
+    def pad(self, bands: Tensor) -> Tensor:
+        """Frames filled up to a multiple of what the network halves: `[batch, 1, frames, bands]` in and out."""
+        return F.pad(bands, (0, 0, 0, -bands.shape[2] % self.step))
 
     def mask(self, features: Tensor, condition: Tensor) -> Tensor:
         frames = self.window // dsp.HOP + 1

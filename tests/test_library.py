@@ -1,0 +1,219 @@
+"""Which model runs, and how it got here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Clapsep
+from tiny_clapsep import ROBERTA, write_checkpoints
+from torch import Tensor
+
+from clapsep_cli import hub, library, registry
+from clapsep_cli.checkpoint import read_metadata
+from clapsep_cli.convert import convert_clapsep
+from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
+from clapsep_cli.models.base import TextEncoder
+from clapsep_cli.registry import MODELS, Remote
+from clapsep_cli.texts import CachedTexts
+
+
+def convert_tiny(files: Sequence[Path], folder: Path, **notes: str) -> None:
+    convert_clapsep(files, folder, ROBERTA, **notes)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home, and a `clapsep` that is made from tiny checkpoints."""
+    monkeypatch.setenv("CLAPSEP_HOME", str(tmp_path / "home"))
+    family = replace(registry.FAMILIES["clapsep"], convert=f"{__name__}:convert_tiny")
+    monkeypatch.setitem(registry.FAMILIES, "clapsep", family)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files of the Hub come from a folder; returns the names of those that were fetched."""
+    paths = write_checkpoints(tmp_path / "served", ROBERTA)
+    remotes = tuple(
+        Remote("some/one", "model", "0" * 40, p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in paths
+    )
+    monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
+    fetched: list[str] = []
+
+    def fetch(remote: Remote, progress: hub.Progress | None = None, say: hub.Say | None = None) -> hub.Fetched:
+        fetched.append(remote.path)
+        if progress:
+            progress(remote.size, remote.size)
+        return hub.Fetched(tmp_path / "served" / remote.path, remote.size, remote.sha256, downloaded=True)
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    return fetched
+
+
+def unreachable(*_: object) -> hub.Fetched:
+    raise DownloadError("no network")
+
+
+def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    seen: list[tuple[str, int, int]] = []
+    model = library.load_model(None, "cpu", said.append, lambda *at: seen.append(at))
+    assert model.name == "clapsep"
+    assert "some/one@000000000000" in model.revision
+    assert model.separator.window == ROBERTA.window
+    assert "licence" in said[0]
+    assert "GB" in said[0]
+    assert [file for file, _, _ in seen] == served == ["clap.pt", "clapsep.ckpt"]
+    assert not list((tmp_path / "served").iterdir()), "originals are deleted after conversion"
+    assert library.load_model(None, "cpu").name == "clapsep"
+    assert len(served) == 2
+    notes = read_metadata(model.folder / "text.safetensors")
+    assert set(json.loads(notes["sources"])) == {"clap.pt", "clapsep.ckpt"}
+    assert {p.name for p in model.folder.iterdir()} == {
+        "audio.safetensors",
+        "separator.safetensors",
+        "text.safetensors",
+        "tokenizer.json",
+    }
+
+
+def test_originals_can_be_kept(served: list[str], tmp_path: Path) -> None:
+    library.install("clapsep", keep_original=True)
+    assert len(list((tmp_path / "served").iterdir())) == 2
+
+
+def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "fetch", unreachable)
+    said: list[str] = []
+    assert library.load_model(None, "cpu", said.append).name == "mini"
+    assert len(said) == 1
+    assert "clapsep models download clapsep" in said[0]
+    with pytest.raises(DownloadError, match="no network"):
+        library.load_model("clapsep", "cpu")
+
+
+def test_a_named_model_runs_or_fails(home: Path) -> None:
+    with pytest.raises(ModelError, match="no model 'huge'"):
+        library.load_model("huge", "cpu")
+    assert library.load_model("mini", "cpu").name == "mini"
+
+
+def test_carried_files_are_converted_and_noted(home: Path, tmp_path: Path) -> None:
+    clap, tuned = write_checkpoints(tmp_path, ROBERTA)
+    said: list[str] = []
+    folder = library.install("clapsep", [tuned, clap], say=said.append)
+    assert all("is not the released file" in line for line in said)
+    assert len(said) == 2
+    assert clap.exists()
+    assert library.verify("clapsep") == library.path_of("clapsep") == folder
+    assert library.remove("clapsep") == folder
+    assert not folder.exists()
+    with pytest.raises(ModelError, match="not here"):
+        library.path_of("clapsep")
+    with pytest.raises(ModelError, match="cannot be removed"):
+        library.remove("mini")
+
+
+def test_a_failed_conversion_leaves_nothing_that_is_believed(
+    served: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(files: Sequence[Path], folder: Path, **notes: str) -> None:
+        convert_tiny(files, folder, **notes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "resolve", lambda target: fails)
+    with pytest.raises(KeyboardInterrupt):
+        library.install("clapsep")
+    assert library.installed(MODELS["clapsep"]) is None
+    assert not list((home / "models").iterdir())
+    monkeypatch.setattr(library, "resolve", lambda target: convert_tiny)
+    assert library.install("clapsep").is_dir()
+
+
+def test_damage_is_found(served: list[str]) -> None:
+    folder = library.install("clapsep")
+    path = folder / "text.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"text\.safetensors"):
+        library.verify("clapsep")
+
+
+def test_another_pin_is_another_model(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = library.install("clapsep")
+    entry = MODELS["clapsep"]
+    newer = replace(entry, remotes=(replace(entry.remotes[0], revision="1" * 40), entry.remotes[1]))
+    monkeypatch.setitem(MODELS, "clapsep", newer)
+    assert library.installed(newer) is None
+    assert library.place(newer) != folder
+
+
+class Counting(TextEncoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[str]] = []
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        self.asked.append(list(texts))
+        return torch.nn.functional.one_hot(torch.tensor([len(t) % 5 for t in texts]), 5).float()
+
+
+def test_a_repeated_text_needs_no_encoder(tmp_path: Path) -> None:
+    encoder = Counting()
+
+    def cached() -> CachedTexts:
+        return CachedTexts(lambda: encoder, tmp_path / "texts", 5, torch.device("cpu"))
+
+    first = cached().embed(["dog", "rain", "dog"])
+    torch.testing.assert_close(first, Counting().embed(["dog", "rain", "dog"]))
+    assert encoder.asked == [["dog", "rain"]]
+    torch.testing.assert_close(cached().embed(["rain", "a cat"])[0], first[1])
+    assert encoder.asked == [["dog", "rain"], ["a cat"]]
+    for path in (tmp_path / "texts").iterdir():
+        path.write_bytes(path.read_bytes()[:-2])  # cut short: not to be believed
+    torch.testing.assert_close(cached().embed(["dog"]), first[:1])
+    assert encoder.asked[-1] == ["dog"]
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    texts = CachedTexts(Counting, tmp_path / "file" / "texts", 5, torch.device("cpu"))
+    assert texts.embed(["dog"]).shape == (1, 5)
+
+
+def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
+    listed = clapsep("models", "list", cwd=tmp_path)
+    assert "not here" in listed.stdout
+    rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
+    assert [(row["name"], row["here"]) for row in rows] == [("mini", True), ("clapsep", False)]
+    assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 1
+    got = clapsep("models", "download", "clapsep", cwd=tmp_path)
+    assert got.returncode == 0
+    assert "licence" in got.stderr
+    folder = Path(got.stdout.strip())
+    assert folder.is_dir()
+    assert clapsep("models", "path", "clapsep", cwd=tmp_path).stdout.strip() == str(folder)
+    assert "sound" in clapsep("models", "verify", "clapsep", cwd=tmp_path).stdout
+    elsewhere = clapsep("models", "path", "clapsep", "--model-dir", tmp_path / "other", cwd=tmp_path)
+    assert elsewhere.returncode == 1
+    assert "removed" in clapsep("models", "rm", "clapsep", "--model-dir", home, cwd=tmp_path).stdout
+    assert not folder.exists()
+
+
+def test_convert_command(home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
+    clap, tuned = write_checkpoints(tmp_path, ROBERTA)
+    done = clapsep("models", "convert", "clapsep", "--from", clap, tuned, cwd=tmp_path)
+    assert done.returncode == 0
+    assert Path(done.stdout.strip()).is_dir()
+    failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
+    assert failed.returncode == 0  # it is here already
+    clapsep("models", "rm", "clapsep", cwd=tmp_path)
+    failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
