@@ -92,6 +92,17 @@ def fetch(remote: Remote, progress: Progress | None = None, say: Say | None = No
         return _believed(remote) or _checked(remote, hub_client.cached(remote), progress)
 
 
+def to_download(remote: Remote) -> int:
+    """Bytes that `fetch` would download: 0 where the file is in the cache; otherwise the Hub was asked that it has it.
+
+    Raises `DownloadError` as `fetch` would before the first byte.
+    """
+    if _believed(remote) or hub_client.cached(remote) is not None:
+        return 0
+    _authority(remote, _record(remote), hub_client.ask(remote))
+    return remote.size
+
+
 def verify(remote: Remote) -> Fetched:
     """Hash the file in the Hub's cache again, whatever is recorded. Raises `DownloadError`, also if it is not there."""
     with lock(_key(remote)):

@@ -105,7 +105,9 @@ def install(
             for unpinned in (file for file, sha256 in hashes.items() if sha256 not in pinned):
                 say(f"{unpinned} is not the released file that is pinned here (SHA-256 {hashes[unpinned]})")
             return _convert(entry, files, hashes)
-        say(f"downloading {name}: {entry.download_bytes / 1e9:.2f} GB; licence: {entry.licence}")
+        size = sum(hub.to_download(remote) for remote in entry.remotes)
+        if size:
+            say(f"downloading {name}: {size / 1e9:.2f} GB; licence: {entry.licence}")
         fetched = [hub.fetch(remote, partial(progress, remote.path), say) for remote in entry.remotes]
         hashes = {file.path.name: file.sha256 for file in fetched}
         folder = _convert(entry, [file.path for file in fetched], hashes)

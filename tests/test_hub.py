@@ -129,6 +129,14 @@ def test_downloads_checks_and_records(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_is_to_be_downloaded_is_known_before(server: HubServer, cache: Path) -> None:
+    assert hub.to_download(REMOTE) == REMOTE.size
+    assert held(cache) == []
+    assert "gone" in refused(replace(REMOTE, path="none.bin"), hub.to_download)
+    hub.fetch(REMOTE)
+    assert hub.to_download(REMOTE) == 0
+
+
 def test_second_time_needs_neither_server_nor_hashing(
     server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

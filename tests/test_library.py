@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import Clapsep
-from tiny_clapsep import ROBERTA, write_checkpoints
+from hub_server import HubServer
+from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
 from torch import Tensor
 
 from clapsep_cli import hub, library, registry
 from clapsep_cli.checkpoint import read_metadata
-from clapsep_cli.convert import convert_clapsep
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.models.base import TextEncoder
 from clapsep_cli.registry import MODELS, Remote
 from clapsep_cli.texts import CachedTexts
 
 
-def convert_tiny(files: Sequence[Path], folder: Path, **notes: str) -> None:
-    convert_clapsep(files, folder, ROBERTA, **notes)
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, and a `clapsep` that is made from tiny checkpoints."""
     monkeypatch.setenv("CLAPSEP_HOME", str(tmp_path / "home"))
-    family = replace(registry.FAMILIES["clapsep"], convert=f"{__name__}:convert_tiny")
+    family = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
     monkeypatch.setitem(registry.FAMILIES, "clapsep", family)
     return tmp_path / "home"
 
@@ -54,6 +55,7 @@ def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         return hub.Fetched(tmp_path / "served" / remote.path, remote.size, remote.sha256, downloaded=True)
 
     monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "to_download", lambda remote: remote.size)
     return fetched
 
 
@@ -90,7 +92,7 @@ def test_originals_can_be_kept(served: list[str], tmp_path: Path) -> None:
 
 
 def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "fetch", unreachable)
+    monkeypatch.setattr(hub, "to_download", unreachable)
     said: list[str] = []
     assert library.load_model(None, "cpu", said.append).name == "mini"
     assert len(said) == 1
@@ -217,3 +219,57 @@ def test_convert_command(home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
     failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
     assert failed.returncode == 1
     assert failed.stderr.count("\n") == 1
+
+
+EXTRACT = """
+import json, sys
+from dataclasses import replace
+from clapsep_cli import registry
+
+given = json.loads(sys.argv[1])
+remotes = tuple(registry.Remote(*remote) for remote in given["remotes"])
+registry.MODELS["clapsep"] = replace(registry.MODELS["clapsep"], remotes=remotes)
+registry.FAMILIES["clapsep"] = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
+from clapsep_cli.cli import main
+sys.argv = ["clapsep", "extract", *given["arguments"]]
+main()
+"""
+
+
+def test_from_an_empty_home_through_the_hub_to_a_target(tmp_path: Path) -> None:
+    """Two processes ask at once: one downloads and converts, both extract; later ones need neither Hub nor encoder."""
+    paths = write_checkpoints(tmp_path / "released", ROBERTA)
+    mix = tmp_path / "mix.wav"
+    soundfile.write(mix, 0.1 * np.random.default_rng(0).standard_normal(8000), 8000)
+    with HubServer() as server:
+        remotes = []
+        for path in paths:
+            data = path.read_bytes()
+            server.add_file("some/one", "model", "0" * 40, path.name, data)
+            remotes.append(("some/one", "model", "0" * 40, path.name, len(data), hashlib.sha256(data).hexdigest()))
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "CLAPSEP_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1]))),
+            "OMP_NUM_THREADS": "1",
+        }
+
+        def start(out: str, **more: str) -> subprocess.Popen[str]:
+            given = {"remotes": remotes, "arguments": [str(mix), "--pos", "dog barking", "-o", str(tmp_path / out)]}
+            command = [sys.executable, "-c", EXTRACT, json.dumps(given)]
+            pipe = subprocess.PIPE
+            return subprocess.Popen(command, env=environment | more, stdout=pipe, stderr=pipe, text=True)
+
+        both = [start("a"), start("b")]
+        said = [process.communicate(timeout=120) for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+    later = start("c", HF_HUB_OFFLINE="1")
+    out, err = later.communicate(timeout=120)
+    assert (later.returncode, err) == (0, "")
+    assert "some/one@000000000000" in out
+    written = [(tmp_path / folder / "mix.target.wav").read_bytes() for folder in "abc"]
+    assert written[0] == written[1] == written[2]
+    assert len(list((tmp_path / "home" / "models").iterdir())) == 1
+    assert sum("downloading clapsep" in err for _, err in said) == 1

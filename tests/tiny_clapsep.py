@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from fill import checkpoints
 
+from clapsep_cli.convert import convert_clapsep
 from clapsep_cli.models.clapsep import CLAPSepConfig
 
 WORDS = ["<s>", "<pad>", "</s>", "a", "dog", "barking", "rain", "on", "roof"]
@@ -53,3 +55,8 @@ def write_checkpoints(folder: Path, config: CLAPSepConfig = TINY) -> tuple[Path,
     torch.save(nested, paths[0])
     torch.save(tuned, paths[1])
     return paths
+
+
+def convert_tiny(files: Sequence[Path], folder: Path, **notes: str) -> None:
+    """What a registry may name in place of the conversion of the released size."""
+    convert_clapsep(files, folder, ROBERTA, **notes)
