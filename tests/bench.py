@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,11 +18,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import soundfile
 import torch
+from released import write_released
 from torch.utils.flop_counter import FlopCounterMode
 
-from clapsep_cli import Query, embed_query, extract, load_model
+from clapsep_cli import Query, embed_query, extract, library, load_model
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
+from clapsep_cli.registry import FAMILIES, MODELS, weights_folder
 
 RUNS = 5
 
@@ -56,6 +60,36 @@ def bench_mini(folder: Path) -> None:
     row(f"mini, {seconds} s of stereo at 48 kHz, file to files", f"{spent:.2f} s ({seconds / spent:.0f} × real time)")
 
 
+def bench_clapsep_start(folder: Path) -> None:
+    """Whole processes of the released size, on stand-in weights: the reference takes 13 s to start and 3.8 GB."""
+    home = folder / "home"
+    os.environ["CLAPSEP_HOME"] = str(home)
+    place = library.place(MODELS["clapsep"])
+    write_released(place)
+    tokenizer = weights_folder() / FAMILIES["clapsep"].tokenizer
+    (place / "tokenizer.json").write_bytes(gzip.decompress(tokenizer.read_bytes()))
+    for seconds in (10, 60):
+        path = folder / f"{seconds}.wav"
+        soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((seconds * 48_000, 2)), 48_000)
+        for query in ("first", "repeated"):
+            times, peaks = zip(*(_process(path, home if query == "first" else None) for _ in range(3)), strict=True)
+            spent = f"{statistics.median(times):.2f} s, peak {statistics.median(peaks):.2f} GB"
+            row(f"clapsep, process to files, {seconds} s of stereo, {query} query", spent)
+
+
+def _process(path: Path, forget: Path | None) -> tuple[float, float]:
+    """Wall time (s) and peak resident memory (GB) of one extraction; `forget`: a home whose text cache goes first."""
+    if forget:
+        shutil.rmtree(forget / "texts", ignore_errors=True)
+    command = [sys.executable, "-m", "clapsep_cli", "extract", str(path), "--model", "clapsep", "-q", "--overwrite"]
+    began = time.perf_counter()
+    process = subprocess.Popen([*command, "--pos", "dog barking", "--neg", "rain"])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+
+
 @torch.inference_mode()
 def bench_clapsep() -> None:
     a = torch.randn(2048, 2048)
@@ -79,4 +113,5 @@ if __name__ == "__main__":
     bench_start()
     with tempfile.TemporaryDirectory() as name:
         bench_mini(Path(name))
+        bench_clapsep_start(Path(name))
     bench_clapsep()
