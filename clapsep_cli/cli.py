@@ -65,6 +65,9 @@ def main() -> NoReturn:
     except ClapsepError as error:
         _complain(error)
         raise SystemExit(FAILED) from None
+    except OSError as error:  # what no part of the library expected: a folder that cannot be written, say
+        _complain(ClapsepError(f"{error.filename or 'the system'}: {error.strerror or error}"))
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     raise SystemExit(0)

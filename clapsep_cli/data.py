@@ -36,33 +36,38 @@ class Clip:
     split: str = "train"
 
 
+def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV, values as text. Raises `ManifestError` unless it is readable and has the columns `needed`."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in needed if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ManifestError(f"{path}: no column {', '.join(missing)}; needed: {','.join(needed)}")
+            return [{name: value or "" for name, value in row.items() if name} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{path}: cannot be read as a CSV ({error})") from error
+
+
+def _captions(listed: str) -> tuple[str, ...]:
+    return tuple(caption.strip() for caption in listed.split(";") if caption.strip())
+
+
 def read_manifest(path: Path) -> list[Clip]:
     """Read a CSV with the columns `file` (relative to the CSV), `label`, and optionally `captions`
     (separated by ";"; the label itself where empty) and `split`.
 
     Raises `ManifestError` that lists what is wrong, line by line.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"file", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise ManifestError(
-                    f"{path}: no column {', '.join(sorted(missing))}; needed: file,label[,captions,split]"
-                )
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: cannot be read as a CSV manifest ({error})") from error
     clips, faults = [], []
-    for line, row in enumerate(rows, 2):
-        recording = path.parent / (row["file"] or "")
-        label = (row["label"] or "").strip()
-        captions = tuple(c.strip() for c in (row.get("captions") or "").split(";") if c.strip())
+    for line, row in enumerate(read_rows(path, ("file", "label")), 2):
+        recording, label = path.parent / row["file"], row["label"].strip()
         if not label:
             faults.append(f"line {line}: no label")
         elif not recording.is_file():
             faults.append(f"line {line}: no file {recording}")
-        clips.append(Clip(recording, label, captions or (label.replace("_", " "),), row.get("split") or "train"))
+        captions = _captions(row.get("captions", "")) or (label.replace("_", " "),)
+        clips.append(Clip(recording, label, captions, row.get("split") or "train"))
     if faults or not clips:
         shown = "; ".join(faults[:MAX_FAULTS_SHOWN]) + (" …" if len(faults) > MAX_FAULTS_SHOWN else "")
         raise ManifestError(f"{path}: {shown or 'no rows'}")
@@ -71,10 +76,7 @@ def read_manifest(path: Path) -> list[Clip]:
 
 def read_paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
     """Read further captions by label from a CSV with the columns `label` and `captions` (separated by ";")."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return {
-            r["label"]: tuple(c.strip() for c in r["captions"].split(";") if c.strip()) for r in csv.DictReader(file)
-        }
+    return {row["label"]: _captions(row["captions"]) for row in read_rows(path, ("label", "captions"))}
 
 
 def read_clip(path: Path) -> Audio:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from clapsep_cli import dsp
 from clapsep_cli.checkpoint import Model
-from clapsep_cli.data import Audio, Clip, fit, mix, read_clip
-from clapsep_cli.errors import ManifestError
+from clapsep_cli.data import Audio, Clip, fit, mix, read_clip, read_rows
 from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.base import Separator
 from clapsep_cli.pipeline import embed_query
@@ -76,17 +75,9 @@ def write_mixtures(path: Path, rows: Sequence[Mixture]) -> None:
 
 
 def read_mixtures(path: Path) -> list[Mixture]:
-    """Read a list of mixtures. Raises `ManifestError`."""
+    """Read a list of mixtures, of which the first four columns are needed. Raises `ManifestError`."""
     names = [f.name for f in fields(Mixture)]
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in names[:4] if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ManifestError(f"{path}: no column {', '.join(missing)}")
-            return [Mixture(**{name: row.get(name) or "" for name in names}) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: cannot be read as a list of mixtures ({error})") from error
+    return [Mixture(**{name: row.get(name, "") for name in names}) for row in read_rows(path, names[:4])]
 
 
 @dataclass(frozen=True)

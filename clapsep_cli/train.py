@@ -38,7 +38,7 @@ from clapsep_cli.data import (
     read_manifest,
     read_paraphrases,
 )
-from clapsep_cli.errors import CheckpointError, ManifestError
+from clapsep_cli.errors import CheckpointError, ManifestError, ModelError
 from clapsep_cli.evaluate import make_mixtures, score
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
@@ -63,8 +63,8 @@ class Stage:
 class TrainConfig:
     seed: int = 0
     draw: Draw = Draw()
-    audio: Stage = Stage(steps=1200, batch=48, lr=2e-3)
-    separator: Stage = Stage(steps=8000, batch=32, lr=1e-3)
+    audio: Stage = Stage(steps=2500, batch=48, lr=2e-3)
+    separator: Stage = Stage(steps=5400, batch=32, lr=1e-3)
     temperature: float = 0.07  # of the audio encoder's softmax over captions
     mixing: Mixing = Mixing()
     eq_db: float = 4.0  # standard deviation of the random equaliser at its control points
@@ -333,6 +333,8 @@ def train(
         raise ManifestError(f"{manifest}: needs clips of two labels or more in the split 'train'")
     out.mkdir(parents=True, exist_ok=True)
     for name in ("text.safetensors", "tokenizer.json"):
+        if not (text / name).is_file():
+            raise ModelError(f"{text / name}: no such file; --text takes a folder with a text encoder")
         if text.resolve() != out.resolve():
             shutil.copy(text / name, out / name)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")

@@ -219,7 +219,7 @@ def test_the_learning_rate_rises_holds_and_falls_to_nothing() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,split\na.wav,train\n", "no column label"),
+        ("file,split\na.wav,train\n", "no column label; needed: file,label"),
         ("file,label\n", "no rows"),
         ("file,label\nnone.wav,dog\nnone2.wav,\n", r"line 2: no file .*none.wav; line 3: no label"),
     ],
