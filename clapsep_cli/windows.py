@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clapsep_cli.dsp import HOP
 
-OVERLAP_FRAMES = 200  # 2 s over which neighbouring windows cross-fade
+OVERLAP_FRAMES = 100  # 1 s over which neighbouring windows cross-fade
 CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
 
