@@ -43,9 +43,9 @@ class ClapTextEncoder(TextEncoder):
             tokenizer.enable_truncation(config.text_tokens)
         self.tokenizer = tokenizer
         width = config.text_width
-        self.word_embeddings = nn.Embedding(config.vocabulary, width)
-        self.position_embeddings = nn.Embedding(config.text_positions, width)
-        self.token_type_embeddings = nn.Embedding(1, width)
+        self.word_embeddings = _embedding(config.vocabulary, width)
+        self.position_embeddings = _embedding(config.text_positions, width)
+        self.token_type_embeddings = _embedding(1, width)
         self.norm = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
             TransformerLayer(width, config.text_heads, config.text_feed_forward, F.gelu)
@@ -128,3 +128,11 @@ class ClapAudioEncoder(AudioEncoder):
 
 def _projection(width: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+
+def _embedding(count: int, width: int) -> nn.Embedding:
+    # Not filled at random, as the weights are always loaded: on the meta device that would import for a second.
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+        torch.zeros(count, width), freeze=False
+    )
+    return embedding
