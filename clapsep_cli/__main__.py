@@ -1,3 +1,3 @@
-from clapsep_cli.cli import main
+from clapsep_cli.cli import run
 
-main()
+run()

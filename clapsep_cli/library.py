@@ -15,11 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clapsep_cli import hub
-from clapsep_cli.checkpoint import PARTS, Model, choose_device, read_metadata
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, Entry, resolve, weights_folder
+
+if TYPE_CHECKING:  # it imports torch, which listing and finding models do not need
+    from clapsep_cli.checkpoint import Model
 
 SHORT = 12  # digits of a hash that name a folder or a revision
 
@@ -148,6 +151,8 @@ def path_of(name: str) -> Path:
 
 def verify(name: str) -> Path:
     """Read every tensor of a model that is here, and build its networks. Raises `CheckpointError`, `ModelError`."""
+    from clapsep_cli.checkpoint import PARTS, Model, choose_device, read_metadata
+
     entry, folder = find(name), path_of(name)
     again = f"clapsep models rm {name}, then download it again"
     model = Model(name, folder, choose_device("cpu"))
@@ -180,6 +185,8 @@ def load_model(
     named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises `ModelError` where there is no such
     model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` where the device is not there.
     """
+    from clapsep_cli.checkpoint import Model, choose_device
+
     chosen = choose_device(device)
     if model is None:
         try:
