@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from clapsep_cli.cli_models import models
 from clapsep_cli.errors import ClapsepError
+from clapsep_cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, note, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rich.progress import Progress, ProgressColumn, TaskID
-
     from clapsep_cli.checkpoint import Model
     from clapsep_cli.pipeline import Extraction
     from clapsep_cli.train import Report
@@ -33,29 +29,7 @@ app = typer.Typer(
     epilog='Example: clapsep extract mix.wav --pos "dog barking" --neg "rain"',
 )
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", metavar="NAME|PATH", help="A model by name or folder; by default the best there is."),
-]
-DeviceOption = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
-
-
-def _use_home(folder: Path | None) -> None:
-    if folder is not None:
-        os.environ["CLAPSEP_HOME"] = str(folder)
-
-
-ModelDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--model-dir",
-        metavar="DIR",
-        callback=_use_home,
-        expose_value=False,
-        help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
-    ),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+app.add_typer(models, name="models")
 
 
 def run() -> NoReturn:
@@ -78,18 +52,14 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except ClapsepError as error:
-        _complain(error)
+        note(str(error))
         raise SystemExit(FAILED) from None
     except OSError as error:  # what no part of the library expected: a folder that cannot be written, say
-        _complain(ClapsepError(f"{error.filename or 'the system'}: {error.strerror or error}"))
+        note(f"{error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     raise SystemExit(0)
-
-
-def _complain(error: ClapsepError) -> None:
-    typer.echo(f"clapsep: {error}", err=True)
 
 
 def _version(wanted: bool) -> None:
@@ -113,12 +83,8 @@ def _load(model: str | None, device: str, quiet: bool) -> Model:
     """Load a model, showing a download if it takes one."""
     from clapsep_cli.library import load_model
 
-    with _downloads(quiet) as progress:
-        return load_model(model, device, _note, progress)
-
-
-def _note(line: str) -> None:
-    typer.echo(f"clapsep: {line}", err=True)
+    with downloads(quiet) as shown:
+        return load_model(model, device, note, shown)
 
 
 @app.command()
@@ -180,11 +146,11 @@ def _extract_one(mixture: Path, wanted: object, model: Model, out: Path | None, 
     from clapsep_cli.pipeline import extract as extract_file
 
     try:
-        with _progress(quiet) as progress:
-            task = progress.add_task(mixture.name, total=duration(mixture))
-            done = extract_file(mixture, wanted, model, out, overwrite, lambda s: progress.advance(task, s))  # type: ignore[arg-type]
+        with progress(quiet) as bars:
+            task = bars.add_task(mixture.name, total=duration(mixture))
+            done = extract_file(mixture, wanted, model, out, overwrite, lambda s: bars.advance(task, s))  # type: ignore[arg-type]
     except ClapsepError as error:
-        _complain(error)
+        note(str(error))
         return False
     if not quiet:
         _print_extraction(done)
@@ -198,37 +164,6 @@ def _print_extraction(done: Extraction) -> None:
         typer.echo(f"  {part:8}  {path}")
         if done.clipped[part]:
             typer.echo(f"clapsep: {path}: {done.clipped[part]} samples were over full scale and are clipped", err=True)
-
-
-def _progress(quiet: bool, *columns: ProgressColumn) -> Progress | _NoProgress:
-    """Progress bars on stderr, if somebody is there to see them; `columns` stand behind the bar."""
-    if quiet or not sys.stderr.isatty():
-        return _NoProgress()
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    described = TextColumn("{task.description}", markup=False)
-    bars = (described, BarColumn(), *columns, TimeRemainingColumn())
-    return Progress(*bars, console=Console(stderr=True), transient=True)
-
-
-class _NoProgress:
-    """Stands in for rich's bars where there is no terminal, and saves their import."""
-
-    def __enter__(self) -> _NoProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def add_task(self, description: str, *, total: float | None) -> TaskID:
-        return cast("TaskID", 0)
-
-    def update(self, task: TaskID, *, completed: float) -> None:
-        pass
-
-    def advance(self, task: TaskID, advance: float = 1) -> None:
-        pass
 
 
 @app.command()
@@ -296,9 +231,9 @@ def evaluate(
     from clapsep_cli.evaluate import evaluate as evaluate_model
 
     rows, loaded = read_mixtures(mixtures), _load(model, device, quiet)
-    with _progress(quiet) as progress:
-        task = progress.add_task(mixtures.name, total=len(rows))
-        scores = evaluate_model(loaded, rows, audio, lambda: progress.advance(task))
+    with progress(quiet) as bars:
+        task = bars.add_task(mixtures.name, total=len(rows))
+        scores = evaluate_model(loaded, rows, audio, lambda: bars.advance(task))
     typer.echo("query     mixtures   SDRi ± std      SI-SDRi ± std   median level of the output")
     for query, s in summary(scores).items():
         typer.echo(
@@ -310,100 +245,3 @@ def evaluate(
             typer.echo(f"\nSI-SDRi by label, {query}")
             for label, value, count in by_label(scores, query):
                 typer.echo(f"  {value:6.2f}  {label} ({count})")
-
-
-@contextmanager
-def _downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr for each file that is downloaded while it lasts."""
-    columns: list[ProgressColumn] = []
-    if sys.stderr.isatty():
-        from rich.progress import DownloadColumn, TransferSpeedColumn
-
-        columns = [DownloadColumn(), TransferSpeedColumn()]
-    tasks: dict[str, TaskID] = {}
-    with _progress(quiet, *columns) as progress:
-
-        def update(file: str, done: int, total: int) -> None:
-            if file not in tasks:
-                tasks[file] = progress.add_task(file, total=total)
-            progress.update(tasks[file], completed=done)
-
-        yield update
-
-
-models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
-app.add_typer(models, name="models")
-
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A name from `clapsep models list`.")]
-KeepOption = Annotated[bool, typer.Option("--keep-original", help="Keep the downloaded files after conversion.")]
-
-
-@models.command("list")
-def list_models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")] = False,
-    _model_dir: ModelDirOption = None,
-) -> None:
-    """List all models, and where those that are here lie."""
-    from clapsep_cli.library import statuses
-
-    if as_json:
-        typer.echo(json.dumps([status.as_json() for status in statuses()], indent=2))
-        return
-    for status in statuses():
-        entry = status.entry
-        where = status.folder or f"not here; {entry.download_bytes / 1e9:.2f} GB to download"
-        typer.echo(f"{entry.name:10} {entry.about}\n{'':10} {where}\n{'':10} licence: {entry.licence}")
-
-
-@models.command()
-def download(
-    name: NameArgument, keep_original: KeepOption = False, quiet: QuietOption = False, _model_dir: ModelDirOption = None
-) -> None:
-    """Download a model's pinned files, check and convert them."""
-    from clapsep_cli.library import install
-
-    with _downloads(quiet) as progress:
-        folder = install(name, keep_original=keep_original, say=_note, progress=progress)
-    if not quiet:
-        typer.echo(folder)
-
-
-@models.command()
-def convert(
-    name: NameArgument,
-    files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files, carried here.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", hidden=True)] = None,
-    quiet: QuietOption = False,
-    _model_dir: ModelDirOption = None,
-) -> None:
-    """Make a model from files that are already here: what a machine without a network needs."""
-    from clapsep_cli.library import install
-
-    # A parser gives an option one value: further files behind --from arrive as arguments.
-    folder = install(name, [*files, *(more or [])], say=_note)
-    if not quiet:
-        typer.echo(folder)
-
-
-@models.command()
-def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Read all of a model and say whether it is sound."""
-    from clapsep_cli.library import verify as verify_model
-
-    typer.echo(f"{verify_model(name)}: sound")
-
-
-@models.command()
-def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Print the folder of a model that is here."""
-    from clapsep_cli.library import path_of
-
-    typer.echo(path_of(name))
-
-
-@models.command("rm")
-def remove(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Delete a model that was downloaded or converted."""
-    from clapsep_cli.library import remove as remove_model
-
-    typer.echo(f"{remove_model(name)}: removed")
