@@ -16,6 +16,8 @@ from clapsep_cli.errors import AudioError, OutputError
 
 Audio = NDArray[np.float32]
 
+PEAK = 0.9  # to which what is over full scale is brought before a model hears it (paper IV-A)
+
 BITS = {"PCM_S8": 16, "PCM_U8": 16, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}  # outputs keep the depth, at least 16
 SUBTYPES = {16: "PCM_16", 24: "PCM_24", 32: "PCM_32", None: "FLOAT"}
 WAV_LIMIT_BYTES = 2**32 - 2**16  # a longer file has to be an RF64
@@ -73,12 +75,6 @@ def check_finite(audio: Audio, name: str, rate: int, offset: int = 0) -> None:
         channel, sample = min(np.argwhere(~np.isfinite(audio)).tolist(), key=lambda at: at[1])
         at = offset + sample
         raise AudioError(f"{name}: sample {at} ({at / rate:.3f} s) of channel {channel + 1} is not a finite number")
-
-
-def duration(path: Path) -> float:
-    """Seconds that a recording lasts by its header. Raises `AudioError`."""
-    with Source(path) as source:
-        return source.frames / source.rate
 
 
 def read_mono(path: Path, rate: int) -> Audio:

@@ -14,6 +14,8 @@ from clapsep_cli.errors import ClapsepError
 from clapsep_cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, note, progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clapsep_cli.checkpoint import Model
     from clapsep_cli.pipeline import Extraction
     from clapsep_cli.train import Report
@@ -140,15 +142,18 @@ def extract(
         raise typer.Exit(FAILED)
 
 
-def _extract_one(mixture: Path, wanted: object, model: Model, out: Path | None, overwrite: bool, quiet: bool) -> bool:
+def _extract_one(mixture: Path, wanted: Tensor, model: Model, out: Path | None, overwrite: bool, quiet: bool) -> bool:
     """Extract from one file; whether it worked. One bad file must not stop the rest."""
-    from clapsep_cli.audio import duration
     from clapsep_cli.pipeline import extract as extract_file
 
     try:
         with progress(quiet) as bars:
-            task = bars.add_task(mixture.name, total=duration(mixture))
-            done = extract_file(mixture, wanted, model, out, overwrite, lambda s: bars.advance(task, s))  # type: ignore[arg-type]
+            task = bars.add_task(mixture.name, total=None)
+
+            def show(done: float, total: float) -> None:
+                bars.update(task, completed=done, total=total)
+
+            done = extract_file(mixture, wanted, model, out, overwrite, show)
     except ClapsepError as error:
         note(str(error))
         return False

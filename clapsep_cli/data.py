@@ -13,16 +13,14 @@ from typing import TypeVar
 
 import numpy as np
 import soundfile
-import soxr
 from numpy.typing import NDArray
 
+from clapsep_cli.audio import PEAK, Audio, to_rate
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
 
-PEAK = 0.9  # a mixture over full scale is brought down to this (paper IV-A)
 MAX_FAULTS_SHOWN = 10
 
-Audio = NDArray[np.float32]
 Made = TypeVar("Made")
 
 
@@ -85,8 +83,7 @@ def read_clip(path: Path) -> Audio:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ManifestError(f"{path}: cannot be decoded ({error})") from error
-    mono = audio.mean(1)
-    return mono if rate == RATE_HZ else np.asarray(soxr.resample(mono, rate, RATE_HZ, "HQ"), np.float32)
+    return to_rate(audio.mean(1), rate, RATE_HZ)
 
 
 def fit(audio: Audio, samples: int) -> Audio:

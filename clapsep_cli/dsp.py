@@ -36,10 +36,10 @@ def power(spec: Tensor) -> Tensor:
     return torch.addcmul(spec.real.square(), spec.imag, spec.imag)
 
 
-def waveform(spec: Tensor, length: int, hop: int = HOP) -> Tensor:
+def waveform(spec: Tensor, length: int) -> Tensor:
     """Inverse of `spectrum`: complex64 `[(batch,) frames, 513]` to float32 `[(batch,) length samples]`."""
     window = _hann(spec.device, spec.real.dtype)
-    return torch.istft(spec.transpose(-1, -2), N_FFT, hop, window=window, length=length)
+    return torch.istft(spec.transpose(-1, -2), N_FFT, HOP, window=window, length=length)
 
 
 class Resampler(nn.Module):

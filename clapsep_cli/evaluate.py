@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from clapsep_cli import dsp
+from clapsep_cli.audio import Audio
 from clapsep_cli.checkpoint import Model
-from clapsep_cli.data import Audio, Clip, fit, mix, read_clip, read_rows
+from clapsep_cli.data import Clip, fit, mix, read_clip, read_rows
 from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.base import Separator
 from clapsep_cli.pipeline import embed_query

@@ -127,14 +127,19 @@ def _convert(entry: Entry, files: Sequence[Path], hashes: dict[str, str]) -> Pat
         unfinished.mkdir(parents=True)
         notes = {"revision": _revision(entry), "pin": pin(entry), "sources": json.dumps(hashes)}
         resolve(FAMILIES[entry.family].convert)(files, unfinished, **notes)
-        tokenizer = weights_folder() / FAMILIES[entry.family].tokenizer
-        (unfinished / "tokenizer.json").write_bytes(gzip.decompress(tokenizer.read_bytes()))
+        write_tokenizer(entry, unfinished)
         unfinished.replace(folder)
     except OSError as error:
         raise ModelError(f"{folder}: the converted model cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def write_tokenizer(entry: Entry, folder: Path) -> None:
+    """Write the tokenizer of a released text encoder, which comes with the package, to `folder`."""
+    packed = weights_folder() / FAMILIES[entry.family].tokenizer
+    (folder / "tokenizer.json").write_bytes(gzip.decompress(packed.read_bytes()))
 
 
 def _revision(entry: Entry) -> str:

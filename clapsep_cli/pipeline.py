@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import soxr
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from clapsep_cli.audio import Source, Writer, check_finite, on_grid, read_mono, recordings, to_rate
+from clapsep_cli.audio import PEAK, Audio, Source, Writer, check_finite, on_grid, read_mono, recordings, to_rate
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import AudioError, OutputError
@@ -24,11 +23,9 @@ from clapsep_cli.query import Query, Shot
 from clapsep_cli.windows import MaskTrack, Windower, downmix
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
-PEAK = 0.9  # to which a window over full scale is brought before the model hears it (paper IV-A)
 PARTS = ("target", "residual")
 
-Audio = NDArray[np.float32]
-Progress = Callable[[float], None]  # is told how many seconds of audio are done since it was last told
+Progress = Callable[[float, float], None]  # is told how many seconds of audio are done, and how many there are
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def extract(
     model: Model,
     folder: Path | None = None,
     overwrite: bool = False,
-    progress: Progress = lambda seconds: None,
+    progress: Progress = lambda done, total: None,
 ) -> Extraction:
     """Separate the file `mixture` into a target and a residual file; `wanted` is the condition from `embed_query`.
 
@@ -201,7 +198,7 @@ def extract(
             target_file.write(rounded)
             residual_file.write(heard - rounded)
             samples += heard.shape[1]
-            progress(heard.shape[1] / source.rate)
+            progress(samples / source.rate, source.frames / source.rate)
         target_file.commit()
         residual_file.commit()
         clipped = dict(zip(PARTS, (target_file.clipped, residual_file.clipped), strict=True))

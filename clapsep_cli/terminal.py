@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from rich.progress import Progress, ProgressColumn, TaskID
+    from rich.progress import Progress, TaskID
 
 ModelOption = Annotated[
     str | None,
@@ -44,16 +44,18 @@ def note(line: str) -> None:
     typer.echo(f"clapsep: {line}", err=True)
 
 
-def progress(quiet: bool, *columns: ProgressColumn) -> Progress | _NoProgress:
-    """Progress bars on stderr, if somebody is there to see them; `columns` stand behind the bar."""
+def progress(quiet: bool, *, transfer: bool = False) -> Progress | _NoProgress:
+    """Progress bars on stderr, if somebody is there to see them; of a `transfer` in bytes and their rate."""
     if quiet or not sys.stderr.isatty():
         return _NoProgress()
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    described = TextColumn("{task.description}", markup=False)
-    bars = (described, BarColumn(), *columns, TimeRemainingColumn())
-    return Progress(*bars, console=Console(stderr=True), transient=True)
+    measure = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if transfer else ()
+    described = bars.TextColumn("{task.description}", markup=False)
+    columns = (described, bars.BarColumn(), *measure, bars.TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 class _NoProgress:
@@ -68,7 +70,7 @@ class _NoProgress:
     def add_task(self, description: str, *, total: float | None) -> TaskID:
         return cast("TaskID", 0)
 
-    def update(self, task: TaskID, *, completed: float) -> None:
+    def update(self, task: TaskID, *, completed: float, total: float | None = None) -> None:
         pass
 
     def advance(self, task: TaskID, advance: float = 1) -> None:
@@ -78,13 +80,8 @@ class _NoProgress:
 @contextmanager
 def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr for each file that is downloaded while it lasts."""
-    columns: list[ProgressColumn] = []
-    if sys.stderr.isatty():
-        from rich.progress import DownloadColumn, TransferSpeedColumn
-
-        columns = [DownloadColumn(), TransferSpeedColumn()]
     tasks: dict[str, TaskID] = {}
-    with progress(quiet, *columns) as bars:
+    with progress(quiet, transfer=True) as bars:
 
         def update(file: str, done: int, total: int) -> None:
             if file not in tasks:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
+from clapsep_cli.audio import Audio
 from clapsep_cli.augment import disguise, equaliser, seeded
 from clapsep_cli.checkpoint import load_part, read_metadata, read_tensors, save_part
 from clapsep_cli.conditions import Mixing, Queries, Texts
 from clapsep_cli.data import (
-    Audio,
     Clip,
     Draw,
     Pool,
@@ -161,7 +161,7 @@ def shots(net: MiniAudio, pool: Pool, config: TrainConfig, among: Sequence[int])
             generator = seeded(config.seed, view, start)
             power = dsp.power(dsp.spectrum(torch.from_numpy(audio)))
             out[start : start + len(rows), view] = net(disguise(power, config.eq_db, generator) if view % 2 else power)
-    return out.clone()
+    return out
 
 
 class Run:
@@ -196,11 +196,11 @@ class Run:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(self.step)})
         temporary.replace(self.path)
 
-    def resume(self) -> bool:
+    def resume(self) -> None:
         if not self.path.exists():
-            return False
+            return
+        tensors = read_tensors(self.path)
         with safe_open(self.path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             self.step = int(file.metadata()["step"])
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -220,12 +220,9 @@ class Run:
         for i, parameter in enumerate(self.net.parameters()):
             state[i] = {k: torch.empty_like(parameter).copy_(v) if v.dim() else v for k, v in state[i].items()}
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        return True
 
 
-def train_separator(
-    run: Run, sampler: Sampler, queries: Queries, validate: Callable[[Mini], Mapping[str, float]], listen: Listener
-) -> None:
+def train_separator(run: Run, sampler: Sampler, queries: Queries, validate: Validate, listen: Listener) -> None:
     """Train until `config.separator.steps`, from wherever `run` stands; saves as it goes."""
     config, stage = run.config, run.config.separator
 

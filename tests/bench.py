@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
 import statistics
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clapsep_cli import Query, embed_query, extract, library, load_model
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
-from clapsep_cli.registry import FAMILIES, MODELS, weights_folder
+from clapsep_cli.registry import MODELS
 
 RUNS = 5
 
@@ -67,8 +66,7 @@ def bench_clapsep_start(folder: Path) -> None:
     # In a process of its own: what this one has ever held would count in its children's peaks.
     write = f"from pathlib import Path; from released import write_released; write_released(Path({str(place)!r}))"
     subprocess.run([sys.executable, "-c", write], check=True, cwd=Path(__file__).parent)
-    tokenizer = weights_folder() / FAMILIES["clapsep"].tokenizer
-    (place / "tokenizer.json").write_bytes(gzip.decompress(tokenizer.read_bytes()))
+    library.write_tokenizer(MODELS["clapsep"], place)
     for seconds in (10, 60):
         path = folder / f"{seconds}.wav"
         soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((seconds * 48_000, 2)), 48_000)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.dsp import mel_filters, spectrum
+from clapsep_cli.dsp import mel_filters, power, spectrum
 
 RATE_HZ = 48_000
 HOP = 480  # samples, at RATE_HZ
@@ -212,11 +212,10 @@ class HTSAT(nn.Module):
 
     def log_mel(self, audio: Tensor) -> Tensor:
         """Log-mel spectrogram, normalised per band: `[batch, samples]` at 48 kHz to `[batch, frames, mels]`."""
-        spec = spectrum(audio, HOP)
-        power = (spec.real.square() + spec.imag.square()) @ self.mel
+        mel = power(spectrum(audio, HOP)) @ self.mel
         if not self.stretch:
-            power = F.pad(power, (0, 0, 0, self.frames - power.shape[1]))
-        x: Tensor = self.bn0(10 * power.clamp(min=1e-10).log10())
+            mel = F.pad(mel, (0, 0, 0, self.frames - mel.shape[1]))
+        x: Tensor = self.bn0(10 * mel.clamp(min=1e-10).log10())
         if self.stretch:
             x = F.interpolate(x[:, None], (self.frames, self.mels), mode="bicubic", align_corners=True)[:, 0]
         return x
