@@ -57,6 +57,8 @@ class MaskedStream:
     def pull(self) -> Tensor:
         """What can be computed from all that came so far, float32 `[channels, samples]`."""
         begin = self.half if self.frame == 0 else 0  # still to be reflected
+        if self.audio.shape[1] <= begin:
+            return self.audio[:, :0]
         audible = (begin + self.audio.shape[1] - self.size) // self.hop + 1
         masked = math.ceil((self.mask_frame + len(self.mask) - 1) / self.frames_per_hop) - self.frame
         return self._compute(min(audible, masked))
