@@ -11,14 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 
 LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"errors", "metrics", "dsp"},
-    {"query", "registry", "windows", "masking", "augment", "objective"},
+    {"query", "registry", "windows", "masking", "augment", "objective", "times", "tables"},
     {"models.base", "hub_client"},
     {"models.htsat", "models.mini", "hub"},
     {"models.clapsep"},
     {"models.clap"},
     {"texts"},
     {"checkpoint", "audio"},
-    {"convert"},
+    {"convert", "inputs"},
+    {"jobs", "outputs", "resume"},
+    {"targets"},
     {"library"},
     {"data", "pipeline"},
     {"evaluate", "conditions"},
