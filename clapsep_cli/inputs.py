@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from clapsep_cli.audio import SUFFIXES
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError
+from clapsep_cli.sources import STDIN, SUFFIXES
 from clapsep_cli.tables import check_faults
 
-STDIN = Path("-")
 PARTS = ("target", "residual")  # as outputs are called where nothing else is asked for
 MAGIC = re.compile(r"[*?\[]")
 

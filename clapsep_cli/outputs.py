@@ -11,7 +11,8 @@ from pathlib import Path
 from string import Formatter
 
 from clapsep_cli.errors import OutputError
-from clapsep_cli.inputs import STDIN, Input, folded, is_there
+from clapsep_cli.inputs import Input, folded, is_there
+from clapsep_cli.sources import STDIN
 
 TEMPLATE = "{stem}.{part}.{ext}"
 FIELDS = ("stem", "part", "ext", "query")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +12,17 @@ import soxr
 import torch
 from torch import Tensor
 
-from clapsep_cli.audio import PEAK, Audio, Source, Writer, check_finite, on_grid, read_mono, recordings, to_rate
+from clapsep_cli.audio import PEAK, Audio, check_finite, on_grid, to_rate
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.dsp import RATE_HZ
+from clapsep_cli.encoding import choose_encoding
 from clapsep_cli.errors import AudioError, OutputError
 from clapsep_cli.masking import MaskedStream
 from clapsep_cli.models.base import condition
 from clapsep_cli.query import Query, Shot
+from clapsep_cli.sources import Source, read_mono, recordings
 from clapsep_cli.windows import MaskTrack, Windower, downmix
+from clapsep_cli.writers import Outputs
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
 PARTS = ("target", "residual")
@@ -187,20 +189,17 @@ def extract(
     began = time.perf_counter()
     check_outputs([mixture], folder, overwrite)
     paths, samples = output_paths(mixture, folder), 0
-    with Source(mixture) as source, ExitStack() as stack:
-        target_file, residual_file = (
-            stack.enter_context(Writer(paths[part], source.rate, source.channels, source.bits, source.frames))
-            for part in PARTS
-        )
-        for heard, target in stream(model, wanted, source.blocks(BLOCK_SECONDS), source.rate, source.channels):
-            # Rounded before it is subtracted, the target leaves a residual that adds up to the input exactly.
-            rounded = on_grid(target, source.bits)
-            target_file.write(rounded)
-            residual_file.write(heard - rounded)
-            samples += heard.shape[1]
-            progress(samples / source.rate, source.frames / source.rate)
-        target_file.commit()
-        residual_file.commit()
-        clipped = dict(zip(PARTS, (target_file.clipped, residual_file.clipped), strict=True))
+    with Source(mixture) as source:
+        encoding = choose_encoding("wav", None, source)
+        with Outputs(paths, source.rate, source.channels, encoding, overwrite=overwrite) as outputs:
+            for heard, target in stream(model, wanted, source.blocks(BLOCK_SECONDS), source.rate, source.channels):
+                # Rounded before it is subtracted, the target leaves a residual that adds up to the input exactly.
+                rounded = on_grid(target, encoding.bits)
+                outputs.write({"target": rounded, "residual": heard - rounded})
+                samples += heard.shape[1]
+                progress(samples / source.rate, source.frames / source.rate)
+            written = outputs.commit()
         seconds = samples / source.rate
-    return Extraction(mixture, paths["target"], paths["residual"], seconds, time.perf_counter() - began, clipped)
+    return Extraction(
+        mixture, paths["target"], paths["residual"], seconds, time.perf_counter() - began, written.clipped
+    )

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from clapsep_cli.audio import recordings
 from clapsep_cli.errors import AudioError, ClapsepError
 from clapsep_cli.inputs import is_there
 from clapsep_cli.query import Query, Shot
+from clapsep_cli.sources import recordings
 
 KEY_DIGITS = 16
 BLOCK_BYTES = 1 << 20

@@ -6,10 +6,10 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from clapsep_cli.audio import SUFFIXES
 from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.inputs import folded, is_there
 from clapsep_cli.outputs import safe_name
+from clapsep_cli.sources import SUFFIXES
 
 TAKEN = ("mixture", "residual")  # every run has these; no target can be called so
 

@@ -17,8 +17,8 @@ import typer
 from conftest import Clapsep
 
 import clapsep_cli
-from clapsep_cli.audio import Writer
 from clapsep_cli.cli import app
+from clapsep_cli.writers import Outputs
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,7 +139,7 @@ def test_one_bad_file_does_not_stop_the_rest(clapsep: Clapsep, mix: Path, tiny_f
     bad.write_bytes(b"RIFF")
     done = clapsep("extract", bad, mix, "--pos", "dog", "--model", tiny_folder, cwd=mix.parent)
     assert done.returncode == 1
-    assert "bad.wav: cannot be read" in done.stderr
+    assert "bad.wav: is cut short" in done.stderr
     assert "1 of 2 files failed" in done.stderr
     assert mix.with_name(f"{mix.stem}.target.wav").exists()
 
@@ -163,10 +163,10 @@ def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
 def test_an_interrupted_run_leaves_nothing_behind(
     clapsep: Clapsep, mix: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Writer, audio: object) -> None:
+    def interrupted(self: Outputs, parts: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "write", interrupted)
+    monkeypatch.setattr(Outputs, "write", interrupted)
     done = clapsep("extract", mix, "--pos", "dog", "--model", tiny_folder, cwd=mix.parent)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
