@@ -23,6 +23,7 @@ from clapsep_cli.resume import finished, in_the_way, signature
 from clapsep_cli.targets import parse_target, parse_targets
 from clapsep_cli.times import parse_span, parse_time
 
+ROOT = Path(__file__).parents[1]
 BOTH = ("target", "residual")
 
 
@@ -571,4 +572,6 @@ def test_no_torch_is_needed() -> None:
     modules = ", ".join(
         f"clapsep_cli.{m}" for m in ("inputs", "jobs", "outputs", "resume", "targets", "times", "tables")
     )
-    subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT
+    )
