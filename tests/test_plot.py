@@ -83,22 +83,8 @@ def test_every_rate_and_length_is_drawn(tmp_path: Path, rate: int, samples: int)
 
 
 def test_no_rate_leaves_a_band_empty() -> None:
-    for rate in (
-        8000,
-        11_025,
-        12_000,
-        16_000,
-        22_050,
-        24_000,
-        32_000,
-        44_100,
-        48_000,
-        88_200,
-        96_000,
-        176_400,
-        192_000,
-    ):
-        Picture(rate)  # librosa would warn
+    for kilohertz in (8, 11.025, 12, 16, 22.05, 24, 32, 44.1, 48, 88.2, 96, 176.4, 192):
+        Picture(round(1000 * kilohertz))  # librosa would warn
 
 
 TITLES = [
@@ -106,6 +92,7 @@ TITLES = [
     "犬が吠えている 🐶\u200d🦺 כלב نباح собака",
     "$x^2$ \\frac{ $ <b> {stem} %s",
     "line\nbreak\ttab\0zero\x1b[31m\ud800\ufffe",
+    "⌖ is in no font but STIX",
     "dog " * 500,
     "犬" * 500,
     "x" * 2000,
@@ -123,6 +110,14 @@ def test_every_title_is_drawn(
     lines = _drawable(title)[0].splitlines()
     assert len(lines) <= plot.TITLE_LINES
     assert all(len(line) <= plot.TITLE_COLUMNS for line in lines)
+
+
+def test_letters_come_from_whichever_font_has_them() -> None:
+    text, fonts = _drawable("a ⌖ \U000f0000\ufdd0 b \U0001f436")
+    assert fonts[0] == "DejaVu Sans"
+    assert len(fonts) > 1
+    assert "⌖" in text
+    assert "\ufdd0" not in text
 
 
 def test_silence_is_drawn(tmp_path: Path) -> None:
