@@ -94,7 +94,7 @@ def _check_chunks(file: BinaryIO, start: int, form: Chunked, magic: bytes, size:
             return
         step = max(stated, head) if form.inclusive else head + stated
         at += -(-step // form.align) * form.align
-    if at >= size + form.align:
+    if start + form.first < size <= at - form.align:
         raise AudioError(f"{name}: is cut short, its last part is missing; {REPAIR}")
 
 

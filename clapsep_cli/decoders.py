@@ -36,6 +36,13 @@ class UnknownFormatError(AudioError):
     """Not a file that libsndfile opens; another decoder may."""
 
 
+class _File(soundfile.SoundFile):  # type: ignore[misc]
+    """libsndfile cannot seek in a FLAC of unknown length, which soundfile would have it do after every block."""
+
+    def seekable(self) -> bool:
+        return self.frames < NO_LENGTH and bool(super().seekable())
+
+
 class SoundFileDecoder(Decoder):
     """A file that libsndfile reads. Raises `AudioError` for one that is cut short, `UnknownFormatError` for others."""
 
@@ -57,7 +64,7 @@ class SoundFileDecoder(Decoder):
             stream = mpeg.scan(self._handle, self.name) if _may_be_mpeg(path, self._handle) else None
             counted = stream is not None and stream.layer == 3 and stream.stated != stream.frames
             self._handle.seek(0)
-            self._file = soundfile.SoundFile(mpeg.Counted(self._handle, stream) if stream and counted else self._handle)
+            self._file = _File(mpeg.Counted(self._handle, stream) if stream and counted else self._handle)
         except (soundfile.SoundFileError, OSError, ValueError) as error:
             raise UnknownFormatError(f"{path}: cannot be read as audio ({reason(error)})") from error
         self.rate, self.channels = self._file.samplerate, self._file.channels
@@ -87,6 +94,8 @@ class SoundFileDecoder(Decoder):
             raise AudioError(f"{self.name}: goes on behind the end that its header states, by {left} bytes")
 
     def skip(self, samples: int) -> None:
+        if not self.frames:  # libsndfile does not find its way in a FLAC of unknown length
+            return super().skip(samples)
         try:
             self._done = self._file.seek(samples)  # exact for lossy codecs too, see the tests
         except (soundfile.SoundFileError, OSError) as error:

@@ -162,6 +162,8 @@ def _seconds(of: dict[str, Any]) -> float | None:
 
 
 def _first_line(log: bytes, name: str) -> str:
+    if b"not on whitelist" in log:
+        return "it is of no known format"
     lines = [re.sub(r"^\[[^]]*] *", "", line) for line in log.decode("utf-8", "replace").splitlines() if line.strip()]
     return lines[0].replace(f"file:{name}: ", "").strip() if lines else "it does not say why"
 

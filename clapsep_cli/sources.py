@@ -74,7 +74,8 @@ class Source:
         infinite, for no samples at all, where the recording is damaged, and if it ends before its header says."""
         size, done = max(1, round(seconds * self.rate)), 0
         try:
-            self._decoder.skip(self._first)
+            if self._first:
+                self._decoder.skip(self._first)
             while self._wanted is None or done < self._wanted:
                 block = self._decoder.read(size if self._wanted is None else min(size, self._wanted - done))
                 if not block.shape[1]:
