@@ -86,5 +86,5 @@ def remove(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
     """Delete a model, and whatever is left of downloading and converting it."""
     from clapsep_cli.library import remove as remove_model
 
-    for path in remove_model(name):
+    for path in remove_model(name, note):
         typer.echo(f"{path}: removed")

@@ -134,8 +134,8 @@ def clear(remote: Remote) -> list[Path]:
     What was accepted stays on record. Raises `OSError`, `DownloadError`.
     """
     with lock(remote.key):
-        path, record = _client(remote).cached(remote), _record(remote)
-        ours = _chain(path) if path and record and record.get("downloaded") else []
+        known = _believed(remote)
+        ours = _chain(known.path) if known and known.downloaded else []
         files = (*ours, *_client(remote).leftovers(remote), _quarantined(remote))
         found = [file for file in dict.fromkeys(files) if os.path.lexists(file)]
         for file in found:

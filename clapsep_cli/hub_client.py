@@ -89,9 +89,9 @@ def leftovers(remote: HubFile) -> list[Path]:
     """What downloads of the file that were killed have left in the client's cache."""
     from huggingface_hub import constants
 
-    kind_and_name = f"{remote.repo_type}s", *remote.repo.split("/")
-    blobs = Path(constants.HF_HUB_CACHE, "--".join(kind_and_name), "blobs")
-    return sorted(blobs.glob(f"{remote.sha256}*.incomplete"))
+    folder = "--".join((f"{remote.repo_type}s", *remote.repo.split("/")))
+    of_file = "" if remote.disputed else remote.sha256  # they are named after the hash that the Hub states
+    return sorted(Path(constants.HF_HUB_CACHE, folder, "blobs").glob(f"{of_file}*.incomplete"))
 
 
 def _pinned(remote: HubFile) -> dict[str, Any]:

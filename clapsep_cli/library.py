@@ -213,7 +213,7 @@ def _again(entry: Entry) -> str:
     return f"clapsep models rm {entry.name}, then clapsep models download {entry.name}"
 
 
-def remove(name: str) -> list[Path]:
+def remove(name: str, say: Say = _nothing) -> list[Path]:
     """Delete all that is kept of a model, in whatever version: converted, downloaded, unfinished. What there was.
 
     Files that other programs have put into the Hub's cache stay. Raises `ModelError` for a bundled or absent model.
@@ -222,7 +222,7 @@ def remove(name: str) -> list[Path]:
     if not entry.remotes:
         raise ModelError(f"{name} comes with clapsep and cannot be removed")
     of_any_pin = re.compile(rf"\.?{re.escape(name)}-[0-9a-f]{{{SHORT}}}(\.partial)?")
-    with hub.lock(entry.name):
+    with hub.lock(entry.name, say):
         models, texts = home() / "models", _text_cache(name)
         kept = sorted(p for p in models.iterdir() if of_any_pin.fullmatch(p.name)) if models.is_dir() else []
         kept += [texts] if texts and texts.is_dir() else []

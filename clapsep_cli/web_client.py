@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 30.0  # of silence
 BLOCK_BYTES = 1 << 20
-_NO_HEAD = (405, 501)  # HTTP statuses of hosts that only hand out bodies
+_NO_HEAD = (405, 501)  # HTTP statuses: the host only hands out bodies
+_NO_SUCH_RANGE = 416
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -57,7 +58,7 @@ def ask(remote: WebFile) -> None:
     """Raise `DownloadError` if the host has not got the file, or one of another size. It states no SHA-256."""
 
     def head() -> None:
-        with _response("HEAD", remote) as response:
+        with _response("HEAD", remote, {}, _NO_HEAD) as response:
             if response.status_code not in _NO_HEAD:
                 _check_size(remote, response)
 
@@ -106,9 +107,9 @@ def _transfer(remote: WebFile, file: BinaryIO, tag: Path, progress: Progress | N
         done += len(block)
     if done == remote.size:  # the process was killed between the last byte and the file's name
         return sha256.hexdigest()
-    with _response("GET", remote, _going_on(done, tag)) as response:
+    with _response("GET", remote, _going_on(done, tag), (_NO_SUCH_RANGE,) if done else ()) as response:
         start, _ = _range(response)
-        if response.status_code == 416 or start not in (0, done):
+        if response.status_code == _NO_SUCH_RANGE or start not in (0, done):
             file.truncate(0)  # and all of it at the next attempt
             raise RemoteProtocolError(f"bytes from {done} on were asked for, and answered otherwise")
         _check_size(remote, response)
@@ -144,8 +145,13 @@ def _strong(etag: str) -> str:
 
 
 @contextmanager
-def _response(method: str, remote: WebFile, headers: dict[str, str] | None = None) -> Iterator[httpx2.Response]:
-    """The host's answer, its body not yet read. Raises `HTTPStatusError` for what is not an answer to go on with."""
+def _response(
+    method: str, remote: WebFile, headers: dict[str, str], handled: tuple[int, ...]
+) -> Iterator[httpx2.Response]:
+    """The host's answer, its body not yet read; redirects are followed, but never out of encryption.
+
+    Raises `HTTPStatusError` for what is no success, unless its status is among `handled`.
+    """
     import httpx2
 
     if offline():
@@ -162,10 +168,8 @@ def _response(method: str, remote: WebFile, headers: dict[str, str] | None = Non
     url = endpoint() + urlsplit(remote.url).path if endpoint() else remote.url
     client = httpx2.Client(follow_redirects=True, timeout=TIMEOUT_S, event_hooks={"response": [no_downgrade]})
     # Compressed, the announced size and the ranges would not be the file's.
-    with client, client.stream(method, url, headers={"Accept-Encoding": "identity"} | (headers or {})) as response:
-        refused_range = response.status_code == 416 and "Range" in response.request.headers
-        no_head = response.status_code in _NO_HEAD and method == "HEAD"
-        if not (refused_range or no_head):
+    with client, client.stream(method, url, headers={"Accept-Encoding": "identity"} | headers) as response:
+        if response.status_code not in handled:
             response.raise_for_status()
         yield response
 

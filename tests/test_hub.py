@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -515,6 +516,35 @@ def test_two_processes_download_once(server: HubServer, tmp_path: Path) -> None:
         record.unlink()
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)  # finds the file, and hashes it
     assert (server.requests, server.asides) == ([], [])
+
+
+def test_clear_takes_what_is_ours(server: HubServer, cache: Path, tmp_path: Path) -> None:
+    """Of a process that was killed, of a damaged download, of one that was kept; not what others downloaded."""
+    assert hub.clear(REMOTE) == []
+    server.faults = Faults(hold_at=100_000)
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(cache.parent), "HF_HUB_OFFLINE": "0"}
+    with subprocess.Popen([sys.executable, "-c", FETCH, json.dumps(asdict(REMOTE))], env=env) as killed:
+        deadline = time.monotonic() + 30
+        while not hub_client.leftovers(REMOTE) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        killed.kill()
+    server.faults.release.set()
+    other = next(cache.rglob("*.incomplete")).with_name(f"{OTHER_SHA256}.0123abcd.incomplete")
+    other.touch()
+    (left,) = hub.clear(REMOTE)
+    assert left.name.startswith(SHA256)
+    assert held(cache) == [b""]
+    assert hub.clear(DISPUTED) == [other]
+    server.faults = Faults(flip=True)
+    refused()
+    server.faults = Faults()
+    path = hub.fetch(REMOTE).path
+    assert hub.clear(REMOTE)[0] == path
+    assert held(cache) == []
+    assert not list((hub.home() / "quarantine").iterdir())
+    huggingface_hub.hf_hub_download(REMOTE.repo, REMOTE.path, revision=REVISION)
+    assert hub.clear(REMOTE) == []
+    assert held(cache) == [DATA]
 
 
 def test_lock_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
