@@ -29,7 +29,7 @@ from clapsep_cli import hub, library, registry
 from clapsep_cli.checkpoint import Model, read_metadata, read_tensors, save_part
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.models.base import TextEncoder
-from clapsep_cli.registry import MODELS, HubFile, Remote
+from clapsep_cli.registry import MODELS, HubFile, Remote, WebFile
 from clapsep_cli.texts import CachedTexts
 from clapsep_cli.transfer import amount
 
@@ -269,6 +269,23 @@ def test_a_home_that_cannot_be_written_serves_what_is_there(
         library.install("clapsep")
 
 
+def test_what_is_pinned_is_pinned() -> None:
+    remotes = [remote for entry in MODELS.values() for remote in entry.remotes]
+    for remote in remotes:
+        assert re.fullmatch(r"[0-9a-f]{64}", remote.sha256)
+        assert remote.size > 1_000_000
+        if isinstance(remote, HubFile):
+            assert re.fullmatch(r"[0-9a-f]{40}", remote.revision)
+        if isinstance(remote, WebFile):
+            assert re.fullmatch(r"https://[^?#]+/[0-9a-f]{40}/[^?#]+", remote.url)
+    assert len({remote.key for remote in remotes}) == len(remotes)
+    assert len({library.pin(entry) for entry in MODELS.values()}) == len(MODELS)
+    for entry in MODELS.values():
+        assert entry.licence
+        assert entry.family in registry.FAMILIES
+        assert bool(registry.FAMILIES[entry.family].convert) == bool(entry.remotes)
+
+
 def test_another_pin_is_another_model(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = library.install("clapsep")
     entry = MODELS["clapsep"]
@@ -315,7 +332,7 @@ def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_pa
     listed = clapsep("models", "list", cwd=tmp_path)
     assert "not here" in listed.stdout
     rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
-    assert [(row["name"], row["here"]) for row in rows] == [("mini", True), ("clapsep", False)]
+    assert {row["name"]: row["here"] for row in rows} == {name: name == "mini" for name in MODELS}
     assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 1
     got = clapsep("models", "download", "clapsep", cwd=tmp_path)
     assert got.returncode == 0
