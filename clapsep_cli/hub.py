@@ -246,8 +246,8 @@ def _checked(remote: Remote, path: Path | None, progress: Progress | None = None
     record, client = _record(remote), _client(remote)
     stated = client.ask(remote) if path is None or (remote.disputed and record is None) else None
     sha256, source = _authority(remote, record, stated)
-    came = None if path is None else Arrived(path, bool(record and record.get("downloaded")))
-    came = came or client.download(remote, progress)
+    # One that has changed since it was checked may be another program's by now.
+    came = client.download(remote, progress) if path is None else Arrived(path, transferred=False)
     with _reading(came.path):
         before = came.path.stat()  # of before hashing: what is written meanwhile must not pass as checked
     got = None

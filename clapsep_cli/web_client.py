@@ -121,7 +121,6 @@ def _transfer(remote: WebFile, file: BinaryIO, tag: Path, progress: Progress | N
             if done + len(block) > remote.size:
                 raise changed(remote, f"{remote.size} bytes", "more")
             file.write(block)
-            file.flush()  # a kill must not lose it
             sha256.update(block)
             done += len(block)
             if progress:

@@ -9,6 +9,7 @@ with HubServer() as hub:
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 import socket
@@ -50,6 +51,7 @@ class Faults:
     misplaced: bool = False  # a range that is asked for is answered with another one
     unsized: bool = False  # no length is announced, the end of the connection is the end of the body
     headless: bool = False  # HEAD is not allowed
+    gzips: bool = False  # bodies come compressed, to whom that is not declined
     location: str | None = None  # all answers lead on to there
     retry_after: str = ""
 
@@ -215,6 +217,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(405, {"Content-Length": "0"})
         elif faults.status:
             self._head(faults.status, {"Content-Length": "0", "Retry-After": faults.retry_after})
+        elif faults.gzips and "gzip" in self.headers.get("Accept-Encoding", "gzip"):
+            self._send(faults, gzip.compress(file.data), {"ETag": file.etag, "Content-Encoding": "gzip"}, body)
         else:
             self._send(faults, file.data, {"ETag": file.etag}, body)
 

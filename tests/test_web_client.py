@@ -244,8 +244,9 @@ def test_body_that_does_not_end_is_stopped(server: HubServer, folder: Path) -> N
     assert (folder / "model.pth.partial").stat().st_size <= len(DATA)
 
 
-def test_host_without_head(server: HubServer) -> None:
-    server.faults = Faults(headless=True)
+@pytest.mark.parametrize("faults", [Faults(headless=True), Faults(gzips=True), Faults(unsized=True)])
+def test_hosts_of_other_habits(server: HubServer, faults: Faults) -> None:
+    server.faults = faults
     assert hub.to_download(REMOTE) == len(DATA)
     assert hub.fetch(REMOTE).path.read_bytes() == DATA
 
