@@ -1,4 +1,4 @@
-"""Models on disk: a folder of `separator`, `text` and `audio.safetensors`, and `tokenizer.json`.
+"""Models on disk: a folder of `separator`, `text` and `audio.safetensors`, and `tokenizer.json`, where there are such.
 
 Each part's metadata names its family and holds the whole configuration. Parts are read when they are first needed.
 """
@@ -25,8 +25,6 @@ from clapsep_cli.texts import CachedTexts
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-PARTS = ("separator", "text", "audio")
 
 
 class Model:
@@ -59,7 +57,9 @@ class Model:
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
-    """A network of a model, from `folder`, on the CPU, in eval mode. Raises `CheckpointError`."""
+    """A network of a model, from `folder`, on the CPU, in eval mode. Raises `CheckpointError`, `ModelError`."""
+    if part not in FAMILIES[family].parts:
+        raise ModelError(f"{folder.name}: models of family {family!r} take no {part} queries; use another --model")
     path = folder / f"{part}.safetensors"
     tensors = read_tensors(path)
     arguments = [config, *([_tokenizer(folder / "tokenizer.json")] if part == "text" else [])]

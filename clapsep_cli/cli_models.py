@@ -23,14 +23,15 @@ def list_models(
 ) -> None:
     """List all models, and where those that are here lie."""
     from clapsep_cli.library import statuses
+    from clapsep_cli.transfer import amount
 
     if as_json:
         typer.echo(json.dumps([status.as_json() for status in statuses()], indent=2))
         return
     for status in statuses():
         entry = status.entry
-        where = status.folder or f"not here; {entry.download_bytes / 1e9:.2f} GB to download"
-        typer.echo(f"{entry.name:10} {entry.about}\n{'':10} {where}\n{'':10} licence: {entry.licence}")
+        where = status.folder or f"not here; {amount(entry.download_bytes)} to download"
+        typer.echo(f"{entry.name:12} {entry.about}\n{'':12} {where}\n{'':12} licence: {entry.licence}")
 
 
 @models.command()
@@ -65,10 +66,11 @@ def convert(
 
 @models.command()
 def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Read all of a model and say whether it is sound."""
+    """Read all of a model, and downloads that were kept, and say whether they are sound."""
     from clapsep_cli.library import verify as verify_model
 
-    typer.echo(f"{verify_model(name)}: sound")
+    for path in verify_model(name):
+        typer.echo(f"{path}: sound")
 
 
 @models.command()
@@ -81,7 +83,8 @@ def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
 
 @models.command("rm")
 def remove(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Delete a model that was downloaded or converted."""
+    """Delete a model, and whatever is left of downloading and converting it."""
     from clapsep_cli.library import remove as remove_model
 
-    typer.echo(f"{remove_model(name)}: removed")
+    for path in remove_model(name, note):
+        typer.echo(f"{path}: removed")

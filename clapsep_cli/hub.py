@@ -1,8 +1,8 @@
-"""Downloads: one pinned file of the Hub at a time, believed only after its size and SHA-256 were checked.
+"""Downloads: one pinned file at a time, believed only after its size and SHA-256 were checked.
 
-The Hub's own client does the transfer and keeps its cache, so HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and its tokens work
-as everywhere. What was accepted, and on whose word, is recorded as JSON in `home()/accepted`; a file that fails is
-taken out of the cache, into `home()/quarantine`.
+For each kind of remote file a client does the transfer and keeps a cache; for the Hub its own, so HF_HOME, HF_ENDPOINT,
+HF_HUB_OFFLINE and its tokens work as everywhere. What was accepted, and on whose word, is recorded as JSON in
+`home()/accepted`; a file that fails is taken out of the cache, into `home()/quarantine`.
 """
 
 from __future__ import annotations
@@ -10,48 +10,58 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from clapsep_cli import hub_client
+from clapsep_cli import hub_client, web_client
 from clapsep_cli.errors import DownloadError
-from clapsep_cli.hub_client import Progress
-from clapsep_cli.registry import Remote
+from clapsep_cli.registry import HubFile, Remote, WebFile, home
+from clapsep_cli.transfer import Arrived, Progress, changed, way_out
 
 Say = Callable[[str], None]  # is told, in a line, why it takes longer
 
 BLOCK_BYTES = 1 << 20
+PINNED = "pinned by clapsep"  # whose word a hash is
+
+
+class Client(Protocol):
+    """What fetches one kind of remote file. All raise `DownloadError`."""
+
+    def endpoint(self) -> str:
+        """The host that is asked."""
+
+    def cached(self, remote: Any) -> Path | None:
+        """The file in the client's cache, whole or not."""
+
+    def ask(self, remote: Any) -> str | None:
+        """The SHA-256 that the host states, if it does; raises if the host cannot have the pinned file."""
+
+    def download(self, remote: Any, progress: Progress | None) -> Arrived:
+        """Bring the file into the client's cache."""
+
+    def leftovers(self, remote: Any) -> list[Path]:
+        """Files of downloads that did not come to their end."""
+
+
+_CLIENTS: dict[type[Remote], Client] = {HubFile: hub_client, WebFile: web_client}
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file that was checked: where it lies in the Hub's cache, `size` in bytes, `sha256` in hex.
+    """A file that was checked: where it lies in its client's cache, its `size` in bytes, `sha256` in hex.
 
-    `downloaded` tells that `fetch` itself put it there; otherwise its content was in the cache before.
+    `source` says on whose word that hash was accepted. `downloaded` tells that `fetch` itself put the file there;
+    otherwise its content was in the cache before.
     """
 
     path: Path
     size: int
     sha256: str
+    source: str
     downloaded: bool = False
-
-
-def home() -> Path:
-    """Where clapsep keeps converted models and records: CLAPSEP_HOME, or a folder in the platform's user cache."""
-    own = os.environ.get("CLAPSEP_HOME")
-    if own:
-        return Path(own).expanduser().absolute()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "clapsep"
 
 
 @contextmanager
@@ -79,7 +89,7 @@ def lock(name: str, say: Say | None = None) -> Iterator[None]:
 
 
 def fetch(remote: Remote, progress: Progress | None = None, say: Say | None = None) -> Fetched:
-    """The pinned file, checked; downloaded if it is not in the Hub's cache.
+    """The pinned file, checked; downloaded if it is not in its client's cache.
 
     What was checked once is hashed again only after its size or time has changed, and then needs no network. Processes
     that want the same file wait for each other. Raises `DownloadError`: one line with what is wrong and what to do.
@@ -87,31 +97,50 @@ def fetch(remote: Remote, progress: Progress | None = None, say: Say | None = No
     known = _believed(remote)
     if known:
         return known
-    with lock(_key(remote), say):
+    with lock(remote.key, say):
         # While this process waited, another one may have checked it.
-        return _believed(remote) or _checked(remote, hub_client.cached(remote), progress)
+        return _believed(remote) or _checked(remote, _client(remote).cached(remote), progress)
 
 
 def to_download(remote: Remote) -> int:
-    """Bytes that `fetch` would download: 0 where the file is in the cache; otherwise the Hub was asked that it has it.
+    """Size of the file if `fetch` would download it; then its host was asked that it has it. Otherwise 0.
 
     Raises `DownloadError` as `fetch` would before the first byte.
     """
-    if _believed(remote) or hub_client.cached(remote) is not None:
+    client = _client(remote)
+    if _believed(remote) or client.cached(remote) is not None:
         return 0
-    _authority(remote, _record(remote), hub_client.ask(remote))
+    _authority(remote, _record(remote), client.ask(remote))
     return remote.size
 
 
-def verify(remote: Remote) -> Fetched:
-    """Hash the file in the Hub's cache again, whatever is recorded. Raises `DownloadError`, also if it is not there."""
-    with lock(_key(remote)):
-        path = hub_client.cached(remote)
-        if path is None:
-            raise DownloadError(
-                f"{hub_client.where(remote)} is not downloaded: download it, {hub_client.way_out(remote)}"
-            )
+def verify(remote: Remote) -> Fetched | None:
+    """Hash a file that was accepted again; None where it is not here any more, or never was.
+
+    Needs no network, and nothing that can be written unless there is damage. Raises `DownloadError`.
+    """
+    record, path = _record(remote), _client(remote).cached(remote)
+    if record is None or path is None:
+        return None
+    if digest(path) == record["sha256"]:
+        return _fetched(remote, record, path)
+    with lock(remote.key):
         return _checked(remote, path)
+
+
+def clear(remote: Remote) -> list[Path]:
+    """Delete what `fetch` has brought or left: the file, parts of it, a damaged one. Returns what there was.
+
+    What was accepted stays on record. Raises `OSError`, `DownloadError`.
+    """
+    with lock(remote.key):
+        known = _believed(remote)
+        ours = _chain(known.path) if known and known.downloaded else []
+        files = (*ours, *_client(remote).leftovers(remote), _quarantined(remote))
+        found = [file for file in dict.fromkeys(files) if os.path.lexists(file)]
+        for file in found:
+            file.unlink()
+    return found
 
 
 def discard(fetched: Fetched) -> None:
@@ -129,6 +158,10 @@ def digest(path: Path) -> str:
         while block := file.read(BLOCK_BYTES):
             sha256.update(block)
     return sha256.hexdigest()
+
+
+def _client(remote: Remote) -> Client:
+    return _CLIENTS[type(remote)]
 
 
 @contextmanager
@@ -149,12 +182,12 @@ def _writing_home() -> Iterator[None]:
         ) from error
 
 
-def _key(remote: Remote) -> str:
-    return "--".join((remote.repo_type, remote.repo, remote.path, remote.revision[:12])).replace("/", "--")
-
-
 def _recorded_in(remote: Remote) -> Path:
-    return home() / "accepted" / f"{_key(remote)}.json"
+    return home() / "accepted" / f"{remote.key}.json"
+
+
+def _quarantined(remote: Remote) -> Path:
+    return home() / "quarantine" / remote.key
 
 
 def _record(remote: Remote) -> dict[str, Any] | None:
@@ -181,64 +214,69 @@ def _believed(remote: Remote) -> Fetched | None:
         return None
     if (now.st_size, now.st_mtime_ns) != (remote.size, record.get("mtime_ns")):
         return None
-    return Fetched(path, remote.size, record["sha256"], bool(record.get("downloaded")))
+    return _fetched(remote, record, path)
+
+
+def _fetched(remote: Remote, record: dict[str, Any], path: Path) -> Fetched:
+    return Fetched(path, remote.size, record["sha256"], record["source"], bool(record.get("downloaded")))
 
 
 def _authority(remote: Remote, record: dict[str, Any] | None, stated: str | None) -> tuple[str, str]:
-    """The SHA-256 that decides, and whose word it is; `stated` is the Hub's, where it was asked.
+    """The SHA-256 that decides, and whose word it is; `stated` is the host's, where it was asked.
 
     Of a disputed file, what was accepted once stays what is accepted.
     """
-    sha256, source = remote.sha256, "pinned by clapsep"
+    sha256, source = remote.sha256, PINNED
     if remote.disputed and record:
         sha256, source = record["sha256"], record["source"]
     elif remote.disputed and stated:
-        sha256, source = stated, f"stated by {hub_client.endpoint()} for the pinned revision"
+        sha256, source = stated, f"stated by {_client(remote).endpoint()} for the pinned revision"
     elif remote.disputed:
         raise DownloadError(
-            f"{hub_client.where(remote)} cannot be checked, as no SHA-256 is stated for it: "
-            f"set HF_ENDPOINT to the Hub itself, {hub_client.way_out(remote)}"
+            f"{remote.where} cannot be checked, as no SHA-256 is stated for it: "
+            f"set HF_ENDPOINT to the Hub itself, {way_out(remote)}"
         )
     if stated and stated != sha256:
-        raise hub_client.changed(remote, f"SHA-256 {sha256} ({source})", stated)
+        raise changed(remote, f"SHA-256 {sha256} ({source})", stated)
     return sha256, source
 
 
 def _checked(remote: Remote, path: Path | None, progress: Progress | None = None) -> Fetched:
     """Compare the file, downloaded if `path` is None, with what decides; record it, or put it away and raise."""
-    record = _record(remote)
-    stated = hub_client.ask(remote) if path is None or (remote.disputed and record is None) else None
+    record, client = _record(remote), _client(remote)
+    stated = client.ask(remote) if path is None or (remote.disputed and record is None) else None
     sha256, source = _authority(remote, record, stated)
-    downloaded = bool(record and record.get("downloaded"))
-    if path is None:
-        path, downloaded = hub_client.download(remote, progress)
-    with _reading(path):
-        before = path.stat()  # of before hashing: what is written meanwhile must not pass as checked
-    came = digest(path) if before.st_size == remote.size else None
+    # One that has changed since it was checked may be another program's by now.
+    came = client.download(remote, progress) if path is None else Arrived(path, transferred=False)
+    with _reading(came.path):
+        before = came.path.stat()  # of before hashing: what is written meanwhile must not pass as checked
+    got = None
+    if before.st_size == remote.size:
+        got = came.sha256 or digest(came.path)
     accepted = _recorded_in(remote)
-    if came != sha256:
+    if got != sha256:
         with _writing_home():
             accepted.unlink(missing_ok=True)
-        became = _quarantine(remote, path)
+        became = _quarantine(remote, came.path)
         raise DownloadError(
-            f"{hub_client.where(remote)} is damaged: expected {remote.size} bytes with SHA-256 {sha256} ({source}), "
-            f"got {before.st_size} bytes{f' with {came}' if came else ''}; {became}: "
-            f"run the command again to download it anew, {hub_client.way_out(remote)}"
+            f"{remote.where} is damaged: expected {remote.size} bytes with SHA-256 {sha256} ({source}), "
+            f"got {before.st_size} bytes{f' with {got}' if got else ''}; {became}: "
+            f"run the command again to download it anew, {way_out(remote)}"
         )
     checked = {
         "sha256": sha256,
         "source": source,
         "pinned_sha256": remote.sha256,
-        "file": str(path),
+        "file": str(came.path),
         "mtime_ns": before.st_mtime_ns,
-        "downloaded": downloaded,
+        "downloaded": came.transferred,
     }
     with _writing_home():
         accepted.parent.mkdir(parents=True, exist_ok=True)
         partial = accepted.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(remote) | checked, indent=1) + "\n", encoding="utf-8")
         partial.replace(accepted)
-    return Fetched(path, remote.size, sha256, downloaded)
+    return Fetched(came.path, remote.size, sha256, source, came.transferred)
 
 
 def _chain(path: Path) -> list[Path]:
@@ -250,9 +288,9 @@ def _chain(path: Path) -> list[Path]:
 
 
 def _quarantine(remote: Remote, path: Path) -> str:
-    """Take a file out of the Hub's cache; what became of it, in words. The latest one of a remote is kept."""
+    """Take a file out of its cache; what became of it, in words. The latest one of a remote is kept."""
     *links, file = _chain(path)
-    kept = home() / "quarantine" / _key(remote)
+    kept = _quarantined(remote)
     try:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -6,46 +6,31 @@ because it arrived; `hub` checks it.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from clapsep_cli.errors import DownloadError
-from clapsep_cli.registry import MODELS, Remote
+from clapsep_cli.registry import HubFile
+from clapsep_cli.transfer import (
+    Arrived,
+    Progress,
+    attempts,
+    changed,
+    check_room,
+    disk_error,
+    disk_words,
+    first_line,
+    offline_words,
+    passing_status,
+    way_out,
+)
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all; must not raise
-
-BACKOFF_S = (1.0, 2.0, 4.0)  # pauses before further attempts, in seconds; after the last one, the error is the user's
-PASSING_STATUS = (408, 429)  # besides all 5xx: what may be gone at the next attempt
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
-
-
-def where(remote: Remote) -> str:
-    """The file, in words."""
-    return f"{remote.path} of the {remote.repo_type} {remote.repo}"
-
-
-def way_out(remote: Remote) -> str:
-    """What to do where the Hub cannot be reached: the files can be carried."""
-    entry = next((e for e in MODELS.values() if remote in e.remotes), None)
-    name = entry.name if entry else "NAME"
-    files = " ".join(Path(r.path).name for r in (entry.remotes if entry else (remote,)))
-    return f"or fetch it elsewhere, carry it here and run: clapsep models convert {name} --from {files}"
-
-
-def changed(remote: Remote, expected: str, states: object) -> DownloadError:
-    """That the Hub announces another file than the one that was pinned or accepted."""
-    return DownloadError(
-        f"{where(remote)} is not what it was: expected {expected}, the Hub states {states}; "
-        "nothing was downloaded: look for a newer clapsep"
-    )
 
 
 def endpoint() -> str:
@@ -55,7 +40,7 @@ def endpoint() -> str:
     return constants.ENDPOINT
 
 
-def cached(remote: Remote) -> Path | None:
+def cached(remote: HubFile) -> Path | None:
     """The file in the client's cache, whole or not.
 
     Without any request, which the client's own download would make even then: it reports who is asking.
@@ -66,7 +51,7 @@ def cached(remote: Remote) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def ask(remote: Remote) -> str | None:
+def ask(remote: HubFile) -> str | None:
     """The SHA-256 that the Hub states for the file; None where it states none, as for small files.
 
     Raises `DownloadError` if what the Hub has cannot be the pinned file, before any of it is downloaded.
@@ -77,7 +62,7 @@ def ask(remote: Remote) -> str | None:
     about = _attempts(remote, lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT))
     if about.commit_hash is None:
         raise DownloadError(
-            f"{endpoint()} does not answer for {where(remote)} as the Hub would: "
+            f"{endpoint()} does not answer for {remote.where} as the Hub would: "
             "check HF_ENDPOINT, the proxy, and whether the network wants a login"
         )
     if about.commit_hash != remote.revision:
@@ -87,24 +72,29 @@ def ask(remote: Remote) -> str | None:
     return about.etag if about.etag and _SHA256.fullmatch(about.etag) else None
 
 
-def download(remote: Remote, progress: Progress | None) -> tuple[Path, bool]:
-    """Bring the file into the client's cache; its path there, and whether anything had to be transferred for it.
+def download(remote: HubFile, progress: Progress | None) -> Arrived:
+    """Bring the file into the client's cache. Raises `DownloadError`.
 
-    A cut connection is resumed by the client where it broke, within one call. A new call begins anew. Raises
-    `DownloadError`.
+    A cut connection is resumed by the client where it broke, within one call. A new call begins anew.
     """
     from huggingface_hub import constants, hf_hub_download
 
-    folder = Path(constants.HF_HUB_CACHE)
-    existing = next((p for p in (folder, *folder.parents) if p.is_dir()), None)
-    if existing and shutil.disk_usage(existing).free < remote.size:
-        raise _no_space(remote)
+    check_room(remote, Path(constants.HF_HUB_CACHE), remote.size, "HF_HOME")
     bar: Any = _bar(progress, remote.size)
     path = _attempts(remote, lambda: hf_hub_download(**_pinned(remote), tqdm_class=bar))
-    return Path(path), bar.used
+    return Arrived(Path(path), bar.used)
 
 
-def _pinned(remote: Remote) -> dict[str, Any]:
+def leftovers(remote: HubFile) -> list[Path]:
+    """What downloads of the file that were killed have left in the client's cache."""
+    from huggingface_hub import constants
+
+    folder = "--".join((f"{remote.repo_type}s", *remote.repo.split("/")))
+    of_file = "" if remote.disputed else remote.sha256  # they are named after the hash that the Hub states
+    return sorted(Path(constants.HF_HUB_CACHE, folder, "blobs").glob(f"{of_file}*.incomplete"))
+
+
+def _pinned(remote: HubFile) -> dict[str, Any]:
     return {
         "repo_id": remote.repo,
         "filename": remote.path,
@@ -153,69 +143,46 @@ def _quiet_client() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _attempts(remote: Remote, call: Callable[[], _T]) -> _T:
-    """Call the client until it succeeds or its failure is final, which is then a `DownloadError`.
+def _attempts(remote: HubFile, call: Callable[[], _T]) -> _T:
+    """Call the client, whose parts raise classes of their own (HTTP, Xet, the disk): all mean that there is no file."""
 
-    Its parts raise classes of their own (HTTP, Xet, the disk), and all of them mean that there is no file.
-    """
-    pauses = iter(BACKOFF_S)
-    while True:
-        try:
-            with _quiet_client():
-                return call()
-        except Exception as error:
-            pause = next(pauses, None)
-            if pause is None or not _is_passing(error):
-                raise _explained(remote, error) from error
-        time.sleep(pause)
+    def quietly() -> _T:
+        with _quiet_client():
+            return call()
+
+    return attempts(quietly, _passes, lambda error: _explained(remote, error))
 
 
-def _disk_error(error: Exception) -> OSError | None:
-    """The error, if the disk is to blame. Connections fail with an `OSError` too."""
-    if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
-        return error
-    return None
-
-
-def _is_passing(error: Exception) -> bool:
+def _passes(error: Exception) -> bool:
     """Whether another attempt may help. Where nobody answers at all, the user should not have to wait for it."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        return status in PASSING_STATUS or status >= 500
+        return passing_status(error.response.status_code)
     lost = isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ValueError))
     # By name, as the client's HTTP library has changed its own.
-    return not (lost or _disk_error(error) or type(error).__name__ in ("ConnectError", "ConnectTimeout"))
+    return not (lost or disk_error(error) or type(error).__name__ in ("ConnectError", "ConnectTimeout"))
 
 
-def _explained(remote: Remote, error: Exception) -> DownloadError:
+def _explained(remote: HubFile, error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the client wraps what went wrong when it looks into its cache instead
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return DownloadError(
-            f"HF_HUB_OFFLINE is set, and {where(remote)} was not downloaded before: unset it, {way_out(remote)}"
-        )
+        return offline_words(remote)
     if isinstance(error, errors.HfHubHTTPError):
-        return DownloadError(f"{where(remote)}: {_refusal(remote, error)}, {way_out(remote)}")
-    disk = _disk_error(error)
-    if disk and disk.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(remote)
+        return f"{remote.where}: {_refusal(remote, error)}, {way_out(remote)}"
+    disk = disk_error(error)
     if disk:
-        return DownloadError(
-            f"cannot keep {where(remote)} in the Hub's cache, {constants.HF_HUB_CACHE} ({disk.strerror}): "
-            "make that folder writable, or set HF_HOME to another one"
-        )
-    first = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return DownloadError(
-        f"{where(remote)} could not be downloaded from {endpoint()} ({type(error).__name__}: {first}): "
+        return disk_words(remote, disk, Path(constants.HF_HUB_CACHE), "HF_HOME")
+    return (
+        f"{remote.where} could not be downloaded from {endpoint()} ({first_line(error)}): "
         f"check the network and try again, {way_out(remote)}"
     )
 
 
-def _refusal(remote: Remote, error: Any) -> str:
+def _refusal(remote: HubFile, error: Any) -> str:
     """What the Hub's HTTP status means. `error` is an `HfHubHTTPError`."""
     from huggingface_hub import errors
 
@@ -230,12 +197,3 @@ def _refusal(remote: Remote, error: Any) -> str:
     if status in (401, 403):
         return f"the Hub refuses it as private, gated or gone ({status}): log in with `hf auth login` or set HF_TOKEN"
     return f"the Hub cannot serve it now (status {status}): try again later"
-
-
-def _no_space(remote: Remote) -> DownloadError:
-    from huggingface_hub import constants
-
-    return DownloadError(
-        f"no space for {where(remote)} ({remote.size / 1e6:,.1f} MB) in {constants.HF_HUB_CACHE}: "
-        "free some, or set HF_HOME to a folder on another disk"
-    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,14 +13,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """The classes of a family as "module:name"; imported when a model of it is loaded."""
+    """The classes of a family as "module:name"; imported when a model of it is loaded. "" where it has none."""
 
     config: str
     separator: str  # made from the config
-    text: str  # made from the config and a tokenizer
-    audio: str  # made from the config
+    text: str = ""  # made from the config and a tokenizer
+    audio: str = ""  # made from the config
     convert: str = ""  # writes the parts of a model, from files as they were released
     tokenizer: str = ""  # of the released text encoder, below the bundled weights
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks of its models, each a file on disk."""
+        return tuple(part for part in ("separator", "text", "audio") if getattr(self, part))
 
 
 FAMILIES = {
@@ -38,21 +46,102 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A file on the Hub, pinned: `revision` is a commit, `size` in bytes.
+SHORT = 12  # digits of a hash that name a folder or a revision
 
-    Where `disputed`, reports of the hash disagree: then the hash that the Hub itself states for the pinned revision
+
+@dataclass(frozen=True, kw_only=True)
+class Remote(ABC):
+    """A file to download, pinned by its `size` in bytes and its SHA-256 in hex. Each kind says where it lies.
+
+    Where `disputed`, reports of the hash disagree: then the hash that the host itself states for what is pinned
     decides, and what was accepted is recorded.
     """
 
-    repo: str
-    repo_type: str  # "model" or "space"
-    revision: str
-    path: str
     size: int
     sha256: str
     disputed: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The file's own name."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """The file and its place, in words."""
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """What was released, and which of it, in short."""
+
+    @property
+    @abstractmethod
+    def pinned(self) -> tuple[str | int, ...]:
+        """All that makes it another file if it changes."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """A name for files that belong to it, unlike that of any other remote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFile(Remote):
+    """A file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit."""
+
+    repo: str
+    repo_type: str
+    revision: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def where(self) -> str:
+        return f"{self.path} of the {self.repo_type} {self.repo}"
+
+    @property
+    def version(self) -> str:
+        return f"{self.repo}@{self.revision[:SHORT]}"
+
+    @property
+    def pinned(self) -> tuple[str | int, ...]:
+        return self.repo, self.revision, self.path, self.size
+
+    @property
+    def key(self) -> str:
+        return "--".join((self.repo_type, self.repo, self.path, self.revision[:SHORT])).replace("/", "--")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebFile(Remote):
+    """A file at an HTTPS address. Nothing but its content pins it: the address may change, and the file stays."""
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def where(self) -> str:
+        return self.url
+
+    @property
+    def version(self) -> str:
+        return f"{self.name}@{self.sha256[:SHORT]}"
+
+    @property
+    def pinned(self) -> tuple[str | int, ...]:
+        return self.sha256, self.size
+
+    @property
+    def key(self) -> str:
+        return f"web--{self.sha256[:SHORT]}--{self.name}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +172,7 @@ _ENTRIES = [
         licence="LAION-CLAP CC0; the separator's weights state none (its code: MIT)",
         about="the released CLAPSep with LAION-CLAP's HTSAT-base and RoBERTa (arXiv 2402.17455)",
         remotes=(
-            Remote(
+            HubFile(
                 repo="lukewys/laion_clap",
                 repo_type="model",
                 revision="b3708341862f581175dba5c356a4ebf74a9b6651",
@@ -91,7 +180,7 @@ _ENTRIES = [
                 size=2_352_471_003,
                 sha256="fae3e9c087f2909c28a09dc31c8dfcdacbc42ba44c70e972b58c1bd1caf6dedd",
             ),
-            Remote(
+            HubFile(
                 repo="AisakaMikoto/CLAPSep",
                 repo_type="space",
                 revision="e3c73653fa9aadcddbcc3b5e967182a573589e81",
@@ -118,3 +207,17 @@ def weights_folder() -> Path:
     package = Path(__file__).parent
     installed = package / "weights"
     return installed if installed.is_dir() else package.parent / "weights"
+
+
+def home() -> Path:
+    """Where clapsep keeps converted models and records: CLAPSEP_HOME, or a folder in the platform's user cache."""
+    own = os.environ.get("CLAPSEP_HOME")
+    if own:
+        return Path(own).expanduser().absolute()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "clapsep"

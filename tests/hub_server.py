@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1 for HF_ENDPOINT: the real client downloads from it, and it can fail in the ways that Hubs do.
+"""A Hub on 127.0.0.1 for HF_ENDPOINT, and a plain file server for CLAPSEP_ENDPOINT: it fails in the ways that they do.
 
 with HubServer() as hub:
     hub.add_file("owner/name", "model", revision, "folder/file.bin", data)
@@ -9,6 +9,7 @@ with HubServer() as hub:
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 import socket
@@ -16,11 +17,11 @@ import struct
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 RESOLVE = re.compile(r"/(?P<type>spaces/|datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 PREFIXES = {"model": "", "space": "spaces/", "dataset": "datasets/"}
@@ -44,15 +45,25 @@ class Faults:
     stated: str | None = None  # what the metadata say instead of the SHA-256
     slow: float = 0.0  # seconds before a body
     silent: float = 0.0  # seconds before any answer
+    hold_at: int | None = None  # a body stops there until `release` is set
+    release: threading.Event = field(default_factory=threading.Event)
+    rangeless: bool = False  # ranges are ignored
+    misplaced: bool = False  # a range that is asked for is answered with another one
+    unsized: bool = False  # no length is announced, the end of the connection is the end of the body
+    headless: bool = False  # HEAD is not allowed
+    gzips: bool = False  # bodies come compressed, to whom that is not declined
+    location: str | None = None  # all answers lead on to there
+    retry_after: str = ""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came; `range` is the header, "" without one."""
+    """One request as it came; `range` and `if_range` are headers, "" without them."""
 
     method: str
     path: str
     range: str
+    if_range: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,12 @@ class _File:
     data: bytes
     sha256: str
     lfs: bool
+
+
+@dataclass(frozen=True)
+class _Plain:
+    data: bytes
+    etag: str
 
 
 class HubServer:
@@ -75,6 +92,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.asides: list[str] = []
         self._files: dict[tuple[str, str, str, str], _File] = {}
+        self._plain: dict[str, _Plain] = {}
         self._lock = threading.Lock()
         self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -88,6 +106,10 @@ class HubServer:
         sha256 = hashlib.sha256(data).hexdigest()
         self._files[PREFIXES[repo_type], repo, revision, path] = _File(data, sha256, lfs)
         return sha256
+
+    def add_plain(self, path: str, data: bytes, etag: str | None = None) -> None:
+        """Serve `data` at `path`, as any host would. The ETag follows from it unless given; "" leaves it out."""
+        self._plain[path] = _Plain(data, f'"{hashlib.sha256(data).hexdigest()[:8]}"' if etag is None else etag)
 
     def gets(self) -> list[Request]:
         """The requests for a file's body."""
@@ -122,6 +144,10 @@ class HubServer:
                 faults.cuts -= bool(faults.cuts)
             return met
 
+    def plain(self, target: str) -> _Plain | None:
+        """The plain file that a request names, by a path or, to a proxy, by a whole URL."""
+        return self._plain.get(target) or self._plain.get(urlsplit(target).path)
+
     def find(self, path: str) -> tuple[_File, str] | None:
         """The file that a URL names, with its revision; with `redirect`, bodies lie below /lfs/."""
         match = RESOLVE.fullmatch(unquote(path))
@@ -155,6 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         self.close_connection = True
+        plain = self.hub.plain(self.path)
+        if plain:
+            self._answer_plain(plain, body)
+            return
         if not self.path.startswith("/lfs/") and not RESOLVE.fullmatch(self.path):
             self.hub.asides.append(self.path)
             self._head(404, {"Content-Length": "0"})
@@ -177,6 +207,21 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(faults, file.data, headers, body)
 
+    def _answer_plain(self, file: _Plain, body: bool) -> None:
+        of_range = [self.headers.get(name, "") for name in ("Range", "If-Range")]
+        faults = self.hub.take(Request(self.command, self.path, *of_range))
+        time.sleep(faults.silent)
+        if faults.location:
+            self._head(302, {"Location": faults.location, "Content-Length": "0"})
+        elif faults.headless and not body:
+            self._head(405, {"Content-Length": "0"})
+        elif faults.status:
+            self._head(faults.status, {"Content-Length": "0", "Retry-After": faults.retry_after})
+        elif faults.gzips and "gzip" in self.headers.get("Accept-Encoding", "gzip"):
+            self._send(faults, gzip.compress(file.data), {"ETag": file.etag, "Content-Encoding": "gzip"}, body)
+        else:
+            self._send(faults, file.data, {"ETag": file.etag}, body)
+
     def _refuse(self, faults: Faults, status: int) -> None:
         code = faults.error_code or ("EntryNotFound" if status == 404 else None)
         self._head(status, {"Content-Length": "0"} | ({"X-Error-Code": code} if code else {}))
@@ -194,16 +239,25 @@ class _Handler(BaseHTTPRequestHandler):
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         data = data[: len(data) - faults.short_by] if body else data
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted else 0
+        wanted = re.fullmatch(r"bytes=(\d+)-", "" if faults.rangeless else self.headers.get("Range", ""))
+        if self.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
+            wanted = None
+        start = int(wanted[1]) + 7 * faults.misplaced if wanted else 0
+        if wanted and start >= len(data):
+            self._head(416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": "0"})
+            return
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._head(206 if wanted else 200, headers | {"Content-Length": str(len(data) - start)})
+        length = {} if faults.unsized else {"Content-Length": str(len(data) - start)}
+        self._head(206 if wanted else 200, headers | length)
         if not body:
             return
         time.sleep(faults.slow)
         end = len(data) if faults.cut_after is None else min(faults.cut_after, len(data))
+        hold_at = len(data) if faults.hold_at is None else faults.hold_at
         for at in range(start, end, BLOCK):
+            if at >= hold_at:
+                faults.release.wait(20)
             self.wfile.write(data[at : min(at + BLOCK, end)])
         self.wfile.flush()
         if end < len(data) and faults.reset:

@@ -12,9 +12,10 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,23 +25,26 @@ import pytest
 from hub_server import Faults, HubServer
 from huggingface_hub import constants
 
-from clapsep_cli import hub, hub_client
+from clapsep_cli import hub, hub_client, transfer
 from clapsep_cli.errors import DownloadError
-from clapsep_cli.registry import MODELS, Remote
+from clapsep_cli.registry import MODELS, HubFile, Remote
 
 DATA = random.Random(5).randbytes(200_000)
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SHA256 = hashlib.sha256(DATA).hexdigest()
-REMOTE = Remote("owner/name", "model", REVISION, "folder/file.bin", len(DATA), SHA256)
+REMOTE = HubFile(
+    repo="owner/name", repo_type="model", revision=REVISION, path="folder/file.bin", size=len(DATA), sha256=SHA256
+)
 OTHER_SHA256 = "4c5e" + "0" * 60
 DISPUTED = replace(REMOTE, sha256=OTHER_SHA256, disputed=True)  # what clapsep pins is not what the Hub has
 FETCH = """
 import json, sys
 from clapsep_cli import hub
-from clapsep_cli.registry import Remote
-assert not {"huggingface_hub", "filelock", "torch", "numpy"} & set(sys.modules), "imports before they are needed"
+from clapsep_cli.registry import HubFile
+early = {"huggingface_hub", "httpx2", "filelock", "torch", "numpy"} & set(sys.modules)
+assert not early, "imports before they are needed"
 seen = []
-fetched = hub.fetch(Remote(*json.loads(sys.argv[1])), lambda done, total: seen.append(done))
+fetched = hub.fetch(HubFile(**json.loads(sys.argv[1])), lambda done, total: seen.append(done))
 print(json.dumps([str(fetched.path), fetched.sha256, seen]))
 """
 
@@ -69,7 +73,7 @@ def cache(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 16 * 1024)  # what a cut connection may lose of it
     monkeypatch.setattr(client, "time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setattr(hub_client, "BACKOFF_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(transfer, "BACKOFF_S", (0.0, 0.0, 0.0))
     monkeypatch.setenv("CLAPSEP_HOME", str(tmp_path / "home"))
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "HF_TOKEN"]:
         monkeypatch.delenv(name)
@@ -112,10 +116,10 @@ def test_downloads_checks_and_records(
 ) -> None:
     server.redirect = redirect
     server.add_file("owner/other", repo_type, REVISION, "deep/a b.bin", DATA)
-    remote = Remote("owner/other", repo_type, REVISION, "deep/a b.bin", len(DATA), SHA256)
+    remote = replace(REMOTE, repo="owner/other", repo_type=repo_type, path="deep/a b.bin")
     seen: list[tuple[int, int]] = []
     fetched = hub.fetch(remote, lambda done, total: seen.append((done, total)))
-    assert fetched == hub.Fetched(fetched.path, len(DATA), SHA256, downloaded=True)
+    assert fetched == hub.Fetched(fetched.path, len(DATA), SHA256, "pinned by clapsep", downloaded=True)
     assert fetched.path.read_bytes() == DATA
     assert cache in fetched.path.parents
     assert [total for _, total in seen] == [len(DATA)] * len(seen)
@@ -175,7 +179,7 @@ def test_touched_file_is_hashed_again_without_network(server: HubServer, cache: 
     path = hub.fetch(REMOTE).path
     server.stop()
     os.utime(path, ns=(1, 1))
-    assert hub.fetch(REMOTE).downloaded  # still known to be of our making
+    assert not hub.fetch(REMOTE).downloaded  # it may be another program's by now
     damage(path)
     os.utime(path, ns=(2, 2))
     assert "damaged" in refused()
@@ -194,7 +198,7 @@ def test_broken_record_counts_as_none(server: HubServer, cache: Path, content: s
 
 
 def test_verify_always_hashes(server: HubServer, cache: Path) -> None:
-    assert "not downloaded" in refused(call=hub.verify)
+    assert hub.verify(REMOTE) is None
     path = hub.fetch(REMOTE).path
     assert hub.verify(REMOTE) == hub.fetch(REMOTE)
     damage(path)
@@ -202,6 +206,7 @@ def test_verify_always_hashes(server: HubServer, cache: Path) -> None:
     assert "damaged" in refused(call=hub.verify)
     assert held(cache) == []
     assert records() == []
+    assert hub.verify(REMOTE) is None
     assert hub.fetch(REMOTE).path.read_bytes() == DATA
 
 
@@ -222,7 +227,7 @@ def test_offline(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 def test_no_network_names_the_way_out(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.stop()
     never = SimpleNamespace(sleep=lambda _: pytest.fail("waits for what is not there"))
-    monkeypatch.setattr(hub_client, "time", never)
+    monkeypatch.setattr(transfer, "time", never)
     message = refused(MODELS["clapsep"].remotes[0])
     assert f"could not be downloaded from {server.url} (ConnectError" in message
     assert "clapsep models convert clapsep --from music_audioset_epoch_15_esc_90.14.pt best_model.ckpt" in message
@@ -365,8 +370,8 @@ def test_what_was_accepted_of_a_disputed_file_stays(server: HubServer, cache: Pa
     ("remote", "faults", "expected"),
     [
         (replace(REMOTE, sha256=OTHER_SHA256), Faults(), f"expected SHA-256 {OTHER_SHA256} (pinned by clapsep)"),
-        (replace(REMOTE, size=7), Faults(), f"expected 7 bytes, the Hub states {len(DATA)}"),
-        (REMOTE, Faults(commit="f" * 40), f"expected revision {REVISION}, the Hub states {'f' * 40}"),
+        (replace(REMOTE, size=7), Faults(), f"expected 7 bytes, its host states {len(DATA)}"),
+        (REMOTE, Faults(commit="f" * 40), f"expected revision {REVISION}, its host states {'f' * 40}"),
         (REMOTE, Faults(commit=""), "does not answer for folder/file.bin of the model owner/name as the Hub would"),
     ],
 )
@@ -406,8 +411,8 @@ def test_busy_hub_is_asked_again(server: HubServer, cache: Path, faults: Faults)
 
 def test_busy_hub_is_given_up(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(hub_client, "BACKOFF_S", (1.0, 2.0))
-    monkeypatch.setattr(hub_client, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(transfer, "BACKOFF_S", (1.0, 2.0))
+    monkeypatch.setattr(transfer, "time", SimpleNamespace(sleep=pauses.append))
     server.faults = Faults(busy=100)
     assert "cannot serve it now (status 503): try again later" in refused()
     assert (len(server.requests), pauses) == (3, [1.0, 2.0])
@@ -417,7 +422,7 @@ def test_silent_hub_times_out(server: HubServer, cache: Path, monkeypatch: pytes
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.02)
     server.faults = Faults(silent=0.1)
     assert "ReadTimeout" in refused()
-    assert len(server.requests) == 1 + len(hub_client.BACKOFF_S)
+    assert len(server.requests) == 1 + len(transfer.BACKOFF_S)
 
 
 def test_full_disk(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +444,7 @@ def test_full_disk(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPat
 def test_cache_that_cannot_be_written(server: HubServer, cache: Path) -> None:
     cache.parent.write_text("a file where a folder should be")
     message = refused()
-    assert f"in the Hub's cache, {cache} (Not a directory)" in message
+    assert f"in {cache} (Not a directory)" in message
     assert "HF_HOME" in message
 
 
@@ -492,7 +497,7 @@ def test_two_processes_download_once(server: HubServer, tmp_path: Path) -> None:
     }
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN"):
         env.pop(name, None)
-    pinned = json.dumps([REMOTE.repo, REMOTE.repo_type, REMOTE.revision, REMOTE.path, REMOTE.size, REMOTE.sha256])
+    pinned = json.dumps(asdict(REMOTE))
     command = [sys.executable, "-c", FETCH, pinned]
     both = [
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
@@ -511,6 +516,37 @@ def test_two_processes_download_once(server: HubServer, tmp_path: Path) -> None:
         record.unlink()
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)  # finds the file, and hashes it
     assert (server.requests, server.asides) == ([], [])
+
+
+def test_clear_takes_what_is_ours(server: HubServer, cache: Path, tmp_path: Path) -> None:
+    """Of a process that was killed, of a damaged download, of one that was kept; not what others downloaded."""
+    assert hub.clear(REMOTE) == []
+    server.faults = Faults(hold_at=100_000)
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(cache.parent), "HF_HUB_OFFLINE": "0"}
+    with subprocess.Popen([sys.executable, "-c", FETCH, json.dumps(asdict(REMOTE))], env=env) as killed:
+        deadline = time.monotonic() + 30
+        while not hub_client.leftovers(REMOTE) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        killed.kill()
+    server.faults.release.set()
+    other = next(cache.rglob("*.incomplete")).with_name(f"{OTHER_SHA256}.0123abcd.incomplete")
+    other.touch()
+    (left,) = hub.clear(REMOTE)
+    assert left.name.startswith(SHA256)
+    assert held(cache) == [b""]
+    assert hub.clear(DISPUTED) == [other]
+    server.faults = Faults(flip=True)
+    refused()
+    server.faults = Faults()
+    path = hub.fetch(REMOTE).path
+    assert hub.clear(REMOTE)[0] == path
+    assert held(cache) == []
+    assert not list((hub.home() / "quarantine").iterdir())
+    huggingface_hub.hf_hub_download(REMOTE.repo, REMOTE.path, revision=REVISION)
+    assert hub.clear(REMOTE) == []
+    assert not hub.fetch(REMOTE).downloaded
+    assert hub.clear(REMOTE) == []
+    assert held(cache) == [DATA]
 
 
 def test_lock_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

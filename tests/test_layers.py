@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"errors", "metrics", "dsp"},
     {"query", "registry", "windows", "masking", "augment", "objective", "times", "tables"},
-    {"models.base", "hub_client"},
-    {"models.htsat", "models.mini", "hub"},
-    {"models.clapsep"},
+    {"models.base", "transfer"},
+    {"models.htsat", "models.mini", "hub_client", "web_client"},
+    {"models.clapsep", "hub"},
     {"models.clap"},
     {"texts"},
     {"checkpoint", "audio"},

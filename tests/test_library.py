@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +21,19 @@ import soundfile
 import torch
 from conftest import Clapsep
 from hub_server import HubServer
+from safetensors.torch import save_file
 from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
 from torch import Tensor
 
 from clapsep_cli import hub, library, registry
-from clapsep_cli.checkpoint import read_metadata
+from clapsep_cli.checkpoint import Model, read_metadata, read_tensors, save_part
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.models.base import TextEncoder
-from clapsep_cli.registry import MODELS, Remote
+from clapsep_cli.registry import MODELS, HubFile, Remote, WebFile
 from clapsep_cli.texts import CachedTexts
+from clapsep_cli.transfer import amount
+
+LICENCE = "LAION-CLAP CC0; the separator's weights state none (its code: MIT)"
 
 
 @pytest.fixture
@@ -37,22 +45,26 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+def pinned(path: Path) -> dict[str, Any]:
+    """A `HubFile` of the file's name and content, as keywords."""
+    data = path.read_bytes()
+    place = {"repo": "some/one", "repo_type": "model", "revision": "0" * 40, "path": path.name}
+    return place | {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 @pytest.fixture
 def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Files of the Hub come from a folder; returns the names of those that were fetched."""
     paths = write_checkpoints(tmp_path / "served", ROBERTA)
-    remotes = tuple(
-        Remote("some/one", "model", "0" * 40, p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
-        for p in paths
-    )
+    remotes = tuple(HubFile(**pinned(path)) for path in paths)
     monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
     fetched: list[str] = []
 
     def fetch(remote: Remote, progress: hub.Progress | None = None, say: hub.Say | None = None) -> hub.Fetched:
-        fetched.append(remote.path)
+        fetched.append(remote.name)
         if progress:
             progress(remote.size, remote.size)
-        return hub.Fetched(tmp_path / "served" / remote.path, remote.size, remote.sha256, downloaded=True)
+        return hub.Fetched(tmp_path / "served" / remote.name, remote.size, remote.sha256, hub.PINNED, downloaded=True)
 
     monkeypatch.setattr(hub, "fetch", fetch)
     monkeypatch.setattr(hub, "to_download", lambda remote: remote.size)
@@ -70,15 +82,18 @@ def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home
     assert model.name == "clapsep"
     assert "some/one@000000000000" in model.revision
     assert model.separator.window == ROBERTA.window
-    assert "licence" in said[0]
-    assert "GB" in said[0]
+    assert said == [f"downloading clapsep: {amount(MODELS['clapsep'].download_bytes)}; licence: {LICENCE}"]
     assert [file for file, _, _ in seen] == served == ["clap.pt", "clapsep.ckpt"]
     assert not list((tmp_path / "served").iterdir()), "originals are deleted after conversion"
     assert library.load_model(None, "cpu").name == "clapsep"
     assert len(served) == 2
     notes = read_metadata(model.folder / "text.safetensors")
-    assert set(json.loads(notes["sources"])) == {"clap.pt", "clapsep.ckpt"}
+    sources = json.loads(notes["sources"])
+    assert set(sources) == {"clap.pt", "clapsep.ckpt"}
+    for remote in MODELS["clapsep"].remotes:
+        assert sources[remote.name] == {"sha256": remote.sha256, "source": "pinned by clapsep"}
     assert {p.name for p in model.folder.iterdir()} == {
+        "SHA256SUMS",
         "audio.safetensors",
         "separator.safetensors",
         "text.safetensors",
@@ -114,8 +129,13 @@ def test_carried_files_are_converted_and_noted(home: Path, tmp_path: Path) -> No
     assert all("is not the released file" in line for line in said)
     assert len(said) == 2
     assert clap.exists()
-    assert library.verify("clapsep") == library.path_of("clapsep") == folder
-    assert library.remove("clapsep") == folder
+    sources = json.loads(read_metadata(folder / "text.safetensors")["sources"])
+    assert {source["source"] for source in sources.values()} == {"given by hand"}
+    assert library.path_of("clapsep") == folder
+    assert set(library.verify("clapsep")) == set(folder.iterdir()) - {folder / "SHA256SUMS"}
+    library.install("clapsep", [tuned], say=said.append)
+    assert "here already" in said[2]
+    assert library.remove("clapsep") == [folder]
     assert not folder.exists()
     with pytest.raises(ModelError, match="not here"):
         library.path_of("clapsep")
@@ -139,12 +159,131 @@ def test_a_failed_conversion_leaves_nothing_that_is_believed(
     assert library.install("clapsep").is_dir()
 
 
+def flip(path: Path) -> None:
+    """Flip the lowest bit of the last byte, as a disk would: size and time stay."""
+    before, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def test_damage_is_found(served: list[str]) -> None:
     folder = library.install("clapsep")
-    path = folder / "text.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    for file in sorted(set(folder.iterdir()) - {folder / "SHA256SUMS"}):
+        flip(file)
+        with pytest.raises(
+            CheckpointError, match=f"{re.escape(str(file))}: is not what was written.*models rm clapsep"
+        ):
+            library.verify("clapsep")
+        flip(file)
+    library.verify("clapsep")
+    text = folder / "text.safetensors"
+    text.write_bytes(text.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"text\.safetensors"):
         library.verify("clapsep")
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(CheckpointError, match="SHA256SUMS: cannot be read"):
+        library.verify("clapsep")
+
+
+def test_weights_that_are_not_finite_are_found(served: list[str]) -> None:
+    folder = library.install("clapsep")
+    path = folder / "audio.safetensors"
+    metadata, tensors = read_metadata(path), read_tensors(path)
+    tensors["projection.0.bias"] = tensors["projection.0.bias"] / 0
+    save_file(tensors, path, metadata)
+    sums = folder / "SHA256SUMS"
+    lines = [line for line in sums.read_text().splitlines() if path.name not in line]
+    sums.write_text("\n".join([*lines, f"{hub.digest(path)}  {path.name}"]))
+    with pytest.raises(CheckpointError, match=r"projection\.0\.bias is not finite"):
+        library.verify("clapsep")
+
+
+def test_what_coreutils_say_of_the_sums(served: list[str]) -> None:
+    folder = library.install("clapsep")
+    sha256sum = shutil.which("sha256sum")
+    if not sha256sum:
+        pytest.skip("sha256sum is not installed here")
+    command = [sha256sum, "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=folder, check=False).returncode == 0
+    flip(folder / "separator.safetensors")
+    assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 1
+
+
+def test_all_that_is_left_of_a_model_is_removed(served: list[str], home: Path) -> None:
+    models = home / "models"
+    others = [models / "clapsep-large-0123456789ab", models / "clapsep-mine", home / "texts" / "0123456789ab"]
+    older, killed = models / "clapsep-0123456789ab", models / ".clapsep-0123456789ab.partial"
+    for folder in (*others, older, killed):
+        folder.mkdir(parents=True)
+    here, texts = library.install("clapsep"), home / "texts" / library.pin(MODELS["clapsep"])
+    texts.mkdir()
+    assert set(library.remove("clapsep")) == {here, older, killed, texts}
+    assert sorted([*models.iterdir(), *(home / "texts").iterdir()]) == sorted(others)
+    with pytest.raises(ModelError, match="nothing of clapsep here"):
+        library.remove("clapsep")
+
+
+def test_a_family_without_query_encoders(
+    home: Path, tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a separator and no more: the other parts are neither written nor asked for."""
+    config, network = tiny.config, tiny.separator
+
+    def alone(files: Sequence[Path], folder: Path, **notes: str) -> None:
+        save_part(folder, "separator", "alone", config, network.state_dict(), **notes)
+
+    mini = registry.FAMILIES["mini"]
+    family = registry.Family(config=mini.config, separator=mini.separator, convert="alone")
+    monkeypatch.setitem(registry.FAMILIES, "alone", family)
+    monkeypatch.setitem(MODELS, "one", replace(MODELS["clapsep"], name="one", family="alone"))
+    monkeypatch.setattr(library, "resolve", lambda target: alone)
+    carried = tmp_path / "model.pth"
+    carried.write_bytes(b"weights")
+    folder = library.install("one", [carried])
+    assert {path.name for path in folder.iterdir()} == {"separator.safetensors", "SHA256SUMS"}
+    assert library.verify("one") == [folder / "separator.safetensors"]
+    model = library.load_model("one", "cpu")
+    assert set(model.separator.state_dict()) == set(network.state_dict())
+    for part in ("text", "audio"):
+        with pytest.raises(ModelError, match=f"'alone' take no {part} queries"):
+            getattr(model, part)
+
+
+def test_a_home_that_cannot_be_written_serves_what_is_there(
+    served: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = library.install("clapsep")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for method in ("mkdir", "write_bytes", "write_text", "unlink", "replace", "touch"):
+        monkeypatch.setattr(Path, method, read_only)
+    monkeypatch.setattr(os, "open", read_only)
+    model = library.load_model("clapsep", "cpu")
+    assert model.text.embed(["dog"]).shape == (1, ROBERTA.dim)
+    assert library.verify("clapsep")
+    assert library.path_of("clapsep") == folder
+    monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=MODELS["clapsep"].remotes[:1]))
+    with pytest.raises(DownloadError, match=r"cannot write to .* \(Read-only file system\): set CLAPSEP_HOME"):
+        library.install("clapsep")
+
+
+def test_what_is_pinned_is_pinned() -> None:
+    remotes = [remote for entry in MODELS.values() for remote in entry.remotes]
+    for remote in remotes:
+        assert re.fullmatch(r"[0-9a-f]{64}", remote.sha256)
+        assert remote.size > 1_000_000
+        if isinstance(remote, HubFile):
+            assert re.fullmatch(r"[0-9a-f]{40}", remote.revision)
+        if isinstance(remote, WebFile):
+            assert re.fullmatch(r"https://[^?#]+/[0-9a-f]{40}/[^?#]+", remote.url)
+    assert len({remote.key for remote in remotes}) == len(remotes)
+    assert len({library.pin(entry) for entry in MODELS.values()}) == len(MODELS)
+    for entry in MODELS.values():
+        assert entry.licence
+        assert entry.family in registry.FAMILIES
+        assert bool(registry.FAMILIES[entry.family].convert) == bool(entry.remotes)
 
 
 def test_another_pin_is_another_model(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +332,7 @@ def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_pa
     listed = clapsep("models", "list", cwd=tmp_path)
     assert "not here" in listed.stdout
     rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
-    assert [(row["name"], row["here"]) for row in rows] == [("mini", True), ("clapsep", False)]
+    assert {row["name"]: row["here"] for row in rows} == {name: name == "mini" for name in MODELS}
     assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 1
     got = clapsep("models", "download", "clapsep", cwd=tmp_path)
     assert got.returncode == 0
@@ -204,7 +343,8 @@ def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_pa
     assert "sound" in clapsep("models", "verify", "clapsep", cwd=tmp_path).stdout
     elsewhere = clapsep("models", "path", "clapsep", "--model-dir", tmp_path / "other", cwd=tmp_path)
     assert elsewhere.returncode == 1
-    assert "removed" in clapsep("models", "rm", "clapsep", "--model-dir", home, cwd=tmp_path).stdout
+    removed = clapsep("models", "rm", "clapsep", "--model-dir", home, cwd=tmp_path).stdout
+    assert removed == f"{folder}: removed\n"
     assert not folder.exists()
 
 
@@ -213,8 +353,9 @@ def test_convert_command(home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
     done = clapsep("models", "convert", "clapsep", "--from", clap, tuned, cwd=tmp_path)
     assert done.returncode == 0
     assert Path(done.stdout.strip()).is_dir()
-    failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
-    assert failed.returncode == 0  # it is here already
+    again = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "here already, so the files were not read; to replace it: clapsep models rm clapsep" in again.stderr
     clapsep("models", "rm", "clapsep", cwd=tmp_path)
     failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
     assert failed.returncode == 1
@@ -227,7 +368,7 @@ from dataclasses import replace
 from clapsep_cli import registry
 
 given = json.loads(sys.argv[1])
-remotes = tuple(registry.Remote(*remote) for remote in given["remotes"])
+remotes = tuple(registry.HubFile(**remote) for remote in given["remotes"])
 registry.MODELS["clapsep"] = replace(registry.MODELS["clapsep"], remotes=remotes)
 registry.FAMILIES["clapsep"] = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
 from clapsep_cli.cli import main
@@ -244,9 +385,8 @@ def test_from_an_empty_home_through_the_hub_to_a_target(tmp_path: Path) -> None:
     with HubServer() as server:
         remotes = []
         for path in paths:
-            data = path.read_bytes()
-            server.add_file("some/one", "model", "0" * 40, path.name, data)
-            remotes.append(("some/one", "model", "0" * 40, path.name, len(data), hashlib.sha256(data).hexdigest()))
+            server.add_file("some/one", "model", "0" * 40, path.name, path.read_bytes())
+            remotes.append(pinned(path))
         environment = {
             **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
             "HF_ENDPOINT": server.url,
