@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from clapsep_cli.checkpoint import Model
     from clapsep_cli.errors import ClapsepError
     from clapsep_cli.library import load_model
-    from clapsep_cli.pipeline import Separation, embed_query, extract, separate
+    from clapsep_cli.pipeline import Separation, separate
+    from clapsep_cli.planning import extract
     from clapsep_cli.query import Query
 
 __version__ = "0.1.0"
@@ -23,12 +24,11 @@ _HOMES = {  # imported when first used: the command's --help must not wait for t
     "Model": "checkpoint",
     "Query": "query",
     "Separation": "pipeline",
-    "embed_query": "pipeline",
-    "extract": "pipeline",
+    "extract": "planning",
     "load_model": "library",
     "separate": "pipeline",
 }
-__all__ = ["ClapsepError", "Model", "Query", "Separation", "embed_query", "extract", "load_model", "separate"]
+__all__ = ["ClapsepError", "Model", "Query", "Separation", "extract", "load_model", "separate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,20 +6,24 @@ Each part's metadata names its family and holds the whole configuration. Parts a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
+from clapsep_cli.query import Query
 from clapsep_cli.registry import FAMILIES, resolve
 from clapsep_cli.texts import CachedTexts
 
@@ -30,11 +34,19 @@ if TYPE_CHECKING:
 class Model:
     """A separator and its query encoders, ready for use on `device`. Get one from `load_model`.
 
-    `text_cache` is a folder in which embeddings of texts are kept, if they are.
+    `text_cache` is a folder in which embeddings of texts are kept, if they are. `dtype` is that of the separator's
+    large products: float32, or bfloat16 for speed; queries are always embedded in float32.
     """
 
-    def __init__(self, name: str, folder: Path, device: torch.device, text_cache: Path | None = None) -> None:
-        self.name, self.folder, self.device, self.text_cache = name, folder, device, text_cache
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        device: torch.device,
+        text_cache: Path | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name, self.folder, self.device, self.text_cache, self.dtype = name, folder, device, text_cache, dtype
         metadata = read_metadata(folder / "separator.safetensors")
         self.family = metadata["family"]
         self.revision = metadata.get("revision", "")
@@ -42,7 +54,10 @@ class Model:
 
     @cached_property
     def separator(self) -> Separator:
-        return cast(Separator, load_part(self.folder, "separator", self.family, self.config).to(self.device))
+        separator = cast(Separator, load_part(self.folder, "separator", self.family, self.config).to(self.device))
+        if self.dtype != torch.float32:
+            separator.lower(self.dtype)
+        return separator
 
     @cached_property
     def text(self) -> TextEncoder:
@@ -54,6 +69,35 @@ class Model:
     @cached_property
     def audio(self) -> AudioEncoder:
         return cast(AudioEncoder, load_part(self.folder, "audio", self.family, self.config).to(self.device))
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells the separator's weights from all others: what they were converted from, or else their hash."""
+        path = self.folder / "separator.safetensors"
+        pin = read_metadata(path).get("pin")
+        return f"{self.family} {pin or hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+    @property
+    def precision(self) -> str:
+        """The name of `dtype`, e.g. "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Any:
+        """What the separator is to be asked for, to get those of `queries` that are `kept`: by default all of them.
+
+        Raises `QueryError` and `AudioError` where a query cannot be used.
+        """
+        return resolve(FAMILIES[self.family].ask)(self, queries, range(len(queries)) if kept is None else kept)
+
+    def likeness(self, wanted: Any, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
+        """The cosine of a recording (`[samples]` at `rate` Hz) to what a stem is asked for, if that can be told."""
+        tell = FAMILIES[self.family].likeness
+        return cast("float | None", resolve(tell)(self, wanted, stem, mono, rate)) if tell else None
+
+    @torch.inference_mode()
+    def infer(self, windows: Sequence[Tensor], wanted: Any) -> Tensor:
+        """Have windows (float32 `[window]` each) separated in one go; the results along the first axis."""
+        return self.separator.infer(torch.stack(list(windows)), wanted)
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
@@ -102,6 +146,25 @@ def choose_device(name: str) -> torch.device:
     elif device.type not in ("cpu", "mps"):
         raise DeviceError(f"no device {name!r}: use auto, cpu, cuda, cuda:N or mps")
     return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """`high` is float32 and `fast` bfloat16; `auto` is fast where the device computes natively in bfloat16.
+
+    Raises `DeviceError` for another name.
+    """
+    if name not in ("auto", "high", "fast"):
+        raise DeviceError(f"no precision {name!r}: use auto, high or fast")
+    fast = name == "fast" or (name == "auto" and _native_bfloat16(device))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # PyTorch tells it of itself only since 2.6, and not officially; without a word, float32 is the safe answer.
+    asked = [getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile")]
+    return device.type == "cpu" and any(ask() for ask in asked if ask)
 
 
 def save_part(

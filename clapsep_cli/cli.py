@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from clapsep_cli.cli_extract import extract
 from clapsep_cli.cli_models import models
 from clapsep_cli.errors import ClapsepError
+from clapsep_cli.startup import prepare
 from clapsep_cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, note, progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from clapsep_cli.checkpoint import Model
-    from clapsep_cli.pipeline import Extraction
     from clapsep_cli.train import Report
 
 FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
@@ -36,6 +36,7 @@ app.add_typer(models, name="models")
 
 def run() -> NoReturn:
     """`main`, as a process of its own: ends without the half second that an interpreter takes to put torch away."""
+    prepare()
     try:
         main()
     except SystemExit as ended:
@@ -55,7 +56,7 @@ def main() -> NoReturn:
         app(standalone_mode=True)
     except ClapsepError as error:
         note(str(error))
-        raise SystemExit(FAILED) from None
+        raise SystemExit(error.exit_code) from None
     except OSError as error:  # what no part of the library expected: a folder that cannot be written, say
         note(f"{error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(FAILED) from None
@@ -86,89 +87,22 @@ def _load(model: str | None, device: str, quiet: bool) -> Model:
     from clapsep_cli.library import load_model
 
     with downloads(quiet) as shown:
-        return load_model(model, device, note, shown)
+        return load_model(model, device, say=note, progress=shown)
+
+
+app.command()(extract)
 
 
 @app.command()
-def extract(
-    mixtures: Annotated[list[Path], typer.Argument(metavar="MIX...", help="Recordings to extract from.")],
-    pos: Annotated[
-        list[str] | None, typer.Option("--pos", help="What to keep, in words; several are averaged.")
-    ] = None,
-    neg: Annotated[
-        list[str] | None, typer.Option("--neg", help="What to leave, in words; several are averaged.")
-    ] = None,
-    query_audio: Annotated[
-        list[Path] | None,
-        typer.Option("--query-audio", metavar="FILE|DIR", help="Recordings that sound like what to keep."),
-    ] = None,
-    neg_audio: Annotated[
-        list[Path] | None,
-        typer.Option("--neg-audio", metavar="FILE|DIR", help="Recordings that sound like what to leave."),
-    ] = None,
-    alpha: Annotated[
-        float, typer.Option("--alpha", metavar="X", help="Weight of audio beside text of the same side, 0 to 1.")
-    ] = 0.5,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; beside each input if not given.")
-    ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = "auto",
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
     _model_dir: ModelDirOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Write what matches the query to MIX.target.wav and the rest to MIX.residual.wav.
+    """Print what a bug report needs; no names, no secrets."""
+    from clapsep_cli.environment import environment
 
-    Give at least one query, of either side, as text or as audio.
-    """
-    from clapsep_cli.query import Query
-
-    query = Query(pos or (), neg or (), query_audio or (), neg_audio or (), alpha)
-    from clapsep_cli.pipeline import check_outputs, embed_query
-
-    check_outputs(mixtures, out, overwrite)
-    loaded = _load(model, device, quiet)
-    wanted = embed_query(loaded, query)
-    if not quiet:
-        revision = f" ({loaded.revision})" if loaded.revision else ""
-        typer.echo(f"{loaded.name}{revision} on {loaded.device}, float32: {query.describe()}")
-    failures = 0
-    for mixture in mixtures:
-        failures += not _extract_one(mixture, wanted, loaded, out, overwrite, quiet)
-    if failures:
-        if len(mixtures) > 1:
-            typer.echo(f"clapsep: {failures} of {len(mixtures)} files failed", err=True)
-        raise typer.Exit(FAILED)
-
-
-def _extract_one(mixture: Path, wanted: Tensor, model: Model, out: Path | None, overwrite: bool, quiet: bool) -> bool:
-    """Extract from one file; whether it worked. One bad file must not stop the rest."""
-    from clapsep_cli.pipeline import extract as extract_file
-
-    try:
-        with progress(quiet) as bars:
-            task = bars.add_task(mixture.name, total=None)
-
-            def show(done: float, total: float) -> None:
-                bars.update(task, completed=done, total=total)
-
-            done = extract_file(mixture, wanted, model, out, overwrite, show)
-    except ClapsepError as error:
-        note(str(error))
-        return False
-    if not quiet:
-        _print_extraction(done)
-    return True
-
-
-def _print_extraction(done: Extraction) -> None:
-    speed = done.seconds / done.elapsed
-    typer.echo(f"{done.mixture}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.0f} times real time)")
-    for part, path in (("target", done.target), ("residual", done.residual)):
-        typer.echo(f"  {part:8}  {path}")
-        if done.clipped[part]:
-            typer.echo(f"clapsep: {path}: {done.clipped[part]} samples were over full scale and are clipped", err=True)
+    facts = environment()
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(f"{k:22} {v}" for k, v in facts.items()))
 
 
 @app.command()

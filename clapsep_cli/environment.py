@@ -12,7 +12,8 @@ from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 
-from clapsep_cli import __version__, hub, library
+from clapsep_cli import __version__, library
+from clapsep_cli.registry import home
 
 UNKNOWN = "unknown"
 PACKAGES = ("numpy", "soundfile", "soxr", "safetensors", "tokenizers", "huggingface_hub", "av", "librosa", "matplotlib")
@@ -146,7 +147,7 @@ def _ffmpeg() -> str:
 
 def _models() -> str:
     here = ", ".join(f"{status.entry.name} in {status.folder}" for status in library.statuses() if status.folder)
-    return f"{here or 'none'}; home {hub.home()}"
+    return f"{here or 'none'}; home {home()}"
 
 
 def _variable(name: str) -> Callable[[], str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class ClapsepError(Exception):
-    """One clear line: what is wrong, where, and what to do about it."""
+    """One clear line: what is wrong, where, and what to do about it. `exit_code` is the command's, if it ends by it."""
+
+    exit_code = 1
 
 
 class AudioError(ClapsepError):
@@ -14,6 +16,8 @@ class AudioError(ClapsepError):
 class QueryError(ClapsepError):
     """A query is missing, empty or contradictory."""
 
+    exit_code = 2
+
 
 class OutputError(ClapsepError):
     """An output cannot be written, or exists already."""
@@ -22,9 +26,13 @@ class OutputError(ClapsepError):
 class DeviceError(ClapsepError):
     """The device asked for is not there."""
 
+    exit_code = 3
+
 
 class ModelError(ClapsepError):
     """A model is unknown or its files are not there."""
+
+    exit_code = 3
 
 
 class DownloadError(ModelError):
@@ -37,3 +45,9 @@ class CheckpointError(ModelError):
 
 class ManifestError(ClapsepError):
     """A training or evaluation manifest cannot be used as it stands."""
+
+
+class StoppedError(ClapsepError):
+    """The user stopped the work; nothing that was finished is lost."""
+
+    exit_code = 130

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from clapsep_cli.audio import Audio
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.data import Clip, fit, mix, read_clip, read_rows
 from clapsep_cli.metrics import sdr, si_sdr
-from clapsep_cli.models.base import Separator
+from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.pipeline import embed_query
 from clapsep_cli.query import Query
 
@@ -93,7 +94,7 @@ class Score:
 
 
 @torch.inference_mode()
-def score(separator: Separator, wanted: Tensor, mixture: Audio, target: Audio) -> tuple[float, float, float]:
+def score(separator: MaskSeparator, wanted: Tensor, mixture: Audio, target: Audio) -> tuple[float, float, float]:
     """SDRi, SI-SDRi and output level in dB of one window (`[window samples]`) under the condition `wanted`."""
     heard = torch.from_numpy(mixture)[None].to(wanted.device)
     mask = separator.mask(separator.encode(heard), wanted)
@@ -121,7 +122,11 @@ def evaluate(
         if row.absent_caption:
             queries["absent"] = Query(row.absent_caption)
         for name, query in queries.items():
-            scores.append(Score(row, name, *score(model.separator, embed_query(model, query), mixture, target)))
+            scores.append(
+                Score(
+                    row, name, *score(cast(MaskSeparator, model.separator), embed_query(model, query), mixture, target)
+                )
+            )
         progress()
     return scores
 

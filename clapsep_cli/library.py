@@ -238,31 +238,40 @@ def remove(name: str, say: Say = _nothing) -> list[Path]:
 
 
 def load_model(
-    model: str | Path | None = None, device: str = "auto", say: Say = _nothing, progress: Progress = _nothing
+    model: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    say: Say = _nothing,
+    progress: Progress = _nothing,
 ) -> Model:
     """Load a model by name or from a folder; without either, the best one that can be had.
 
     That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told so. A model that is
-    named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises `ModelError` where there is no such
-    model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` where the device is not there.
+    named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
+    (bfloat16), or `auto`, which is fast where the device computes natively in bfloat16. Raises `ModelError` where there
+    is no such model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` for an absent device.
     """
-    from clapsep_cli.checkpoint import Model, choose_device
+    from clapsep_cli.checkpoint import Model, choose_device, choose_precision
 
     chosen = choose_device(device)
+    dtype = choose_precision(precision, chosen)
     if model is None:
         try:
-            return Model(PREFERRED, install(PREFERRED, say=say, progress=progress), chosen, _text_cache(PREFERRED))
+            return Model(
+                PREFERRED, install(PREFERRED, say=say, progress=progress), chosen, _text_cache(PREFERRED), dtype
+            )
         except DownloadError:
             say(
                 f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now; "
                 f"to get it, or to see why not: clapsep models download {PREFERRED}"
             )
-            return Model(BUNDLED, place(MODELS[BUNDLED]), chosen)
+            return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, dtype=dtype)
     if isinstance(model, str) and model in MODELS:
-        return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model))
+        return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), dtype)
     folder = Path(model)
     if folder.is_dir():
-        return Model(folder.resolve().name, folder, chosen)
+        return Model(folder.resolve().name, folder, chosen, dtype=dtype)
     raise ModelError(f"no model {str(model)!r}: name a folder with its files, or one of {', '.join(MODELS)}")
 
 

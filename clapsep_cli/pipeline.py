@@ -1,205 +1,133 @@
-"""The pipeline: audio → windows → query embedding → separator → stitched mask → target and residual."""
+"""The pipeline: audio → windows → query embedding → separator → stitched stems, and what they leave of the mixture."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
 import torch
 from torch import Tensor
 
-from clapsep_cli.audio import PEAK, Audio, check_finite, on_grid, to_rate
+from clapsep_cli.audio import Audio, check_finite
 from clapsep_cli.checkpoint import Model
-from clapsep_cli.dsp import RATE_HZ
-from clapsep_cli.encoding import choose_encoding
-from clapsep_cli.errors import AudioError, OutputError
-from clapsep_cli.masking import MaskedStream
-from clapsep_cli.models.base import condition
+from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.query import Query, Shot
-from clapsep_cli.sources import Source, read_mono, recordings
-from clapsep_cli.windows import MaskTrack, Windower, downmix
-from clapsep_cli.writers import Outputs
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
-PARTS = ("target", "residual")
-
-Progress = Callable[[float, float], None]  # is told how many seconds of audio are done, and how many there are
+TARGET, RESIDUAL = "target", "residual"
 
 
 @dataclass(frozen=True)
 class Separation:
-    """Target and residual, float32, of the mixture's shape and `rate` (Hz); their sum is the mixture."""
+    """Stems by name and the residual, float32, of the mixture's shape and `rate` (Hz). They add up to the mixture."""
 
-    target: Audio
+    stems: dict[str, Audio]
     residual: Audio
     rate: int
 
-
-@dataclass(frozen=True)
-class Extraction:
-    """What was written for one file. `clipped`: samples per part that its integer format could not hold."""
-
-    mixture: Path
-    target: Path
-    residual: Path
-    seconds: float  # of audio
-    elapsed: float  # seconds of wall time
-    clipped: dict[str, int]
+    @property
+    def target(self) -> Audio:
+        """The only stem there is, or the first."""
+        return next(iter(self.stems.values()))
 
 
-@torch.inference_mode()
-def embed_query(model: Model, query: Query) -> Tensor:
-    """The condition that asks `model` for `query`, float32 `[1, 2 · dim]`.
+class Ear:
+    """Resamples a recording to the rate of the separator that hears it, block by block."""
 
-    Raises `AudioError` for a shot that cannot be read or is silent, `QueryError` for a text it cannot understand.
+    def __init__(self, rate: int, rate_heard: int, channels: int) -> None:
+        self._channels = channels
+        self._stream = soxr.ResampleStream(rate, rate_heard, channels, "float32", "HQ") if rate != rate_heard else None
+
+    def hear(self, block: Audio, last: bool = False) -> Audio:
+        """What is heard of the next block (float32 `[channels, samples]`), as far as it can be told by now."""
+        if self._stream is None:
+            return block
+        heard = self._stream.resample_chunk(np.ascontiguousarray(block.T), last=last)
+        return np.asarray(heard.reshape(-1, self._channels).T, np.float32)
+
+
+class Passage:
+    """A recording on its way through a model: blocks go in, windows come out, and with their results the stems.
+
+    What is held at any time does not grow with the recording, and the stems do not depend on the blocks.
     """
-    positive = _embed_side(model, query.pos, query.pos_audio, query.alpha)
-    negative = _embed_side(model, query.neg, query.neg_audio, query.alpha)
-    return condition(positive, negative)
+
+    def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
+        self._stream = model.separator.stream(wanted, rate, channels, model.device)
+        self._waiting: list[Audio] = []  # the mixture whose stems are still to come
+
+    def push(self, block: Audio, heard: Audio, last: bool = False) -> list[Tensor]:
+        """Take in a block and what is heard of it; returns the windows that are to be separated, in their order."""
+        self._waiting.append(block)
+        return self._stream.push(block, heard, last)
+
+    def accept(self, result: Tensor) -> None:
+        """Take in the result of the oldest window that has none yet."""
+        self._stream.accept(result)
+
+    @torch.inference_mode()
+    def pull(self) -> tuple[Audio, Audio]:
+        """What is final and was not pulled yet: the mixture `[channels, n]` and its stems `[stems, channels, n]`."""
+        stems = self._stream.pull().cpu().numpy()
+        if not stems.shape[2]:
+            return self._waiting[0][:, :0], stems
+        mixture = np.concatenate(self._waiting, 1)
+        self._waiting = [mixture[:, stems.shape[2] :]]
+        return mixture[:, : stems.shape[2]], stems
 
 
-def _embed_side(model: Model, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
-    # Means of unit vectors, not scaled to length 1 again: so were the released weights trained.
-    text = model.text.embed(list(texts)).mean(0, keepdim=True) if texts else None
-    files = [file for shot in shots for file in ([shot] if isinstance(shot, tuple) else recordings(Path(shot)))]
-    audio = torch.stack([_embed_shot(model, file) for file in files]).mean(0, keepdim=True) if files else None
-    if text is None or audio is None:
-        return text if audio is None else audio
-    return alpha * audio + (1 - alpha) * text
-
-
-def _embed_shot(model: Model, shot: Path | tuple[Audio, int]) -> Tensor:
-    rate = model.audio.rate
-    if isinstance(shot, Path):
-        name, mono = str(shot), read_mono(shot, rate)
-    else:
-        samples = np.atleast_2d(np.asarray(shot[0], np.float32))
-        name = "a recording given as a query"
-        check_finite(samples, name, shot[1])
-        mono = to_rate(samples.mean(0), shot[1], rate) if samples.size else np.zeros(0, np.float32)
-    if not np.any(mono):
-        raise AudioError(f"{name}: is silent; a query needs a recording of the sound")
-    return model.audio.embed(torch.from_numpy(np.ascontiguousarray(mono)).to(model.device))
-
-
-@torch.inference_mode()
 def stream(
-    model: Model, wanted: Tensor, blocks: Iterable[Audio], rate: int, channels: int
+    model: Model, wanted: Any, blocks: Iterable[Audio], rate: int, channels: int
 ) -> Iterator[tuple[Audio, Audio]]:
     """Separate a recording that arrives in `blocks` (float32 `[channels, samples]` at `rate` Hz).
 
-    `wanted` is the condition from `embed_query`. Yields pairs (mixture, target) that join to the whole recording;
-    what is held at any time does not grow with its length, and the result does not depend on the blocks.
+    `wanted` is from `Model.ask`. Yields pairs of mixture and stems (`[stems, channels, samples]`) that join to the
+    whole recording.
     """
-    to_model = soxr.ResampleStream(rate, RATE_HZ, channels, "float32", "HQ") if rate != RATE_HZ else None
-    windower, track = Windower(model.separator.window, channels), MaskTrack()
-    masked = MaskedStream(rate, channels, model.device)
-    waiting = np.zeros((channels, 0), np.float32)  # the mixture whose target is still to come
-    samples = 0
+    passage, ear = Passage(model, wanted, rate, channels), Ear(rate, model.separator.rate, channels)
+    nothing = np.zeros((channels, 0), np.float32)
+    for block, last in _with_last(blocks, nothing):
+        for window in passage.push(block, ear.hear(block, last), last):
+            passage.accept(model.infer([window], wanted)[0])
+        mixture, stems = passage.pull()
+        if mixture.size:
+            yield mixture, stems
 
-    def hear(block: Audio, last: bool) -> None:
-        heard = block if to_model is None else to_model.resample_chunk(block.T, last=last).reshape(-1, channels).T
-        windows = [*windower.push(heard), *(windower.finish() if last else ())]
-        for start, window in windows:
-            final = track.add(start, _window_mask(model, downmix(window), wanted))
-            if final is not None:
-                masked.push_mask(final)
 
+def _with_last(blocks: Iterable[Audio], end: Audio) -> Iterator[tuple[Audio, bool]]:
     for block in blocks:
-        samples += block.shape[1]
-        waiting = np.concatenate([waiting, block], 1)
-        masked.push(torch.from_numpy(block).to(model.device))
-        hear(block, last=False)
-        target = masked.pull().cpu().numpy()
-        if target.shape[1]:
-            yield waiting[:, : target.shape[1]], target
-            waiting = waiting[:, target.shape[1] :]
-    hear(waiting[:, :0], last=True)
-    rest = track.finish()
-    assert rest is not None, "a recording has at least one window"
-    masked.push_mask(rest)
-    # A recording shorter than a window is heard with silence behind it, not with its end reflected.
-    padding = -(-model.separator.window * rate // RATE_HZ) - samples
-    masked.push(torch.zeros(channels, max(0, padding), device=model.device))
-    yield waiting, masked.finish(samples).cpu().numpy()
+        yield block, False
+    yield end, True
 
 
-def _window_mask(model: Model, window: Audio, wanted: Tensor) -> Tensor:
-    peak = float(np.abs(window).max())
-    heard = torch.from_numpy(window if peak <= 1 else window * np.float32(PEAK / peak))[None].to(model.device)
-    return model.separator.mask(model.separator.encode(heard), wanted)[0]
-
-
-def separate(audio: Audio, rate: int, query: Query, model: Model) -> Separation:
-    """Separate a recording in memory.
+def separate(audio: Audio, rate: int, query: Query | Mapping[str, Query], model: Model) -> Separation:
+    """Separate a recording in memory: one target, or one by each name.
 
     `audio`: float32 `[samples]` or `[channels, samples]`, full scale ±1, at `rate` Hz. Raises `AudioError` for an empty
-    recording and for samples that are not finite numbers, and whatever `embed_query` raises.
+    recording and for samples that are not finite numbers, and whatever `Model.ask` raises.
     """
     mixture = np.atleast_2d(np.asarray(audio, np.float32))
     if mixture.ndim != 2 or not mixture.size:
         raise AudioError(f"audio is [samples] or [channels, samples], at least one of each, not {list(audio.shape)}")
     check_finite(mixture, "audio", rate)
-    wanted = embed_query(model, query)
+
+    def excerpt(start: float, end: float) -> Shot:
+        return mixture[:, round(start * rate) : round(end * rate)], rate
+
+    targets = {TARGET: query} if isinstance(query, Query) else query
+    if not targets:
+        raise QueryError("no target: give a query, or one for each name")
+    wanted = model.ask([one.within(excerpt) for one in targets.values()])
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
-    target = np.concatenate([part for _, part in stream(model, wanted, blocks, rate, len(mixture))], 1)
-    target = target.reshape(np.shape(audio))
-    return Separation(target, np.asarray(audio, np.float32) - target, rate)
+    stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
+    shaped = dict(zip(targets, stems.reshape(len(stems), *np.shape(audio)), strict=True))
+    return Separation(shaped, np.asarray(audio, np.float32) - stems.sum(0).reshape(np.shape(audio)), rate)
 
 
-def output_paths(mixture: Path, folder: Path | None) -> dict[str, Path]:
-    """Where target and residual of `mixture` are written: beside it, or in `folder`."""
-    parent = mixture.parent if folder is None else folder
-    return {part: parent / f"{mixture.stem}.{part}.wav" for part in PARTS}
-
-
-def check_outputs(mixtures: Sequence[Path], folder: Path | None, overwrite: bool) -> None:
-    """Raise `OutputError` if two mixtures would write one file, or a file is in the way."""
-    writers: dict[Path, Path] = {}
-    for mixture in mixtures:
-        for path in output_paths(mixture, folder).values():
-            absolute = path.absolute()
-            if absolute in writers:
-                raise OutputError(
-                    f"{path}: both {writers[absolute]} and {mixture} would write it; use -o for one of them"
-                )
-            writers[absolute] = mixture
-            if path.exists() and not overwrite:
-                raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another folder")
-
-
-def extract(
-    mixture: Path,
-    wanted: Tensor,
-    model: Model,
-    folder: Path | None = None,
-    overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
-) -> Extraction:
-    """Separate the file `mixture` into a target and a residual file; `wanted` is the condition from `embed_query`.
-
-    Outputs have the input's rate, channels, length and depth (at least 16 bit; float where the input is lossy or
-    float). Nothing is left behind by a run that fails. Raises `AudioError` and `OutputError`.
-    """
-    began = time.perf_counter()
-    check_outputs([mixture], folder, overwrite)
-    paths, samples = output_paths(mixture, folder), 0
-    with Source(mixture) as source:
-        encoding = choose_encoding("wav", None, source)
-        with Outputs(paths, source.rate, source.channels, encoding, overwrite=overwrite) as outputs:
-            for heard, target in stream(model, wanted, source.blocks(BLOCK_SECONDS), source.rate, source.channels):
-                # Rounded before it is subtracted, the target leaves a residual that adds up to the input exactly.
-                rounded = on_grid(target, encoding.bits)
-                outputs.write({"target": rounded, "residual": heard - rounded})
-                samples += heard.shape[1]
-                progress(samples / source.rate, source.frames / source.rate)
-            written = outputs.commit()
-        seconds = samples / source.rate
-    return Extraction(
-        mixture, paths["target"], paths["residual"], seconds, time.perf_counter() - began, written.clipped
-    )
+def embed_query(model: Model, query: Query) -> Any:
+    """What asks `model` for one `query`: for the models that embed queries a condition, float32 `[1, 2 · dim]`."""
+    return model.ask([query])

@@ -17,6 +17,8 @@ class Family:
 
     config: str
     separator: str  # made from the config
+    ask: str  # makes, of a model, queries and which of them are kept, what the separator is asked for
+    likeness: str = ""  # how alike a recording is to what a stem is asked for
     text: str = ""  # made from the config and a tokenizer
     audio: str = ""  # made from the config
     convert: str = ""  # writes the parts of a model, from files as they were released
@@ -32,6 +34,8 @@ FAMILIES = {
     "clapsep": Family(
         config="clapsep_cli.models.clapsep:CLAPSepConfig",
         separator="clapsep_cli.models.clapsep:CLAPSep",
+        ask="clapsep_cli.embedding:conditions",
+        likeness="clapsep_cli.embedding:likeness",
         text="clapsep_cli.models.clap:ClapTextEncoder",
         audio="clapsep_cli.models.clap:ClapAudioEncoder",
         convert="clapsep_cli.convert:convert_clapsep",
@@ -40,6 +44,8 @@ FAMILIES = {
     "mini": Family(
         config="clapsep_cli.models.mini:MiniConfig",
         separator="clapsep_cli.models.mini:Mini",
+        ask="clapsep_cli.embedding:conditions",
+        likeness="clapsep_cli.embedding:likeness",
         text="clapsep_cli.models.mini:MiniText",
         audio="clapsep_cli.models.mini:MiniAudio",
     ),

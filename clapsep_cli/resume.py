@@ -14,7 +14,7 @@ import numpy as np
 
 from clapsep_cli.errors import AudioError, ClapsepError
 from clapsep_cli.inputs import is_there
-from clapsep_cli.query import Query, Shot
+from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.sources import recordings
 
 KEY_DIGITS = 16
@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 20
 
 def signature(recording: Path, queries: Mapping[str, Query], model: str, settings: Mapping[str, str]) -> str:
     """16 hex digits that stand for all that decides what is written for `recording`: its size and time of change, the
-    query of each target (texts, weight, the content of its shots), `model` (name and pin) and `settings`.
+    query of each target (texts, weight, spans, the content of its shots), `model` (name and pin) and `settings`.
 
     The recording's name and place do not count, nor does the order of texts and shots, which are averaged. Raises
     `AudioError` where a file is not there.
@@ -36,6 +36,8 @@ def signature(recording: Path, queries: Mapping[str, Query], model: str, setting
             sorted(digest for shot in query.pos_audio for digest in _digests(shot)),
             sorted(digest for shot in query.neg_audio for digest in _digests(shot)),
             query.alpha,
+            sorted(query.pos_spans),
+            sorted(query.neg_spans),
         ]
         for name, query in queries.items()
     }
@@ -46,6 +48,8 @@ def signature(recording: Path, queries: Mapping[str, Query], model: str, setting
 def _with_status(path: Path) -> tuple[Path, os.stat_result]:
     try:
         return path, path.stat()
+    except FileNotFoundError as error:
+        raise AudioError(f"{path}: no such file") from error
     except OSError as error:
         raise AudioError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -54,6 +58,8 @@ def _digests(shot: Shot) -> list[str]:
     if isinstance(shot, tuple):
         samples = np.ascontiguousarray(shot[0], np.float32)
         return [hashlib.sha256(f"{samples.shape}{shot[1]}".encode() + samples.tobytes()).hexdigest()]
+    if isinstance(shot, Excerpt):
+        return [f"{digest} {shot.start} {shot.end}" for digest in _digests(shot.path)]
     files = recordings(Path(shot))
     return [_digest(file.absolute(), status.st_size, status.st_mtime_ns) for file, status in map(_with_status, files)]
 

@@ -1,7 +1,8 @@
-"""Windows of a stream, and one mask over the whole recording from the masks of its windows."""
+"""Windows of a stream, one mask over the whole recording from the masks of its windows, and who joins results."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,23 +16,49 @@ OVERLAP_FRAMES = 100  # 1 s over which neighbouring windows cross-fade
 CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
 
-class Windower:
-    """Cuts a stream at 32 kHz into windows that overlap by `OVERLAP_FRAMES`.
+class Stream(ABC):
+    """One recording on its way through a separator, of which it holds no more than is unfinished.
 
-    Starts lie on STFT frames. The last window ends with the recording (to within a frame, then zeros follow); a
-    recording shorter than a window is one window, zero-padded. Where a stream is cut depends on its samples alone, not
-    on the blocks in which they arrive.
+    The pipeline pushes the recording's blocks twice, as they are and at the separator's rate; has the windows that come
+    of it separated; hands the results back in their order; and pulls the stems as far as they are final.
     """
 
-    def __init__(self, window: int, channels: int) -> None:
-        self.window = window
-        self.hop = max(HOP, window - min(OVERLAP_FRAMES, window // HOP // 2) * HOP)
+    @abstractmethod
+    def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
+        """Take in the next `block`, float32 `[channels, samples]`, and the same at the separator's rate, `heard`.
+
+        The two may cover different stretches, as resamplers lag. Returns what windows are complete.
+        """
+
+    @abstractmethod
+    def accept(self, result: Tensor) -> None:
+        """Take in what the separator made of the oldest window that it has not yet been given the result of."""
+
+    @abstractmethod
+    def pull(self) -> Tensor:
+        """The stems as far as they are final and were not yet pulled, float32 `[stems, channels, samples]`.
+
+        After the last block and its results, what is pulled completes the recording's length exactly.
+        """
+
+
+class Windower:
+    """Cuts a stream into windows of `window` samples that overlap by `overlap`.
+
+    Starts lie on multiples of `step`, as does the distance between them. The last window ends with the recording (to
+    within a step, then zeros follow); a recording shorter than a window is one window, zero-padded. Where a stream is
+    cut depends on its samples alone, not on the blocks in which they arrive.
+    """
+
+    def __init__(self, window: int, channels: int, overlap: int = OVERLAP_FRAMES * HOP, step: int = HOP) -> None:
+        self.window, self.step = window, step
+        self.hop = max(step, window - min(overlap, window // step // 2 * step))
         self.start = 0  # of the next regular window
         self.buffer = np.zeros((channels, 0), np.float32)
         self.at = 0  # position of the buffer in the stream
 
     def push(self, block: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Take in `block` (`[channels, samples]`); yield the windows it completes, each with the frame it starts at."""
+        """Take in `block` (`[channels, samples]`); yield the windows it completes, each with its start."""
         self.buffer = np.concatenate([self.buffer, block], 1)
         while self.at + self.buffer.shape[1] >= self.start + self.window:
             yield self._cut(self.start)
@@ -46,11 +73,11 @@ class Windower:
         if self.start == 0:
             yield self._cut(0)
         elif samples > self.start - self.hop + self.window:
-            yield self._cut(-(-(samples - self.window) // HOP) * HOP)
+            yield self._cut(-(-(samples - self.window) // self.step) * self.step)
 
     def _cut(self, start: int) -> tuple[int, NDArray[np.float32]]:
         piece = self.buffer[:, start - self.at :][:, : self.window]
-        return start // HOP, np.pad(piece, ((0, 0), (0, self.window - piece.shape[1])))
+        return start, np.pad(piece, ((0, 0), (0, self.window - piece.shape[1])))
 
 
 def downmix(window: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -68,38 +95,38 @@ def downmix(window: NDArray[np.float32]) -> NDArray[np.float32]:
 class MaskTrack:
     """Cross-fades the masks of overlapping windows into one. Weights rise and fall linearly over the overlap.
 
-    `take` hands over frames that no later window can change; only the unfinished ones are held.
+    Masks are `[stems, frames, bins]`. Only frames that a later window can still change are held.
     """
 
     def __init__(self) -> None:
         self.start = 0  # the first frame held
-        self.sum: Tensor | None = None  # weighted masks [frames, bins]
+        self.sum: Tensor | None = None  # weighted masks
         self.weight = torch.zeros(0)
 
     def add(self, start: int, mask: Tensor) -> Tensor | None:
-        """Add the mask (`[frames, bins]`) of the window at frame `start`; return the frames before it, now final."""
+        """Add the mask of the window at frame `start`; return the frames before it, now final."""
         final = self._take(start - self.start)
-        frames = len(mask)
+        stems, frames, bins = mask.shape
         ramp = torch.arange(1, frames + 1, device=mask.device)
         weight = torch.minimum(ramp, ramp.flip(0)).clamp(max=OVERLAP_FRAMES).float() / OVERLAP_FRAMES
         if self.sum is None:
             self.sum, self.weight = mask * weight[:, None], weight
             return final
-        extra = start + frames - (self.start + len(self.sum))
-        self.sum = torch.cat([self.sum, mask.new_zeros(extra, mask.shape[1])])
+        extra = start + frames - (self.start + self.sum.shape[1])
+        self.sum = torch.cat([self.sum, mask.new_zeros(stems, extra, bins)], 1)
         self.weight = torch.cat([self.weight, weight.new_zeros(extra)])
         at = start - self.start
-        self.sum[at : at + frames] += mask * weight[:, None]
+        self.sum[:, at : at + frames] += mask * weight[:, None]
         self.weight[at : at + frames] += weight
         return final
 
     def finish(self) -> Tensor | None:
         """The frames still held."""
-        return None if self.sum is None else self._take(len(self.sum))
+        return None if self.sum is None else self._take(self.sum.shape[1])
 
     def _take(self, count: int) -> Tensor | None:
         if self.sum is None or count <= 0:
             return None
-        final = self.sum[:count] / self.weight[:count, None]
-        self.sum, self.weight, self.start = self.sum[count:], self.weight[count:], self.start + count
+        final = self.sum[:, :count] / self.weight[:count, None]
+        self.sum, self.weight, self.start = self.sum[:, count:], self.weight[count:], self.start + count
         return final

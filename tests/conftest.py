@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from released import write_released
 from torch import Tensor
 
 from clapsep_cli.checkpoint import Model, save_part
 from clapsep_cli.cli import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
+from clapsep_cli.embedding import conditions, likeness
 from clapsep_cli.library import load_model
-from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
+from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
+from clapsep_cli.query import Query
 from clapsep_cli.registry import weights_folder
 
 TINY_MINI = MiniConfig(query=16, channels=(8, 8, 8, 8), hidden=8, fine=2, audio_channels=(8, 8, 8, 8))
@@ -28,7 +32,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Fixed(Separator):
+class Fixed(MaskSeparator):
     """Answers every window with one mask: a number, or values per bin, or one number per frame of the window."""
 
     rate = RATE_HZ
@@ -38,6 +42,9 @@ class Fixed(Separator):
         self.window = window
         self.value = torch.as_tensor(mask, dtype=torch.float32)
         self.heard: list[Tensor] = []
+
+    def lower(self, dtype: torch.dtype) -> None:
+        pass
 
     def encode(self, mixture: Tensor) -> Tensor:
         assert mixture.shape == (1, self.window)
@@ -65,8 +72,14 @@ class Stub(Model):
 
     def __init__(self, separator: Separator) -> None:
         self.name, self.folder, self.device = "stub", Path(), torch.device("cpu")
-        self.family, self.config = "stub", None
-        self.__dict__.update(separator=separator, text=OneHot(), audio=Mean())
+        self.family, self.config, self.revision, self.dtype = "stub", None, "", torch.float32
+        self.__dict__.update(separator=separator, text=OneHot(), audio=Mean(), identity="stub")
+
+    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Tensor:
+        return conditions(self, queries, range(len(queries)) if kept is None else kept)
+
+    def likeness(self, wanted: Tensor, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
+        return likeness(self, wanted, stem, mono, rate)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +96,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Model:
-    return load_model(tiny_folder, "cpu")
+    return load_model(tiny_folder, "cpu", "high")
 
 
 @pytest.fixture(scope="session")

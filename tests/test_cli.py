@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,20 +101,22 @@ def test_audio_queries_from_files_and_folders(clapsep: Clapsep, mix: Path, tiny_
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["mix.wav"], 1, 'e.g. --pos "dog barking"'),
+        (["mix.wav"], 2, 'e.g. --pos "dog barking"'),
         (["none.wav", "--pos", "dog"], 1, "none.wav: no such file"),
         (["text.wav", "--pos", "dog"], 1, "text.wav: cannot be read as audio"),
-        ([".", "--pos", "dog"], 1, "is a folder"),
-        (["mix.wav", "--pos", ""], 1, "--pos is empty"),
-        (["mix.wav", "--pos", "dog", "--alpha", "2"], 1, "--alpha"),
-        (["mix.wav", "--pos", "dog", "--model", "huge"], 1, "no model 'huge'"),
-        (["mix.wav", "--pos", "dog", "-d", "gpu"], 1, "no device 'gpu'"),
-        (["mix.wav", "--pos", "qzxv"], 1, "qzxv"),
+        (["mix.wav", "--pos", ""], 2, "--pos is empty"),
+        (["mix.wav", "--pos", "dog", "--alpha", "2"], 2, "--alpha"),
+        (["mix.wav", "--pos", "dog", "--model", "huge"], 3, "no model 'huge'"),
+        (["mix.wav", "--pos", "dog", "-d", "gpu"], 3, "no device 'gpu'"),
+        (["mix.wav", "--pos", "dog", "--precision", "low"], 3, "no precision 'low'"),
+        (["mix.wav", "copy.wav", "--pos", "qzxv"], 2, "qzxv"),
         (["mix.wav", "--query-audio", "none.wav"], 1, "none.wav: no such file"),
-        (["mix.wav", "./mix.wav", "--pos", "dog"], 1, "would write it"),
+        (["mix.wav", "mix.flac", "--pos", "dog"], 1, "would write it"),
         (["mix.wav", "--pos", "dog", "-o", "text.wav"], 1, "cannot be written"),
         (["mix.wav", "--pos"], 2, "requires an argument"),
-        ([], 2, "MIX"),
+        (["--pos", "dog"], 2, "no recordings"),
+        (["mix.wav", "--pos", "dog", "--start", "soon"], 2, "soon"),
+        (["mix.wav", "--pos", "dog", "--clip", "never"], 1, "warn, rescale, error"),
     ],
 )
 def test_mistakes_get_one_clear_line(
@@ -122,13 +125,15 @@ def test_mistakes_get_one_clear_line(
     folder = mix.parent
     mix.rename(folder / "mix.wav")
     (folder / "text.wav").write_text("I am not audio")
+    for copy in ("copy.wav", "mix.flac"):
+        shutil.copy(folder / "mix.wav", folder / copy)
     before = sorted(folder.rglob("*"))
     model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
     done = clapsep("extract", *model, *arguments, cwd=folder)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    if code == 1:
+    if "requires" not in message:
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("clapsep: ")
     assert sorted(folder.rglob("*")) == before
@@ -139,7 +144,7 @@ def test_one_bad_file_does_not_stop_the_rest(clapsep: Clapsep, mix: Path, tiny_f
     bad.write_bytes(b"RIFF")
     done = clapsep("extract", bad, mix, "--pos", "dog", "--model", tiny_folder, cwd=mix.parent)
     assert done.returncode == 1
-    assert "bad.wav: is cut short" in done.stderr
+    assert "bad.wav: " in done.stderr
     assert "1 of 2 files failed" in done.stderr
     assert mix.with_name(f"{mix.stem}.target.wav").exists()
 
@@ -174,7 +179,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
 
 
 def test_readme_and_help_name_the_same_options() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = re.sub(r"ffmpeg [^|]*\|", "|", (ROOT / "README.md").read_text())  # which has options of its own
     commands = dict(_commands(vars(typer.main.get_command(app))["commands"]))
     options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}
     for option in {o for o in options["extract"] if o.startswith("-")} - {"--help"}:

@@ -78,7 +78,7 @@ def unreachable(*_: object) -> hub.Fetched:
 def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home: Path, tmp_path: Path) -> None:
     said: list[str] = []
     seen: list[tuple[str, int, int]] = []
-    model = library.load_model(None, "cpu", said.append, lambda *at: seen.append(at))
+    model = library.load_model(None, "cpu", say=said.append, progress=lambda *at: seen.append(at))
     assert model.name == "clapsep"
     assert "some/one@000000000000" in model.revision
     assert model.separator.window == ROBERTA.window
@@ -109,7 +109,7 @@ def test_originals_can_be_kept(served: list[str], tmp_path: Path) -> None:
 def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "to_download", unreachable)
     said: list[str] = []
-    assert library.load_model(None, "cpu", said.append).name == "mini"
+    assert library.load_model(None, "cpu", say=said.append).name == "mini"
     assert len(said) == 1
     assert "clapsep models download clapsep" in said[0]
     with pytest.raises(DownloadError, match="no network"):
@@ -233,7 +233,7 @@ def test_a_family_without_query_encoders(
         save_part(folder, "separator", "alone", config, network.state_dict(), **notes)
 
     mini = registry.FAMILIES["mini"]
-    family = registry.Family(config=mini.config, separator=mini.separator, convert="alone")
+    family = registry.Family(config=mini.config, separator=mini.separator, ask=mini.ask, convert="alone")
     monkeypatch.setitem(registry.FAMILIES, "alone", family)
     monkeypatch.setitem(MODELS, "one", replace(MODELS["clapsep"], name="one", family="alone"))
     monkeypatch.setattr(library, "resolve", lambda target: alone)
@@ -333,7 +333,7 @@ def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_pa
     assert "not here" in listed.stdout
     rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
     assert {row["name"]: row["here"] for row in rows} == {name: name == "mini" for name in MODELS}
-    assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 1
+    assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 3
     got = clapsep("models", "download", "clapsep", cwd=tmp_path)
     assert got.returncode == 0
     assert "licence" in got.stderr
@@ -342,7 +342,7 @@ def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_pa
     assert clapsep("models", "path", "clapsep", cwd=tmp_path).stdout.strip() == str(folder)
     assert "sound" in clapsep("models", "verify", "clapsep", cwd=tmp_path).stdout
     elsewhere = clapsep("models", "path", "clapsep", "--model-dir", tmp_path / "other", cwd=tmp_path)
-    assert elsewhere.returncode == 1
+    assert elsewhere.returncode == 3
     removed = clapsep("models", "rm", "clapsep", "--model-dir", home, cwd=tmp_path).stdout
     assert removed == f"{folder}: removed\n"
     assert not folder.exists()
@@ -358,7 +358,7 @@ def test_convert_command(home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
     assert "here already, so the files were not read; to replace it: clapsep models rm clapsep" in again.stderr
     clapsep("models", "rm", "clapsep", cwd=tmp_path)
     failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
-    assert failed.returncode == 1
+    assert failed.returncode == 3
     assert failed.stderr.count("\n") == 1
 
 

@@ -27,10 +27,10 @@ def frames(samples: int, rate: int) -> int:
 
 
 def masked(audio: Tensor, rate: int, mask: Tensor) -> Tensor:
-    stream = MaskedStream(rate, len(audio), CPU)
+    stream = MaskedStream(rate, 1, len(audio), CPU)
     stream.push(audio)
-    stream.push_mask(mask)
-    return torch.cat([stream.pull(), stream.finish(audio.shape[1])], 1)
+    stream.push_mask(mask[None])
+    return torch.cat([stream.pull(), stream.finish(audio.shape[1])], 2)[0]
 
 
 def test_at_32_khz_it_is_the_models_own_stft() -> None:
@@ -83,17 +83,17 @@ def test_above_16_khz_the_top_band_carries_on() -> None:
 def test_blocks_do_not_matter(rate: int, cuts: list[int], mask_cuts: list[int]) -> None:
     audio = noise(2, 70_001)
     mask = torch.rand(frames(70_001, rate), 513, generator=torch.Generator().manual_seed(1))
-    stream, out = MaskedStream(rate, 2, CPU), []
+    stream, out = MaskedStream(rate, 1, 2, CPU), []
     audio_parts = _cut(audio, cuts, 1)
     mask_parts = _cut(mask, mask_cuts, 0)
     for i in range(max(len(audio_parts), len(mask_parts))):
         if i < len(audio_parts):
             stream.push(audio_parts[i])
         if i < len(mask_parts):
-            stream.push_mask(mask_parts[i])
+            stream.push_mask(mask_parts[i][None])
         out.append(stream.pull())
     out.append(stream.finish(70_001))
-    torch.testing.assert_close(torch.cat(out, 1), masked(audio, rate, mask), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat(out, 2)[0], masked(audio, rate, mask), rtol=0, atol=1e-6)
 
 
 def _cut(x: Tensor, sizes: list[int], axis: int) -> list[Tensor]:
@@ -103,3 +103,21 @@ def _cut(x: Tensor, sizes: list[int], axis: int) -> list[Tensor]:
         parts.append(x.narrow(axis, at, size))
         at += size
     return [*parts, x.narrow(axis, at, x.shape[axis] - at)]
+
+
+def test_stems_share_the_mixture_and_have_masks_of_their_own() -> None:
+    audio, masks = noise(2, 50_000), torch.rand(3, frames(50_000, 44_100), 513)
+    stream = MaskedStream(44_100, 3, 2, CPU)
+    stream.push(audio)
+    stream.push_mask(masks)
+    together = torch.cat([stream.pull(), stream.finish(50_000)], 2)
+    assert together.shape == (3, 2, 50_000)
+    for stem, mask in zip(together, masks, strict=True):
+        torch.testing.assert_close(stem, masked(audio, 44_100, mask), rtol=0, atol=1e-6)
+
+
+def test_a_stream_that_begins_with_half_a_frame_waits_for_more() -> None:
+    stream = MaskedStream(8000, 1, 1, CPU)
+    stream.push(noise(1, stream.half))
+    stream.push_mask(torch.ones(1, 9, 513))
+    assert stream.pull().shape == (1, 1, 0)

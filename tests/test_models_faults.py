@@ -48,7 +48,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def server(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Serves the one file of the model `alone`, whose family has no query encoders. The home is empty."""
     data, mini = checkpoint.read_bytes(), registry.FAMILIES["mini"]
-    family = Family(config=mini.config, separator=mini.separator, convert=f"{__name__}:convert_alone")
+    family = Family(config=mini.config, separator=mini.separator, ask=mini.ask, convert=f"{__name__}:convert_alone")
     remote = WebFile(url=f"https://files.example{PATH}", size=len(data), sha256=hashlib.sha256(data).hexdigest())
     entry = Entry(name="alone", family="alone", licence="AGPL-3.0", about="a separator", remotes=(remote,))
     monkeypatch.setitem(registry.FAMILIES, "alone", family)
@@ -96,7 +96,7 @@ def test_the_way_of_a_model_from_a_plain_address(
     assert sound.stdout == f"{folder / 'separator.safetensors'}: sound\n{kept}: sound\n"
     kept.write_bytes(kept.read_bytes()[:-1] + b"?")
     damaged = clapsep("models", "verify", "alone", cwd=tmp_path)
-    assert damaged.returncode == 1
+    assert damaged.returncode == 3
     assert "is damaged" in damaged.stderr
     assert clapsep("models", "verify", "alone", cwd=tmp_path).returncode == 0
     removed = clapsep("models", "rm", "alone", cwd=tmp_path).stdout
@@ -186,7 +186,7 @@ def test_a_malicious_file_that_was_carried_here(
     mark, path = tmp_path / "owned", tmp_path / "evil.pt"
     write(nest(Evil(mark), {"a": torch.zeros(1)}), path)
     done = clapsep("models", "convert", "clapsep", "--from", path, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 3
     warning, reason = done.stderr.splitlines()
     assert "evil.pt is not the released file that is pinned here" in warning
     assert "evil.pt: " in reason

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from clapsep_cli import Query, embed_query, extract, load_model, separate
+from clapsep_cli import Query, extract, load_model, separate
+from clapsep_cli.batch import Options
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.errors import AudioError, CheckpointError, DeviceError, ModelError, OutputError, QueryError
 from clapsep_cli.pipeline import stream
@@ -36,14 +37,14 @@ def pcm(audio: Audio, bits: int) -> Audio:
 def run(model: Model, audio: Audio, rate: int, blocks: list[int] | None = None) -> Audio:
     ends = np.cumsum(blocks or [audio.shape[1]])
     parts = [part for part in np.split(audio, [e for e in ends if e < audio.shape[1]], 1) if part.shape[1]]
-    return np.concatenate([target for _, target in stream(model, WANTED, parts, rate, len(audio))], 1)
+    return np.concatenate([stems[0] for _, stems in stream(model, WANTED, parts, rate, len(audio))], 1)
 
 
 def test_golden_end_to_end(released_folder: Path, tmp_path: Path) -> None:
     """The reference's own output, from its files to a file of ours (spec: golden/clapsep_end_to_end, seed 0)."""
-    model = load_model(released_folder, "cpu")
+    model = load_model(released_folder, "cpu", "high")
     query = Query(pos_audio=[GOLDEN / "query_pos.flac"], neg_audio=[GOLDEN / "query_neg.flac"])
-    done = extract(GOLDEN / "mix.flac", embed_query(model, query), model, tmp_path)
+    done = extract(GOLDEN / "mix.flac", query, model, tmp_path)
     target, rate = soundfile.read(done.target, dtype="float32")
     golden = np.load(GOLDEN / "target.npz")
     assert rate == 32_000
@@ -51,7 +52,7 @@ def test_golden_end_to_end(released_folder: Path, tmp_path: Path) -> None:
     for name, part in (("strided", target[::16]), ("first", target[:4096]), ("last", target[-4096:])):
         assert np.abs(part - golden[name]).max() < 1e-4
     mixture, _ = soundfile.read(GOLDEN / "mix.flac", dtype="int16")
-    written = [soundfile.read(path, dtype="int16")[0].astype(int) for path in (done.target, done.residual)]
+    written = [soundfile.read(path, dtype="int16")[0].astype(int) for path in done.outputs.values()]
     np.testing.assert_array_equal(written[0] + written[1], mixture)
 
 
@@ -129,9 +130,9 @@ def test_what_is_held_does_not_grow() -> None:
             yield block
 
     out = 0
-    for mixture, target in stream(model, WANTED, blocks(), rate, 1):
-        assert mixture.shape == target.shape
-        out += target.shape[1]
+    for mixture, stems in stream(model, WANTED, blocks(), rate, 1):
+        assert stems.shape == (1, *mixture.shape)
+        out += stems.shape[2]
         behind.append(fed - out)
     assert out == 60 * 8000
     assert max(behind) <= 3 * rate
@@ -151,7 +152,7 @@ def test_several_queries_of_a_side_are_averaged_and_alpha_mixes_text_with_audio(
     ]
     for query, positive, negative in cases:
         expected = torch.nn.functional.normalize(torch.cat([positive, negative]), dim=0)
-        torch.testing.assert_close(embed_query(model, query)[0], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.ask([query])[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_bad_queries(arguments: dict[str, object], message: str) -> None:
 
 def test_unknown_words_are_an_error(tiny: Model) -> None:
     with pytest.raises(QueryError, match="xqzzy"):
-        embed_query(tiny, Query("xqzzy"))
+        tiny.ask([Query("xqzzy")])
 
 
 def test_audio_that_is_none() -> None:
@@ -180,7 +181,7 @@ def test_audio_that_is_none() -> None:
     with pytest.raises(AudioError, match="at least one"):
         separate(np.zeros((2, 0), np.float32), 1000, Query("a"), model)
     with pytest.raises(AudioError, match="silent"):
-        embed_query(model, Query(pos_audio=[(np.zeros(10, np.float32), 1000)]))
+        model.ask([Query(pos_audio=[(np.zeros(10, np.float32), 1000)])])
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT"])
@@ -191,10 +192,10 @@ def test_files_keep_rate_channels_length_and_depth_and_add_up(
     path = tmp_path / "mix.wav"
     soundfile.write(path, noise(20_001, 2), rate, subtype=subtype)
     mixture, _ = soundfile.read(path, dtype="float64")
-    done = extract(path, embed_query(tiny, Query("dog barking", "rain")), tiny)
+    done = extract(path, Query("dog barking", "rain"), tiny)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mix.residual.wav", "mix.target.wav", "mix.wav"]
     total = np.zeros_like(mixture)
-    for part in (done.target, done.residual):
+    for part in done.outputs.values():
         info = soundfile.info(part)
         assert (info.samplerate, info.channels, info.frames) == (rate, 2, 20_001)
         assert info.subtype == {"PCM_U8": "PCM_16"}.get(subtype, subtype)
@@ -210,7 +211,7 @@ def test_clipped_samples_are_counted(tmp_path: Path) -> None:
     soundfile.write(path, square, 32_000, subtype="PCM_16")
     low = torch.zeros(513)
     low[:10] = 1  # the partials of a square wave add up to less than its first ones alone
-    done = extract(path, WANTED, Stub(Fixed(low)))
+    done = extract(path, Query("dog"), Stub(Fixed(low)))
     assert done.clipped["target"] > 0
 
 
@@ -220,9 +221,9 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_behind(tmp_path: Pat
     model = Stub(Fixed(0.5))
     (tmp_path / "mix.residual.wav").write_text("precious")
     with pytest.raises(OutputError, match="--overwrite"):
-        extract(path, WANTED, model)
+        extract(path, Query("dog"), model)
     assert (tmp_path / "mix.residual.wav").read_text() == "precious"
-    extract(path, WANTED, model, overwrite=True)
+    extract(path, Query("dog"), model, options=Options(overwrite=True))
     assert soundfile.info(tmp_path / "mix.residual.wav").frames == 5000
 
     broken = tmp_path / "broken.wav"
@@ -230,7 +231,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_behind(tmp_path: Pat
     bad[4000] = np.inf
     soundfile.write(broken, bad, 8000, subtype="FLOAT")
     with pytest.raises(AudioError, match="sample 4000"):
-        extract(broken, WANTED, model, tmp_path / "new")
+        extract(broken, Query("dog"), model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

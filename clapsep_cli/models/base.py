@@ -1,7 +1,9 @@
-"""The contract between the pipeline and a query-conditioned mask separator.
+"""The contract between the pipeline and the separators, and between a query-conditioned separator and its encoders.
 
-A model is three networks that share one embedding space of `dim` numbers: a separator, a text encoder and an audio
-encoder. They are loaded apart, so that a text query never reads the audio encoder and the other way round.
+What a separator is asked for, `wanted`, is made by its family (see `registry.Family.ask`) and opaque to the pipeline,
+but that its length is the number of stems. For CLAPSep and mini it is a condition for each stem, `[stems, 2 · dim]`,
+in an embedding space that separator, text encoder and audio encoder share. The three are loaded apart, so that a text
+query never reads the audio encoder and the other way round.
 """
 
 from __future__ import annotations
@@ -14,16 +16,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clapsep_cli.masking import MaskedRecording
+from clapsep_cli.windows import Stream
+
 
 class Separator(nn.Module, ABC):
-    """Masks the magnitude STFT of a mixture (1024-point periodic Hann, hop 320, at 32 kHz), given a condition.
-
-    `window` is the length in samples that the network was made for; it is a multiple of the hop.
-    `encode` is separate from `mask` because several targets of one mixture share it.
-    """
+    """Separates windows of `window` samples at `rate` Hz."""
 
     rate: int
     window: int
+
+    @abstractmethod
+    def lower(self, dtype: torch.dtype) -> None:
+        """Compute from now on in `dtype` wherever that makes inference faster; what comes in and out is float32."""
+
+    @abstractmethod
+    def infer(self, windows: Tensor, wanted: Any) -> Tensor:
+        """What is `wanted` in `windows` (float32 `[batch, window]`): float32 `[batch, …]`, for `Stream.accept`."""
+
+    @abstractmethod
+    def stream(self, wanted: Any, rate: int, channels: int, device: torch.device) -> Stream:
+        """A recording of `channels` at `rate` Hz, ready to be pushed."""
+
+
+class MaskSeparator(Separator):
+    """Masks the magnitude STFT of a mixture (1024-point periodic Hann, hop 320, at 32 kHz), given a condition.
+
+    `window` is a multiple of the hop. `encode` is separate from `mask` because several targets of one mixture share it.
+    """
 
     @abstractmethod
     def encode(self, mixture: Tensor) -> Any:
@@ -33,8 +53,18 @@ class Separator(nn.Module, ABC):
     def mask(self, features: Any, condition: Tensor) -> Tensor:
         """Mask in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`.
 
-        `condition`: float32 `[batch or 1, 2 · dim]`, from `condition()`.
+        `condition`: float32 `[batch, 2 · dim]`, from `condition()`. Where `features` or `condition` is of one item, it
+        serves all of the other.
         """
+
+    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+        """Masks, float32 `[batch, stems, frames, 513]`; the encoder runs once a window."""
+        if len(wanted) == 1:
+            return self.mask(self.encode(windows), wanted)[:, None]
+        return torch.stack([self.mask(self.encode(window[None]), wanted) for window in windows])
+
+    def stream(self, wanted: Tensor, rate: int, channels: int, device: torch.device) -> Stream:
+        return MaskedRecording(self.window, len(wanted), rate, channels, device)
 
 
 class TextEncoder(nn.Module, ABC):

@@ -12,12 +12,13 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, spectrum
 from clapsep_cli.models import htsat
-from clapsep_cli.models.base import Separator
+from clapsep_cli.models.attention import attend
+from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock
+from clapsep_cli.models.packed import pack
 
 BINS = N_FFT // 2 + 1
 
@@ -110,9 +111,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """`x`: `[batch, tokens, width]`; `attended`: bool, true where a token may be attended to."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
-        x = self.norm1(x + self.out(heads.transpose(1, 2).flatten(2)))
+        x = self.norm1(x + self.out(attend(self.qkv(x), self.heads, attended)))
         return cast(Tensor, self.norm2(x + self.fc2(self.activation(self.fc1(x)))))
 
 
@@ -167,7 +166,7 @@ class InversePatchEmbedding(nn.Module):
         self.proj = nn.ConvTranspose2d(width, 1, PATCH, stride=PATCH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.proj(self.norm(x).permute(0, 3, 1, 2)).squeeze(1))
+        return cast(Tensor, self.proj(self.norm(x).to(self.proj.weight.dtype).permute(0, 3, 1, 2)).squeeze(1))
 
 
 class Aggregator(nn.Module):
@@ -211,7 +210,7 @@ class MaskNet(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.layers = nn.Sequential(
             *(
-                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, F.relu)
+                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, torch.relu_)
                 for _ in range(config.mask_layers)
             )
         )
@@ -220,8 +219,9 @@ class MaskNet(nn.Module):
     def forward(self, magnitude: Tensor, aggregated: Tensor) -> Tensor:
         """`[batch or 1, frames, 513]` and `[batch, at least as many frames, mels]` to `[batch, frames, 513]`."""
         spec = self.spec_norm(magnitude).expand(len(aggregated), -1, -1)
-        x = self.norm(self.input(torch.cat([spec, aggregated[:, : spec.shape[1]]], dim=-1)))
-        return cast(Tensor, self.output(self.layers(x)).sigmoid())
+        joined = torch.cat([spec, aggregated[:, : spec.shape[1]]], dim=-1).to(self.norm.weight.dtype)
+        x = self.output(self.layers(self.norm(self.input(joined))))
+        return cast(Tensor, x.float().sigmoid())
 
 
 class Features(NamedTuple):
@@ -231,10 +231,10 @@ class Features(NamedTuple):
     encoder: list[Tensor]  # patch embedding and Swin stages, [batch, rows, columns, channels] each
 
 
-class CLAPSep(Separator):
+class CLAPSep(MaskSeparator):
     """The separator of CLAPSep, with LoRA merged into its encoder.
 
-    `mask` and `encode` are those of `Separator`. One mixture's features also serve a batch of conditions.
+    `mask` and `encode` are those of `MaskSeparator`. One mixture's features also serve a batch of conditions.
     """
 
     rate = RATE_HZ
@@ -252,6 +252,16 @@ class CLAPSep(Separator):
         """Features of `mixture`, float32 `[batch, window]` at 32 kHz, peaks within ±1."""
         return Features(spectrum(mixture).abs(), self.encoder(self.resample(mixture)))
 
+    def lower(self, dtype: torch.dtype) -> None:
+        # Spectra, patches (convolutions of one channel) and what normalises them are cheap, and stay float32.
+        for part in (self.encoder.layers, self.aggregator, *self.mask_net.children()):
+            part.to(dtype)
+        for part in (self.aggregator.inverse_patch_embed.proj, self.mask_net.spec_norm):
+            part.float()
+        if dtype == torch.bfloat16 and self.resample.kernel.device.type == "cpu":
+            pack(self)
+
     def mask(self, features: Features, condition: Tensor) -> Tensor:
         """Mask in (0, 1), `[batch, frames, 513]`; `features` and `condition` have the same batch, or one has 1."""
-        return cast(Tensor, self.mask_net(features.magnitude, self.aggregator(features.encoder, condition)))
+        aggregated = self.aggregator(features.encoder, condition.to(self.encoder.dtype))
+        return cast(Tensor, self.mask_net(features.magnitude, aggregated))

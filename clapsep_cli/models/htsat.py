@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli.dsp import mel_filters, power, spectrum
+from clapsep_cli.models.attention import attend
 
 RATE_HZ = 48_000
 HOP = 480  # samples, at RATE_HZ
@@ -56,11 +57,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch · windows, tokens, width]`, windows of one image in row-major order, to the same shape."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self._attention_bias()
-        bias = bias.expand(len(x), -1, -1, -1) if len(bias) == 1 else bias.repeat(len(x) // len(bias), 1, 1, 1)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return cast(Tensor, self.proj(heads.transpose(1, 2).flatten(2)))
+        return cast(Tensor, self.proj(attend(self.qkv(x), self.heads, self._attention_bias())))
 
     def train(self, mode: bool = True) -> WindowAttention:
         self._forget_bias()
@@ -195,6 +192,11 @@ class HTSAT(nn.Module):
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which the stages compute."""
+        return next(self.layers.parameters()).dtype
+
+    @property
     def frames(self) -> int:
         """Frames that fill the image."""
         return self.image * self.image // self.mels
@@ -205,7 +207,7 @@ class HTSAT(nn.Module):
         Returns the patch embedding and the output of each stage, after its merging, from shallow to deep:
         `[batch, rows, columns, channels]`.
         """
-        features = [self.patch_embed(self._fold(self.log_mel(audio)))]
+        features = [self.patch_embed(self._fold(self.log_mel(audio))).to(self.dtype)]
         for layer in self.layers:
             features.append(layer(features[-1]))
         return features

@@ -117,7 +117,7 @@ class Bottleneck(nn.Module):
         return x + added.view(b, t, c, f).permute(0, 2, 1, 3)
 
 
-class Mini(base.Separator):
+class Mini(base.MaskSeparator):
     """The separator. Its features are the log band energies alone: conditioning begins in the first block."""
 
     def __init__(self, config: MiniConfig) -> None:
@@ -142,6 +142,8 @@ class Mini(base.Separator):
         self.fine = nn.Sequential(
             nn.Conv2d(config.fine + 1, config.fine, 3, padding=1), nn.ReLU(), nn.Conv2d(config.fine, 1, 3, padding=1)
         )
+        self.dtype = torch.float32  # in which it computes
+        self.register_load_state_dict_post_hook(_lay_out)  # type: ignore[no-untyped-call]
 
     def encode(self, mixture: Tensor) -> Tensor:
         return self.pad(self.front(dsp.power(dsp.spectrum(mixture))))
@@ -150,14 +152,21 @@ class Mini(base.Separator):
         """Frames filled up to a multiple of what the network halves: `[batch, 1, frames, bands]` in and out."""
         return F.pad(bands, (0, 0, 0, -bands.shape[2] % self.step))
 
+    def lower(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
     def mask(self, features: Tensor, condition: Tensor) -> Tensor:
         frames = self.window // dsp.HOP + 1
-        return self.band_mask(features, condition)[:, :frames].float() @ self.spread
+        laid_out = features.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(features.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            mask = self.band_mask(laid_out, condition)
+        return mask[:, :frames].float() @ self.spread
 
     def band_mask(self, bands: Tensor, condition: Tensor) -> Tensor:
         """`bands`: `[batch, 1, frames, bands]`; returns the mask per band, `[batch, frames, bands]`."""
         # A condition has length 1; at unit variance it drives the first layer from the start of training.
         query: Tensor = self.query(condition * math.sqrt(condition.shape[1]))
+        bands = bands.expand(max(len(bands), len(query)), -1, -1, -1)
         x, skips = self.stem(bands), []
         for level, block in enumerate(self.down):
             x = block(self.halve[level - 1](x) if level else x, query)
@@ -167,6 +176,13 @@ class Mini(base.Separator):
             x = F.interpolate(self.narrow[level](x), scale_factor=2) + self.lateral[level](skips[level])
             x = self.up[level](x, query)
         return torch.sigmoid(self.fine(torch.cat([F.relu(self.head(x)), bands], 1)))[:, 0]
+
+
+def _lay_out(net: nn.Module, _: object) -> None:
+    """Lay kernels out with their channels last, as a CPU convolves them faster by a quarter."""
+    for parameter in net.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 class MiniText(base.TextEncoder):
