@@ -90,7 +90,8 @@ def _check_chunks(file: BinaryIO, start: int, form: Chunked, magic: bytes, size:
                 return
             stated -= head if form.inclusive else 0
             _compare(name, body, stated, size)
-            _check_finished(file, start, magic, body, stated, size, name)
+            if head == 8:
+                _check_behind(file, start, magic, body, stated, size, name)
             return
         step = max(stated, head) if form.inclusive else head + stated
         at += -(-step // form.align) * form.align
@@ -98,15 +99,19 @@ def _check_chunks(file: BinaryIO, start: int, form: Chunked, magic: bytes, size:
         raise AudioError(f"{name}: is cut short, its last part is missing; {REPAIR}")
 
 
-def _check_finished(file: BinaryIO, start: int, magic: bytes, body: int, stated: int, size: int, name: str) -> None:
-    """A WAV that was never closed states no samples; one beyond 4 GB states what is left of its size modulo 2³²."""
+def _check_behind(file: BinaryIO, start: int, magic: bytes, body: int, stated: int, size: int, name: str) -> None:
+    """What follows the samples has to be chunks, or padding: else the header lies, e.g. as that of a WAV never closed,
+    which states no samples, and one beyond 4 GB, which states what is left of its size modulo 2³²."""
     file.seek(start + 4)
-    riff = int.from_bytes(file.read(4), "little")
+    riff, end = int.from_bytes(file.read(4), "little"), body + stated
     never_closed = magic == b"RIFF" and stated == 0 and start + 8 + riff <= body < size
-    if never_closed or (magic == b"RIFF" and size - body - stated > LIMIT_BYTES):
+    file.seek(end)
+    behind = file.read(2**16)
+    chunk = any(name.isascii() and name.decode("ascii").isprintable() for name in (behind[:4], behind[1:5]))
+    if never_closed or not (chunk or not behind.strip(b"\0")) or (magic == b"RIFF" and size - end > LIMIT_BYTES):
         raise AudioError(
-            f"{name}: its header speaks of {stated} bytes of samples, but {size - body} follow; "
-            "it was not finished, or is too long for a WAV"
+            f"{name}: its header speaks of {stated} bytes of samples, but {size - body} bytes follow: "
+            f"it lies, or was never finished; {REPAIR}"
         )
 
 

@@ -11,7 +11,7 @@ import soundfile
 
 from clapsep_cli import mpeg
 from clapsep_cli.audio import Audio, Decoder
-from clapsep_cli.containers import check_whole, tags_end
+from clapsep_cli.containers import CHUNKED, check_whole, tags_end
 from clapsep_cli.errors import AudioError
 
 BITS = {  # outputs keep the depth, at least 16
@@ -28,6 +28,7 @@ BITS = {  # outputs keep the depth, at least 16
 SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".rf64", ".au"}
 MPEG_SUFFIXES = {".mp3", ".mp2", ".mpga"}
 TAGS = ("title", "artist", "album", "comment", "date", "tracknumber", "genre", "copyright", "license")
+OTHERS = {*CHUNKED, b"OggS", b"fLaC", b".snd"}
 NO_LENGTH = 2**62  # libsndfile says at least that of a FLAC that does not state its length
 READ_AHEAD_BYTES = 2**16  # by which a FLAC may go on behind its last sample, with tags
 
@@ -41,6 +42,33 @@ class _File(soundfile.SoundFile):  # type: ignore[misc]
 
     def seekable(self) -> bool:
         return self.frames < NO_LENGTH and bool(super().seekable())
+
+
+class _Fed:
+    """A file as libsndfile gets it: from `start` on, `front` before it. Errors cannot pass through C: they are kept."""
+
+    def __init__(self, file: BinaryIO, start: int = 0, front: bytes = b"") -> None:
+        self._file, self._front, self._skipped, self._at = file, front, start - len(front), 0
+        self.size = file.seek(0, os.SEEK_END) - self._skipped
+        self.error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self.size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        content = self._front[self._at : self._at + size]
+        try:
+            if len(content) < size:
+                self._file.seek(self._skipped + self._at + len(content))
+                content += self._file.read(size - len(content))
+        except OSError as error:
+            self.error = error
+        self._at += len(content)
+        return content
 
 
 class SoundFileDecoder(Decoder):
@@ -62,9 +90,10 @@ class SoundFileDecoder(Decoder):
         try:
             check_whole(self._handle, self.name)
             stream = mpeg.scan(self._handle, self.name) if _may_be_mpeg(path, self._handle) else None
-            counted = stream is not None and stream.layer == 3 and stream.stated != stream.frames
-            self._handle.seek(0)
-            self._file = _File(mpeg.Counted(self._handle, stream) if stream and counted else self._handle)
+            self._fed = _Fed(self._handle)
+            if stream is not None and stream.layer == 3 and stream.stated != stream.frames:
+                self._fed = _Fed(self._handle, stream.sound, mpeg.note_length(stream, self._fed.size))
+            self._file = _File(self._fed)
         except (soundfile.SoundFileError, OSError, ValueError) as error:
             raise UnknownFormatError(f"{path}: cannot be read as audio ({reason(error)})") from error
         self.rate, self.channels = self._file.samplerate, self._file.channels
@@ -80,6 +109,8 @@ class SoundFileDecoder(Decoder):
         except (soundfile.SoundFileError, OSError) as error:
             at = self._done / self.rate
             raise AudioError(f"{self.name}: is damaged after {at:.2f} s ({reason(error)})") from error
+        if self._fed.error is not None:
+            raise self._fed.error
         self._done += block.shape[1]
         if block.shape[1] < samples:
             self._check_end()
@@ -89,7 +120,7 @@ class SoundFileDecoder(Decoder):
         if self._done < self.frames:
             missing = (self.frames - self._done) / self.rate
             raise AudioError(f"{self.name}: ends {missing:.2f} s before its header says; the file is cut short")
-        left = os.fstat(self._handle.fileno()).st_size - self._handle.tell()
+        left = self._fed.size - self._handle.tell()
         if self._file.format == "FLAC" and left > READ_AHEAD_BYTES:
             raise AudioError(f"{self.name}: goes on behind the end that its header states, by {left} bytes")
 
@@ -108,7 +139,9 @@ class SoundFileDecoder(Decoder):
 
 def _may_be_mpeg(path: Path, file: BinaryIO) -> bool:
     file.seek(tags_end(file))
-    return path.suffix.lower() in MPEG_SUFFIXES or mpeg.read_frame(file.read(4)) is not None
+    magic = file.read(4)
+    named = path.suffix.lower() in MPEG_SUFFIXES and magic not in OTHERS
+    return named or mpeg.read_frame(magic) is not None
 
 
 def reason(error: Exception) -> str:

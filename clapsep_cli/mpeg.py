@@ -54,8 +54,7 @@ def read_frame(head: bytes) -> Frame | None:
 class Stream:
     """The frames of a file: where the first is, how many of sound there are, and what was noted in front of them."""
 
-    start: int  # byte of the first frame
-    note: int  # bytes of a first frame that holds no sound, but what encoders note there
+    sound: int  # byte of the first frame of sound
     stated: int | None  # the number of frames noted, None if there is no note, or none in it
     frames: int
     head: bytes  # of a frame
@@ -73,6 +72,8 @@ def scan(file: BinaryIO, name: str) -> Stream | None:
     content = file.read(200)
     kind = read_frame(content)
     assert kind is not None
+    if first - start >= kind.size and not _zeros(file, start, first):
+        raise AudioError(f"{name}: is damaged at its beginning; {REPAIR}")
     stated, noted = _note(content)
     frames, at, end = -int(noted), first, _end(file, size)
     while at < end:
@@ -93,9 +94,8 @@ def scan(file: BinaryIO, name: str) -> Stream | None:
     if stated is not None and frames < stated:
         missing = (stated - frames) * kind.samples / kind.rate
         raise AudioError(f"{name}: ends {missing:.2f} s before its header says; the file is cut short")
-    return Stream(
-        first, kind.size if noted else 0, stated, frames, content[:4], layer=kind.kind[1], samples=kind.samples
-    )
+    sound = first + (kind.size if noted else 0)
+    return Stream(sound, stated, frames, content[:4], layer=kind.kind[1], samples=kind.samples)
 
 
 def _find(file: BinaryIO, start: int, size: int) -> int | None:
@@ -158,33 +158,13 @@ def _zeros(file: BinaryIO, at: int, end: int) -> bool:
     return True
 
 
-class Counted:
-    """An MP3 as a file object, with a note of its true length in front for libsndfile to go by."""
-
-    def __init__(self, file: BinaryIO, stream: Stream) -> None:
-        self._file, self._at, self._from = file, 0, stream.start + stream.note
-        behind = file.seek(0, os.SEEK_END) - self._from
-        head = bytearray(stream.head)
-        head[1] |= 1  # no checksum follows
-        head[2] = (head[2] & 0x0D) | 0xA0  # of a bit rate whose frames have room for a note
-        frame, mono = read_frame(bytes(head)), head[3] >> 6 == 3
-        assert frame is not None
-        side = (17 if mono else 32) if frame.kind[0] == VERSION_1 else (9 if mono else 17)
-        note = struct.pack(">4sIII", b"Xing", 3, stream.frames, behind + frame.size)
-        self._front = (bytes(head) + bytes(side) + note).ljust(frame.size, b"\0")
-        self._size = frame.size + behind
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int) -> bytes:
-        content = self._front[self._at : self._at + size]
-        if len(content) < size:
-            self._file.seek(self._from + self._at + len(content) - len(self._front))
-            content += self._file.read(size - len(content))
-        self._at += len(content)
-        return content
+def note_length(stream: Stream, size: int) -> bytes:
+    """A frame to go before the sound of `stream`, in a file of `size` bytes, which notes its true length."""
+    head = bytearray(stream.head)
+    head[1] |= 1  # no checksum follows
+    head[2] = (head[2] & 0x0D) | 0xA0  # of a bit rate whose frames have room for a note
+    frame, mono = read_frame(bytes(head)), head[3] >> 6 == 3
+    assert frame is not None
+    side = (17 if mono else 32) if frame.kind[0] == VERSION_1 else (9 if mono else 17)
+    note = struct.pack(">4sIII", b"Xing", 3, stream.frames, size - stream.sound + frame.size)
+    return (bytes(head) + bytes(side) + note).ljust(frame.size, b"\0")

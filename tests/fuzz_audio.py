@@ -167,7 +167,11 @@ def separate(path: Path, piped: bool, out: Path) -> str:
 def work(folder: Path, first: int, last: int, seed: int) -> None:
     """Work through inputs, with one line of stdout before and one after each."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    corpus = {path.name.removeprefix("seed."): path.read_bytes() for path in sorted(folder.glob("seed.*"))}
+    corpus = {
+        path.name.removeprefix("seed."): path.read_bytes()
+        for path in sorted(folder.glob("seed.*"))
+        if path.suffix != ".log"
+    }
     for index in range(first, last):
         suffix, data = mangled(corpus, index, seed)
         path = folder / f"input.{suffix}"
@@ -192,7 +196,11 @@ def fuzz(inputs: int, seed: int, limit: float = LIMIT_SECONDS) -> tuple[Counter[
         seeds(folder)
         while at < inputs:
             command = [sys.executable, __file__, "--work", name, str(at), str(inputs), str(seed)]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as worker:
+            log = folder / "seed.log"
+            with (
+                log.open("w") as stderr,
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as worker,
+            ):
                 assert worker.stdout is not None
                 text = b""
                 while select.select([worker.stdout], [], [], limit)[0]:
@@ -209,6 +217,8 @@ def fuzz(inputs: int, seed: int, limit: float = LIMIT_SECONDS) -> tuple[Counter[
                 if not outcome or outcome.startswith("FOUND"):
                     found.append(line)
             at += max(1, len(lines))
+            if "Traceback" in (said := log.read_text("utf-8", "replace")):
+                found.append(said[said.index("Traceback") :][:1000])
         left = (path.name for path in folder.rglob("*") if not path.name.startswith("seed.") and path.name != "out")
         found += [f"debris {name}" for name in left]
     return outcomes, found
