@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 
 LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"errors", "metrics", "dsp"},
-    {"query", "registry", "windows", "masking", "augment", "objective"},
+    {"query", "registry", "windows", "masking", "augment", "objective", "prompts"},
     {"models.base", "hub_client"},
-    {"models.htsat", "models.mini", "hub"},
-    {"models.clapsep"},
+    {"models.htsat", "models.mini", "models.locoformer", "hub"},
+    {"models.clapsep", "models.tuss"},
     {"models.clap"},
     {"texts"},
     {"checkpoint", "audio"},
     {"convert"},
+    {"convert_tuss"},
     {"library"},
     {"data", "pipeline"},
     {"evaluate", "conditions"},
