@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 
 LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"errors", "metrics", "dsp"},
-    {"query", "registry", "windows", "masking", "augment", "objective", "prompts"},
+    {"query", "registry", "windows", "masking", "augment", "objective", "prompts", "stems"},
     {"models.base", "hub_client"},
     {"models.htsat", "models.mini", "models.locoformer", "hub"},
     {"models.clapsep", "models.tuss"},
