@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 
 LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"errors", "metrics", "dsp"},
-    {"query", "registry", "windows", "masking", "augment", "objective", "prompts", "stems"},
+    {"query", "registry", "windows", "masking", "augment", "objective", "objective_tuss", "prompts", "stems"},
     {"models.base", "hub_client"},
     {"models.htsat", "models.mini", "models.locoformer", "hub"},
     {"models.clapsep", "models.tuss"},
@@ -21,7 +21,7 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"convert"},
     {"convert_tuss"},
     {"library"},
-    {"data", "pipeline"},
+    {"data", "pipeline", "prompt_mixing"},
     {"evaluate", "conditions"},
     {"train"},
     {"terminal"},
