@@ -80,7 +80,7 @@ _SUPERFLUOUS_TUNED = re.compile(
 _LORA_TARGET = re.compile(r"(audio_branch\.layers\..*\.attn\.(?:qkv|proj))\.(weight|bias)$")
 
 
-class _Source:
+class Released:
     """Tensors of one released file: hands them out by name and shape, and remembers what is wrong with them."""
 
     def __init__(self, what: str, tensors: Mapping[str, Tensor]) -> None:
@@ -106,7 +106,7 @@ class _Source:
         """Raise `CheckpointError` unless all that was asked for was there, and nothing else but what is superfluous."""
         extra = [name for name in self.tensors if name not in self.taken and not superfluous.match(name)]
         problems = [
-            f"{kind}: {_first(names)}"
+            f"{kind}: {first_few(names)}"
             for kind, names in (("missing", self.missing), ("misshapen", self.misshapen), ("unexpected", extra))
             if names
         ]
@@ -170,7 +170,7 @@ def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig |
         written = read_tensors(folder / f"{part}.safetensors")
         wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
         if wrong:
-            damage = f"is not what was written ({_first(wrong)}); is the disk sound?"
+            damage = f"is not what was written ({first_few(wrong)}); is the disk sound?"
             raise CheckpointError(f"{folder / part}.safetensors: {damage}")
 
 
@@ -185,7 +185,7 @@ def convert(
     (the released size by default) has.
     """
     config = config or CLAPSepConfig()
-    towers, decoder = _Source("LAION-CLAP", clap), _Source("CLAPSep", tuned)
+    towers, decoder = Released("LAION-CLAP", clap), Released("CLAPSep", tuned)
     with torch.device("meta"):
         separator, text, audio = CLAPSep(config), ClapTextEncoder(config, None), ClapAudioEncoder(config)
 
@@ -222,7 +222,7 @@ def _released(name: str, rules: _Rules) -> str:
     raise AssertionError(f"{name} has no released name")
 
 
-def _text_tensor(name: str, shape: torch.Size, clap: _Source) -> Tensor:
+def _text_tensor(name: str, shape: torch.Size, clap: Released) -> Tensor:
     """One tensor of the text tower; query, key and value, three layers in the checkpoint, are one in ours."""
     fused = re.match(r"layers\.(\d+)\.qkv\.(\w+)$", name)
     if not fused:
@@ -233,7 +233,7 @@ def _text_tensor(name: str, shape: torch.Size, clap: _Source) -> Tensor:
     return torch.cat([part if not part.is_meta else torch.zeros(third) for part in parts])
 
 
-def _merged(name: str, shape: torch.Size, clap: _Source, tuned: _Source) -> Tensor:
+def _merged(name: str, shape: torch.Size, clap: Released, tuned: Released) -> Tensor:
     """One tensor of the separator's encoder: CLAP's, with the tuned biases and W + B·A/16 where LoRA tuned it."""
     target = _LORA_TARGET.match(name)
     if not target:
@@ -247,6 +247,6 @@ def _merged(name: str, shape: torch.Size, clap: _Source, tuned: _Source) -> Tens
     return torch.addmm(weight, up, down, alpha=LORA_SCALE) if complete else weight
 
 
-def _first(names: Iterable[str], shown: int = 3) -> str:
+def first_few(names: Iterable[str], shown: int = 3) -> str:
     listed = list(dict.fromkeys(names))
     return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

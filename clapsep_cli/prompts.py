@@ -1,0 +1,92 @@
+"""Prompts, as data: what the released TUSS models were trained to tell apart, and in which combinations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from clapsep_cli.errors import QueryError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# In the order of the released files; a model's own configuration may name others.
+PROMPTS = ("speech", "sfx", "sfxbg", "drums", "bass", "vocals", "other", "musicbg")
+STEMS = ("drums", "bass", "vocals", "other")
+COUNTS = (2, 3, 4)  # of prompts that name a mixture, all of it
+
+# Complete sets: together they name all that a recording of the kind has in it.
+TASKS: dict[str, tuple[str, ...]] = {
+    "speech-enhancement": ("speech", "sfxbg"),
+    "speech-separation": ("speech", "speech", "sfxbg"),
+    "sound-events": ("sfx", "sfx", "sfx"),
+    "music": STEMS,
+    "cinematic": ("speech", "musicbg", "sfxbg"),
+}
+
+# How the prompts of a mixture are drawn: the first by these weights, each next by the row of the one before. A pair
+# that has no weight is never mixed.
+FIRST = {"speech": 0.2, "sfx": 0.2, "sfxbg": 0.2, "musicbg": 0.2} | dict.fromkeys(STEMS, 0.05)
+NEXT: dict[str, dict[str, float]] = {
+    "speech": {"speech": 0.4, "sfxbg": 0.2, "musicbg": 0.2, "sfx": 0.1} | dict.fromkeys(STEMS, 0.025),
+    "sfx": {"sfx": 0.5, "speech": 0.2, "musicbg": 0.2} | dict.fromkeys(STEMS, 0.025),
+    "sfxbg": {"speech": 0.5, "musicbg": 0.4} | dict.fromkeys(STEMS, 0.025),
+    "musicbg": {"speech": 0.33, "sfx": 0.33, "sfxbg": 0.33},
+}
+for _stem in STEMS:
+    _others = {other: 0.3 for other in STEMS if other != _stem}
+    NEXT[_stem] = _others | {"speech": 0.033, "sfx": 0.033, "sfxbg": 0.033}
+
+
+def indices(names: Sequence[str], vocabulary: Sequence[str] = PROMPTS) -> list[int]:
+    """The number of each prompt in `vocabulary`. Raises `QueryError` that lists what there is."""
+    unknown = [name for name in names if name not in vocabulary]
+    if unknown or not names:
+        asked = f"no prompt {', '.join(map(repr, unknown))}" if unknown else "no prompt given"
+        raise QueryError(f"{asked}; there are: {', '.join(vocabulary)}")
+    return [vocabulary.index(name) for name in names]
+
+
+def untrained(prompts: Sequence[str]) -> list[str]:
+    """Why the released models never heard a mixture of `prompts` in training, reason by reason; none if they did."""
+    counts = Counter(prompts)
+    reasons = []
+    if len(prompts) not in COUNTS:
+        reasons.append(f"{len(prompts)} prompt{'s' * (len(prompts) != 1)} instead of {COUNTS[0]} to {COUNTS[-1]}")
+    reasons += [f"{prompt} more than once" for prompt in counts if counts[prompt] > 1 and not _mixed(prompt, prompt)]
+    return reasons + [f"{one} with {other}" for one, other in combinations(counts, 2) if not _mixed(one, other)]
+
+
+def _mixed(first: str, second: str) -> bool:
+    return NEXT.get(first, {}).get(second, 0) > 0
+
+
+def draw(rng: np.random.Generator, count: int, supply: Mapping[str, int]) -> list[str]:
+    """The prompts of one mixture, `count` of them, as the released models' training drew them.
+
+    `supply`: how many different sources there are for each prompt; they must be `drawable`.
+    """
+    while True:  # a draw may end where no further prompt fits
+        drawn: list[str] = []
+        while len(drawn) < count:
+            weights = NEXT[drawn[-1]] if drawn else FIRST
+            fitting = {prompt: weights[prompt] for prompt in weights if _fits(prompt, drawn, supply)}
+            if not fitting:
+                break
+            total = sum(fitting.values())
+            drawn.append(str(rng.choice(list(fitting), p=[weight / total for weight in fitting.values()])))
+        else:
+            return drawn
+
+
+def drawable(count: int, supply: Mapping[str, int], drawn: Sequence[str] = ()) -> bool:
+    """Whether the prompts of a mixture can be `count`, after those `drawn`."""
+    return len(drawn) >= count or any(
+        drawable(count, supply, [*drawn, prompt]) for prompt in PROMPTS if _fits(prompt, drawn, supply)
+    )
+
+
+def _fits(prompt: str, drawn: Sequence[str], supply: Mapping[str, int]) -> bool:
+    return drawn.count(prompt) < supply.get(prompt, 0) and all(_mixed(other, prompt) for other in drawn)
