@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Remote(ABC):
 
     @property
     @abstractmethod
+    def address(self) -> str:
+        """Where a browser finds it."""
+
+    @property
+    @abstractmethod
     def version(self) -> str:
         """What was released, and which of it, in short."""
 
@@ -105,6 +111,11 @@ class HubFile(Remote):
         return f"{self.path} of the {self.repo_type} {self.repo}"
 
     @property
+    def address(self) -> str:
+        kind = {"model": "", "space": "spaces/"}[self.repo_type]
+        return f"https://huggingface.co/{kind}{self.repo}/resolve/{self.revision}/{self.path}"
+
+    @property
     def version(self) -> str:
         return f"{self.repo}@{self.revision[:SHORT]}"
 
@@ -129,6 +140,10 @@ class WebFile(Remote):
 
     @property
     def where(self) -> str:
+        return f"{self.name} at {urlsplit(self.url).hostname}"
+
+    @property
+    def address(self) -> str:
         return self.url
 
     @property
