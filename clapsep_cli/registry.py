@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ FAMILIES = {
         text="clapsep_cli.models.mini:MiniText",
         audio="clapsep_cli.models.mini:MiniAudio",
     ),
+    "tuss": Family(
+        config="clapsep_cli.models.tuss:TussConfig",
+        separator="clapsep_cli.models.tuss:Tuss",
+        convert="clapsep_cli.convert_tuss:convert_tuss",
+    ),
 }
 
 
@@ -76,6 +82,11 @@ class Remote(ABC):
     @abstractmethod
     def where(self) -> str:
         """The file and its place, in words."""
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where a browser finds it."""
 
     @property
     @abstractmethod
@@ -111,6 +122,11 @@ class HubFile(Remote):
         return f"{self.path} of the {self.repo_type} {self.repo}"
 
     @property
+    def address(self) -> str:
+        kind = {"model": "", "space": "spaces/"}[self.repo_type]
+        return f"https://huggingface.co/{kind}{self.repo}/resolve/{self.revision}/{self.path}"
+
+    @property
     def version(self) -> str:
         return f"{self.repo}@{self.revision[:SHORT]}"
 
@@ -135,6 +151,10 @@ class WebFile(Remote):
 
     @property
     def where(self) -> str:
+        return f"{self.name} at {urlsplit(self.url).hostname}"
+
+    @property
+    def address(self) -> str:
         return self.url
 
     @property
@@ -165,6 +185,11 @@ class Entry:
         return sum(remote.size for remote in self.remotes)
 
 
+_TUSS_FILES = (  # Git LFS media of the release 1.0.0; the commit's own pointers state the hashes below
+    "https://media.githubusercontent.com/media/merlresearch/unified-source-separation/"
+    "f7711c1120e00669d905a4fef9c8494a0f8c9662/pretrained_models"
+)
+
 _ENTRIES = [
     Entry(
         name="mini",
@@ -194,6 +219,32 @@ _ENTRIES = [
                 size=177_818_986,
                 sha256="6fcc8dbcd7174af86266cf16b4105eced0802352762f81dbfefdce29af3dba04",
                 disputed=True,
+            ),
+        ),
+    ),
+    Entry(
+        name="tuss-medium",
+        family="tuss",
+        licence="AGPL-3.0-or-later",
+        about="the released TUSS, medium: speech, effects and music by prompts (arXiv 2410.23987)",
+        remotes=(
+            WebFile(
+                url=f"{_TUSS_FILES}/tuss.medium.2-4src/checkpoints/model.pth",
+                size=44_864_630,
+                sha256="112174a8c894b008cfd676052e8a3d60c876bc2ba063c77a3a4700a257655eec",
+            ),
+        ),
+    ),
+    Entry(
+        name="tuss-large",
+        family="tuss",
+        licence="AGPL-3.0-or-later",
+        about="the released TUSS, large: 3.4 times the weights, three times the time",
+        remotes=(
+            WebFile(
+                url=f"{_TUSS_FILES}/tuss.large.2-4src/checkpoints/model.pth",
+                size=153_210_470,
+                sha256="1ed66c06944ef197c9f0ff585c1643ffec25a9925641c02ad6c108a88dfe5acd",
             ),
         ),
     ),

@@ -66,7 +66,7 @@ def way_out(remote: Remote) -> str:
     entry = next((e for e in MODELS.values() if remote in e.remotes), None)
     name = entry.name if entry else "NAME"
     files = " ".join(r.name for r in (entry.remotes if entry else (remote,)))
-    return f"or fetch it elsewhere, carry it here and run: clapsep models convert {name} --from {files}"
+    return f"or fetch {remote.address} elsewhere, carry it here and run: clapsep models convert {name} --from {files}"
 
 
 def changed(remote: Remote, expected: str, states: object) -> DownloadError:

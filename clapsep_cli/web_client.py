@@ -201,7 +201,7 @@ def _passes(error: Exception) -> bool:
 def _explained(remote: WebFile, error: Exception) -> str:
     import httpx2
 
-    mirror = f" at {endpoint()} (CLAPSEP_ENDPOINT)" if endpoint() else ""
+    mirror = f", asked of {endpoint()} (CLAPSEP_ENDPOINT)," if endpoint() else ""
     if isinstance(error, httpx2.HTTPStatusError):
         return f"{remote.where}{mirror} {_refusal(error.response)}, {way_out(remote)}"
     disk = disk_error(error)

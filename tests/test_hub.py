@@ -231,6 +231,8 @@ def test_no_network_names_the_way_out(server: HubServer, cache: Path, monkeypatc
     message = refused(MODELS["clapsep"].remotes[0])
     assert f"could not be downloaded from {server.url} (ConnectError" in message
     assert "clapsep models convert clapsep --from music_audioset_epoch_15_esc_90.14.pt best_model.ckpt" in message
+    address = "https://huggingface.co/lukewys/laion_clap/resolve/b3708341862f581175dba5c356a4ebf74a9b6651"
+    assert f"or fetch {address}/music_audioset_epoch_15_esc_90.14.pt elsewhere" in message
 
 
 @pytest.mark.parametrize("redirect", [False, True])

@@ -28,6 +28,7 @@ DATA = random.Random(6).randbytes(200_000)
 OTHER = random.Random(7).randbytes(len(DATA))  # of the same size
 PATH = "/media/owner/name/0123456/model.pth"
 REMOTE = WebFile(url=f"https://files.example{PATH}", size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
+WHERE = "model.pth at files.example"
 FETCH = """
 import json, sys
 from clapsep_cli import hub
@@ -135,8 +136,8 @@ def test_reset_connection_is_tried_again(server: HubServer) -> None:
 def test_the_next_command_goes_on_where_the_last_one_gave_up(server: HubServer, folder: Path) -> None:
     server.faults = Faults(cut_after=100_000)
     message = refused()
-    assert message.startswith(f"{REMOTE.url} at {server.url} (CLAPSEP_ENDPOINT) could not be downloaded (")
-    assert "check the network and try again, or fetch it elsewhere" in message
+    assert message.startswith(f"{WHERE}, asked of {server.url} (CLAPSEP_ENDPOINT), could not be downloaded (")
+    assert f"check the network and try again, or fetch {REMOTE.url} elsewhere" in message
     assert "clapsep models convert NAME --from model.pth" in message
     assert ranges(server) == ["", *["bytes=100000-"] * 3]
     assert (folder / "model.pth.partial").read_bytes() == DATA[:100_000]
@@ -268,7 +269,7 @@ def test_refusals(server: HubServer, folder: Path, status: int, expected: str, r
     server.faults = Faults(status=status, retry_after="60")
     message = refused()
     assert expected in message
-    assert message.startswith(REMOTE.url)
+    assert message.startswith(WHERE)
     assert len(server.requests) == requests
     assert names(folder) == set()
 
@@ -304,14 +305,14 @@ def test_no_network_names_the_way_out(server: HubServer, folder: Path, monkeypat
 @pytest.mark.parametrize("endpoint", ["files.example", "ftp://files.example", "http://[", "http://files.example:port"])
 def test_endpoint_that_is_none(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLAPSEP_ENDPOINT", endpoint)
-    assert f"at {endpoint} (CLAPSEP_ENDPOINT) could not be downloaded" in refused()
+    assert f"{WHERE}, asked of {endpoint} (CLAPSEP_ENDPOINT), could not be downloaded" in refused()
 
 
 def test_offline(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for call in (hub.to_download, hub.fetch):
         message = refused(call=call)
-        assert f"HF_HUB_OFFLINE is set, and {REMOTE.url} was not downloaded before: unset it" in message
+        assert f"HF_HUB_OFFLINE is set, and {WHERE} was not downloaded before: unset it" in message
         assert "clapsep models convert NAME --from model.pth" in message
     assert server.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -366,7 +367,7 @@ def test_full_disk(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPa
     interrupt(server)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=99_999))
-        assert f"no space for {REMOTE.url} (0.2 MB) in {folder}: free some, or set CLAPSEP_HOME" in refused()
+        assert f"no space for {WHERE} (0.2 MB) in {folder}: free some, or set CLAPSEP_HOME" in refused()
         patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
         assert server.gets() == []
         assert hub.fetch(REMOTE).path.read_bytes() == DATA  # enough for what is lacking
@@ -409,7 +410,7 @@ def test_disk_that_runs_full(server: HubServer, folder: Path, monkeypatch: pytes
 def test_folder_that_cannot_be_written(server: HubServer, folder: Path) -> None:
     folder.parent.parent.mkdir()
     folder.parent.write_text("a file where a folder should be")
-    assert f"cannot keep {REMOTE.url} in {folder} (Not a directory): make that folder writable" in refused()
+    assert f"cannot keep {WHERE} in {folder} (Not a directory): make that folder writable" in refused()
     assert "CLAPSEP_HOME" in refused()
 
 
