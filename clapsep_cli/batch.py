@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,107 +23,16 @@ from clapsep_cli.audio import Audio, on_grid
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.encoding import choose_encoding
 from clapsep_cli.errors import ClapsepError, OutputError, QueryError, StoppedError
-from clapsep_cli.inputs import Input
 from clapsep_cli.levels import Meter, Presence
 from clapsep_cli.pipeline import BLOCK_SECONDS, RESIDUAL, Ear, Passage
 from clapsep_cli.plot import Picture
-from clapsep_cli.query import Excerpt, Query
+from clapsep_cli.query import Excerpt
 from clapsep_cli.sources import STDIN, Source
-from clapsep_cli.writers import Clip, Outputs
+from clapsep_cli.tasks import Extraction, Failure, Job, Options, Progress
+from clapsep_cli.writers import Outputs
 
 MAX_OPEN = 32  # recordings
 SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, that a batch of windows may take
-
-
-@dataclass(frozen=True)
-class Options:
-    """How recordings are read and written. `start` and `end` in seconds; `format` and `subtype` of `choose_encoding`.
-
-    `clip` is what happens over full scale (`Outputs`). `consistent` spreads what the stems leave of the mixture over
-    them. `presence` measures whether what was asked for is there; below `min_presence` nothing is written.
-    `batch` is the number of windows separated at once (0: as many as the device likes), `workers` that of the threads
-    that read and write.
-    """
-
-    start: float = 0.0
-    end: float | None = None
-    format: str = "wav"
-    subtype: str | None = None
-    clip: Clip = "warn"
-    overwrite: bool = False
-    consistent: bool = False
-    presence: bool = False
-    min_presence: float | None = None
-    batch: int = 0
-    workers: int = 2
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recording, what is asked of it, and where its parts go.
-
-    `targets` are asked for together; `outputs` names those that are written, and perhaps "residual". `key` marks the
-    outputs as made for all this; `picture` is where a picture of the parts goes.
-    """
-
-    input: Input
-    targets: Mapping[str, Query]
-    outputs: Mapping[str, Path]
-    key: str = ""
-    picture: Path | None = None
-
-    @property
-    def has_spans(self) -> bool:
-        """Whether the recording is part of what is asked."""
-        return any(query.pos_spans or query.neg_spans for query in self.targets.values())
-
-    @property
-    def kept(self) -> list[str]:
-        """The targets that have to be computed: those written, or all, to know the residual."""
-        written = [name for name in self.targets if name in self.outputs]
-        return list(self.targets) if RESIDUAL in self.outputs or not written else written
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What was made of one recording. `levels` by part, and of the mixture, in dB of full scale; `presence` by target.
-
-    `clipped` counts the samples of each part that its format could not hold; `gain` is what all parts were multiplied
-    by so that they fit. `outputs` is empty where `presence` was too low to write anything.
-    """
-
-    mixture: Path
-    outputs: dict[str, Path]
-    seconds: float  # of audio
-    elapsed: float  # seconds of wall time since the recording was opened
-    queries: dict[str, str]
-    clipped: dict[str, int]
-    gain: float
-    levels: dict[str, dict[str, float | None]]
-    presence: dict[str, dict[str, float] | None] = field(default_factory=dict)
-    picture: Path | None = None
-
-    @property
-    def target(self) -> Path:
-        """The first of the outputs."""
-        return next(iter(self.outputs.values()))
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it, in plain types."""
-        plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        plain["outputs"] = {part: str(path) for part, path in self.outputs.items()}
-        return {**plain, "real_time_factor": self.elapsed / self.seconds}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A recording that was not separated, and why, in one line."""
-
-    mixture: Path
-    error: ClapsepError
-
-
-Progress = Callable[[Job, float, float], None]  # is told how many seconds of a recording are done, and how many it has
 
 
 def _quiet(job: Job, done: float, total: float) -> None:
@@ -212,7 +119,9 @@ class _Opened(ExitStack):
         batch: list[tuple[_Recording, Tensor]] = []
         for recording in self.recordings:
             while recording.windows and len(batch) < at_once:
-                if batch and batch[0][0].wanted is not recording.wanted:
+                if batch and not (
+                    batch[0][0].wanted is recording.wanted and batch[0][1].shape == recording.windows[0].shape
+                ):
                     break
                 batch.append((recording, recording.windows.popleft()))
         if batch:
@@ -377,7 +286,7 @@ class _Recording:
     def _is_present(self, presence: Mapping[str, dict[str, float] | None]) -> bool:
         """Whether any target is there, as far as anybody wants to know."""
         least = self.options.min_presence
-        return least is None or any(one is not None and one["after"] >= least for one in presence.values())
+        return least is None or any(one is not None and one["score"] >= least for one in presence.values())
 
     def close(self) -> None:
         """Let go of everything; what was not finished leaves no trace."""

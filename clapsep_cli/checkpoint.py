@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class Model:
     """A separator and its query encoders, ready for use on `device`. Get one from `load_model`.
 
-    `text_cache` is a folder in which embeddings of texts are kept, if they are. `dtype` is that of the separator's
-    large products: float32, or bfloat16 for speed; queries are always embedded in float32.
+    `text_cache` is a folder in which embeddings of texts are kept, if they are. `precision` decides the `dtype` of the
+    separator's large products (`choose_precision`); queries are always embedded in float32.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class Model:
         folder: Path,
         device: torch.device,
         text_cache: Path | None = None,
-        dtype: torch.dtype = torch.float32,
+        precision: str = "auto",
     ) -> None:
-        self.name, self.folder, self.device, self.text_cache, self.dtype = name, folder, device, text_cache, dtype
+        self.name, self.folder, self.device, self.text_cache = name, folder, device, text_cache
         metadata = read_metadata(folder / "separator.safetensors")
         self.family = metadata["family"]
         self.revision = metadata.get("revision", "")
         self.config = read_config(metadata, folder)
+        self.dtype = choose_precision(precision, device, FAMILIES[self.family].near_in_bfloat16)
 
     @cached_property
     def separator(self) -> Separator:
@@ -148,14 +149,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`high` is float32 and `fast` bfloat16; `auto` is fast where the device computes natively in bfloat16.
+def choose_precision(name: str, device: torch.device, near: bool = True) -> torch.dtype:
+    """`high` is float32 and `fast` bfloat16; `auto` is fast where the device computes natively in bfloat16, and the
+    model's output is so `near` to that in float32 that nobody hears it.
 
     Raises `DeviceError` for another name.
     """
     if name not in ("auto", "high", "fast"):
         raise DeviceError(f"no precision {name!r}: use auto, high or fast")
-    fast = name == "fast" or (name == "auto" and _native_bfloat16(device))
+    fast = name == "fast" or (name == "auto" and near and _native_bfloat16(device))
     return torch.bfloat16 if fast else torch.float32
 
 

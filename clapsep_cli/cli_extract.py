@@ -21,11 +21,11 @@ from clapsep_cli.startup import set_threads
 from clapsep_cli.terminal import Reporter, downloads, note
 
 if TYPE_CHECKING:
-    from clapsep_cli.batch import Extraction, Options
     from clapsep_cli.checkpoint import Model
     from clapsep_cli.inputs import Input
     from clapsep_cli.planning import Destination
     from clapsep_cli.query import Query
+    from clapsep_cli.tasks import Extraction, Options
 
     Asked = list[tuple[Input, Mapping[str, Query]]]
 
@@ -83,7 +83,8 @@ def extract(
         bool | None, _query("--presence/--no-presence", help="Tell how alike the target is to the query; with --json.")
     ] = None,
     min_presence: Annotated[
-        float | None, _query("--min-presence", metavar="X", help="Write nothing where the target is less alike.")
+        float | None,
+        _query("--min-presence", metavar="X", help="Write nothing where the presence is below; 0 is a good start."),
     ] = None,
     residual: Annotated[bool, typer.Option("--residual/--no-residual", help="Also write what is left.")] = True,
     remove: Annotated[bool, typer.Option("--remove", help="Write what is left alone, without the target.")] = False,
@@ -168,9 +169,10 @@ def carry_out(asked: Asked, common: Common, destination: Destination, measured: 
     """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed."""
     from dataclasses import replace
 
-    from clapsep_cli.batch import Failure, run
+    from clapsep_cli.batch import run
     from clapsep_cli.outputs import TEMPLATE
     from clapsep_cli.planning import plan
+    from clapsep_cli.tasks import Failure
 
     set_threads(common.threads)
     destination = replace(destination, folder=common.out, template=common.filename or TEMPLATE, picture=common.plot)
@@ -200,7 +202,7 @@ def carry_out(asked: Asked, common: Common, destination: Destination, measured: 
 def _options(common: Common, measured: dict[str, Any]) -> Options:
     from typing import get_args
 
-    from clapsep_cli.batch import Options
+    from clapsep_cli.tasks import Options
     from clapsep_cli.times import parse_time
     from clapsep_cli.writers import Clip
 
@@ -296,7 +298,11 @@ class _Lines:
         if done.gain != 1:
             self._print(f"  all parts were lowered by {-20 * log10(done.gain):.2f} dB so that nothing clips")
         for name, score in done.presence.items():
-            told = f"{score['after']:.2f} (mixture: {score['before']:.2f})" if score else "cannot be told"
+            told = (
+                "{score:.2f} (likeness {after:.2f}, of the mixture {before:.2f})".format(**score)
+                if score
+                else "unknown"
+            )
             self._print(f"  presence of {name}: {told}")
         if not done.outputs:
             self._print("  nothing written: below --min-presence")

@@ -249,29 +249,28 @@ def load_model(
 
     That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told so. A model that is
     named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
-    (bfloat16), or `auto`, which is fast where the device computes natively in bfloat16. Raises `ModelError` where there
+    (bfloat16), or `auto` (see `checkpoint.choose_precision`). Raises `ModelError` where there
     is no such model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` for an absent device.
     """
-    from clapsep_cli.checkpoint import Model, choose_device, choose_precision
+    from clapsep_cli.checkpoint import Model, choose_device
 
     chosen = choose_device(device)
-    dtype = choose_precision(precision, chosen)
     if model is None:
         try:
             return Model(
-                PREFERRED, install(PREFERRED, say=say, progress=progress), chosen, _text_cache(PREFERRED), dtype
+                PREFERRED, install(PREFERRED, say=say, progress=progress), chosen, _text_cache(PREFERRED), precision
             )
         except DownloadError:
             say(
                 f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now; "
                 f"to get it, or to see why not: clapsep models download {PREFERRED}"
             )
-            return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, dtype=dtype)
+            return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, precision=precision)
     if isinstance(model, str) and model in MODELS:
-        return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), dtype)
+        return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), precision)
     folder = Path(model)
     if folder.is_dir():
-        return Model(folder.resolve().name, folder, chosen, dtype=dtype)
+        return Model(folder.resolve().name, folder, chosen, precision=precision)
     raise ModelError(f"no model {str(model)!r}: name a folder with its files, or one of {', '.join(MODELS)}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from clapsep_cli.batch import Extraction, Failure, Job, Options, Progress, run
+from clapsep_cli.batch import run
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.errors import OutputError, QueryError
 from clapsep_cli.inputs import Input
@@ -15,6 +15,7 @@ from clapsep_cli.pipeline import RESIDUAL, TARGET
 from clapsep_cli.query import Query
 from clapsep_cli.resume import finished, in_the_way, signature
 from clapsep_cli.sources import STDIN
+from clapsep_cli.tasks import Extraction, Failure, Job, Options, Progress
 from clapsep_cli.writers import STDOUT, read_software
 
 NOT_IN_THE_RESULT = {"overwrite", "batch", "workers", "presence"}  # of the options

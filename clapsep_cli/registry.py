@@ -20,6 +20,7 @@ class Family:
     separator: str  # made from the config
     ask: str  # makes, of a model, queries and which of them are kept, what the separator is asked for
     likeness: str = ""  # how alike a recording is to what a stem is asked for
+    near_in_bfloat16: bool = True  # to its float32 output, 40 dB or more: so near that it is used unasked
     text: str = ""  # made from the config and a tokenizer
     audio: str = ""  # made from the config
     convert: str = ""  # writes the parts of a model, from files as they were released
@@ -53,6 +54,8 @@ FAMILIES = {
     "tuss": Family(
         config="clapsep_cli.models.tuss:TussConfig",
         separator="clapsep_cli.models.tuss:Tuss",
+        ask="clapsep_cli.prompting:prompts",
+        near_in_bfloat16=False,
         convert="clapsep_cli.convert_tuss:convert_tuss",
     ),
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-    from clapsep_cli.batch import Job
+    from clapsep_cli.tasks import Job
 
 ModelOption = Annotated[
     str | None,

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 
 LAYERS = [  # from the ground up; a module imports only from lines above its own
-    {"errors", "metrics", "dsp", "startup"},
+    {"errors", "metrics", "dsp", "startup", "stems"},
     {
         "query",
         "registry",
@@ -23,9 +23,8 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
         "models.attention",
         "models.packed",
         "prompts",
-        "stems",
     },
-    {"masking", "transfer"},
+    {"masking", "stem_stream", "transfer"},
     {"models.base", "hub_client", "web_client"},
     {"models.htsat", "models.mini", "models.locoformer", "hub"},
     {"models.clapsep", "models.tuss"},
@@ -37,12 +36,13 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"mpeg"},
     {"decoders", "media", "plot"},
     {"sources", "encoding"},
-    {"writers", "inputs", "embedding"},
+    {"writers", "inputs", "embedding", "prompting"},
     {"jobs", "outputs", "resume"},
     {"targets", "pipeline"},
+    {"tasks"},
     {"batch"},
     {"planning", "library"},
-    {"data", "environment"},
+    {"data", "environment", "prompt_mixing"},
     {"evaluate", "conditions"},
     {"train"},
     {"terminal"},

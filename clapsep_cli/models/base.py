@@ -1,9 +1,9 @@
 """The contract between the pipeline and the separators, and between a query-conditioned separator and its encoders.
 
-What a separator is asked for, `wanted`, is made by its family (see `registry.Family.ask`) and opaque to the pipeline,
-but that its length is the number of stems. For CLAPSep and mini it is a condition for each stem, `[stems, 2 · dim]`,
-in an embedding space that separator, text encoder and audio encoder share. The three are loaded apart, so that a text
-query never reads the audio encoder and the other way round.
+What a separator is asked for, `wanted`, is made by its family (see `registry.Family.ask`) and opaque to the pipeline.
+For CLAPSep and mini it is a condition for each stem, `[stems, 2 · dim]`, in an embedding space that separator, text
+encoder and audio encoder share. The three are loaded apart, so that a text query never reads the audio encoder and the
+other way round.
 """
 
 from __future__ import annotations

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clapsep_cli.models.base import Separator
 from clapsep_cli.models.locoformer import Stack
 from clapsep_cli.prompts import PROMPTS
+from clapsep_cli.stem_stream import StemStream
+from clapsep_cli.windows import Stream
 
 RATE_HZ = 48_000
 N_FFT = 2048  # samples, window and transform alike
@@ -152,7 +155,14 @@ class BandDecoder(nn.Module):
         return torch.complex(real, imaginary).flatten(2)
 
 
-class Tuss(nn.Module):
+class Asked(NamedTuple):
+    """A set of prompts (int64 `[prompts]`), and the places in it whose stems are wanted."""
+
+    prompts: Tensor
+    kept: tuple[int, ...]
+
+
+class Tuss(Separator):
     """The separator. `rate` (Hz) is of all audio, `window` is the length in samples that it was trained on."""
 
     rate = RATE_HZ
@@ -161,6 +171,7 @@ class Tuss(nn.Module):
         super().__init__()
         self.config = config
         self.window = config.window
+        self.dtype = torch.float32  # of the stacks' products
         self.prompts = nn.Parameter(torch.randn(len(config.prompts), config.width))
         self.start = nn.Parameter(torch.randn(config.width))
         self.encoder = nn.ModuleList(BandEncoder(count, bins, config.width) for count, bins in BANDS)
@@ -185,6 +196,18 @@ class Tuss(nn.Module):
             config.positions,
         )
         self.decoder = nn.ModuleList(BandDecoder(count, bins, config.width) for count, bins in BANDS)
+
+    def lower(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def infer(self, windows: Tensor, wanted: Asked) -> Tensor:
+        """Stems, float32 `[batch, stems, samples]`; all windows of a batch have one length."""
+        with torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.separate(windows, wanted.prompts, wanted.kept)
+
+    def stream(self, wanted: Asked, rate: int, channels: int, device: torch.device) -> Stream:
+        prompts = wanted.prompts.tolist()
+        return StemStream(self.window, [prompts[at] for at in wanted.kept], rate, self.rate, channels, device)
 
     def separate(self, audio: Tensor, prompts: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """One stem for each prompt that is kept, in that order: float32 `[batch, stems, samples]`.
