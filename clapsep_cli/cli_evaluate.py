@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,8 +144,14 @@ def evaluate(
         discard(out / SCORES)
     run = evaluate_into(out / SCORES, loaded, rows, audio, plan, kept) if out else None
     scores = _collect(run or evaluate_rows(loaded, rows, audio, plan, kept), len(rows), listed.name, quiet)
+    stated = settings(loaded, rows, audio, plan, kept) if report or as_json else {}
+    if report:
+        from clapsep_cli.report import examples, write_report
+
+        source = {"list": listed.name, "date": f"{date.today():%d %B %Y}"}
+        write_report(report, scores, examples(loaded, scores, audio, plan, kept), stated, source)
     if as_json:
-        _print_json(settings(loaded, rows, audio, plan, kept), scores)
+        _print_json(stated, scores)
     elif not quiet:
         _print_table(scores)
         if labels:

@@ -278,5 +278,9 @@ def test_the_commands_from_a_folder_to_scores(
     table = clapsep(*asked, "--skip-missing", "--labels", cwd=tmp_path)
     assert "both text+1 shot" in table.stdout
     assert "by label, both 1 shot" in table.stdout
+    reported = clapsep(*asked, "--skip-missing", "--quiet", "--report", "r.html", cwd=tmp_path)
+    assert (reported.returncode, reported.stdout) == (0, "")
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<audio") == page.count("data:image/png") == 9
     other = clapsep(*arguments, "--shots", "1", cwd=tmp_path)
     assert (other.returncode, "go together" in other.stderr) == (2, True)
