@@ -114,7 +114,7 @@ def evaluate(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out mixtures of which a recording is not there.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report and scores.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure a model on a list of mixtures: 10 s at 0 dB, SDRi, SI-SDRi and BSS-eval SDRi in dB.
@@ -129,7 +129,6 @@ def evaluate(
     from clapsep_cli.evaluate import evaluate as evaluate_rows
     from clapsep_cli.library import load_model
     from clapsep_cli.mixtures import check_files, read_mixtures, read_shots
-    from clapsep_cli.scores import discard
 
     if report and report.exists() and not overwrite:
         raise OutputError(f"{report}: exists already; use --overwrite to replace it")
@@ -140,8 +139,6 @@ def evaluate(
     with downloads(quiet) as shown:
         loaded = load_model(model, device, note, shown)
     plan = Plan(sides, text, counts, bss)
-    if out and overwrite:
-        discard(out / SCORES)
     run = evaluate_into(out / SCORES, loaded, rows, audio, plan, kept) if out else None
     scores = _collect(run or evaluate_rows(loaded, rows, audio, plan, kept), len(rows), listed.name, quiet)
     stated = settings(loaded, rows, audio, plan, kept) if report or as_json else {}

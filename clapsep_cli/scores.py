@@ -81,10 +81,6 @@ def presence(scores: Iterable[Score]) -> dict[str, float]:
 COLUMNS = ("row", "source_file", "noise_file", "label", "query", *METRICS, "level")
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
 class ScoreFile:
     """A CSV of scores, one a line, headed by a line with the settings of the run (`# {…}`).
 
@@ -96,7 +92,7 @@ class ScoreFile:
         self, path: Path, settings: Mapping[str, object], rows: Sequence[Mixture], kinds: Sequence[Sequence[str]]
     ) -> None:
         """`kinds`: of query, in their order, for each of `rows`. Raises `OutputError` for a file of another run."""
-        self.path, self.partial = path, _partial(path)
+        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         stated = json.dumps(settings, ensure_ascii=False)
         self._settings, self._head = json.loads(stated), f"# {stated}\n{','.join(COLUMNS)}\n"
         self._file: TextIO | None = None
@@ -104,23 +100,23 @@ class ScoreFile:
         finished = path.exists()
         kept = self._read(path if finished else self.partial, rows, kinds)
         if finished and len(self.scores) < len(rows):
-            raise OutputError(f"{path}: is damaged; use --overwrite, or another --out")
+            raise OutputError(f"{path}: is damaged; delete it, or use another --out")
         if not finished:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("w", newline="", encoding="utf-8")
-            self._file.write(kept)
+            self._file = self.partial.open("a", newline="", encoding="utf-8")
+            self._file.truncate(kept)
+            self._file.write("" if kept else self._head)
             self._file.flush()
 
-    def _read(self, path: Path, rows: Sequence[Mixture], kinds: Sequence[Sequence[str]]) -> str:
+    def _read(self, path: Path, rows: Sequence[Mixture], kinds: Sequence[Sequence[str]]) -> int:
+        """Fill `scores` from a file; returns how many of its bytes are whole."""
         text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
         if not text.startswith(self._head):
             if self._head.startswith(text):
-                return self._head
-            raise OutputError(f"{path}: holds scores of {self._difference(text)}; use --overwrite, or another --out")
-        lines = text.removeprefix(self._head).split("\n")[
-            :-1
-        ]  # what stands behind the last line's end is a part of one
-        at, kept = 0, self._head
+                return 0
+            raise OutputError(f"{path}: holds scores of {self._difference(text)}; delete it, or use another --out")
+        lines = text.removeprefix(self._head).split("\n")[:-1]  # the last has no end: it is empty, or a part of one
+        at = 0
         for i, (row, names) in enumerate(zip(rows, kinds, strict=True)):
             own = lines[at : at + len(names)]
             scores = [self._parse(line, i, row, name) for line, name in zip(own, names, strict=False)]
@@ -129,8 +125,7 @@ class ScoreFile:
                 break
             self.scores.append(whole)
             at += len(names)
-            kept += "".join(f"{line}\n" for line in own)
-        return kept
+        return len((self._head + "".join(f"{line}\n" for line in lines[:at])).encode())
 
     def _difference(self, text: str) -> str:
         try:
@@ -152,7 +147,7 @@ class ScoreFile:
             return None
 
     def append(self, scores: Sequence[Score]) -> None:
-        """Add the scores of the next mixture; they are on the disk when this returns."""
+        """Add the scores of the next mixture; a process that is killed later does not lose them."""
         assert self._file is not None, "a finished file takes no more scores"
         writer = csv.writer(self._file, lineterminator="\n")
         self.scores.append(list(scores))
@@ -174,9 +169,3 @@ class ScoreFile:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def discard(path: Path) -> None:
-    """Delete the scores kept in `path`, finished or not."""
-    for file in (path, _partial(path)):
-        file.unlink(missing_ok=True)

@@ -181,6 +181,8 @@ def test_conditions_are_those_of_the_pipeline(tiny: Model, folder: Path) -> None
     shots = [folder / "dog" / f"{n}.wav" for n in range(3)]
     query = Query("a dog", "rain", shots, shots[:1])
     conditions = Conditions(tiny)
+    conditions.know(f"the dog number {n}" for n in range(70))
+    assert len(conditions.known) == 70
     torch.testing.assert_close(conditions(query), embed_query(tiny, query))
     torch.testing.assert_close(conditions(Query(neg="rain")), embed_query(tiny, Query(neg="rain")))
 
@@ -212,7 +214,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(half: Model, folder: Path, rows:
     half.separator.heard.clear()
     assert run(cut) == expected
     assert not half.separator.heard, "a finished run is read, not computed"
-    with pytest.raises(OutputError, match=r"other settings \(sides\); use --overwrite"):
+    with pytest.raises(OutputError, match=r"other settings \(sides\); delete it"):
         run(cut, Plan(("both",)))
     cut.write_text(cut.read_text()[:-30])
     with pytest.raises(OutputError, match="is damaged"):
