@@ -19,7 +19,7 @@ from clapsep_cli import Query, embed_query
 from clapsep_cli import evaluate as module
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.data import Clip
-from clapsep_cli.errors import ManifestError, OutputError
+from clapsep_cli.errors import ClapsepError, ManifestError, OutputError
 from clapsep_cli.evaluate import Conditions, Plan, evaluate, evaluate_into
 from clapsep_cli.mixtures import (
     Mixture,
@@ -221,6 +221,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(half: Model, folder: Path, rows:
         run(cut)
 
 
+def test_what_cannot_be_measured_is_said_before_anything_is_computed(
+    half: Model, folder: Path, rows: list[Mixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = [replace(row, shot_file="") for row in rows]
+    with pytest.raises(ManifestError, match="nothing to ask"):
+        next(evaluate(half, bare, folder, Plan(text=False)))
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ClapsepError, match=r"pip install 'clapsep\[evaluate\]'"):
+        next(evaluate(half, rows, folder))
+    assert isinstance(half.separator, Fixed)
+    assert not half.separator.heard
+    assert next(evaluate(half, rows, folder, Plan(bss=False)))
+
+
 def test_presence_is_the_area_under_the_curve() -> None:
     row = Mixture("", "", "", "")
     levels = {"positive": [-1.0, -2.0, -5.0], "absent": [-2.0, -9.0]}
@@ -284,5 +298,10 @@ def test_the_commands_from_a_folder_to_scores(
     assert (reported.returncode, reported.stdout) == (0, "")
     page = (tmp_path / "r.html").read_text()
     assert page.count("<audio") == page.count("data:image/png") == 9
-    other = clapsep(*arguments, "--shots", "1", cwd=tmp_path)
-    assert (other.returncode, "go together" in other.stderr) == (2, True)
+    for wrong, said in (
+        (["--shots", "1"], "go together"),
+        (["--queries", "all"], "one or more of"),
+        (["--shots", "1,x", "--shots-csv", "mixtures.shots.csv"], "give numbers"),
+    ):
+        other = clapsep(*arguments, *wrong, cwd=tmp_path)
+        assert (other.returncode, said in other.stderr) == (2, True)
