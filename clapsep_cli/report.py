@@ -146,6 +146,8 @@ def _table(scores: Sequence[Score]) -> str:
     )
     if ABSENT in rows:
         note += " “absent” asks for a sound that is not there: nothing improves, but the level should fall."
+    if len({s["mixtures"] for s in rows.values()}) > 1:
+        note += " Where n differs, recordings for a query were lacking, and means are over different mixtures."
     return _section("Scores by kind of query", f'<div class="scroll"><table class="wide">{table}</table></div>', note)
 
 
