@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from clapsep_cli.cli_evaluate import evaluate, mixtures
 from clapsep_cli.cli_extract import extract
 from clapsep_cli.cli_models import models
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.startup import prepare
-from clapsep_cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, note, progress
+from clapsep_cli.terminal import ModelDirOption, QuietOption, note
 
 if TYPE_CHECKING:
-    from clapsep_cli.checkpoint import Model
     from clapsep_cli.train import Report
 
 FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
@@ -31,6 +31,8 @@ app = typer.Typer(
     epilog='Example: clapsep extract mix.wav --pos "dog barking" --neg "rain"',
 )
 
+app.command()(evaluate)
+app.add_typer(mixtures, name="mixtures")
 app.add_typer(models, name="models")
 
 
@@ -80,14 +82,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _load(model: str | None, device: str, quiet: bool) -> Model:
-    """Load a model, showing a download if it takes one."""
-    from clapsep_cli.library import load_model
-
-    with downloads(quiet) as shown:
-        return load_model(model, device, say=note, progress=shown)
 
 
 app.command()(extract)
@@ -150,37 +144,3 @@ def _print_report(report: Report) -> None:
 
 def _ignore(report: Report) -> None:
     pass
-
-
-@app.command()
-def evaluate(
-    mixtures: Annotated[
-        Path,
-        typer.Option("--mixtures", metavar="CSV", help="source_file,positive_caption,noise_file,negative_caption[,…]."),
-    ],
-    audio: Annotated[Path, typer.Option("--audio", metavar="DIR", help="Folder that the list's files are in.")],
-    model: ModelOption = None,
-    device: DeviceOption = "auto",
-    _model_dir: ModelDirOption = None,
-    labels: Annotated[bool, typer.Option("--labels", help="Also print the scores of each label.")] = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Print SDRi and SI-SDRi in dB over a list of mixtures: 10 s at 0 dB, by the paper's equations."""
-    from clapsep_cli.evaluate import by_label, read_mixtures, summary
-    from clapsep_cli.evaluate import evaluate as evaluate_model
-
-    rows, loaded = read_mixtures(mixtures), _load(model, device, quiet)
-    with progress(quiet) as bars:
-        task = bars.add_task(mixtures.name, total=len(rows))
-        scores = evaluate_model(loaded, rows, audio, lambda: bars.advance(task))
-    typer.echo("query     mixtures   SDRi ± std      SI-SDRi ± std   median level of the output")
-    for query, s in summary(scores).items():
-        typer.echo(
-            f"{query:9} {s['mixtures']:8.0f}  {s['sdri']:6.2f} ± {s['sdri_std']:5.2f}"
-            f"  {s['si_sdri']:7.2f} ± {s['si_sdri_std']:5.2f}  {s['level_median']:8.1f} dB"
-        )
-    if labels:
-        for query in ("both", "positive", "shot"):
-            typer.echo(f"\nSI-SDRi by label, {query}")
-            for label, value, count in by_label(scores, query):
-                typer.echo(f"  {value:6.2f}  {label} ({count})")

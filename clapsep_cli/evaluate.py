@@ -2,157 +2,247 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clapsep_cli import dsp
+from clapsep_cli import __version__, dsp
 from clapsep_cli.audio import Audio
 from clapsep_cli.checkpoint import Model
-from clapsep_cli.data import Clip, fit, mix, read_clip, read_rows
-from clapsep_cli.metrics import sdr, si_sdr
-from clapsep_cli.models.base import MaskSeparator
-from clapsep_cli.pipeline import embed_query
+from clapsep_cli.data import fit, mix, read_clip
+from clapsep_cli.errors import ClapsepError, ManifestError, ModelError
+from clapsep_cli.metrics import bss_sdr, sdr, si_sdr
+from clapsep_cli.mixtures import Mixture, Shots
+from clapsep_cli.models.base import MaskSeparator, condition
 from clapsep_cli.query import Query
+from clapsep_cli.scores import ABSENT, DECIMALS, SHOT, Score, ScoreFile
+from clapsep_cli.sources import read_mono
 
 LOWEST_DB = -100.0
+SIDES = ("both", "positive", "negative")
+# Mixtures per pass. On a CPU more at a time are no faster (mini: 0.17, 0.17 and 0.26 s a mixture at 1, 4 and 8).
+BATCH = {"cpu": 1}
+GPU_BATCH = 16  # not measured
+TEXT_BATCH = 32  # texts per pass
+DIGITS = 16  # of a hash, to tell runs apart
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """A row of a list of mixtures; files are relative to the audio folder. The first four columns are the paper's."""
+class Plan:
+    """How each mixture is asked for its target.
 
-    source_file: str
-    positive_caption: str
-    noise_file: str
-    negative_caption: str
-    label: str = ""
-    shot_file: str = ""  # a recording of the same label that is not in the mixture
-    absent_caption: str = ""  # something that is not in the mixture
-
-
-def make_mixtures(clips: Sequence[Clip], root: Path, seed: int, per_label: int) -> list[Mixture]:
-    """Let up to `per_label` clips of each label be targets, each with one interferer and one shot.
-
-    The interferer is of another label, drawn evenly, with which the target's shares no caption.
+    `sides`: which are named, of SIDES. `text`: in words. `shots`: also by so many recordings of a side, alone, and
+    with the words (averaged, α = 0.5) where there is `text`. `bss`: also measure by BSS-eval.
     """
-    rng = np.random.default_rng(seed)
-    groups: dict[str, list[Clip]] = {}
-    for clip in clips:
-        groups.setdefault(clip.label, []).append(clip)
 
-    def other(*labels: str) -> Clip:
-        taken = {caption for label in labels for clip in groups[label] for caption in clip.captions}
-        free = [label for label in groups if label not in labels and not taken & set(groups[label][0].captions)]
-        members = groups[free[rng.integers(len(free))]]
-        return members[rng.integers(len(members))]
+    sides: tuple[str, ...] = SIDES
+    text: bool = True
+    shots: tuple[int, ...] = ()
+    bss: bool = True
 
-    rows = []
-    for label in sorted(groups):
-        for index in sorted(rng.permutation(len(groups[label]))[:per_label].tolist()):
-            clip = groups[label][index]
-            noise = other(label)
-            absent = other(label, noise.label)
-            shots = [shot for shot in groups[label] if shot is not clip]
-            shot = str(shots[rng.integers(len(shots))].path.relative_to(root)) if shots else ""
-            files = (str(c.path.relative_to(root)) for c in (clip, noise))
-            source, interferer = files
-            rows.append(
-                Mixture(source, clip.captions[0], interferer, noise.captions[0], label, shot, absent.captions[0])
-            )
-    return rows
+    def queries(self, row: Mixture, folder: Path, shots: Shots) -> dict[str, Query]:
+        """The queries for `row` by kind; those for which there are too few recordings are left out."""
+        asked: dict[str, Query] = {}
+        for count in (0, *self.shots):
+            for words in [True] if not count else [False, True]:
+                for side in self.sides if self.text or not words else ():
+                    query = self._query(side, words, count, row, folder, shots)
+                    if query is not None:
+                        asked[kind(side, words, count)] = query
+        if row.shot_file and "positive" in self.sides:
+            asked[SHOT] = Query(pos_audio=[folder / row.shot_file])
+        if row.absent_caption and "positive" in self.sides and self.text:
+            asked[ABSENT] = Query(row.absent_caption)
+        return asked
 
-
-def write_mixtures(path: Path, rows: Sequence[Mixture]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Mixture)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def read_mixtures(path: Path) -> list[Mixture]:
-    """Read a list of mixtures, of which the first four columns are needed. Raises `ManifestError`."""
-    names = [f.name for f in fields(Mixture)]
-    return [Mixture(**{name: row.get(name, "") for name in names}) for row in read_rows(path, names[:4])]
+    @staticmethod
+    def _query(side: str, words: bool, count: int, row: Mixture, folder: Path, shots: Shots) -> Query | None:
+        named = {"positive": (row.label, row.positive_caption), "negative": (row.negative_caption,)}
+        texts, files = {}, {}
+        for name, keys in named.items():
+            found = next((shots[key.lower()] for key in keys if key.lower() in shots), ())
+            chosen = [folder / file for file in found if file not in (row.source_file, row.noise_file)][:count]
+            wanted = side in (name, "both")
+            if wanted and len(chosen) < count:
+                return None
+            texts[name] = [keys[-1]] if wanted and words else []
+            files[name] = chosen if wanted else []
+        return Query(texts["positive"], texts["negative"], files["positive"], files["negative"])
 
 
-@dataclass(frozen=True)
-class Score:
-    """Of one mixture and one kind of query, in dB. `level`: of the output relative to the mixture."""
+def kind(side: str, words: bool, count: int) -> str:
+    """How a kind of query is called: "both", "both 5 shots", "both text+5 shots"."""
+    shots = f"{count} shot{'s' if count > 1 else ''}"
+    return side if not count else f"{side} text+{shots}" if words else f"{side} {shots}"
 
-    mixture: Mixture
-    query: str  # "both", "positive", "shot" or "absent"
-    sdri: float
-    si_sdri: float
-    level: float
+
+class Conditions:
+    """Embeds queries; each text and each recording once."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[str | Path, Tensor] = {}
+
+    def know(self, texts: Iterable[str]) -> None:
+        """Embed `texts`, many at a time. Raises `QueryError` for one that the model does not understand."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        for at in range(0, len(new), TEXT_BATCH):
+            batch = new[at : at + TEXT_BATCH]
+            self.known.update(zip(batch, self.model.text.embed(batch), strict=True))
+
+    def __call__(self, query: Query) -> Tensor:
+        """The condition that asks for `query`, float32 `[1, 2 · dim]`."""
+        sides = ((query.pos, query.pos_audio), (query.neg, query.neg_audio))
+        return condition(
+            *(self._side(list(texts), [Path(str(s)) for s in shots], query.alpha) for texts, shots in sides)
+        )
+
+    def _side(self, texts: Sequence[str], shots: Sequence[Path], alpha: float) -> Tensor | None:
+        self.know(texts)
+        for file in shots:
+            if file not in self.known:
+                audio = torch.from_numpy(read_mono(file, self.model.audio.rate)).to(self.model.device)
+                self.known[file] = self.model.audio.embed(audio)
+        means = [torch.stack([self.known[x] for x in given]).mean(0, keepdim=True) for given in (texts, shots) if given]
+        if not means:
+            return None
+        return means[0] if len(means) == 1 else (1 - alpha) * means[0] + alpha * means[1]
+
+
+def masking(model: Model) -> MaskSeparator:
+    """The separator of a model that masks under a condition. Raises `ModelError` for another."""
+    if not isinstance(model.separator, MaskSeparator):
+        raise ModelError(f"{model.name} separates by prompts: this evaluation is for models that take queries")
+    return model.separator
+
+
+def mixer(folder: Path, samples: int) -> Callable[[Mixture], tuple[Audio, Audio]]:
+    """A function that makes a mixture: it and its target, float32 `[samples]` each, of clips in `folder`.
+
+    It raises `ManifestError` for a clip that cannot be decoded.
+    """
+
+    @lru_cache(maxsize=32)  # a target comes with each of its interferers, one after the other
+    def clip(file: str) -> Audio:
+        return fit(read_clip(folder / file), samples)
+
+    return lambda row: mix(clip(row.source_file), clip(row.noise_file))
 
 
 @torch.inference_mode()
-def score(separator: MaskSeparator, wanted: Tensor, mixture: Audio, target: Audio) -> tuple[float, float, float]:
-    """SDRi, SI-SDRi and output level in dB of one window (`[window samples]`) under the condition `wanted`."""
-    heard = torch.from_numpy(mixture)[None].to(wanted.device)
-    mask = separator.mask(separator.encode(heard), wanted)
-    estimate = dsp.waveform(dsp.spectrum(heard) * mask, len(mixture))[0].cpu().numpy()
+def estimates(separator: MaskSeparator, mixtures: Tensor, wanted: Iterable[Tensor]) -> Iterator[Audio]:
+    """The targets estimated in `mixtures` (float32 `[batch, samples]`), float32 `[batch, samples]`, under each of the
+    conditions `wanted` (`[batch or 1, 2 · dim]`). What the separator hears is encoded once."""
+    features, spectrum = separator.encode(mixtures), dsp.spectrum(mixtures)
+    for asked in wanted:
+        yield dsp.waveform(spectrum * separator.mask(features, asked), mixtures.shape[1]).cpu().numpy()
+
+
+def _gains(estimate: Audio, mixture: Audio, target: Audio) -> tuple[float, float, float]:
     level = 10 * np.log10((np.square(estimate).sum() + 1e-12) / (np.square(mixture).sum() + 1e-12))
     gains = (metric(estimate, target) - metric(mixture, target) for metric in (sdr, si_sdr))
     return *gains, max(float(level), LOWEST_DB)  # type: ignore[return-value]
 
 
-def evaluate(
-    model: Model, rows: Iterable[Mixture], folder: Path, progress: Callable[[], None] = lambda: None
+def score(separator: MaskSeparator, wanted: Tensor, mixture: Audio, target: Audio) -> tuple[float, float, float]:
+    """SDRi, SI-SDRi and output level in dB of one window (`[window samples]`) under the condition `wanted`."""
+    (estimate,) = estimates(separator, torch.from_numpy(mixture)[None].to(wanted.device), [wanted])
+    return _gains(estimate[0], mixture, target)
+
+
+def _scores(
+    row: Mixture, mixture: Audio, target: Audio, found: Mapping[str, Audio], bss: bool, device: str
 ) -> list[Score]:
-    """Score `model` on each mixture with both text queries, the positive alone, one audio shot, and an absent sound."""
+    improved: list[float | None] = [None] * len(found)
+    if bss:
+        *after, before = bss_sdr(np.stack([*found.values(), mixture]), target, device)
+        improved = [round(value - before, DECIMALS) for value in after]
     scores = []
-    samples = model.separator.window
-    for row in rows:
-        source, noise = (fit(read_clip(folder / file), samples) for file in (row.source_file, row.noise_file))
-        mixture, target = mix(source, noise)
-        queries = {
-            "both": Query(row.positive_caption, row.negative_caption),
-            "positive": Query(row.positive_caption),
-        }
-        if row.shot_file:
-            queries["shot"] = Query(pos_audio=[folder / row.shot_file])
-        if row.absent_caption:
-            queries["absent"] = Query(row.absent_caption)
-        for name, query in queries.items():
-            scores.append(
-                Score(
-                    row, name, *score(cast(MaskSeparator, model.separator), embed_query(model, query), mixture, target)
-                )
-            )
-        progress()
+    for (query, estimate), bss_sdri in zip(found.items(), improved, strict=True):
+        sdri, si_sdri, level = (round(value, DECIMALS) for value in _gains(estimate, mixture, target))
+        scores.append(Score(row, query, sdri, si_sdri, bss_sdri, level))
     return scores
 
 
-def summary(scores: Sequence[Score]) -> dict[str, Mapping[str, float]]:
-    """Mean SDRi and SI-SDRi, standard deviation, and median output level by kind of query."""
-    table: dict[str, Mapping[str, float]] = {}
-    for query in dict.fromkeys(s.query for s in scores):
-        chosen = [s for s in scores if s.query == query]
-        sdri, si_sdri = np.array([s.sdri for s in chosen]), np.array([s.si_sdri for s in chosen])
-        table[query] = {
-            "mixtures": len(chosen),
-            "sdri": float(sdri.mean()),
-            "sdri_std": float(sdri.std()),
-            "si_sdri": float(si_sdri.mean()),
-            "si_sdri_std": float(si_sdri.std()),
-            "level_median": float(np.median([s.level for s in chosen])),
-        }
-    return table
+@torch.inference_mode()
+def evaluate(
+    model: Model,
+    rows: Sequence[Mixture],
+    folder: Path,
+    plan: Plan | None = None,
+    shots: Shots | None = None,
+    start: int = 0,
+) -> Iterator[list[Score]]:
+    """Yield the scores of each mixture from row `start` on: one for each kind of query that `plan` has for it.
+
+    Files are in `folder`; `shots` are those of `read_shots`. Before the first mixture it raises `QueryError` for a text
+    that `model` does not understand, `ManifestError` where there is nothing to ask, and `ClapsepError` where BSS-eval
+    is asked for and torchmetrics is not installed.
+    """
+    plan = plan or Plan()
+    if plan.bss and find_spec("torchmetrics") is None:
+        raise ClapsepError("BSS-eval needs torchmetrics: pip install 'clapsep[evaluate]', or leave it out: --no-bss")
+    asked = [plan.queries(row, folder, shots or {}) for row in rows]
+    anything = next((query for queries in asked for query in queries.values()), None)
+    if anything is None:
+        raise ManifestError("there is nothing to ask: no text, and for no mixture enough shots")
+    conditions, mixed = Conditions(model), mixer(folder, model.separator.window)
+    conditions.know(text for queries in asked for query in queries.values() for text in (*query.pos, *query.neg))
+    size, device = batch_size(model), str(model.device) if model.device.type != "mps" else "cpu"  # it has no float64
+    for first in range(start - start % size, len(rows), size):
+        batch = asked[first : first + size]
+        pairs = [mixed(row) for row in rows[first : first + size]]
+        kinds = list(dict.fromkeys(name for queries in batch for name in queries))
+        # A row that lacks a kind of query passes through the network with another, whose estimate is dropped.
+        wanted = [torch.cat([conditions(queries.get(name, anything)) for queries in batch]) for name in kinds]
+        heard = torch.from_numpy(np.stack([mixture for mixture, _ in pairs])).to(model.device)
+        found = dict(zip(kinds, estimates(masking(model), heard, wanted), strict=True))
+        for i in range(max(start - first, 0), len(batch)):
+            of_row = {name: found[name][i] for name in kinds if name in batch[i]}
+            yield _scores(rows[first + i], *pairs[i], of_row, plan.bss, device)
 
 
-def by_label(scores: Sequence[Score], query: str) -> list[tuple[str, float, int]]:
-    """Mean SI-SDRi of each label under one kind of query, best first: label, dB, mixtures."""
-    groups: dict[str, list[float]] = {}
-    for s in scores:
-        if s.query == query:
-            groups.setdefault(s.mixture.label, []).append(s.si_sdri)
-    rows = [(label, float(np.mean(values)), len(values)) for label, values in groups.items()]
-    return sorted(rows, key=lambda row: -row[1])
+def evaluate_into(
+    path: Path, model: Model, rows: Sequence[Mixture], folder: Path, plan: Plan, shots: Shots
+) -> Iterator[list[Score]]:
+    """As `evaluate`, kept in the CSV `path`: scores that a run with the same settings left there are yielded first, and
+    not computed again. Raises `OutputError` where `path` holds others, and whatever `evaluate` raises."""
+    kinds = [list(plan.queries(row, folder, shots)) for row in rows]
+    with ScoreFile(path, settings(model, rows, folder, plan, shots), rows, kinds) as file:
+        yield from list(file.scores)
+        if len(file.scores) < len(rows):
+            for scores in evaluate(model, rows, folder, plan, shots, len(file.scores)):
+                file.append(scores)
+                yield scores
+        file.finish()
+
+
+def settings(model: Model, rows: Sequence[Mixture], folder: Path, plan: Plan, shots: Shots) -> dict[str, object]:
+    """All that scores depend on: the model, by its separator's weights too, the recordings, what is asked, and how."""
+    files = {file for row in rows for file in (row.source_file, row.noise_file, row.shot_file) if file}
+    files |= {file for listed in shots.values() for file in listed}
+    data = repr((rows, sorted(shots.items()), sorted((file, (folder / file).stat().st_size) for file in files)))
+    return {
+        "clapsep": __version__,
+        "torch": torch.__version__,
+        "device": model.device.type,
+        "model": model.name,
+        "revision": model.revision,
+        "weights": hashlib.sha256(model.identity.encode()).hexdigest()[:DIGITS],
+        "precision": model.precision,
+        "mixtures": len(rows),
+        "data": hashlib.sha256(data.encode()).hexdigest()[:DIGITS],
+        **asdict(plan),
+    }
+
+
+def batch_size(model: Model) -> int:
+    """How many mixtures pass through `model` at a time."""
+    return BATCH.get(model.device.type, GPU_BATCH)

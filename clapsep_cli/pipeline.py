@@ -126,8 +126,3 @@ def separate(audio: Audio, rate: int, query: Query | Mapping[str, Query], model:
     stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
     shaped = dict(zip(targets, stems.reshape(len(stems), *np.shape(audio)), strict=True))
     return Separation(shaped, np.asarray(audio, np.float32) - stems.sum(0).reshape(np.shape(audio)), rate)
-
-
-def embed_query(model: Model, query: Query) -> Any:
-    """What asks `model` for one `query`: for the models that embed queries a condition, float32 `[1, 2 · dim]`."""
-    return model.ask([query])

@@ -39,7 +39,8 @@ from clapsep_cli.data import (
     read_paraphrases,
 )
 from clapsep_cli.errors import CheckpointError, ManifestError, ModelError
-from clapsep_cli.evaluate import make_mixtures, score
+from clapsep_cli.evaluate import score
+from clapsep_cli.mixtures import make_mixtures
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.objective import separation_loss, statistics

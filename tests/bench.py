@@ -19,10 +19,11 @@ import soundfile
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clapsep_cli import Query, embed_query, extract, library, load_model
+from clapsep_cli import Query, extract, library, load_model
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
 from clapsep_cli.registry import MODELS
+from clapsep_cli.tasks import Options
 
 RUNS = 5
 
@@ -53,8 +54,8 @@ def bench_mini(folder: Path) -> None:
     model, rate, seconds = load_model("mini", "cpu"), 48_000, 120
     path = folder / "mix.wav"
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((seconds * rate, 2)), rate)
-    wanted = embed_query(model, Query("dog barking", "rain"))
-    spent = median(lambda: extract(path, wanted, model, overwrite=True), 3)
+    query, options = Query("dog barking", "rain"), Options(overwrite=True)
+    spent = median(lambda: extract(path, query, model, options=options), 3)
     row(f"mini, {seconds} s of stereo at 48 kHz, file to files", f"{spent:.2f} s ({seconds / spent:.0f} × real time)")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from numpy.typing import NDArray
 from released import write_released
 from torch import Tensor
@@ -23,6 +25,11 @@ from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, Text
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.query import Query
 from clapsep_cli.registry import weights_folder
+
+# The same examples at every run, so that a change fails for its own reasons alone; `make fuzz` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("search", max_examples=2000, deadline=None, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 TINY_MINI = MiniConfig(query=16, channels=(8, 8, 8, 8), hidden=8, fine=2, audio_channels=(8, 8, 8, 8))
 

@@ -18,7 +18,6 @@ from clapsep_cli.checkpoint import load_part, read_tensors
 from clapsep_cli.conditions import Mixing, Queries, Texts
 from clapsep_cli.data import Draw, Pool, Sampler, mix, read_manifest
 from clapsep_cli.errors import CheckpointError, ManifestError
-from clapsep_cli.evaluate import evaluate, make_mixtures, read_mixtures, summary, write_mixtures
 from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.mini import MiniText, band_matrix
 from clapsep_cli.objective import separation_loss, statistics
@@ -231,21 +230,3 @@ def test_manifests_that_are_none(tmp_path: Path, text: str, message: str) -> Non
         read_manifest(path)
     with pytest.raises(ManifestError, match="cannot be read"):
         read_manifest(tmp_path / "none.csv")
-
-
-def test_evaluation_end_to_end(manifest: Path, tmp_path: Path, tiny_folder: Path) -> None:
-    clips = [clip for clip in read_manifest(manifest) if clip.split == "train"]
-    rows = make_mixtures(clips, manifest.parent, seed=0, per_label=1)
-    assert rows == make_mixtures(clips, manifest.parent, seed=0, per_label=1)
-    assert len(rows) == 4
-    for row in rows:
-        assert row.label in row.source_file
-        assert row.label not in row.noise_file
-        assert row.shot_file not in (row.source_file, row.noise_file)
-        assert row.label not in row.absent_caption
-    write_mixtures(tmp_path / "list.csv", rows)
-    assert read_mixtures(tmp_path / "list.csv") == rows
-    scores = evaluate(load_model(tiny_folder, "cpu"), rows, manifest.parent)
-    table = summary(scores)
-    assert list(table) == ["both", "positive", "shot", "absent"]
-    assert all(np.isfinite(list(figures.values())).all() for figures in table.values())
