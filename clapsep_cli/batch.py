@@ -199,7 +199,7 @@ class _Recording:
         )
         self._picture = Picture(source.rate) if self.job.picture else None
         self._meters = {part: Meter() for part in ("mixture", *self.job.outputs)}
-        watched = self.options.presence or self.options.min_presence is not None
+        watched = self.model.tells_likeness and (self.options.presence or self.options.min_presence is not None)
         self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
         self.passage = Passage(self.model, self.wanted, source.rate, source.channels)
         self._ear = Ear(source.rate, self.model.separator.rate, source.channels)

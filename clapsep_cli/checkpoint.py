@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
-from clapsep_cli.query import Query
+from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import FAMILIES, resolve
 from clapsep_cli.texts import CachedTexts
 
@@ -89,6 +89,20 @@ class Model:
         Raises `QueryError` and `AudioError` where a query cannot be used.
         """
         return resolve(FAMILIES[self.family].ask)(self, queries, range(len(queries)) if kept is None else kept)
+
+    def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
+        """The targets as they are to be asked for, so that each leaves what the others ask for."""
+        return targets if FAMILIES[self.family].as_set else mutual(targets)
+
+    def doubts(self, queries: Sequence[Query]) -> list[str]:
+        """Why `queries` may go wrong with this model, though they can be asked: a line for each reason."""
+        tell = FAMILIES[self.family].doubts
+        return cast("list[str]", resolve(tell)(self, queries)) if tell else []
+
+    @property
+    def tells_likeness(self) -> bool:
+        """Whether `likeness` tells anything."""
+        return bool(FAMILIES[self.family].likeness)
 
     def likeness(self, wanted: Any, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
         """The cosine of a recording (`[samples]` at `rate` Hz) to what a stem is asked for, if that can be told."""

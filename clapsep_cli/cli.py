@@ -13,6 +13,7 @@ import typer
 from clapsep_cli.cli_evaluate import evaluate, mixtures
 from clapsep_cli.cli_extract import extract
 from clapsep_cli.cli_models import models
+from clapsep_cli.cli_separate import ListCommand, separate
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.startup import prepare
 from clapsep_cli.terminal import ModelDirOption, QuietOption, note
@@ -85,6 +86,7 @@ def _root(
 
 
 app.command()(extract)
+app.command(cls=ListCommand)(separate)
 
 
 @app.command()

@@ -95,7 +95,6 @@ def extract(
     """
     from clapsep_cli.planning import Destination
     from clapsep_cli.query import Query
-    from clapsep_cli.query import mutual as leave_others
     from clapsep_cli.targets import parse_targets
     from clapsep_cli.times import parse_span
 
@@ -117,12 +116,11 @@ def extract(
             name: Query(pos_audio=[wish], **left) if isinstance(wish, Path) else Query(pos=wish, **left)
             for name, wish in named.items()
         }
-        queries = leave_others(queries) if mutual else queries
     else:
         queries = {}
     asked = _asked(inputs or [], manifest, queries, sides, common)
     destination = Destination(residual=residual, remove=remove)
-    carry_out(asked, common, destination, {"presence": presence, "min_presence": min_presence})
+    carry_out(asked, common, destination, mutual, {"presence": presence, "min_presence": min_presence})
 
 
 def _asked(
@@ -165,8 +163,11 @@ def _say(common: Common) -> Any:
     return (lambda line: None) if common.quiet else note
 
 
-def carry_out(asked: Asked, common: Common, destination: Destination, measured: dict[str, Any]) -> None:
-    """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed."""
+def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool, measured: dict[str, Any]) -> None:
+    """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed.
+
+    Where it is `mutual`, each of several targets leaves what the others ask for.
+    """
     from dataclasses import replace
 
     from clapsep_cli.batch import run
@@ -180,9 +181,14 @@ def carry_out(asked: Asked, common: Common, destination: Destination, measured: 
     if piped and (common.json or len(asked) > 1):
         raise OutputError("-o - writes one recording's target to stdout: use it for one recording, without --json")
     model = _load(common)
+    if mutual:
+        apart = {id(targets): model.apart(targets) for _, targets in asked}  # one for all that share theirs
+        asked = [(item, apart[id(targets)]) for item, targets in asked]
+    for doubt in model.doubts(list(asked[0][1].values())):
+        _say(common)(doubt)
     todo = plan(asked, model, options, destination, common.skip_existing)
     lines = _Lines(common, model, piped)
-    lines.begin(next(iter(asked))[1] if asked else {}, len(todo.jobs))
+    lines.begin(asked[0][1], len(todo.jobs))
     for path in todo.done:
         lines.skipped(path)
     for failure in todo.blocked:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clapsep_cli.audio import Audio, check_finite, to_rate
 from clapsep_cli.checkpoint import Model
-from clapsep_cli.errors import AudioError
+from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.models.base import condition
 from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.sources import read_mono, recordings
@@ -27,6 +27,9 @@ def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> T
 
 
 def _condition(model: Model, query: Query) -> Tensor:
+    both = set(query.pos) & set(query.neg)
+    if both:
+        raise QueryError(f"{both.pop()!r} is asked for and left out at the same time")
     positive = _embed_side(model, query.pos, query.pos_audio, query.alpha)
     negative = _embed_side(model, query.neg, query.neg_audio, query.alpha)
     return condition(positive, negative)

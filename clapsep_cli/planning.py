@@ -38,10 +38,7 @@ class Destination:
     picture: bool = False
 
     def parts(self, targets: Sequence[str]) -> list[str]:
-        """The parts that are written of a recording. Raises `QueryError` where `only` names no target."""
-        unknown = [name for name in self.only if name not in targets]
-        if unknown:
-            raise QueryError(f"--only {unknown[0]}: is not among what is separated ({', '.join(targets)})")
+        """The parts that are written of a recording. Raises `OutputError` for several to stdout."""
         if self.remove:
             return [RESIDUAL]
         chosen = [name for name in targets if not self.only or name in self.only]
@@ -89,8 +86,12 @@ def plan(
 
 def _job(item: Input, targets: Mapping[str, Query], model: Model, options: Options, destination: Destination) -> Job:
     parts = destination.parts(list(targets))
+    whole = options.consistent or RESIDUAL in parts  # it takes all targets to know what they leave
+    kept = [name for name in targets if whole or name in parts]
     if options.min_presence is not None and not any(_positive(query) for query in targets.values()):
         raise QueryError("--min-presence needs to know what to look for: give a positive query, e.g. --pos")
+    if options.min_presence is not None and not model.tells_likeness:
+        raise QueryError(f"--min-presence: {model.name} cannot tell how alike sounds are; use another --model")
     words = " ".join(
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
@@ -99,11 +100,11 @@ def _job(item: Input, targets: Mapping[str, Query], model: Model, options: Optio
         decisive = {f.name: str(getattr(options, f.name)) for f in fields(options) if f.name not in NOT_IN_THE_RESULT}
         key = signature(item.path, targets, model.identity, {**decisive, "precision": model.precision})
     if folder == STDOUT:
-        return Job(item, targets, dict.fromkeys(parts, STDOUT), key)
+        return Job(item, targets, dict.fromkeys(parts, STDOUT), kept, key)
     folder = Path() if folder is None and item.path == STDIN else folder
     outputs = output_paths(item, parts, folder, destination.template, options.format, words)
     picture = output_paths(item, ["plot"], folder, "{stem}.{ext}", "png")["plot"] if destination.picture else None
-    return Job(item, targets, outputs, key, picture)
+    return Job(item, targets, outputs, kept, key, picture)
 
 
 def _is_done(job: Job) -> bool:

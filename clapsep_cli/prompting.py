@@ -9,7 +9,7 @@ import torch
 
 from clapsep_cli.errors import QueryError
 from clapsep_cli.models.tuss import Asked
-from clapsep_cli.prompts import TASKS, indices
+from clapsep_cli.prompts import TASKS, indices, untrained
 from clapsep_cli.query import Query
 
 if TYPE_CHECKING:
@@ -23,16 +23,25 @@ def prompts(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> Aske
     single prompt, which no model was trained on, is made complete by the first task in which the prompt occurs.
     Raises `QueryError` where a query is anything else.
     """
-    vocabulary = model.config.prompts
+    numbers = indices(_set(queries), model.config.prompts)
+    return Asked(torch.tensor(numbers, device=model.device), tuple(kept))
+
+
+def doubts(model: Model, queries: Sequence[Query]) -> list[str]:
+    """Why the released models know no mixture of what `queries` name. Raises `QueryError` as `prompts` does."""
+    indices(_set(queries), model.config.prompts)
+    return [f"the released models were not trained on {reason}" for reason in untrained(_set(queries))]
+
+
+def _set(queries: Sequence[Query]) -> list[str]:
     names = [_name(query) for query in queries]
     for query in queries:
         names += [text for text in query.neg if text not in names]
-    indices(names, vocabulary)
     if len(names) == 1:
-        task = next((list(task) for task in TASKS.values() if names[0] in task), names)
+        task = next((list(task) for task in TASKS.values() if names[0] in task), list(names))
         task.remove(names[0])
         names += task
-    return Asked(torch.tensor(indices(names, vocabulary), device=model.device), tuple(kept))
+    return names
 
 
 def _name(query: Query) -> str:

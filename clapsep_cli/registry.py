@@ -19,6 +19,8 @@ class Family:
     config: str
     separator: str  # made from the config
     ask: str  # makes, of a model, queries and which of them are kept, what the separator is asked for
+    as_set: bool = False  # hears all that it is asked for at once, so that no target has to be told what to leave
+    doubts: str = ""  # says, of a model and queries, why they may go wrong though they can be asked
     likeness: str = ""  # how alike a recording is to what a stem is asked for
     near_in_bfloat16: bool = True  # to its float32 output, 40 dB or more: so near that it is used unasked
     text: str = ""  # made from the config and a tokenizer
@@ -55,6 +57,8 @@ FAMILIES = {
         config="clapsep_cli.models.tuss:TussConfig",
         separator="clapsep_cli.models.tuss:Tuss",
         ask="clapsep_cli.prompting:prompts",
+        as_set=True,
+        doubts="clapsep_cli.prompting:doubts",
         near_in_bfloat16=False,
         convert="clapsep_cli.convert_tuss:convert_tuss",
     ),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.inputs import Input
-from clapsep_cli.pipeline import RESIDUAL
 from clapsep_cli.query import Query
 from clapsep_cli.writers import Clip
 
@@ -41,13 +40,15 @@ class Options:
 class Job:
     """A recording, what is asked of it, and where its parts go.
 
-    `targets` are asked for together; `outputs` names those that are written, and perhaps "residual". `key` marks the
-    outputs as made for all this; `picture` is where a picture of the parts goes.
+    `targets` are asked for together; `outputs` names those that are written, and perhaps "residual", and `kept` those
+    that have to be computed for it. `key` marks the outputs as made for all this; `picture` is where a picture of the
+    parts goes.
     """
 
     input: Input
     targets: Mapping[str, Query]
     outputs: Mapping[str, Path]
+    kept: Sequence[str]
     key: str = ""
     picture: Path | None = None
 
@@ -55,12 +56,6 @@ class Job:
     def has_spans(self) -> bool:
         """Whether the recording is part of what is asked."""
         return any(query.pos_spans or query.neg_spans for query in self.targets.values())
-
-    @property
-    def kept(self) -> list[str]:
-        """The targets that have to be computed: those written, or all, to know the residual."""
-        written = [name for name in self.targets if name in self.outputs]
-        return list(self.targets) if RESIDUAL in self.outputs or not written else written
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,7 @@ from clapsep_cli.embedding import conditions, likeness
 from clapsep_cli.library import load_model
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
-from clapsep_cli.query import Query
+from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import weights_folder
 
 # The same examples at every run, so that a change fails for its own reasons alone; `make fuzz` looks for new ones.
@@ -84,6 +84,14 @@ class Stub(Model):
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Tensor:
         return conditions(self, queries, range(len(queries)) if kept is None else kept)
+
+    tells_likeness = True
+
+    def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
+        return mutual(targets)
+
+    def doubts(self, queries: Sequence[Query]) -> list[str]:
+        return []
 
     def likeness(self, wanted: Tensor, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
         return likeness(self, wanted, stem, mono, rate)

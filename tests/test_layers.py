@@ -50,6 +50,7 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"terminal"},
     {"cli_options", "cli_models", "cli_evaluate"},
     {"cli_extract"},
+    {"cli_separate"},
     {"cli"},
     {"__main__"},
 ]

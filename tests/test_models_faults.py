@@ -79,7 +79,7 @@ def test_the_way_of_a_model_from_a_plain_address(
     assert f"not here; {transfer.amount(entry.download_bytes)} to download" in listed
     server.faults = Faults(cut_after=1000)
     failed = clapsep("models", "download", "alone", cwd=tmp_path)
-    assert (failed.returncode, failed.stdout) == (1, "")
+    assert (failed.returncode, failed.stdout) == (3, "")
     licence, reason = failed.stderr.splitlines()
     assert licence == f"clapsep: downloading alone: {transfer.amount(entry.download_bytes)}; licence: AGPL-3.0"
     assert reason.endswith("clapsep models convert alone --from model.pth")
@@ -141,7 +141,7 @@ def test_rm_takes_what_a_broken_download_left(server: HubServer, clapsep: Clapse
     ]
     assert below(tmp_path / "home") == set()
     again = clapsep("models", "rm", "alone", cwd=tmp_path)
-    assert (again.returncode, again.stdout) == (1, "")
+    assert (again.returncode, again.stdout) == (3, "")
     assert again.stderr == "clapsep: there is nothing of alone here: clapsep models list shows what there is\n"
 
 
