@@ -117,8 +117,8 @@ def _check_behind(file: BinaryIO, start: int, magic: bytes, body: int, stated: i
 
 def _compare(name: str, body: int, stated: int, size: int) -> None:
     if body + stated > size:
-        share = max(0, size - body) / stated
-        raise AudioError(f"{name}: is cut short, it holds {share:.1%} of what its header says; {REPAIR}")
+        missing = body + stated - size
+        raise AudioError(f"{name}: is cut short by {missing} of the {stated} bytes that its header says; {REPAIR}")
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,8 @@ class Outputs:
     ) -> None:
         if len(software.encode("utf-8", "replace")) > SOFTWARE_BYTES:
             raise ValueError(f"software is limited to {SOFTWARE_BYTES} bytes, which all formats hold: {software!r}")
+        if len(set(paths.values())) < len(paths):
+            raise OutputError(f"{' and '.join(paths)} would be written to one file, {next(iter(paths.values()))}")
         if STDOUT in paths.values() and encoding.format != "wav":
             raise OutputError(f"standard output carries WAV alone, not {encoding.format}")
         stored = {name: _clean(text) for name, text in {**(tags or {}), "software": software}.items() if text}
@@ -186,7 +188,8 @@ class Outputs:
         """Append to every part, float32 `[channels, samples]`."""
         for part, audio in parts.items():
             if part in self._drafts:
-                self._range = (min(self._range[0], float(audio.min())), max(self._range[1], float(audio.max())))
+                least, most = self._range
+                self._range = float(audio.min(initial=least)), float(audio.max(initial=most))
                 with _reported(self._parts[part].name, "writing failed"):
                     self._drafts[part].write(np.ascontiguousarray(audio.T, "<f4").tobytes())
             elif self._parts[part].write(audio) and self._clip == "error":
@@ -202,8 +205,9 @@ class Outputs:
         """Finish all parts and give them their names. If one cannot get it, those that did lose it again."""
         gain = self._gain() if self._drafts else 1.0
         for part, draft in self._drafts.items():
-            for block in self._drafted(draft):
-                self._parts[part].write(np.asarray(block * gain, np.float32))
+            with _reported(self._parts[part].name, "writing failed"):
+                for block in self._drafted(draft):
+                    self._parts[part].write(np.asarray(block * gain, np.float32))
         for writer in self._parts.values():
             writer.finish()
         placed: list[Path] = []
@@ -235,7 +239,8 @@ class Outputs:
         for writer in self._parts.values():
             writer.discard()
         for draft in self._drafts.values():
-            draft.close()
+            with suppress(OSError):
+                draft.close()
         with _FOLDERS:
             for folder in reversed(self._made):
                 with suppress(OSError):  # another output is in it by now

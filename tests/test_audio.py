@@ -597,6 +597,18 @@ def test_all_parts_get_their_names_or_none(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav", "c.wav"]
 
 
+def test_parts_of_one_name_and_blocks_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="target and residual would be written to one file"):
+        Outputs(dict.fromkeys(("target", "residual"), tmp_path / "x.wav"), 8000, 2, Encoding("wav", 16))
+    for form, clip in (("wav", "warn"), ("wav", "rescale"), ("flac", "error")):
+        path = tmp_path / f"{clip}.{form}"
+        with Outputs({"a": path}, 8000, 2, Encoding(form, 16), clip) as outputs:  # type: ignore[arg-type]
+            for samples in (0, 100, 0):
+                outputs.write({"a": noise(samples)})
+            outputs.commit()
+        np.testing.assert_array_equal(read(path), on_grid(noise(100), 16))
+
+
 def test_a_folder_that_another_output_came_into_stays(tmp_path: Path) -> None:
     first = Outputs({"a": tmp_path / "new" / "a.wav"}, 8000, 2, Encoding("wav", 16))
     write(tmp_path / "new" / "b.wav", noise(100), 8000, Encoding("wav", 16))
