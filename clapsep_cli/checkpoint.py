@@ -30,6 +30,8 @@ from clapsep_cli.texts import CachedTexts
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+DIGEST_BYTES = 1 << 20  # hashed at a time
+
 
 class Model:
     """A separator and its query encoders, ready for use on `device`. Get one from `load_model`.
@@ -76,7 +78,7 @@ class Model:
         """What tells the separator's weights from all others: what they were converted from, or else their hash."""
         path = self.folder / "separator.safetensors"
         pin = read_metadata(path).get("pin")
-        return f"{self.family} {pin or hashlib.sha256(path.read_bytes()).hexdigest()}"
+        return f"{self.family} {pin or _digest(path)}"
 
     @property
     def precision(self) -> str:
@@ -113,6 +115,14 @@ class Model:
     def infer(self, windows: Sequence[Tensor], wanted: Any) -> Tensor:
         """Have windows (float32 `[window]` each) separated in one go; the results along the first axis."""
         return self.separator.infer(torch.stack(list(windows)), wanted)
+
+
+def _digest(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(DIGEST_BYTES):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:

@@ -21,7 +21,7 @@ from clapsep_cli.windows import MaskTrack, Stream, Windower, downmix
 
 PEAK = 0.9  # to which what is over full scale is brought before a model hears it (paper IV-A)
 TOP_BINS = 64  # of the mask, 14–16 kHz
-VALUES_AT_ONCE = 2**22  # spectral values handled in one go: bounds the memory of many channels at high rates
+VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache
 
 
 class MaskedRecording(Stream):
@@ -80,6 +80,7 @@ class MaskedStream:
         self.n_fft = _smooth(self.size)
         self.window = torch.hann_window(self.size, device=device)
         self.audio = torch.zeros(channels, 0, device=device)
+        self.arrived: list[Tensor] = []  # audio behind that, to be joined when it is needed
         self.mask = torch.zeros(stems, 0, N_FFT // 2 + 1, device=device)
         self.sums = torch.zeros(stems * channels, self.size - self.hop, device=device)  # overlap-add, to be added to
         self.envelope = torch.zeros(self.size - self.hop, device=device)  # sum of squared windows, likewise
@@ -94,7 +95,7 @@ class MaskedStream:
 
     def push(self, audio: Tensor) -> None:
         """Take in `audio`, float32 `[channels, samples]`."""
-        self.audio = torch.cat([self.audio, audio], 1)
+        self.arrived.append(audio)
         self.pushed += audio.shape[1]
 
     def push_mask(self, mask: Tensor) -> None:
@@ -107,17 +108,20 @@ class MaskedStream:
 
     def pull(self) -> Tensor:
         """What can be computed from all that came so far, float32 `[stems, channels, samples]`."""
+        held = self.audio.shape[1] + sum(audio.shape[1] for audio in self.arrived)
         begin = self.half if self.frame == 0 else 0  # still to be reflected
-        if self.audio.shape[1] <= begin:
+        if held <= begin:
             return self.nothing()
-        audible = (begin + self.audio.shape[1] - self.size) // self.hop + 1
+        audible = (begin + held - self.size) // self.hop + 1
         masked = math.ceil((self.mask_frame + self.mask.shape[1] - 1) / self.frames_per_hop) - self.frame
-        return self._apart(self._compute(min(audible, masked)))
+        count = min(audible, masked)
+        return self._apart(self._compute(count)) if count > 0 else self.nothing()
 
     def finish(self, samples: int) -> Tensor:
         """The rest of a stream that is `samples` long; what was pushed beyond that is padding."""
         # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
         last = math.ceil(self.pushed / self.hop)
+        self._join()
         self.audio = _reflect(self.audio, 0, last * self.hop + self.half - self.pushed)
         before = max(self.pulled, 0)
         rest = torch.cat([self._compute(last + 1 - self.frame), self.sums / self.envelope.clamp(min=1e-8)], 1)
@@ -128,11 +132,16 @@ class MaskedStream:
 
     def _compute(self, count: int) -> Tensor:
         """The samples that the next `count` frames complete, `[stems · channels, samples]`."""
+        self._join()
         if count > 0 and self.frame == 0:
             self.audio = _reflect(self.audio, self.half, 0)
         step = max(1, VALUES_AT_ONCE // (len(self.sums) * (self.n_fft // 2 + 1)))
         parts = [self._frames(min(step, count - done)) for done in range(0, count, step)]
         return torch.cat([self.sums[:, :0], *parts], 1)
+
+    def _join(self) -> None:
+        if self.arrived:
+            self.audio, self.arrived = torch.cat([self.audio, *self.arrived], 1), []
 
     def _frames(self, count: int) -> Tensor:
         span = (count - 1) * self.hop + self.size
@@ -151,9 +160,13 @@ class MaskedStream:
 
     def _overlap_add(self, pieces: Tensor) -> Tensor:
         """`[channels, frames, size]` to `[channels, (frames − 1) · hop + size]`."""
-        span = (pieces.shape[1] - 1) * self.hop + self.size
-        added = F.fold(pieces.transpose(1, 2), (1, span), (1, self.size), stride=(1, self.hop))
-        return added[:, 0, 0]
+        channels, frames, size = pieces.shape
+        hops = -(-size // self.hop)  # that a frame lasts
+        added = pieces.new_zeros(channels, frames + hops - 1, self.hop)
+        for at in range(hops):
+            part = pieces[..., at * self.hop : (at + 1) * self.hop]
+            added[:, at : at + frames, : part.shape[2]] += part
+        return added.flatten(1)[:, : (frames - 1) * self.hop + size]
 
     def _mask(self, count: int) -> Tensor:
         """The masks at the next `count` frames and the bins of this stream, `[stems, count, bins]`; drops the past."""
