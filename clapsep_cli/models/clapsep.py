@@ -254,12 +254,14 @@ class CLAPSep(MaskSeparator):
 
     def lower(self, dtype: torch.dtype) -> None:
         # Spectra, patches (convolutions of one channel) and what normalises them are cheap, and stay float32.
+        for stack in (self.encoder.layers, self.aggregator, self.mask_net):
+            pack(stack, dtype)
         for part in (self.encoder.layers, self.aggregator, *self.mask_net.children()):
             part.to(dtype)
-        for part in (self.aggregator.inverse_patch_embed.proj, self.mask_net.spec_norm):
-            part.float()
-        if dtype == torch.bfloat16 and self.resample.kernel.device.type == "cpu":
-            pack(self)
+        self.aggregator.inverse_patch_embed.proj.float()
+        self.mask_net.spec_norm.float()
+        # As long as one tensor lies in the file it was mapped from, all that was read of that stays in memory.
+        self._apply(torch.clone)  # type: ignore[no-untyped-call]
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
         """Mask in (0, 1), `[batch, frames, 513]`; `features` and `condition` have the same batch, or one has 1."""
