@@ -245,9 +245,12 @@ def test_what_is_kept_does_not_change_it(tiny: Tuss) -> None:
 
 def test_only_what_is_kept_is_computed(tiny: Tuss) -> None:
     calls = []
-    tiny.conditional.register_forward_hook(lambda *_: calls.append(1))
+    tiny.conditional.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     tiny.separate(MIXTURE, SCENE, [1])
-    assert len(calls) == 1
+    assert calls == [2]
+    tiny.separate(torch.stack([MIXTURE[0], torch.zeros(9600)]), SCENE, [1])
+    tiny.separate(torch.zeros(2, 9600), SCENE)
+    assert calls == [2, 1]  # nothing for rows that are silent
 
 
 def test_a_batch_equals_its_members(tiny: Tuss) -> None:
