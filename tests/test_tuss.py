@@ -352,13 +352,15 @@ def test_config_rejects_nonsense_and_survives_json() -> None:
 # Conversion.
 
 
-def test_a_released_file_becomes_the_separator(tmp_path: Path) -> None:
-    tensors = released(TINY)
+@pytest.mark.parametrize("config", [TINY, MEDIUM])
+def test_a_released_file_becomes_the_separator(tmp_path: Path, config: TussConfig) -> None:
+    tensors = released(config)
     save_released(tmp_path / "model.pth", tensors)
-    convert_tuss([tmp_path / "model.pth"], tmp_path / "tiny", TINY, revision="r1")
-    model = Tuss(TINY)
-    model.load_state_dict(read_tensors(tmp_path / "tiny" / "separator.safetensors"))
-    expected = separator(TINY, tensors).separate(MIXTURE, SCENE)
+    # Of a released size, the file itself says which.
+    convert_tuss([tmp_path / "model.pth"], tmp_path / "new", None if config == MEDIUM else config, revision="r1")
+    model = Tuss(config)
+    model.load_state_dict(read_tensors(tmp_path / "new" / "separator.safetensors"))
+    expected = separator(config, tensors).separate(MIXTURE, SCENE)
     assert torch.equal(model.eval().separate(MIXTURE, SCENE), expected)
 
 
