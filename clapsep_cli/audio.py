@@ -73,7 +73,8 @@ def on_grid(audio: Audio, bits: int | None) -> Audio:
     steps = np.float32(2.0 ** (min(bits, 24) - 1))
     rounded = audio * steps  # exact, as is the way back: by a power of two
     np.rint(rounded, out=rounded)
-    return np.divide(rounded, steps, out=rounded)
+    rounded /= steps
+    return rounded
 
 
 def quantise(audio: Audio, bits: int) -> tuple[NDArray[np.int32], int]:
