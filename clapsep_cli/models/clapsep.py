@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, spectrum
+from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, power, spectrum
 from clapsep_cli.models import htsat
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
@@ -250,7 +250,7 @@ class CLAPSep(MaskSeparator):
 
     def encode(self, mixture: Tensor) -> Features:
         """Features of `mixture`, float32 `[batch, window]` at 32 kHz, peaks within ±1."""
-        return Features(spectrum(mixture).abs(), self.encoder(self.resample(mixture)))
+        return Features(power(spectrum(mixture)).sqrt_(), self.encoder(self.resample(mixture)))
 
     def lower(self, dtype: torch.dtype) -> None:
         # Spectra, patches (convolutions of one channel) and what normalises them are cheap, and stay float32.
