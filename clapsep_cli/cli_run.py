@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Asked = Sequence[tuple[Input, Mapping[str, Query]]]
 
 FAILED = 1
+DONE, ABSENT, BEFORE, FAULTY = OUTCOMES = ("done", "without what was asked for", "done before", "failed")
 HEADER_LETTERS = 160  # of the queries in the first line
 
 
@@ -209,21 +210,21 @@ class _Lines:
         self._print(json.dumps(told))  # in ASCII, so that it passes whatever the terminal's encoding is
 
     def skipped(self, job: Job) -> None:
-        self.outcomes["done before"] += 1
+        self.outcomes[BEFORE] += 1
         if self.json:
             self._object(job.input.path, "skipped", outputs={part: str(path) for part, path in job.outputs.items()})
         else:
             self._print(f"{job.input.path}: done before")
 
     def failed(self, failure: Failure) -> None:
-        self.outcomes["failed"] += 1
+        self.outcomes[FAULTY] += 1
         self.failures.append(str(failure.error))
         if self.json:
             self._object(failure.mixture, "failed", error=str(failure.error))
         note(str(failure.error))
 
     def done(self, done: Extraction) -> None:
-        self.outcomes["done" if done.outputs else "without what was asked for"] += 1
+        self.outcomes[DONE if done.outputs else ABSENT] += 1
         for part, count in done.clipped.items():
             if count:
                 were = "samples were" if count > 1 else "sample was"
@@ -259,9 +260,9 @@ class _Lines:
         if self.count < 2:
             return
         left = self.count - sum(self.outcomes.values())
-        told = ", ".join(f"{count} {what}" for what, count in self.outcomes.items())
+        told = [f"{self.outcomes[what]} {what}" for what in OUTCOMES if self.outcomes[what]]
         if not self.json:
-            self._print(f"{self.count} recordings: {told}{f', {left} not begun or not finished' if left else ''}")
+            self._print(f"{self.count} recordings: {', '.join([*told, *([f'{left} left'] if left else [])])}")
         if self.failures:
             note("\n  ".join([f"{len(self.failures)} of {self.count} files failed:", *self.failures]))
 

@@ -256,7 +256,7 @@ class Outputs:
 def read_software(path: Path) -> str:
     """The `software` that an output was written with; "" for a file that has none, or is none."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             return LIBSNDFILE.sub("", file.software)
     except (soundfile.SoundFileError, OSError):
         return ""

@@ -6,23 +6,23 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import Fixed, Stub
+from conftest import Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from stand_ins import Moody
 from torch import Tensor
 
 from clapsep_cli import Query, extract, recording
 from clapsep_cli.batch import MAX_OPEN, run
 from clapsep_cli.checkpoint import Model
-from clapsep_cli.dsp import HOP, N_FFT
 from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError
 from clapsep_cli.inputs import Input
 from clapsep_cli.planning import Destination, Plan, lay_out, plan
@@ -30,28 +30,6 @@ from clapsep_cli.tasks import Extraction, Failure, Job, Options
 
 DOG, RAIN = Query("dog"), Query("rain")
 Audio = NDArray[np.float32]
-
-
-class Moody(Fixed):
-    """Masks a window by its content and by what is asked for; notes how many windows it got at once."""
-
-    def __init__(self, window: int = 32_000) -> None:
-        super().__init__(0.0, window)
-        self.encoded: list[int] = []
-        self.batches: list[int] = []
-
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
-        self.batches.append(len(windows))
-        return super().infer(windows, wanted)
-
-    def encode(self, mixture: Tensor) -> Tensor:
-        self.encoded.append(len(mixture))
-        return mixture
-
-    def mask(self, features: Tensor, condition: Tensor) -> Tensor:
-        frames, bins = torch.arange(self.window // HOP + 1), torch.arange(N_FFT // 2 + 1)
-        phase = 50 * features.abs().amax(1)[:, None, None] + condition.sum(1)[:, None, None]
-        return 0.5 + 0.4 * torch.sin(phase + frames[:, None] / 10 + bins / 50)
 
 
 def noise(*shape: int, seed: int = 0) -> Audio:
@@ -282,7 +260,7 @@ def test_the_time_spent_on_recordings_adds_up_to_no_more_than_there_was(tmp_path
     done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch=8))
     spent = [outcome.elapsed for outcome in done if isinstance(outcome, Extraction)]
     assert len(spent) == 20
-    assert 0 < min(spent)
+    assert min(spent) > 0
     assert sum(spent) <= time.perf_counter() - began
 
 
@@ -346,10 +324,10 @@ def test_a_stalled_pipe_does_not_keep_from_stopping(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Path:
     for number in range(3):
         record(tmp_path, f"in/{number}.wav", seed=number)
-    yield tmp_path
+    return tmp_path
 
 
 def again(folder: Path, model: Model | None = None, query: Query = DOG, **options: object) -> Plan:
