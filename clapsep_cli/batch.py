@@ -9,30 +9,28 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clapsep_cli import __version__
-from clapsep_cli.audio import Audio, on_grid
 from clapsep_cli.checkpoint import Model
-from clapsep_cli.encoding import choose_encoding
-from clapsep_cli.errors import ClapsepError, OutputError, QueryError, StoppedError
-from clapsep_cli.levels import Meter, Presence
-from clapsep_cli.pipeline import BLOCK_SECONDS, RESIDUAL, Ear, Passage
-from clapsep_cli.plot import Picture
+from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputError, StoppedError
 from clapsep_cli.query import Excerpt
-from clapsep_cli.sources import STDIN, Source
+from clapsep_cli.recording import Recording
 from clapsep_cli.tasks import Extraction, Failure, Job, Options, Progress
-from clapsep_cli.writers import Outputs
 
 MAX_OPEN = 32  # recordings
+MAX_ASKED = 64  # different sets of targets whose embeddings are held
+MAX_FILES = 160  # open at once; systems allow a process 256 or more
 SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, that a batch of windows may take
+LOOK_SECONDS = 0.2  # how often whoever waits for a file looks whether to stop
+
+Result = TypeVar("Result")
 
 
 def _quiet(job: Job, done: float, total: float) -> None:
@@ -45,261 +43,169 @@ def run(
     options: Options = Options(),
     progress: Progress = _quiet,
     stop: threading.Event | None = None,
-) -> Iterator[Extraction | Failure]:
+) -> Generator[Extraction | Failure, None, None]:
     """Do `jobs`, yielding what became of each as soon as it is known.
 
     Once `stop` is set, the windows at hand are finished, what is unfinished is taken back, and `StoppedError` raised.
-    Raises `QueryError` and `AudioError` at once where all recordings share queries that cannot be used.
+    Raises `QueryError` and `AudioError` at once where all recordings share queries that cannot be used, `ModelError`
+    where the model cannot, and `DeviceError` where the device has not the memory for a single window.
     """
-    waiting, at_once = deque(jobs), options.batch
-    with _Opened(model, options) as opened:
+    waiting = deque(jobs)
+    with _Opened(model, options, stop or threading.Event()) as opened:
         if waiting and all(job.targets is waiting[0].targets for job in waiting) and not waiting[0].has_spans:
             opened.ask(waiting[0])
         while waiting or opened.recordings:
-            if stop is not None and stop.is_set():
-                raise StoppedError("stopped; recordings that were done are kept, --skip-existing goes on from there")
-            # One more than a batch needs is open, so that it is read while the model works.
-            while waiting and len(opened.recordings) < min(at_once + 1, MAX_OPEN):
-                yield from opened.open(waiting.popleft())
-            if not at_once and opened.recordings:
-                at_once = windows_at_once(model, opened.recordings[0].wanted)
-            yield from opened.feed(at_once)
-            opened.separate(at_once)
+            opened.check()
+            opened.feed(waiting)
+            opened.separate()
             yield from opened.deliver(progress)
 
 
 class _Opened(ExitStack):
     """The recordings at work on, in the order they were opened."""
 
-    def __init__(self, model: Model, options: Options) -> None:
+    def __init__(self, model: Model, options: Options, stop: threading.Event) -> None:
         super().__init__()
-        self.model, self.options = model, options
-        self.recordings: list[_Recording] = []
-        self.asked: tuple[object, Any] = (None, None)
+        self.model, self.options, self.stop = model, options, stop
+        self.at_once = options.batch  # windows; 0 until the device was asked
+        self.recordings: list[Recording] = []
+        self.failures: list[Failure] = []  # that nobody was told of yet
+        self.asked: dict[tuple[int, tuple[str, ...]], tuple[Job, Any]] = {}
         self.io = ThreadPoolExecutor(max(1, options.workers), thread_name_prefix="clapsep-io")
         self.callback(self._close)
 
     def _close(self) -> None:
-        try:
-            self.io.shutdown(wait=True, cancel_futures=True)
-        finally:
+        self.io.shutdown(wait=False, cancel_futures=True)
+        with ExitStack() as stack:  # so that none is left open if one fails to close
             for recording in self.recordings:
-                recording.close()
+                stack.callback(recording.close)
 
-    def open(self, job: Job) -> Iterator[Failure]:
-        try:
-            self.recordings.append(_Recording(job, self.model, self.ask(job), self.options, self.io))
-        except (ClapsepError, OSError) as error:
-            yield _failure(job, error)
+    def check(self) -> None:
+        """Raise `StoppedError` if the user asked for that."""
+        if self.stop.is_set():
+            raise StoppedError("stopped; recordings that were done are kept, --skip-existing goes on from there")
+
+    def result(self, future: Future[Result]) -> Result:
+        """What a thread was to do. Whoever stalls, a pipe perhaps, does not keep the user from stopping."""
+        while not wait([future], LOOK_SECONDS).done:
+            self.check()
+        return future.result()
 
     def ask(self, job: Job) -> Any:
-        """What the model is asked for; recordings with the same queries share it, and so can share a batch."""
-        queries = {name: query.within(lambda a, b: _excerpt(job, a, b)) for name, query in job.targets.items()}
-        key = (queries, job.kept)
-        if self.asked[0] != key:
-            names = list(queries)
-            self.asked = key, self.model.ask(list(queries.values()), [names.index(name) for name in job.kept])
-        return self.asked[1]
+        """What the model is asked for; recordings that share their targets share it, and so can share a batch."""
+        key = id(job.targets), tuple(job.kept)
+        if key in self.asked:
+            return self.asked[key][1]
+        path = job.input.path
+        queries = {name: query.within(lambda a, b: Excerpt(path, a, b)) for name, query in job.targets.items()}
+        names = list(queries)
+        wanted = self.model.ask(list(queries.values()), [names.index(name) for name in job.kept])
+        if not job.has_spans:
+            self.asked[key] = job, wanted  # the job, too: its targets must outlive their id
+            if len(self.asked) > MAX_ASKED:
+                del self.asked[next(iter(self.asked))]
+        return wanted
 
-    def feed(self, at_once: int) -> Iterator[Failure]:
-        """Read on until there are windows for a batch, or nothing more to read."""
-        ready = 0
+    def feed(self, waiting: deque[Job]) -> None:
+        """Read on, the oldest recordings first, until there are windows for a batch or nothing more to read.
+
+        One recording more than that takes is open, so that it is read while the model works.
+        """
         for recording in list(self.recordings):
-            try:
-                while not recording.windows and not recording.ended:
-                    recording.read()
-            except (ClapsepError, OSError) as error:
-                yield self._fail(recording, error)
-            ready += len(recording.windows)
-            if ready >= at_once:
-                break
+            self._read(recording)
+        while waiting and self._has_room(waiting[0]) and (self._lacks_windows() or self.recordings[-1].windows):
+            self._open(waiting.popleft())
 
-    def separate(self, at_once: int) -> None:
-        """Have up to `at_once` windows separated that ask for the same."""
-        batch: list[tuple[_Recording, Tensor]] = []
-        for recording in self.recordings:
-            while recording.windows and len(batch) < at_once:
-                if batch and not (
-                    batch[0][0].wanted is recording.wanted and batch[0][1].shape == recording.windows[0].shape
-                ):
-                    break
-                batch.append((recording, recording.windows.popleft()))
-        if batch:
+    def _lacks_windows(self) -> bool:
+        return not self.recordings or sum(len(recording.windows) for recording in self.recordings) < self.at_once
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether one more may be open: each takes a file to read, and up to two for each of its parts."""
+        return len(self.recordings) < max(2, min(MAX_OPEN, MAX_FILES // (1 + 2 * len(job.outputs))))
+
+    def _open(self, job: Job) -> None:
+        try:
+            recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result)
+        except (ClapsepError, OSError) as error:
+            self._fail(job, error)
+            return
+        self.recordings.append(recording)
+        if not self.at_once:
+            self.at_once = windows_at_once(self.model, recording.wanted)
+        self._read(recording)
+
+    def _read(self, recording: Recording) -> None:
+        try:
+            while self._lacks_windows() and not recording.ended:
+                recording.read()
+        except (ClapsepError, OSError) as error:
+            self._fail(recording.job, error)
+            self._drop(recording)
+
+    def _fail(self, job: Job, error: ClapsepError | OSError) -> None:
+        if isinstance(error, (StoppedError, ModelError, DeviceError)):
+            raise error  # which would befall all others, too
+        if isinstance(error, OSError):
+            error = OutputError(f"{error.filename or job.input.path}: {error.strerror or error}")
+        self.failures.append(Failure(job.input.path, error))
+
+    def separate(self) -> None:
+        """Have windows separated that ask for the same, as many as make a batch."""
+        batch = [(recording, window) for recording in self.recordings for window in recording.windows]
+        batch = [one for one in batch if _alike(one, batch[0])][: self.at_once]
+        if not batch:
+            return
+        began = time.perf_counter()
+        try:
             results = self.model.infer([window for _, window in batch], batch[0][0].wanted)
-            for (recording, _), result in zip(batch, results, strict=True):
-                recording.passage.accept(result)
+        except torch.cuda.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise DeviceError(f"{self.model.device} has not the memory for a window; use -d cpu") from error
+            self.at_once = len(batch) // 2  # the windows are still there
+            return
+        share = (time.perf_counter() - began) / len(batch)
+        for (recording, _), result in zip(batch, results, strict=True):
+            recording.windows.popleft()
+            recording.elapsed += share
+            recording.passage.accept(result)
 
     def deliver(self, progress: Progress) -> Iterator[Extraction | Failure]:
-        """Hand on what is final; yield the recordings that are done."""
+        """Hand on what is final; yield the recordings that are done, and those that failed."""
         for recording in list(self.recordings):
             if recording.windows:
                 continue
             try:
-                recording.deliver()
-                progress(recording.job, recording.seconds, recording.total)
-                if recording.ended:
-                    yield recording.finish()
-                    self._drop(recording)
+                if recording.deliver():
+                    progress(recording.job, recording.seconds, recording.total)
+                if not recording.ended:
+                    continue
+                done = recording.finish()
             except (ClapsepError, OSError) as error:
-                yield self._fail(recording, error)
+                self._fail(recording.job, error)
+                self._drop(recording)
+            else:
+                self._drop(recording)
+                yield done
+        while self.failures:
+            yield self.failures.pop(0)
 
-    def _fail(self, recording: _Recording, error: ClapsepError | OSError) -> Failure:
-        self._drop(recording)
-        return _failure(recording.job, error)
-
-    def _drop(self, recording: _Recording) -> None:
+    def _drop(self, recording: Recording) -> None:
         self.recordings.remove(recording)
         recording.close()
 
 
-def _failure(job: Job, error: ClapsepError | OSError) -> Failure:
-    if isinstance(error, OSError):
-        error = OutputError(f"{error.filename or job.input.path}: {error.strerror or error}")
-    return Failure(job.input.path, error)
-
-
-def _excerpt(job: Job, start: float, end: float) -> Excerpt:
-    if job.input.path == STDIN:
-        raise QueryError("a span of the mixture needs a file, not standard input, which can be read only once")
-    return Excerpt(job.input.path, start, end)
-
-
-class _Recording:
-    """A recording that is being separated. Reading and writing go on in threads of `io`, a step ahead and behind."""
-
-    def __init__(self, job: Job, model: Model, wanted: Any, options: Options, io: ThreadPoolExecutor) -> None:
-        self.began = time.perf_counter()
-        self.job, self.model, self.wanted, self.options, self.io = job, model, wanted, options, io
-        self.windows: deque[Tensor] = deque()
-        self.ended, self.samples = False, 0
-        self._stack = ExitStack()
-        self._reading: Future[tuple[Audio, Audio, bool]] | None = None
-        self._writing: Future[None] | None = None
-        try:
-            self._open()
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _open(self) -> None:
-        source = self._stack.enter_context(Source(self.job.input.path, self.options.start, self.options.end))
-        self.rate, self.frames = source.rate, source.frames
-        self.encoding = choose_encoding(self.options.format, self.options.subtype, source)
-        self._outputs = self._stack.enter_context(
-            Outputs(
-                self.job.outputs,
-                source.rate,
-                source.channels,
-                self.encoding,
-                self.options.clip,
-                source.tags,
-                f"clapsep {__version__}" + (f" key={self.job.key}" if self.job.key else ""),
-                self.options.overwrite,
-            )
-        )
-        self._picture = Picture(source.rate) if self.job.picture else None
-        self._meters = {part: Meter() for part in ("mixture", *self.job.outputs)}
-        watched = self.model.tells_likeness and (self.options.presence or self.options.min_presence is not None)
-        self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
-        self.passage = Passage(self.model, self.wanted, source.rate, source.channels)
-        self._ear = Ear(source.rate, self.model.separator.rate, source.channels)
-        self._blocks = source.blocks(BLOCK_SECONDS)
-        self._nothing = np.zeros((source.channels, 0), np.float32)
-        self._reading = self.io.submit(self._next)
-
-    def _next(self) -> tuple[Audio, Audio, bool]:
-        block = next(self._blocks, None)
-        if block is None:
-            return self._nothing, self._ear.hear(self._nothing, True), True
-        return block, self._ear.hear(block), False
-
-    @property
-    def seconds(self) -> float:
-        """How much is separated."""
-        return self.samples / self.rate
-
-    @property
-    def total(self) -> float:
-        """How long the recording is, as far as that is known."""
-        return max(self.frames, self.samples) / self.rate
-
-    def read(self) -> None:
-        """Take in the next block; it may complete windows."""
-        assert self._reading is not None, "a recording that has ended is not read on"
-        block, heard, self.ended = self._reading.result()
-        self._reading = None if self.ended else self.io.submit(self._next)
-        self.windows.extend(self.passage.push(block, heard, self.ended))
-
-    def deliver(self) -> None:
-        """Have what is final written."""
-        mixture, stems = self.passage.pull()
-        if mixture.size:
-            self.samples += mixture.shape[1]
-            self._wait()
-            self._writing = self.io.submit(self._store, mixture, stems)
-
-    def _wait(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def _store(self, mixture: Audio, stems: Audio) -> None:
-        if self.options.consistent:
-            stems = stems + (mixture - stems.sum(0)) / np.float32(len(stems))
-        for presence, stem in zip(self._presence.values(), stems, strict=False):
-            presence.add(mixture, stem)
-        # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
-        rounded = [on_grid(stem, self.encoding.bits) for stem in stems]
-        parts = dict(zip(self.job.kept, rounded, strict=True))
-        parts[RESIDUAL] = mixture - np.asarray(sum(rounded), np.float32)
-        written = {part: parts[part] for part in self.job.outputs}
-        for part, audio in (("mixture", mixture), *written.items()):
-            self._meters[part].add(audio)
-        if self._picture is not None:
-            self._picture.add({"mixture": mixture, **written})
-        self._outputs.write(written)
-
-    def finish(self) -> Extraction:
-        """Give the outputs their names."""
-        self._wait()
-        presence = {name: one.read(self._likeness(stem)) for stem, (name, one) in enumerate(self._presence.items())}
-        written = self._is_present(presence)
-        result = self._outputs.commit() if written else None
-        if self._picture is not None and self.job.picture is not None and written:
-            self._picture.save(self.job.picture, "; ".join(query.describe() for query in self.job.targets.values()))
-        return Extraction(
-            mixture=self.job.input.path,
-            outputs=dict(self.job.outputs) if written else {},
-            seconds=self.seconds,
-            elapsed=time.perf_counter() - self.began,
-            queries={name: self.job.targets[name].describe() for name in self.job.kept},
-            clipped=result.clipped if result else {},
-            gain=result.gain if result else 1.0,
-            levels={part: meter.read() for part, meter in self._meters.items()},
-            presence=presence,
-            picture=self.job.picture if written else None,
-        )
-
-    def _likeness(self, stem: int) -> Callable[[Audio], float | None]:
-        return lambda mono: self.model.likeness(self.wanted, stem, mono, self.rate)
-
-    def _is_present(self, presence: Mapping[str, dict[str, float] | None]) -> bool:
-        """Whether any target is there, as far as anybody wants to know."""
-        least = self.options.min_presence
-        return least is None or any(one is not None and one["score"] >= least for one in presence.values())
-
-    def close(self) -> None:
-        """Let go of everything; what was not finished leaves no trace."""
-        for pending in (self._reading, self._writing):
-            if pending is not None and not pending.cancel():
-                pending.exception()
-        self._stack.close()
+def _alike(one: tuple[Recording, Tensor], other: tuple[Recording, Tensor]) -> bool:
+    """Whether two windows can be separated in one go."""
+    return one[0].wanted is other[0].wanted and one[1].shape == other[1].shape
 
 
 def windows_at_once(model: Model, wanted: Any) -> int:
-    """How many windows the device separates best in one go: on a GPU as many as fit into half of its free memory."""
+    """How many windows the device separates best in one go: on a GPU as many as fit into half of its free memory.
+
+    On a CPU one; two in lower precision, where reading the weights from memory is a twentieth of the time.
+    """
     if model.device.type != "cuda":
-        return 1
+        return 1 if model.dtype == torch.float32 else 2
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     model.infer([torch.zeros(model.separator.window, device=model.device)], wanted)

@@ -92,13 +92,17 @@ class Common:
     ] = None
 
     threads: Annotated[
-        int | None, _option("--threads", panel=RUN, min=1, metavar="N", help="To compute with; by default all cores.")
+        int | None,
+        _option("--threads", panel=RUN, min=1, max=1024, metavar="N", help="To compute with; by default all cores."),
     ] = None
     batch_size: Annotated[
-        int, _option("--batch-size", panel=RUN, min=0, metavar="N", help="Windows at once; 0 lets the device decide.")
+        int,
+        _option(
+            "--batch-size", panel=RUN, min=0, max=1024, metavar="N", help="Windows at once; 0 lets the device decide."
+        ),
     ] = 0
     jobs: Annotated[
-        int, _option("--jobs", "-j", panel=RUN, min=1, metavar="N", help="Threads that read and write.")
+        int, _option("--jobs", "-j", panel=RUN, min=1, max=64, metavar="N", help="Threads that read and write.")
     ] = 2
     json: Annotated[bool, _option("--json", panel=RUN, help="Print a JSON object for each recording on stdout.")] = (
         False

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from clapsep_cli.cli_extract import carry_out, find
 from clapsep_cli.cli_options import Common, takes
-from clapsep_cli.errors import QueryError
+from clapsep_cli.cli_run import carry_out, find
+from clapsep_cli.errors import UsageError
 
 PROMPTS = "Prompts"  # panel of --help
 LISTS = ("--prompts", "--only")
@@ -46,9 +47,9 @@ def repeated(args: Sequence[str]) -> list[str]:
 def separate(
     common: Common,
     inputs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for a WAV from stdin."),
-    ],
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,33 +81,43 @@ def separate(
 
     The prompts should name all that is in the recording, not only what is wanted: see --only.
     """
+    from clapsep_cli.inputs import is_there
     from clapsep_cli.planning import Destination
     from clapsep_cli.prompts import TASKS
     from clapsep_cli.query import Query
 
     if bool(prompts) == bool(task):
-        raise QueryError("say what is in the recording: either --prompts NAME..., or --task")
+        raise UsageError("say what is in the recording: either --prompts NAME..., or --task")
     if task and task not in TASKS:
-        raise QueryError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
+        raise UsageError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
     names = list(TASKS[task]) if task else list(prompts or ())
-    common = replace(common, model=common.model or DEFAULT)
+    if not inputs and (swallowed := [word for word in (*names, *(only or ())) if is_there(Path(word))]):
+        raise UsageError(f"{swallowed[0]} was taken for a prompt: name the recordings first, or another option between")
     named = parts(names)
-    targets = {part: Query(pos=name) for part, name in named.items()}
-    chosen = [part for part, name in named.items() if {part, name} & set(only or ())]
     unknown = set(only or ()) - {*named, *names}
     if unknown:
-        raise QueryError(f"--only {unknown.pop()}: is not among what is separated ({', '.join(named)})")
+        raise UsageError(f"--only {min(unknown)}: is not among what is separated ({', '.join(named)})")
+    chosen = [part for part, name in named.items() if {part, name} & set(only or ())]
+    targets = {part: Query(pos=name) for part, name in named.items()}
+    asked = [(item, targets) for item in find(inputs or [], common)]
     destination = Destination(only=chosen, residual=residual)
-    carry_out([(item, targets) for item in find(inputs, common)], common, destination, True, {"consistent": consistent})
+    carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
 
 
 def parts(names: Sequence[str]) -> dict[str, str]:
-    """What the parts of a list of prompts are called: `speech`, `speech-2`, each with its prompt."""
-    from clapsep_cli.outputs import safe_name
+    """What the parts of a list of prompts are called: `speech`, `speech-2`, each with its prompt.
 
-    seen: Counter[str] = Counter()
-    found = {}
+    Raises `UsageError` for a name that another part has.
+    """
+    from clapsep_cli.inputs import folded
+    from clapsep_cli.outputs import safe_name
+    from clapsep_cli.targets import TAKEN
+
+    found: dict[str, str] = {}
     for name in names:
-        seen[name] += 1
-        found[safe_name(name) + (f"-{seen[name]}" if seen[name] > 1 else "")] = name
+        if folded(safe_name(name)) in TAKEN:
+            raise UsageError(f"--prompts {name}: a part cannot be called so; choose another name")
+        taken = set(map(folded, found))
+        numbered = (safe_name(name) + (f"-{number}" if number > 1 else "") for number in count(1))
+        found[next(part for part in numbered if folded(part) not in taken)] = name
     return found

@@ -56,13 +56,20 @@ def _embed_shot(model: Model, shot: Shot) -> Tensor:
         check_finite(samples, name, shot[1])
         mono = to_rate(samples.mean(0), shot[1], rate) if samples.size else np.zeros(0, np.float32)
     elif isinstance(shot, Excerpt):
-        name = f"{shot.path} from {shot.start:g} to {shot.end:g} s"
-        mono = read_mono(shot.path, rate, shot.start, shot.end)
+        name = f"{shot.path}, {shot.start:g}-{shot.end:g} s"
+        mono = _read_excerpt(shot, rate)
     else:
         name, mono = str(shot), read_mono(Path(shot), rate)
     if not np.any(mono):
         raise AudioError(f"{name}: is silent; a query needs a recording of the sound")
     return _embed(model, mono)
+
+
+def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
+    try:
+        return read_mono(shot.path, rate, shot.start, shot.end)
+    except AudioError as error:
+        raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s is not to be had: {error}") from error
 
 
 def _embed(model: Model, mono: Audio) -> Tensor:

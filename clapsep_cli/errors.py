@@ -13,6 +13,12 @@ class AudioError(ClapsepError):
     """A recording cannot be read, or is not usable as audio."""
 
 
+class UsageError(ClapsepError):
+    """What is asked for does not go together, or is nothing that there is."""
+
+    exit_code = 2
+
+
 class QueryError(ClapsepError):
     """A query is missing, empty or contradictory."""
 

@@ -57,7 +57,7 @@ class Passage:
 
     def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
         self._stream = model.separator.stream(wanted, rate, channels, model.device)
-        self._waiting: list[Audio] = []  # the mixture whose stems are still to come
+        self._waiting = [np.zeros((channels, 0), np.float32)]  # the mixture whose stems are still to come
 
     def push(self, block: Audio, heard: Audio, last: bool = False) -> list[Tensor]:
         """Take in a block and what is heard of it; returns the windows that are to be separated, in their order."""

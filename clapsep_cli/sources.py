@@ -100,7 +100,7 @@ def _open(path: Path, name: str) -> Decoder:
         if not path.exists():
             raise AudioError(f"{path}: no such file")
         if path.is_fifo():
-            return WavStream(path.open("rb"), name)
+            return _open_fifo(path, name)
         if not path.is_file():
             raise AudioError(f"{path}: is no file; use - to read a WAV from a pipe")
         return _open_file(path)
@@ -114,6 +114,15 @@ def _open_stdin(name: str) -> Decoder:
     if sys.stdin.isatty():
         raise AudioError(f"{name}: is a terminal; pipe a WAV into it, e.g. ffmpeg -i FILE -f wav - | clapsep …")
     return WavStream(sys.stdin.buffer, name)
+
+
+def _open_fifo(path: Path, name: str) -> Decoder:
+    stream = path.open("rb")
+    try:
+        return WavStream(stream, name)
+    except BaseException:
+        stream.close()
+        raise
 
 
 def _open_file(path: Path) -> Decoder:

@@ -42,7 +42,7 @@ class Job:
 
     `targets` are asked for together; `outputs` names those that are written, and perhaps "residual", and `kept` those
     that have to be computed for it. `key` marks the outputs as made for all this; `picture` is where a picture of the
-    parts goes.
+    parts goes. `overwrite` allows to replace what is there.
     """
 
     input: Input
@@ -51,6 +51,7 @@ class Job:
     kept: Sequence[str]
     key: str = ""
     picture: Path | None = None
+    overwrite: bool = False
 
     @property
     def has_spans(self) -> bool:
@@ -69,7 +70,7 @@ class Extraction:
     mixture: Path
     outputs: dict[str, Path]
     seconds: float  # of audio
-    elapsed: float  # seconds of wall time since the recording was opened
+    elapsed: float  # seconds spent on it; of what it shares with other recordings its share, so that they add up
     queries: dict[str, str]
     clipped: dict[str, int]
     gain: float

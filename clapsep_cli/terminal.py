@@ -7,8 +7,9 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
 
@@ -46,8 +47,25 @@ ModelDirOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
+PROGRESS = ("auto", "json", "none")
+NAME_LETTERS = 40  # of a recording's name beside its bar
+
+
+def plain(text: str) -> str:
+    """`text` with escapes for what no terminal should be sent: control characters and the like, in file names say."""
+    letters = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
+    return "".join(letters)
+
+
+def echo(line: str, stream: TextIO) -> None:
+    """Print a line, whatever is in it and whatever the stream can show."""
+    encoding = stream.encoding or "utf-8"
+    typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
 def note(line: str) -> None:
-    typer.echo(f"clapsep: {line}", err=True)
+    """Tell the user something, on stderr."""
+    echo(f"clapsep: {line}", sys.stderr)
 
 
 def progress(quiet: bool, *, transfer: bool = False) -> Progress | _NoProgress:
@@ -61,7 +79,9 @@ def progress(quiet: bool, *, transfer: bool = False) -> Progress | _NoProgress:
     measure = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if transfer else ()
     described = bars.TextColumn("{task.description}", markup=False)
     columns = (described, bars.BarColumn(), *measure, bars.TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    # Lines that are printed meanwhile go above the bars; but what a file or a pipe is to get is left alone.
+    aside = sys.stdout.isatty()
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=aside)
 
 
 class _NoProgress:
@@ -103,23 +123,21 @@ def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class Reporter:
-    """Shows how a run goes on, on stderr: bars for the recordings at work and for all, or lines of JSON.
+    """Shows how a run of `count` recordings goes on, on stderr: bars for each and for all, or lines of JSON.
 
-    `how`: "auto" for bars where there is a terminal, "json", or "none".
+    `how`: one of `PROGRESS`, "auto" for bars where there is a terminal.
     """
 
     def __init__(self, how: str, quiet: bool, count: int) -> None:
-        if how not in ("auto", "json", "none"):
-            raise typer.BadParameter(f"{how!r} is not auto, json or none", param_hint="--progress")
         self.json, self.count, self.finished = how == "json" and not quiet, count, 0
-        self.seconds: dict[Path, float] = {}  # done of each recording
-        self.began = time.monotonic()
+        self.open: dict[Path, _Under] = {}
+        self.seconds = 0.0  # that are separated, of all recordings
         self.bars = progress(quiet or how != "auto")
-        self.tasks: dict[Path, TaskID] = {}
         self.all: TaskID | None = None
 
     def __enter__(self) -> Reporter:
         self.bars.__enter__()
+        self.began = time.monotonic()
         if self.count > 1:
             self.all = self.bars.add_task(f"0 of {self.count}", total=self.count)
         return self
@@ -130,28 +148,48 @@ class Reporter:
     def update(self, job: Job, done: float, total: float) -> None:
         """Of a recording `done` seconds are separated, of `total` (0 if that is not known)."""
         path = job.input.path
-        self.seconds[path] = done
         if self.json:
-            self._say(event="progress", input=str(path), seconds=round(done, 3), total=round(total, 3))
-        if path not in self.tasks:
-            self.tasks[path] = self.bars.add_task(path.name, total=total or None)
-        self.bars.update(self.tasks[path], completed=done, total=total or None)
-        if self.all is not None:
-            self.bars.update(self.all, completed=self.finished, description=self._overall())
+            self._say("progress", path, seconds=round(done, 3), total=round(total, 3) or None)
+        if path not in self.open:
+            self.open[path] = _Under(self.bars.add_task(_short(path), total=total or None))
+        one = self.open[path]
+        self.seconds += done - one.seconds
+        one.seconds, one.share = done, done / total if total else 0.0
+        description = _short(path) if self.all is not None else f"{_short(path)}, {self._speed()}"
+        self.bars.update(one.task, completed=done, total=total or None, description=description)
+        self._update_all()
 
-    def finish(self, path: Path) -> None:
+    def finish(self, path: Path, failed: bool) -> None:
         """A recording is done, or has failed."""
         self.finished += 1
         if self.json:
-            self._say(event="done", input=str(path), finished=self.finished, count=self.count)
-        if path in self.tasks:
-            self.bars.remove_task(self.tasks.pop(path))
+            self._say("failed" if failed else "done", path, finished=self.finished, count=self.count)
+        if path in self.open:
+            self.bars.remove_task(self.open.pop(path).task)
+        self._update_all()
+
+    def _update_all(self) -> None:
         if self.all is not None:
-            self.bars.update(self.all, completed=self.finished, description=self._overall())
+            completed = self.finished + sum(one.share for one in self.open.values())
+            description = f"{self.finished} of {self.count}, {self._speed()}"
+            self.bars.update(self.all, completed=completed, description=description)
 
-    def _overall(self) -> str:
-        speed = sum(self.seconds.values()) / max(1e-6, time.monotonic() - self.began)
-        return f"{self.finished} of {self.count}, {speed:.0f} × real time"
+    def _speed(self) -> str:
+        return f"{self.seconds / max(1e-6, time.monotonic() - self.began):.0f} × real time"
 
-    def _say(self, **facts: object) -> None:
-        typer.echo(json.dumps(facts, ensure_ascii=False), err=True)
+    def _say(self, event: str, path: Path, **facts: object) -> None:
+        typer.echo(json.dumps({"event": event, "input": str(path), **facts}), err=True)
+
+
+@dataclass
+class _Under:
+    """A recording under way: its bar, and how much of it is separated, in seconds and as a share of all."""
+
+    task: TaskID
+    seconds: float = 0.0
+    share: float = 0.0
+
+
+def _short(path: Path) -> str:
+    name = plain(path.name)
+    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

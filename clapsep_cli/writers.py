@@ -22,6 +22,7 @@ from clapsep_cli.audio import Audio
 from clapsep_cli.decoders import reason
 from clapsep_cli.encoding import SOFTWARE_BYTES, Encoding, open_encoder
 from clapsep_cli.errors import OutputError
+from clapsep_cli.unfinished import claim, unfinished
 
 STDOUT = Path("-")
 CONVERTED_AT_ONCE = 2**18  # samples
@@ -55,12 +56,14 @@ class Part:
     def __init__(self, path: Path, form: Form) -> None:
         self.path, self.name, self.clipped = path, "standard output" if path == STDOUT else str(path), 0
         self.temporary: Path | None = None
+        self._claim: int | None = None
         with _reported(self.name, "cannot be written"):
             if path == STDOUT:
                 self._stream, seek = sys.stdout.buffer, _is_file(sys.stdout.buffer)
             else:
-                self.temporary, seek = path.with_name(f".{path.name}.{os.getpid()}.partial"), True
+                self.temporary, seek = unfinished(path), True
                 self._stream = self.temporary.open("w+b", buffering=2**16)
+                self._claim = claim(self._stream)
             try:
                 self._encoder = open_encoder(self._stream, form.encoding, form.rate, form.channels, form.tags, seek)
             except BaseException:
@@ -112,6 +115,9 @@ class Part:
                 self._stream.close()
             with suppress(OSError):
                 self.temporary.unlink(missing_ok=True)
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
 
 class Outputs:
@@ -250,7 +256,7 @@ class Outputs:
 def read_software(path: Path) -> str:
     """The `software` that an output was written with; "" for a file that has none, or is none."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             return LIBSNDFILE.sub("", file.software)
     except (soundfile.SoundFileError, OSError):
         return ""

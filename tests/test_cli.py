@@ -116,7 +116,7 @@ def test_audio_queries_from_files_and_folders(clapsep: Clapsep, mix: Path, tiny_
         (["mix.wav", "--pos"], 2, "requires an argument"),
         (["--pos", "dog"], 2, "no recordings"),
         (["mix.wav", "--pos", "dog", "--start", "soon"], 2, "soon"),
-        (["mix.wav", "--pos", "dog", "--clip", "never"], 1, "warn, rescale, error"),
+        (["mix.wav", "--pos", "dog", "--clip", "never"], 2, "warn, rescale, error"),
     ],
 )
 def test_mistakes_get_one_clear_line(

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 
 LAYERS = [  # from the ground up; a module imports only from lines above its own
-    {"errors", "metrics", "dsp", "startup", "stems"},
+    {"errors", "metrics", "dsp", "startup", "stems", "unfinished"},
     {
         "query",
         "registry",
@@ -41,6 +41,7 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"jobs", "outputs", "resume"},
     {"targets", "pipeline"},
     {"tasks"},
+    {"recording"},
     {"batch"},
     {"planning", "library", "training"},
     {"data", "environment", "prompt_mixing", "figures"},
@@ -51,8 +52,8 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"recipes", "train_mini", "train_clapsep"},
     {"terminal"},
     {"cli_options", "cli_models", "cli_evaluate", "cli_train"},
-    {"cli_extract"},
-    {"cli_separate"},
+    {"cli_run"},
+    {"cli_extract", "cli_separate"},
     {"cli"},
     {"__main__"},
 ]

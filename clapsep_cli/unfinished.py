@@ -1,0 +1,60 @@
+"""Files that are still being written: under which names, and what becomes of those whose process was killed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_NAME = re.compile(r"\.(.+)\.[0-9]+\.partial")
+
+
+def unfinished(path: Path) -> Path:
+    """The name that a file has before it is whole; each process has its own."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def claim(stream: BinaryIO) -> int | None:
+    """A handle that locks a file until it is closed, so that nobody takes it for one that was left behind.
+
+    None where the system or the file's place knows no locks.
+    """
+    handle = os.dup(stream.fileno())
+    if _lock(handle):
+        return handle
+    os.close(handle)
+    return None
+
+
+def clear_unfinished(paths: Iterable[Path]) -> None:
+    """Remove what processes that were killed have left of files that were to become `paths`."""
+    names: dict[Path, set[str]] = defaultdict(set)
+    for path in paths:
+        names[path.parent].add(path.name)
+    for folder, wanted in names.items():
+        with suppress(OSError):
+            for found in list(folder.glob(".*.partial")):
+                match = _NAME.fullmatch(found.name)
+                if match and match[1] in wanted:
+                    _remove_unclaimed(found)
+
+
+def _remove_unclaimed(path: Path) -> None:
+    with suppress(OSError), path.open("rb+") as stream:
+        if _lock(stream.fileno()):
+            path.unlink()
+
+
+def _lock(handle: int) -> bool:
+    """Whether a file could be locked, as it cannot be while another process claims it."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True

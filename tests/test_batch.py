@@ -1,0 +1,411 @@
+"""Runs over many recordings: what is shared, what is not, and what becomes of each."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import Stub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from stand_ins import Moody
+from torch import Tensor
+
+from clapsep_cli import Query, extract, recording
+from clapsep_cli.batch import MAX_OPEN, run
+from clapsep_cli.checkpoint import Model
+from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError
+from clapsep_cli.inputs import Input
+from clapsep_cli.planning import Destination, Plan, lay_out, plan
+from clapsep_cli.tasks import Extraction, Failure, Job, Options
+
+DOG, RAIN = Query("dog"), Query("rain")
+Audio = NDArray[np.float32]
+
+
+def noise(*shape: int, seed: int = 0) -> Audio:
+    return 0.1 * np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def record(folder: Path, name: str, samples: int = 9000, rate: int = 8000, seed: int = 0) -> Input:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, noise(samples, 2, seed=seed), rate, "PCM_16")
+    return Input(path, Path(name))
+
+
+def planned(
+    items: Sequence[tuple[Input, Query]],
+    model: Model,
+    options: Options = Options(),
+    destination: Destination = Destination(),
+    skip: bool = False,
+) -> Plan:
+    shared = {query: {"target": query} for _, query in items}
+    return plan(lay_out([(item, shared[q]) for item, q in items], options, destination, skip), model, options, skip)
+
+
+def outcomes(
+    items: Sequence[tuple[Input, Query]], model: Model, folder: Path, options: Options = Options()
+) -> list[Extraction | Failure]:
+    return list(run(planned(items, model, options, Destination(folder)).jobs, model, options))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+BITS = {"PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 24, "FLOAT": None, "DOUBLE": None}  # 32: as float32 has
+WRITTEN = {"pcm16": 16, "pcm24": 24, "float": None}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rate=st.sampled_from([8000, 11_025, 22_050, 32_000, 44_100, 48_000, 96_000, 192_000]),
+    channels=st.integers(1, 3),
+    samples=st.one_of(st.integers(1, 60), st.integers(61, 120_000)),
+    window=st.sampled_from([9600, 32_000, 320_000]),
+    depth=st.sampled_from(sorted(BITS)),
+    subtype=st.sampled_from([None, *WRITTEN]),
+    seconds=st.floats(0.05, 5),
+    count=st.integers(1, 3),
+)
+def test_parts_of_files_have_their_shape_and_add_up(
+    rate: int, channels: int, samples: int, window: int, depth: str, subtype: str | None, seconds: float, count: int
+) -> None:
+    targets = {f"t{number}": Query("x" * (number + 1)) for number in range(count)}
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "BLOCK_SECONDS", seconds)
+        path = Path(name) / "mix.wav"
+        soundfile.write(path, noise(samples, channels) / count, rate, depth)
+        options = Options(subtype=subtype)
+        done = extract(path, targets, Stub(Moody(window)), options=options)
+        assert not any(done.clipped.values())
+        mixture = soundfile.read(path, dtype="float64", always_2d=True)[0]
+        total = np.zeros_like(mixture)
+        for output in done.outputs.values():
+            audio, written_rate = soundfile.read(output, dtype="float64", always_2d=True)
+            assert (written_rate, audio.shape) == (rate, mixture.shape)
+            total += audio
+        bits = max(16, BITS[depth] or 0) if subtype is None and BITS[depth] else WRITTEN.get(subtype or "float")
+        if bits and BITS[depth] and bits >= (BITS[depth] or 0) and depth != "PCM_32":
+            np.testing.assert_array_equal(total, mixture)
+        else:
+            np.testing.assert_allclose(total, mixture, rtol=0, atol=2.0 ** (1 - bits) if bits else 1e-7)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seconds=st.lists(st.floats(0.01, 4), min_size=2, max_size=2), rate=st.sampled_from([8000, 11_025, 44_100]))
+def test_where_blocks_fall_does_not_matter(seconds: list[float], rate: int) -> None:
+    written = []
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        soundfile.write(Path(name) / "mix.wav", noise(5 * rate + 17, 2), rate, "FLOAT")
+        for number, one in enumerate(seconds):
+            patch.setattr(recording, "BLOCK_SECONDS", one)
+            done = extract(Path(name) / "mix.wav", DOG, Stub(Moody()), Path(name) / str(number))
+            written.append(soundfile.read(done.target)[0])
+    np.testing.assert_allclose(written[0], written[1], rtol=0, atol=1e-6)
+
+
+def test_the_encoder_runs_once_a_window_for_all_targets(tmp_path: Path) -> None:
+    item = record(tmp_path, "mix.wav", samples=5 * 8000)
+    for count in (1, 3):
+        separator = Moody()
+        targets = {f"t{number}": Query("x" * (number + 1)) for number in range(count)}
+        extract(item.path, targets, Stub(separator), tmp_path / str(count))
+        assert sum(separator.encoded) == 9  # windows of 1 s, half a second apart
+
+
+def test_a_target_is_the_same_whether_others_are_asked_for_or_not(tmp_path: Path) -> None:
+    item = record(tmp_path, "mix.wav", samples=20_000)
+    alone = extract(item.path, {"dog": DOG}, Stub(Moody()), tmp_path / "alone").outputs["dog"]
+    beside = extract(item.path, {"cat": RAIN, "dog": DOG}, Stub(Moody()), tmp_path / "beside").outputs["dog"]
+    np.testing.assert_array_equal(soundfile.read(alone)[0], soundfile.read(beside)[0])
+
+
+@pytest.mark.parametrize("batch", [2, 5, 64])
+def test_windows_of_several_recordings_share_a_batch(tmp_path: Path, batch: int) -> None:
+    items = [(record(tmp_path, f"{n}.wav", 3000 + 4000 * n, seed=n), DOG) for n in range(9)]
+    single, several = Moody(), Moody()
+    first = outcomes(items, Stub(single), tmp_path / "one", Options(batch=1))
+    second = outcomes(items, Stub(several), tmp_path / "many", Options(batch=batch))
+    assert all(isinstance(outcome, Extraction) for outcome in (*first, *second))
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    assert sum(single.batches) == sum(several.batches) == len(single.batches)
+    assert len(several.batches) == -(-sum(single.batches) // batch)
+
+
+def test_a_long_recording_fills_batches_by_itself(tmp_path: Path) -> None:
+    separator = Moody()
+    outcomes([(record(tmp_path, "long.wav", 80_000), DOG)], Stub(separator), tmp_path, Options(batch=4))
+    assert separator.batches == [4, 4, 4, 4, 3]
+
+
+def test_outcomes_come_in_the_order_of_jobs(tmp_path: Path) -> None:
+    lengths = [30_000, 500, 20_000, 9000, 100]
+    items = [(record(tmp_path, f"{n}.wav", length), DOG) for n, length in enumerate(lengths)]
+    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch=1))
+    assert [outcome.mixture.name for outcome in done] == [f"{n}.wav" for n in range(5)]
+
+
+def test_different_queries_share_no_batch_and_are_each_understood_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, asked, separator = (DOG, RAIN, Query("siren")), [], Moody()
+    model = Stub(separator)
+    ask = model.ask
+    monkeypatch.setattr(model, "ask", lambda queries, kept: [asked.append(queries), ask(queries, kept)][1])
+    items = [(record(tmp_path, f"{n}.wav", 4000, seed=n), queries[n % 3]) for n in range(12)]
+    done = outcomes(items, model, tmp_path / "mixed", Options(batch=4))
+    assert len(done) == 12
+    assert len(asked) == 3
+    assert max(separator.batches) > 1
+    for number, (item, query) in enumerate(items):
+        alone = extract(item.path, query, Stub(Moody()), tmp_path / str(number))
+        for path in alone.outputs.values():
+            assert (tmp_path / "mixed" / path.name).read_bytes()[200:] == path.read_bytes()[200:]
+
+
+def test_one_that_fails_fails_alone(tmp_path: Path) -> None:
+    """Whatever is wrong with it: the file, in its middle, the query, the place of its output."""
+    good = [(record(tmp_path, f"good{n}.wav"), DOG) for n in range(3)]
+    (tmp_path / "none.wav").write_bytes(b"RIFF")
+    nan = noise(60_000, 1)
+    nan[50_000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", nan, 8000, "FLOAT")
+    cut = record(tmp_path, "cut.wav", 90_000)
+    cut.path.write_bytes(cut.path.read_bytes()[:300_000])
+    bad = [(Input(tmp_path / f"{name}.wav", Path(f"{name}.wav")), DOG) for name in ("none", "nan")]
+    bad += [(cut, DOG), (record(tmp_path, "asks.wav"), Query("bark", "bark"))]
+    items = [good[0], bad[0], bad[1], good[1], bad[2], bad[3], good[2]]
+    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch=3))
+    failed = {outcome.mixture.name: str(outcome.error) for outcome in done if isinstance(outcome, Failure)}
+    assert set(failed) == {"none.wav", "nan.wav", "cut.wav", "asks.wav"}
+    assert "sample 50000" in failed["nan.wav"]
+    assert "asked for and left out" in failed["asks.wav"]
+    assert sorted(contents(tmp_path / "out")) == sorted(
+        f"good{n}.{part}.wav" for n in range(3) for part in ("target", "residual")
+    )
+
+
+def test_shared_queries_that_cannot_be_used_end_the_run_at_once(tmp_path: Path) -> None:
+    items = [(record(tmp_path, f"{n}.wav"), Query("bark", "bark")) for n in range(3)]
+    with pytest.raises(QueryError, match="asked for and left out"):
+        outcomes(items, Stub(Moody()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Small(Moody):
+    """Has memory for so many windows."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+        if len(windows) > self.room:
+            raise torch.cuda.OutOfMemoryError
+        return super().infer(windows, wanted)
+
+
+def test_batches_shrink_to_what_the_device_has_memory_for(tmp_path: Path) -> None:
+    items = [(record(tmp_path, f"{n}.wav", 20_000, seed=n), DOG) for n in range(5)]
+    separator = Small(3)
+    done = outcomes(items, Stub(separator), tmp_path / "small", Options(batch=16))
+    assert all(isinstance(outcome, Extraction) for outcome in done)
+    assert set(separator.batches[:-1]) == {2}
+    outcomes(items, Stub(Moody()), tmp_path / "one", Options(batch=1))
+    assert contents(tmp_path / "small") == contents(tmp_path / "one")
+    with pytest.raises(DeviceError, match="memory for a window"):
+        outcomes(items, Stub(Small(0)), tmp_path / "none")
+    assert contents(tmp_path / "none") == {}
+
+
+def test_few_recordings_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most = 0, 0
+
+    class Counted(recording.Source):
+        def __init__(self, *arguments: object) -> None:
+            nonlocal now, most
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            now += 1
+            most = max(most, now)
+
+        def __exit__(self, *error: object) -> None:
+            nonlocal now
+            now -= 1
+            super().__exit__(*error)
+
+    monkeypatch.setattr(recording, "Source", Counted)
+    items = [(record(tmp_path, f"{n}.wav", 400), DOG) for n in range(80)]
+    for batch, least, limit in ((1, 2, 2), (64, MAX_OPEN, MAX_OPEN)):
+        most = 0
+        outcomes(items, Stub(Moody()), tmp_path / str(batch), Options(batch=batch))
+        assert least <= most <= limit
+        assert now == 0
+
+
+def test_the_time_spent_on_recordings_adds_up_to_no_more_than_there_was(tmp_path: Path) -> None:
+    items = [(record(tmp_path, f"{n}.wav", 3000), DOG) for n in range(20)]
+    began = time.perf_counter()
+    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch=8))
+    spent = [outcome.elapsed for outcome in done if isinstance(outcome, Extraction)]
+    assert len(spent) == 20
+    assert min(spent) > 0
+    assert sum(spent) <= time.perf_counter() - began
+
+
+def test_progress_rises_to_the_length(tmp_path: Path) -> None:
+    items = [(record(tmp_path, f"{n}.wav", 100_000), DOG) for n in range(2)]
+    told: dict[str, list[float]] = {"0.wav": [], "1.wav": []}
+
+    def progress(job: Job, done: float, total: float) -> None:
+        assert total == 100_000 / 8000
+        told[job.input.path.name].append(done)
+
+    model = Stub(Moody())
+    list(run(planned(items, model).jobs, model, Options(batch=1), progress))
+    for seconds in told.values():
+        assert len(seconds) > 2
+        assert seconds == sorted(set(seconds))
+        assert seconds[-1] == 100_000 / 8000
+
+
+def test_once_stopped_what_was_done_stays_and_nothing_else(tmp_path: Path) -> None:
+    items = [(record(tmp_path, f"{n}.wav", 20_000), DOG) for n in range(6)]
+    model, stop = Stub(Moody()), threading.Event()
+    running = run(
+        planned(items, model, destination=Destination(tmp_path / "out")).jobs, model, Options(batch=1), stop=stop
+    )
+    first = next(running)
+    stop.set()
+    with pytest.raises(StoppedError, match="--skip-existing"):
+        next(running)
+    assert isinstance(first, Extraction)
+    assert sorted(contents(tmp_path / "out")) == ["0.residual.wav", "0.target.wav"]
+
+
+def test_whoever_goes_away_leaves_nothing_open(tmp_path: Path) -> None:
+    items = [(record(tmp_path, f"{n}.wav", 20_000), DOG) for n in range(4)]
+    model = Stub(Moody())
+    running = run(planned(items, model, destination=Destination(tmp_path / "out")).jobs, model)
+    next(running)
+    running.close()
+    assert sorted(contents(tmp_path / "out")) == ["0.residual.wav", "0.target.wav"]
+
+
+def test_a_stalled_pipe_does_not_keep_from_stopping(tmp_path: Path) -> None:
+    fifo, stop = tmp_path / "fifo.wav", threading.Event()
+    os.mkfifo(fifo)
+    item, model = Input(fifo, Path("fifo.wav")), Stub(Moody())
+    (job,) = lay_out([(item, {"target": DOG})], destination=Destination(tmp_path / "out"))
+    running = run([job], model, stop=stop)
+    timer = threading.Timer(0.3, stop.set)
+    timer.start()
+    try:
+        with pytest.raises(StoppedError):  # though nobody ever writes into the pipe
+            next(running)
+    finally:
+        timer.join()
+        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))  # lets the reader go
+    assert not (tmp_path / "out").exists()
+
+
+# What was done before
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(3):
+        record(tmp_path, f"in/{number}.wav", seed=number)
+    return tmp_path
+
+
+def again(folder: Path, model: Model | None = None, query: Query = DOG, **options: object) -> Plan:
+    items = [(Input(path, Path(path.name)), query) for path in sorted((folder / "in").iterdir())]
+    destination = Destination(folder / "out", picture=bool(options.pop("picture", False)))
+    model, chosen = model or Stub(Moody()), Options(**options)  # type: ignore[arg-type]
+    todo = planned(items, model, chosen, destination, skip=not chosen.overwrite)
+    assert len(todo.jobs) + len(todo.done) + len(todo.blocked) == 3
+    assert all(isinstance(outcome, Extraction) for outcome in run(todo.jobs, model, chosen))
+    return todo
+
+
+def test_what_is_done_is_skipped_and_what_is_not_is_done(folder: Path) -> None:
+    assert len(again(folder).jobs) == 3
+    whole = contents(folder / "out")
+    assert len(again(folder).done) == 3
+    (folder / "out" / "0.target.wav").unlink()
+    (folder / "out" / "1.residual.wav").unlink()
+    todo = again(folder)
+    assert [job.input.path.name for job in todo.jobs] == ["0.wav", "1.wav"]
+    assert contents(folder / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": RAIN},
+        {"start": 0.25},
+        {"end": 0.5},
+        {"subtype": "float"},
+        {"clip": "rescale"},
+        {"consistent": True},
+    ],
+)
+def test_what_was_done_for_something_else_is_in_the_way(folder: Path, change: dict[str, object]) -> None:
+    again(folder)
+    before = contents(folder / "out")
+    todo = again(folder, **change)  # type: ignore[arg-type]
+    assert len(todo.blocked) == 3
+    assert "--overwrite" in str(todo.blocked[0].error)
+    assert contents(folder / "out") == before
+    again(folder, overwrite=True, **change)  # type: ignore[arg-type]
+    assert contents(folder / "out").keys() == before.keys()
+    assert contents(folder / "out") != before
+    assert len(again(folder, **change).done) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"batch": 3}, {"workers": 1}, {"presence": True}])
+def test_what_changes_no_output_does_not_count(folder: Path, change: dict[str, object]) -> None:
+    again(folder)
+    assert len(again(folder, **change).done) == 3  # type: ignore[arg-type]
+
+
+def test_another_model_precision_or_recording_is_something_else(folder: Path) -> None:
+    again(folder)
+    other, lower = Stub(Moody()), Stub(Moody())
+    other.__dict__["identity"] = "another"
+    lower.dtype = torch.bfloat16
+    assert len(again(folder, other).blocked) == len(again(folder, lower).blocked) == 3
+    record(folder, "in/1.wav", seed=7)
+    assert [failure.mixture.name for failure in again(folder).blocked] == ["1.wav"]
+
+
+def test_a_file_of_somebody_else_is_never_replaced_unasked(folder: Path) -> None:
+    (folder / "out").mkdir()
+    for name in ("0.target.wav", "1.residual.wav", "2.png"):
+        (folder / "out" / name).write_text("precious")
+    before = contents(folder / "out")
+    todo = again(folder, picture=True)
+    assert [failure.mixture.name for failure in todo.blocked] == ["0.wav", "1.wav", "2.wav"]
+    assert contents(folder / "out") == before
+    items = [(Input(path, Path(path.name)), DOG) for path in sorted((folder / "in").iterdir())]
+    with pytest.raises(OutputError, match="exists already"):
+        planned(items, Stub(Moody()), destination=Destination(folder / "out"))
+
+
+def test_a_picture_that_is_missing_is_made(folder: Path) -> None:
+    again(folder)
+    assert len(again(folder, picture=True).jobs) == 3
+    assert len(again(folder, picture=True).done) == 3
+    assert len(list((folder / "out").glob("*.png"))) == 3
