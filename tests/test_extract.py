@@ -174,7 +174,7 @@ def test_a_pipe_may_be_split_into_files_named_after_it(mix: Path) -> None:
 def test_a_pipe_that_breaks_off_or_carries_no_wav_fails(mix: Path) -> None:
     for content, message in ((mix.read_bytes()[:50_000], b"ends"), (b"fLaC" * 100, b"not a WAV"), (b"", b"not a WAV")):
         with stand_in("extract", "-", "-o", "out", "--pos", "dog", cwd=mix.parent, stdin=subprocess.PIPE) as process:
-            out, errors = process.communicate(content, timeout=60)
+            _, errors = process.communicate(content, timeout=60)
         assert process.returncode == 1
         assert message in errors
         assert b"standard input" in errors

@@ -254,16 +254,22 @@ class CLAPSep(MaskSeparator):
 
     def lower(self, dtype: torch.dtype) -> None:
         # Spectra, patches (convolutions of one channel) and what normalises them are cheap, and stay float32.
-        for stack in (self.encoder.layers, self.aggregator, self.mask_net):
-            pack(stack, dtype)
-        for part in (self.encoder.layers, self.aggregator, *self.mask_net.children()):
+        stacks = (self.encoder.layers, self.aggregator.layers, self.aggregator.skip, self.mask_net.layers)
+        ends = self.aggregator.inverse_patch_embed.norm, self.mask_net.norm
+        for part in (*(layer for stack in stacks for layer in stack), self.aggregator.film, *ends):
+            pack(part, dtype)
             part.to(dtype)
-        self.aggregator.inverse_patch_embed.proj.float()
-        self.mask_net.spec_norm.float()
-        # As long as one tensor lies in the file it was mapped from, all that was read of that stays in memory.
-        self._apply(torch.clone)  # type: ignore[no-untyped-call]
+        pack(self.mask_net, dtype)
+        for part in (self.mask_net.input, self.mask_net.output):
+            part.to(dtype)
+        # As long as one tensor lies in a file that it was mapped from, all that was read of that stays in memory.
+        self._apply(_unmapped)  # type: ignore[no-untyped-call]
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
         """Mask in (0, 1), `[batch, frames, 513]`; `features` and `condition` have the same batch, or one has 1."""
         aggregated = self.aggregator(features.encoder, condition.to(self.encoder.dtype))
         return cast(Tensor, self.mask_net(features.magnitude, aggregated))
+
+
+def _unmapped(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.dtype == torch.float32 else tensor
