@@ -18,7 +18,7 @@ from clapsep_cli.prompts import COUNTS, PROMPTS, STEMS, draw, drawable, indices
 RATE_HZ = 48_000
 TRIES = 10  # stretches of a clip that are tried before the loudest of it is looked for
 AUDIBLE = 1e-3  # root mean square from which on a stretch is not silent (−60 dB)
-SCANNED = 2**20  # samples of a clip that are looked through at a time
+SCANNED = 2**18  # samples of a clip that are looked through at a time
 # Which prompts' clips a background may be summed from, where it is not a recording of its own.
 INGREDIENTS = {"sfxbg": ("sfx",), "musicbg": STEMS}
 QUIETEST_DB = {prompt: -20.0 if prompt in ("sfx", "sfxbg", "musicbg") else -10.0 for prompt in PROMPTS}

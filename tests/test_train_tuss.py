@@ -151,7 +151,7 @@ def test_a_run_can_be_made_longer_and_is_refused_another_size(
 
 
 def test_without_sets_to_validate_on_the_training_loss_counts(manifest: Path, tmp_path: Path) -> None:
-    reports = run(manifest, tmp_path, replace(RECIPE, epochs=2, average=1, validation_mixtures=0))
+    reports = run(manifest, tmp_path, replace(RECIPE, epochs=2, average=1, validation_mixtures=0, store="disk"))
     assert {r.stage for r in reports} == {"separator"}
     assert not list(tmp_path.glob("best-*"))
     losses = [r.figures["loss"] for r in reports]
@@ -179,8 +179,8 @@ def test_going_on_from_another_model(
 
 def test_a_tiny_network_learns_to_separate_what_it_never_heard(tmp_path: Path) -> None:
     manifest = write_clips(tmp_path, {"train": 8, "dev": 1}, noise=False)
-    still = replace(RECIPE, lr=0.0, epochs=1, epoch_steps=1, validation_mixtures=8)
-    recipe = replace(still, lr=5e-3, epoch_steps=40, batch=3, report_every=40, save_every=40)
+    still = replace(RECIPE, lr=0.0, epochs=1, epoch_steps=1, validation_mixtures=4, precision="32-true")
+    recipe = replace(still, lr=5e-3, epoch_steps=25, report_every=25, save_every=25)
     before, after = (run(manifest, tmp_path / str(r.lr), r)[-1].figures["dev"] for r in (still, recipe))
     assert after > before + 2
 
@@ -311,7 +311,7 @@ def test_from_the_command_to_stems(manifest: Path, clapsep: Clapsep, tmp_path: P
     done = clapsep("separate", mix, "--model", "runs/x", "--prompts", "speech", "sfx", "-o", "stems", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.suffixes[0] for path in (tmp_path / "stems").iterdir()} == {".speech", ".sfx"}
-    tuned = ["train", manifest, "--init", "runs/x", "--set", "lr=1e-4", "--set", "batch=2", "--set", "epoch_steps=1"]
+    tuned = ["train", manifest, "--init", "runs/x", "--set", "lr=1e-4", *settings[-6:]]
     done = clapsep(*tuned, "--epochs", "1", "--out", "runs/y", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_metadata(tmp_path / "runs/y/separator.safetensors")["base"] == "runs/x"
