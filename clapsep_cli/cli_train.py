@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from clapsep_cli.train import Recipe, Report
 
 ManifestArgument = Annotated[
-    Path | None, typer.Argument(metavar="[MANIFEST.csv]", help="Clips: file,label[,captions,split].")
+    Path | None,
+    typer.Argument(metavar="[MANIFEST.csv]", help="Clips: file,label[,captions,split]; tuss: file,prompt[,split]."),
 ]
 ManifestOption = Annotated[Path | None, typer.Option("--manifest", metavar="CSV", help="The same, as an option.")]
 OutOption = Annotated[
@@ -27,7 +28,11 @@ OutOption = Annotated[
 ]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME", help="mini, clapsep-hybrid or clapsep-text; mini, or as --init says."),
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="mini, clapsep-hybrid, clapsep-text, tuss-medium or tuss-large; mini, or as --init says.",
+    ),
 ]
 InitOption = Annotated[
     str | None, typer.Option("--init", metavar="NAME|PATH", help="A model to go on from, rather than from scratch.")
@@ -55,7 +60,8 @@ ParaphrasesOption = Annotated[
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="mini: steps of the separator.")]
 AudioStepsOption = Annotated[int | None, typer.Option("--audio-steps", min=1, help="mini: steps of the audio encoder.")]
 EpochsOption = Annotated[
-    int | None, typer.Option("--epochs", min=1, help="clapsep: in each, every clip is a target once.")
+    int | None,
+    typer.Option("--epochs", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Everything drawn at random follows from it; 0.")]
 AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda or mps.")]
@@ -115,7 +121,7 @@ def train(
     hardware = Hardware(accelerator, devices, nodes, precision)
     leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware)
     if leads and not quiet:
-        typer.echo(f'done: clapsep extract --model {folder} MIX --pos "…"')
+        typer.echo(f"done: {recipe.use.format(folder=folder)}")
         for adapter in sorted(folder.glob("adapter.safetensors")):
             typer.echo(
                 f"the adapter alone: {adapter}, {adapter.stat().st_size / 1e6:.1f} MB; --adapter with --model {init}"
@@ -136,9 +142,9 @@ def _recipe(
 
     with downloads(quiet) as shown:
         if preset is None:
-            preset = (
-                recipes.preset_of(load_model(init, "cpu", say=note, progress=shown).family) if init else recipes.DEFAULT
-            )
+            preset = recipes.DEFAULT
+            if init:
+                preset = recipes.preset_of(load_model(init, "cpu", say=note, progress=shown).family, init)
         overrides = [recipes.read_settings(config)] if config else []
         recipe = recipes.build(preset, *overrides, *map(recipes.parse_setting, settings), given)
         if recipe.needs:
@@ -148,7 +154,7 @@ def _recipe(
 
 def _print(report: Report) -> None:
     figures = "  ".join(f"{name} {value:.4g}" for name, value in report.figures.items())
-    measure = "SI-SDRi in dB: " if report.stage == "validation" else ""
+    measure = f"{report.measure}: " if report.measure else ""
     left = "" if math.isnan(report.seconds_left) else f"  {_duration(report.seconds_left)} left"
     typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}")
 

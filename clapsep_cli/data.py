@@ -34,12 +34,26 @@ class Clip:
     split: str = TRAIN
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """How a manifest says what its clips are of."""
+
+    columns: tuple[str, ...] = ("label",)  # the first of them that there is counts
+    known: tuple[str, ...] = ()  # labels that may occur; any if empty
+    captions: bool = True  # whether they are read
+    alone: bool = False  # whether one label is enough to train on
+
+
+LABELS = Labelling()
+
+
 def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV, values as text. Raises `ManifestError` unless it is readable and has the columns `needed`."""
+    """The rows of a CSV, values as text. Raises `ManifestError` unless it is readable and has the columns `needed`, of
+    which one may be "this or that"."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in needed if name not in (reader.fieldnames or ())]
+            missing = [name for name in needed if not {*name.split(" or ")} & {*(reader.fieldnames or ())}]
             if missing:
                 raise ManifestError(f"{path}: no column {', '.join(missing)}; needed: {','.join(needed)}")
             return [{name: value or "" for name, value in row.items() if name} for row in reader]
@@ -51,18 +65,19 @@ def _captions(listed: str) -> tuple[str, ...]:
     return tuple(caption.strip() for caption in listed.split(";") if caption.strip())
 
 
-def _read_clips(path: Path) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
+def _read_clips(path: Path, labelling: Labelling) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
     """Each row's line, clip, and whether its caption was left empty; and what is wrong, by line."""
     rows, faults = [], []
-    for line, row in enumerate(read_rows(path, ("file", "label")), 2):
-        recording, label = path.parent / row["file"], row["label"].strip()
+    for line, row in enumerate(read_rows(path, ("file", " or ".join(labelling.columns))), 2):
+        column = next(name for name in labelling.columns if name in row)
+        recording, label = path.parent / row["file"], row[column].strip()
         if not label:
-            faults.append((line, "no label"))
+            faults.append((line, f"no {column}"))
         elif not recording.is_file():
             faults.append((line, f"no file {recording}"))
-        captions = _captions(row.get("captions", ""))
+        captions = _captions(row.get("captions", "")) if labelling.captions else ()
         clip = Clip(recording, label, captions or (label.replace("_", " "),), row.get("split") or TRAIN)
-        rows.append((line, clip, "captions" in row and not captions))
+        rows.append((line, clip, labelling.captions and "captions" in row and not captions))
     return rows, faults
 
 
@@ -72,7 +87,7 @@ def read_manifest(path: Path) -> list[Clip]:
 
     Raises `ManifestError` that lists what is wrong, line by line.
     """
-    rows, faults = _read_clips(path)
+    rows, faults = _read_clips(path, LABELS)
     if faults or not rows:
         listed = [f"line {line}: {fault}" for line, fault in faults[:MAX_FAULTS_SHOWN]]
         shown = "; ".join(listed) + (" …" if len(faults) > MAX_FAULTS_SHOWN else "")
@@ -82,7 +97,8 @@ def read_manifest(path: Path) -> list[Clip]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The clips of a manifest that was found fit to be trained on. `seconds`: of each clip, as its header says.
+    """The clips of a manifest that was found fit to be trained on. `seconds` and `rates` (Hz): of each clip, as its
+    header says.
 
     `digest` changes with anything that training would notice, and not with where the files lie.
     """
@@ -90,6 +106,7 @@ class Corpus:
     manifest: Path
     clips: tuple[Clip, ...]
     seconds: tuple[float, ...]
+    rates: tuple[int, ...]
     digest: str
 
     @property
@@ -102,22 +119,24 @@ class Corpus:
         return [index for index, clip in enumerate(self.clips) if clip.split != TRAIN]
 
 
-def read_corpus(path: Path, min_clips: int = 1) -> Corpus:
+def read_corpus(path: Path, min_clips: int = 1, labelling: Labelling = LABELS) -> Corpus:
     """Read a manifest as `read_manifest` does, and look into every file.
 
     Raises one `ManifestError` that lists, by line, all there is to mend: files that are missing, empty or cannot be
-    decoded, empty labels and captions, files named twice, labels of fewer than `min_clips` clips to train on, and
-    fewer than two of such labels.
+    decoded, empty labels and captions, labels that are not known, files named twice, labels of fewer than `min_clips`
+    clips to train on, and fewer than two of such labels.
     """
-    rows, faults = _read_clips(path)
+    rows, faults = _read_clips(path, labelling)
     missing = {line for line, _ in faults}
     with ThreadPoolExecutor(8) as pool:
-        seconds = list(pool.map(lambda row: 0.0 if row[0] in missing else _probe(row[1].path), rows))
+        probed = list(pool.map(lambda row: (0.0, 0) if row[0] in missing else _probe(row[1].path), rows))
     first: dict[Path, int] = {}
     trained = Counter(clip.label for _, clip, _ in rows if clip.split == TRAIN and clip.label)
-    for (line, clip, uncaptioned), length in zip(rows, seconds, strict=True):
-        if isinstance(length, str):
-            faults.append((line, f"{clip.path} {length}"))
+    for (line, clip, uncaptioned), found in zip(rows, probed, strict=True):
+        if isinstance(found, str):
+            faults.append((line, f"{clip.path} {found}"))
+        if clip.label and labelling.known and clip.label not in labelling.known:
+            faults.append((line, f"{clip.label!r} is none of {', '.join(labelling.known)}"))
         if uncaptioned:
             faults.append((line, "the caption is empty"))
         if first.setdefault(clip.path, line) != line:
@@ -125,17 +144,20 @@ def read_corpus(path: Path, min_clips: int = 1) -> Corpus:
         if clip.split == TRAIN and 0 < trained[clip.label] < min_clips:
             few = f"the label {clip.label!r} has too few clips to train on, {trained[clip.label]}"
             faults.append((line, f"{few}; it takes {min_clips}, unless set min_clips={trained[clip.label]}"))
-    if len(trained) < 2:
-        faults.append((1, f"there are clips of {len(trained)} labels in the split {TRAIN!r}; it takes two"))
+    if len(trained) < (1 if labelling.alone else 2):
+        few = f"there are clips of {len(trained)} labels in the split {TRAIN!r}"
+        faults.append((1, f"{few}; it takes {'one' if labelling.alone else 'two'}"))
     if faults:
         listed = "".join(f"\n  line {line}: {fault}" for line, fault in sorted(faults))
         raise ManifestError(f"{path}: {len(faults)} faults{listed}")
     clips = tuple(clip for _, clip, _ in rows)
-    return Corpus(path, clips, tuple(map(float, seconds)), _digest(clips, path.parent, seconds))
+    seconds, rates = zip(*((found[0], found[1]) for found in probed if not isinstance(found, str)), strict=True)
+    return Corpus(path, clips, seconds, rates, _digest(clips, path.parent, seconds))
 
 
-def _probe(path: Path) -> float | str:
-    """Seconds of a recording, or what is wrong with it. Its ends are decoded, which shows a file cut short."""
+def _probe(path: Path) -> tuple[float, int] | str:
+    """Seconds of a recording and its rate, or what is wrong with it. Its ends are decoded, which shows a file cut
+    short."""
     try:
         with soundfile.SoundFile(path) as file:
             if not file.frames:
@@ -148,7 +170,7 @@ def _probe(path: Path) -> float | str:
                     return "is cut short"
                 if not np.isfinite(edge).all():
                     return "holds numbers that are not finite"
-            return float(file.frames / file.samplerate)
+            return float(file.frames / file.samplerate), int(file.samplerate)
     except (soundfile.LibsndfileError, OSError) as error:
         return f"cannot be decoded ({error})"
 
@@ -172,13 +194,13 @@ def read_paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
     return {row["label"]: _captions(row["captions"]) for row in read_rows(path, ("label", "captions"))}
 
 
-def read_clip(path: Path) -> Audio:
-    """Decode a clip to mono at 32 kHz, float32 `[samples]`."""
+def read_clip(path: Path, rate_out: int = RATE_HZ) -> Audio:
+    """Decode a clip to mono at `rate_out` Hz, float32 `[samples]`."""
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ManifestError(f"{path}: cannot be decoded ({error})") from error
-    return to_rate(audio.mean(1), rate, RATE_HZ)
+    return to_rate(audio.mean(1), rate, rate_out)
 
 
 def fit(audio: Audio, samples: int) -> Audio:

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from clapsep_cli.errors import RecipeError
+from clapsep_cli.models.tuss import LARGE
 from clapsep_cli.record import flatten
 from clapsep_cli.registry import resolve
 from clapsep_cli.train import Recipe
@@ -36,6 +37,13 @@ PRESETS = {
     "clapsep-text": Preset(
         "clapsep_cli.train_clapsep:ClapsepRecipe", "clapsep", "the paper's, queried by text alone", {"queries": "text"}
     ),
+    "tuss-medium": Preset("clapsep_cli.train_tuss:TussRecipe", "tuss", "as the released TUSS, by prompts"),
+    "tuss-large": Preset(
+        "clapsep_cli.train_tuss:TussRecipe",
+        "tuss",
+        "3.4 times the weights",
+        {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4},
+    ),
 }
 DEFAULT = "mini"
 
@@ -45,18 +53,19 @@ def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
     if preset not in PRESETS:
         raise RecipeError(f"no preset {preset!r}{_nearest(preset, PRESETS)}: there are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
-    recipe: Recipe = resolve(chosen.recipe)()
+    together: dict[str, object] = {}  # in one go, as sizes of a network have to fit together
     for values in (chosen.settings, *overrides):
-        recipe = override(recipe, values, preset)
+        together = _merged(together, _nested(values))
+    recipe: Recipe = override(resolve(chosen.recipe)(), together, preset)
     return recipe
 
 
-def preset_of(family: str) -> str:
-    """The first preset that makes models of `family`. Raises `RecipeError`."""
+def preset_of(family: str, model: str = "") -> str:
+    """The preset called like `model`, or the first that makes models of its `family`. Raises `RecipeError`."""
     names = {preset.family: name for name, preset in reversed(PRESETS.items())}
     if family not in names:
         raise RecipeError(f"no preset trains models of the family {family!r}")
-    return names[family]
+    return model if model in PRESETS else names[family]
 
 
 def override(settings: Any, values: Mapping[str, object], what: str) -> Any:
@@ -77,7 +86,10 @@ def override(settings: Any, values: Mapping[str, object], what: str) -> Any:
             changes[key] = override(current, value, f"{what}.{key}")
         else:
             changes[key] = _fitted(value, hints[key], f"{what}.{key}")
-    return dataclasses.replace(settings, **changes)
+    try:
+        return dataclasses.replace(settings, **changes)
+    except ValueError as error:
+        raise RecipeError(f"{what}: {error}") from error
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -132,6 +144,17 @@ def _nested(values: Mapping[str, object]) -> dict[str, object]:
         else:
             nested[first] = {**nested.get(first, {}), **value} if isinstance(value, Mapping) else value
     return nested
+
+
+def _merged(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
+    """Nested settings, the second overriding the first."""
+    merged = dict(first)
+    for key, value in second.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = _merged(before, value)
+        merged[key] = value
+    return merged
 
 
 def _fitted(value: object, hint: Any, name: str) -> object:

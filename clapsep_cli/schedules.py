@@ -30,17 +30,22 @@ class Trapezoid:
 
 @dataclass(frozen=True)
 class Plateau:
-    """Multiplied by `factor`, down to `floor`, each time the figure has not improved `patience` times (paper IV-B)."""
+    """Multiplied by `factor`, down to `floor`, each time the figure has not improved `patience` times (paper IV-B).
+
+    It may be warmed up linearly over the first `warmup` steps, and the first `ignored` figures left out of account.
+    """
 
     lr: float
     floor: float
     factor: float
     patience: int
+    warmup: int = 0
+    ignored: int = 0
 
     def rate(self, step: int, figures: Sequence[float]) -> float:
         lr, best, stale = self.lr, -float("inf"), 0
-        for figure in figures:
+        for figure in figures[self.ignored :]:
             best, stale = (figure, 0) if figure > best else (best, stale + 1)
             if stale == self.patience:
                 lr, stale = max(self.floor, lr * self.factor), 0
-        return lr
+        return lr * min(1.0, (step + 1) / max(1, self.warmup))

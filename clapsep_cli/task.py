@@ -23,12 +23,13 @@ class Plan:
     schedule: Schedule
     accumulate: int = 1
     weight_decay: float = 0.01
+    epsilon: float = 1e-8  # of AdamW
     clip: float = 5.0  # norm of the gradient
     ema: float = 0.0  # of the averaged weights; 0 for none
     report_every: int = 50
     validate_every: int = 1000
     save_every: int = 250
-    keep_best: bool = False  # rather than the last
+    keep_best: int = 0  # of how many of the best in validation the mean is written, rather than the last
     workers: int = 1
 
     @property
@@ -41,10 +42,12 @@ class Task(ABC):
     """A network in training: what a step draws, and what is minimised.
 
     `net`: those of its parameters that require gradients are trained. `state`: the file that resumes the task.
+    `measure`: what `validate` gives, and its unit.
     """
 
     name: str
     state: str
+    measure: str = "SI-SDRi in dB"
     plan: Plan
     net: nn.Module
 

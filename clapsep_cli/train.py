@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clapsep_cli import record
-from clapsep_cli.data import Corpus, read_corpus
+from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
 from clapsep_cli.errors import DeviceError, ModelError, RecipeError
 from clapsep_cli.pool import Store
 from clapsep_cli.sampling import ahead
@@ -38,8 +38,8 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true",
 class Report:
     """What a run says of itself while it goes on.
 
-    `figures` are means since the last report: the loss in dB, and so on; of the stage "validation", mean SI-SDRi in dB
-    by kind of query. `seconds_left` counts to the end of the stage.
+    `figures` are means since the last report: the loss in dB, and so on; of the stage "validation", means of `measure`
+    by kind of query or by set. `seconds_left` counts to the end of the stage.
     """
 
     stage: str
@@ -47,6 +47,7 @@ class Report:
     steps: int
     figures: Mapping[str, float]
     seconds_left: float = math.nan
+    measure: str = ""
 
 
 Listener = Callable[[Report], None]
@@ -64,9 +65,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """What every recipe can be set to. `free`: names of settings that a resumed run may change."""
+    """What every recipe can be set to. `free`: names of settings that a resumed run may change. `use`: the command
+    that uses the model in a `{folder}`."""
 
     free: ClassVar[frozenset[str]] = frozenset({"report_every", "save_every", "workers"})
+    use: ClassVar[str] = 'clapsep extract --model {folder} MIX --pos "…"'
 
     seed: int = 0
     precision: str = "bf16-mixed"
@@ -81,9 +84,14 @@ class Recipe(ABC):
         """The model that it starts from, by name or folder; none if empty."""
         return ""
 
+    @property
+    def labelling(self) -> Labelling:
+        """How a manifest is to say what its clips are of."""
+        return LABELS
+
     @abstractmethod
-    def check(self) -> None:
-        """Raise `ClapsepError` for what is missing to train by this recipe, before anything is written."""
+    def check(self, corpus: Corpus) -> None:
+        """Raise `ClapsepError` for what is missing to train on `corpus` by this recipe, before anything is written."""
 
     @abstractmethod
     def train(self, run: Run) -> None:
@@ -121,7 +129,8 @@ class Run:
             if log:
                 log.add(training.step, figures)
                 left = clock.seconds_a_step(training.step) * (plan.steps - training.step)
-                self.listen(Report(stage, training.step, plan.steps, figures, left))
+                measure = task.measure if stage == "validation" else ""
+                self.listen(Report(stage, training.step, plan.steps, figures, left, measure))
 
         task.ready()
         for drawn in ahead(draw, range(training.step, plan.steps), plan.workers):
@@ -157,8 +166,9 @@ class Run:
         figures = self.fabric.broadcast(figures)
         loss = training.means["validate"].take()["loss"]
         history.append(next(iter(figures.values()), -loss))  # without clips to validate on, the loss is watched
-        if task.plan.keep_best and self.leads and history[-1] == max(history) and history.count(history[-1]) == 1:
-            task.write(training.weights())
+        best = training.best() if task.plan.keep_best and self.leads else None
+        if best:
+            task.write(best)
         return figures
 
     def _rows(self, plan: Plan) -> list[range]:
@@ -205,9 +215,10 @@ def train(
     """Train by `recipe` on the clips that `manifest` lists, and leave a model in the folder `out`.
 
     `manifest`: a CSV `file,label[,captions,split]`; clips whose split is not "train" are only validated on. `recipe`:
-    from `recipes.build`, or one of the classes in `train_mini` and `train_clapsep`. A run that was stopped goes on from
-    `out`; what it would have drawn does not change. `listen` hears how it goes. With several devices, Fabric starts
-    this program once for each; True is returned in the one process that writes.
+    from `recipes.build`, or one of the classes in `train_mini`, `train_clapsep` and `train_tuss`; it says what labels
+    there may be. A run that was stopped goes on from `out`; what it would have drawn does not change. `listen` hears
+    how it goes. With several devices, Fabric starts this program once for each; True is returned in the one process
+    that writes.
 
     Raises `ManifestError` for what is wrong with the clips, all at once; `RecipeError` for settings that do not fit;
     `CheckpointError` where `out` holds another run; `ModelError` for a model or a package that is missing.
@@ -223,8 +234,8 @@ def train(
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of precisions and processes
     except ModuleNotFoundError as error:
         raise ModelError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
-    corpus = read_corpus(manifest, recipe.min_clips)
-    recipe.check()
+    corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling)
+    recipe.check(corpus)
     record.check(out, recipe, corpus)
     try:
         devices = hardware.devices if hardware.devices == "auto" else int(hardware.devices)

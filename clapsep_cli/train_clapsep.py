@@ -18,7 +18,7 @@ from clapsep_cli.audio import Audio
 from clapsep_cli.augment import levelled, masked, seeded, stripes
 from clapsep_cli.checkpoint import Model, load_part, save_part
 from clapsep_cli.conditions import embed_all
-from clapsep_cli.data import fit
+from clapsep_cli.data import Corpus, fit
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.library import load_model
 from clapsep_cli.models import htsat
@@ -80,7 +80,7 @@ class ClapsepRecipe(Recipe):
     def needs(self) -> str:
         return self.init or self.base
 
-    def check(self) -> None:
+    def check(self, corpus: Corpus) -> None:
         if self.lora_only and not (self.init and self.encoder == "lora"):
             raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
         if not self.speeds:
@@ -189,7 +189,7 @@ class ClapsepTask(Task):
             report_every=recipe.report_every,
             validate_every=epoch,
             save_every=recipe.save_every,
-            keep_best=True,
+            keep_best=1,
             workers=recipe.workers,
         )
         row = {text: at for at, text in enumerate(embedded)}

@@ -20,7 +20,7 @@ from clapsep_cli import dsp
 from clapsep_cli.augment import disguise, equaliser, levelled, seeded
 from clapsep_cli.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
 from clapsep_cli.conditions import Mixing, Queries, Texts
-from clapsep_cli.data import read_paraphrases
+from clapsep_cli.data import Corpus, read_paraphrases
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.objective import BandStatistics, separation_loss, statistics
@@ -92,7 +92,7 @@ class MiniRecipe(Recipe):
         chosen = self.init or self.text
         return bundled if chosen in ("", BUNDLED) else Path(chosen)
 
-    def check(self) -> None:
+    def check(self, corpus: Corpus) -> None:
         if self.init and (self.source / "separator.safetensors").is_file():
             config = Model(self.init, self.source, torch.device("cpu")).config
             if config != self.mini:

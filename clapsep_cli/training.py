@@ -50,6 +50,14 @@ class _Through(nn.Module):
         return compute()
 
 
+def mean_of(several: Sequence[Weights]) -> Weights:
+    """The mean of several networks' weights; what is not a number with a fraction is taken from the first."""
+    return {
+        name: torch.stack([weights[name] for weights in several]).mean(0) if first.is_floating_point() else first
+        for name, first in several[0].items()
+    }
+
+
 class Training:
     """A task with its optimiser, its averaged weights, and all that a resumed run needs."""
 
@@ -63,11 +71,12 @@ class Training:
         trained = {name: p for name, p in task.net.named_parameters() if p.requires_grad}
         buffers = [name for name in task.net.state_dict() if name not in dict(task.net.named_parameters())]
         self.names, self.kept = list(trained), {*trained, *buffers}
+        plan = task.plan
         optimiser = torch.optim.AdamW(
-            trained.values(), task.plan.schedule.rate(0, []), weight_decay=task.plan.weight_decay, fused=True
+            trained.values(), plan.schedule.rate(0, []), eps=plan.epsilon, weight_decay=plan.weight_decay, fused=True
         )
         self.module, self.optimiser = fabric.setup(_Through(task.net), optimiser)
-        self.average = {n: t.detach().clone() for n, t in task.net.state_dict().items()} if task.plan.ema else {}
+        self.average = {n: t.detach().clone() for n, t in task.net.state_dict().items()} if plan.ema else {}
 
     def weights(self) -> Weights:
         """All of the network's, averaged where the plan says so."""
@@ -115,6 +124,21 @@ class Training:
                 self.average[name].lerp_(value, 1 - keep)
             else:
                 self.average[name].copy_(value)
+
+    def best(self) -> Weights | None:
+        """The mean of the weights that fared best in validation, if those of now are among them.
+
+        The plan says how many they are; if more than one, they are kept beside the state.
+        """
+        count, latest = self.task.plan.keep_best, len(self.history) - 1
+        order = sorted(range(len(self.history)), key=lambda at: (-self.history[at], at))[:count]
+        if latest not in order or count == 1:
+            return self.weights() if latest in order else None
+        kept = {at: self.path.with_name(f"best-{at + 1}.safetensors") for at in order}
+        save_whole(self.weights(), kept[latest], {})
+        for path in set(self.path.parent.glob("best-*.safetensors")) - {*kept.values()}:
+            path.unlink()
+        return mean_of([read_tensors(path) for path in kept.values() if path.exists()])
 
     def save(self) -> None:
         tensors = {f"net.{k}": v for k, v in self.task.net.state_dict().items() if k in self.kept}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.augment import levelled
+from clapsep_cli.data import Corpus
 from clapsep_cli.objective import waveform_loss
 from clapsep_cli.pool import MemoryPool
 from clapsep_cli.sampling import Draw, Sampler
@@ -28,7 +29,7 @@ class LinearRecipe(Recipe):
     report_every: int = 1
     accumulate: int = 1
 
-    def check(self) -> None:
+    def check(self, corpus: Corpus) -> None:
         pass
 
     def train(self, run: Run) -> None:

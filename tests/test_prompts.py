@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from tuss_stand_in import GOLDEN, TINY
 
+from clapsep_cli.data import Clip, Corpus
 from clapsep_cli.errors import ManifestError, QueryError
 from clapsep_cli.models.tuss import Tuss
 from clapsep_cli.objective_tuss import source_losses
-from clapsep_cli.prompt_mixing import PromptClip, PromptMixer, PromptMixing
+from clapsep_cli.pool import Pool
+from clapsep_cli.prompt_mixing import PromptMixer, PromptMixing, check_audible
 from clapsep_cli.prompts import FIRST, NEXT, PROMPTS, STEMS, TASKS, draw, drawable, indices, untrained
 
 PLENTY = dict.fromkeys(PROMPTS, 9)
@@ -136,6 +141,33 @@ def tone(hz: float, seconds: float, rate: int = RATE, level: float = 0.3) -> np.
     return (level * np.sin(2 * np.pi * hz * t)).astype(np.float32)
 
 
+class PromptClip(NamedTuple):
+    prompt: str
+    audio: np.ndarray
+    rate: int
+
+
+class Arrays(Pool):
+    """Clips that are on no disk."""
+
+    def __init__(self, clips: Sequence[PromptClip]) -> None:
+        listed = tuple(Clip(Path(f"{n}.wav"), clip.prompt, ()) for n, clip in enumerate(clips))
+        super().__init__(Corpus(Path(), listed, (1.0,) * len(clips), tuple(c.rate for c in clips), ""), rate=None)
+        self.audio = [clip.audio for clip in clips]
+
+    def samples(self, index: int) -> int:
+        return len(self.audio[index])
+
+    def read(self, index: int, start: int, stop: int) -> np.ndarray:
+        return self.audio[index][start:stop]
+
+
+def mixer_of(
+    clips: Sequence[PromptClip], samples: int, seed: int = 0, mixing: PromptMixing = PromptMixing()
+) -> PromptMixer:
+    return PromptMixer(Arrays(clips), range(len(clips)), samples, seed, mixing)
+
+
 def clips() -> list[PromptClip]:
     """Three clips of each prompt, told apart by their pitch."""
     return [
@@ -152,19 +184,19 @@ def pitches(source: np.ndarray) -> set[int]:
 
 
 def test_batches_depend_on_seed_and_step_alone() -> None:
-    first, again, other = (PromptMixer(clips(), 4800, seed) for seed in (1, 1, 2))
+    first, again, other = (mixer_of(clips(), 4800, seed) for seed in (1, 1, 2))
     for step in (5, 0):
-        for a, b in zip(first.batch(step, 3), again.batch(step, 3), strict=True):
+        for a, b in zip(first.batch(step, range(3)), again.batch(step, range(3)), strict=True):
             np.testing.assert_array_equal(a, b)
-    assert first.batch(0, 3)[0].tobytes() != other.batch(0, 3)[0].tobytes()
-    assert first.batch(0, 3)[0].tobytes() != first.batch(1, 3)[0].tobytes()
+    assert first.batch(0, range(3))[0].tobytes() != other.batch(0, range(3))[0].tobytes()
+    assert first.batch(0, range(3))[0].tobytes() != first.batch(1, range(3))[0].tobytes()
 
 
 def test_sources_are_of_their_prompts_at_trained_levels() -> None:
-    mixer = PromptMixer(clips(), 4800, 0)
+    mixer = mixer_of(clips(), 4800, 0)
     counts = Counter()
     for step in range(60):
-        sources, ids = mixer.batch(step, 2)
+        sources, ids = mixer.batch(step, range(2))
         assert sources.shape == (*ids.shape, 4800)
         assert sources.dtype == np.float32
         counts[ids.shape[1]] += 1
@@ -185,26 +217,26 @@ def test_sources_are_of_their_prompts_at_trained_levels() -> None:
 
 
 def test_backgrounds_are_recorded_or_summed() -> None:
-    only_summed = PromptMixer(clips(), 4800, 0, PromptMixing(counts=(2,), recorded=0, summed={3: 1}))
+    only_summed = mixer_of(clips(), 4800, 0, PromptMixing(counts=(2,), recorded=0, summed=(0, 0, 1)))
     sums = [
         pitches(source)
         for step in range(40)
-        for row, ids in zip(*only_summed.batch(step, 1), strict=True)
+        for row, ids in zip(*only_summed.batch(step, range(1)), strict=True)
         for source, prompt in zip(row, ids, strict=True)
         if PROMPTS[prompt] == "musicbg"
     ]
     assert sums
     assert all(len({(hz - 200) // 300 for hz in summed}) == 3 for summed in sums)  # of different stems
-    made = PromptMixer([clip for clip in clips() if clip.prompt in ("speech", "sfx")], 4800, 0)
-    prompts = {PROMPTS[i] for step in range(40) for i in made.batch(step, 1)[1].ravel()}
+    made = mixer_of([clip for clip in clips() if clip.prompt in ("speech", "sfx")], 4800, 0)
+    prompts = {PROMPTS[i] for step in range(40) for i in made.batch(step, range(1))[1].ravel()}
     assert prompts == {"speech", "sfx", "sfxbg"}
 
 
 def test_mixtures_are_limited_to_the_lowest_rate() -> None:
     rng = np.random.default_rng(0)
-    noise = (3000 * rng.standard_normal((2, 48_000))).astype(np.int16)
-    mixer = PromptMixer([PromptClip("speech", noise[0], RATE), PromptClip("speech", noise[1], 16_000)], 9600, 0)
-    sources, _ = mixer.batch(0, 1)
+    noise = rng.standard_normal((2, 48_000)).astype(np.float32)
+    mixer = mixer_of([PromptClip("speech", noise[0], RATE), PromptClip("speech", noise[1], 16_000)], 9600, 0)
+    sources, _ = mixer.batch(0, range(1))
     power = np.square(np.abs(np.fft.rfft(sources[0] * np.hanning(9600))))
     above = power[:, int(8500 / RATE * 9600) :].sum(1) / power.sum(1)
     assert above.max() < 1e-4
@@ -213,10 +245,10 @@ def test_mixtures_are_limited_to_the_lowest_rate() -> None:
 def test_short_and_mostly_silent_clips_are_heard_whole() -> None:
     click = np.zeros(96_000, np.float32)
     click[70_000:70_100] = tone(1000, 1)[:100]
-    mixer = PromptMixer([PromptClip("speech", click, RATE), PromptClip("sfx", tone(500, 0.02), RATE)], 4800, 0)
+    mixer = mixer_of([PromptClip("speech", click, RATE), PromptClip("sfx", tone(500, 0.02), RATE)], 4800, 0)
     offsets = set()
     for step in range(20):
-        sources, ids = mixer.batch(step, 1)
+        sources, ids = mixer.batch(step, range(1))
         assert np.isfinite(sources).all()
         short = sources[0][int((ids[0] != PROMPTS.index("speech")).argmax())]
         sounding = np.flatnonzero(np.abs(short) > 0)
@@ -226,12 +258,12 @@ def test_short_and_mostly_silent_clips_are_heard_whole() -> None:
 
 
 def test_unusable_clips_are_named() -> None:
-    with pytest.raises(ManifestError, match="clip 25: no prompt 'dog'; there are: speech"):
-        PromptMixer([*clips(), PromptClip("dog", tone(1, 1), RATE)], 4800, 0)
-    with pytest.raises(ManifestError, match="clip 1, of sfx: is silent"):
-        PromptMixer([PromptClip("sfx", np.zeros(9, np.float32), RATE)], 4800, 0)
+    silent = np.zeros(9, np.float32)
+    with pytest.raises(ManifestError, match=r"silent throughout: 1\.wav, 3\.wav"):
+        check_audible(Arrays([PromptClip("sfx", audio, RATE) for audio in (tone(1, 1), silent, tone(1, 1), silent)]))
+    check_audible(Arrays(clips()))
     with pytest.raises(ManifestError, match=r"no 2 of the clips .*\(drums, musicbg\)"):
-        PromptMixer([PromptClip("drums", tone(1, 1), RATE)], 4800, 0)
+        mixer_of([PromptClip("drums", tone(1, 1), RATE)], 4800)
 
 
 # Training.
@@ -241,12 +273,12 @@ def test_a_tiny_network_learns_from_clips_in_memory() -> None:
     rng = np.random.default_rng(0)
     low = [PromptClip("speech", tone(hz, 1), RATE) for hz in rng.uniform(150, 600, 6)]
     high = [PromptClip("sfx", tone(hz, 1), RATE) for hz in rng.uniform(4000, 9000, 6)]
-    mixer = PromptMixer([*low, *high], 4800, 0, PromptMixing(counts=(2,), summed={1: 1}))
+    mixer = mixer_of([*low, *high], 4800, 0, PromptMixing(counts=(2,), summed=(1,)))
     torch.manual_seed(0)
     model = Tuss(TINY)
 
     def loss(step: int, size: int) -> torch.Tensor:
-        sources, prompts = (torch.from_numpy(part) for part in mixer.batch(step, size))
+        sources, prompts = (torch.from_numpy(part) for part in mixer.batch(step, range(size)))
         return source_losses(model.separate(sources.sum(1), prompts), sources, prompts).mean()
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -1,0 +1,325 @@
+"""Training a TUSS: from a manifest to a model that the command uses; stopped, it goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import Clapsep
+from tuss_stand_in import TINY
+
+from clapsep_cli import load_model, recipes
+from clapsep_cli.checkpoint import read_metadata, read_tensors, save_part
+from clapsep_cli.data import read_corpus
+from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
+from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss
+from clapsep_cli.pool import DiskPool, MemoryPool, open_pool
+from clapsep_cli.prompt_mixing import PromptMixer, PromptMixing
+from clapsep_cli.prompts import PROMPTS
+from clapsep_cli.schedules import Plateau
+from clapsep_cli.train import Report, train
+from clapsep_cli.train_tuss import TussRecipe
+from clapsep_cli.training import mean_of
+
+pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
+
+SMALL = replace(TINY, window=4800, cross_blocks=1)
+RECIPE = TussRecipe(
+    tuss=SMALL,
+    mixing=PromptMixing(counts=(2, 3), summed=(1.0,)),
+    epochs=3,
+    epoch_steps=2,
+    batch=2,
+    warmup=2,
+    average=2,
+    report_every=1,
+    save_every=1,
+    workers=1,
+    validation_mixtures=2,
+)
+
+
+def write_clips(folder: Path, splits: Mapping[str, int], noise: bool = True) -> Path:
+    """Low and high tones called speech and sfx, so many of each in a split, and noise called musicbg; the manifest."""
+    rng, lines = np.random.default_rng(0), ["file,label,prompt,split,captions"]
+
+    def write(name: str, sound: np.ndarray, rate: int, prompt: str, split: str) -> None:
+        soundfile.write(folder / f"{name}.flac", np.stack([sound, sound / 2], 1), rate)
+        lines.append(f"{name}.flac,anything,{prompt},{split},")
+
+    for split, count in splits.items():
+        for prompt, (low, high), rate in (("speech", (150, 600), 16_000), ("sfx", (4000, 7000), 44_100)):
+            for n in range(count):
+                t = np.arange(round(rate * rng.uniform(0.05, 0.4))) / rate
+                tone = 0.3 * np.sin(2 * np.pi * rng.uniform(low, high) * t)
+                write(f"{split}-{prompt}{n}", tone, rate, prompt, split)
+        if noise:
+            write(f"{split}-noise", 0.1 * rng.standard_normal(20_000), 48_000, "musicbg", split)
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"), {"train": 4, "near": 2, "far": 2})
+
+
+def run(manifest: Path, out: Path, recipe: TussRecipe = RECIPE, stop_at: tuple[str, int] = ("", 0)) -> list[Report]:
+    reports: list[Report] = []
+
+    def listen(report: Report) -> None:
+        reports.append(report)
+        if (report.stage, report.step) == stop_at:
+            raise KeyboardInterrupt
+
+    assert train(manifest, out, recipe, listen)
+    return reports
+
+
+@pytest.fixture(scope="module")
+def straight(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Report]]:
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, run(manifest, folder)
+
+
+def equal(first: Path, second: Path, names: Sequence[str]) -> bool:
+    for name in names:
+        left, right = (read_tensors(folder / f"{name}.safetensors") for folder in (first, second))
+        if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
+            return False
+    return True
+
+
+def log(folder: Path) -> list[list[str]]:
+    with (folder / "log.csv").open() as file:
+        return [row for row in csv.reader(file) if row[2] != "examples/s"]
+
+
+@pytest.mark.parametrize("stop_at", [("separator", 3), ("validation", 4)])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    manifest: Path, tmp_path: Path, straight: tuple[Path, list[Report]], stop_at: tuple[str, int]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(manifest, tmp_path, stop_at=stop_at)
+    resumed = run(manifest, tmp_path)
+    assert next(r.step for r in resumed if r.stage == "separator") == stop_at[1]
+    assert log(tmp_path) == log(straight[0])
+    best = sorted(path.stem for path in straight[0].glob("best-*"))
+    assert best == sorted(path.stem for path in tmp_path.glob("best-*"))
+    assert equal(straight[0], tmp_path, ["separator", "state", *best])
+
+
+def test_what_a_run_leaves(straight: tuple[Path, list[Report]]) -> None:
+    folder, reports = straight
+    validated = [r for r in reports if r.stage == "validation"]
+    assert [r.step for r in validated] == [2, 4, 6]
+    assert all(list(r.figures) == ["mean of sets", "near", "far"] for r in validated)
+    assert all(r.figures["mean of sets"] == np.mean([r.figures["near"], r.figures["far"]]) for r in validated)
+    assert all(r.measure == "SNR in dB, up to 30" for r in validated)
+    figures = [r.figures["mean of sets"] for r in validated]
+    kept = sorted(sorted(range(3), key=lambda at: -figures[at])[:2])
+    assert sorted(path.name for path in folder.glob("best-*")) == [f"best-{at + 1}.safetensors" for at in kept]
+    several = [read_tensors(folder / f"best-{at + 1}.safetensors") for at in kept]
+    written = read_tensors(folder / "separator.safetensors")
+    for name, tensor in mean_of(several).items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-8)
+    assert not torch.equal(several[0]["prompts"], several[1]["prompts"])
+    assert load_model(folder, "cpu").config == SMALL
+    assert json.loads((folder / "run.json").read_text())["settings"]["tuss.width"] == SMALL.width
+    rates = {r.step: r.figures["lr"] for r in reports if r.stage == "separator"}
+    assert rates == {1: 5e-4, **dict.fromkeys(range(2, 7), 1e-3)}
+
+
+def test_a_run_can_be_made_longer_and_is_refused_another_size(
+    manifest: Path, tmp_path: Path, straight: tuple[Path, list[Report]]
+) -> None:
+    short, longer = replace(RECIPE, epochs=1), replace(RECIPE, epochs=2, validation_mixtures=0)
+    run(manifest, tmp_path, short)
+    with pytest.raises(CheckpointError, match="validation_mixtures was 2, now 0"):
+        run(manifest, tmp_path, longer)
+    assert run(manifest, tmp_path)[0].step == 3
+    assert equal(straight[0], tmp_path, ["separator", "state"])
+    with pytest.raises(CheckpointError, match=r"tuss\.width was 16, now 32"):
+        run(manifest, tmp_path, replace(RECIPE, tuss=replace(SMALL, width=32)))
+
+
+def test_without_sets_to_validate_on_the_training_loss_counts(manifest: Path, tmp_path: Path) -> None:
+    reports = run(manifest, tmp_path, replace(RECIPE, epochs=2, average=1, validation_mixtures=0, store="disk"))
+    assert {r.stage for r in reports} == {"separator"}
+    assert not list(tmp_path.glob("best-*"))
+    losses = [r.figures["loss"] for r in reports]
+    first_is_best = sum(losses[:2]) <= sum(losses[2:])
+    last = {k.removeprefix("net."): v for k, v in read_tensors(tmp_path / "state.safetensors").items()}
+    written = read_tensors(tmp_path / "separator.safetensors")
+    assert torch.equal(written["prompts"], last["prompts"]) != first_is_best
+
+
+def test_going_on_from_another_model(
+    manifest: Path, tmp_path: Path, straight: tuple[Path, list[Report]], tiny_folder: Path
+) -> None:
+    folder, _ = straight
+    still = replace(RECIPE, tuss=MEDIUM, init=str(folder), lr=0.0, epochs=1, average=1)
+    run(manifest, tmp_path, still)
+    assert equal(folder, tmp_path, ["separator"])
+    metadata = read_metadata(tmp_path / "separator.safetensors")
+    assert metadata["base"] == str(folder)
+    with pytest.raises(RecipeError, match="set init, or settings of tuss"):
+        run(manifest, tmp_path / "x", replace(still, tuss=replace(SMALL, width=32)))
+    with pytest.raises(RecipeError, match="family 'mini'; this preset trains TUSS models"):
+        run(manifest, tmp_path / "x", replace(still, init=str(tiny_folder)))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_tiny_network_learns_to_separate_what_it_never_heard(tmp_path: Path) -> None:
+    manifest = write_clips(tmp_path, {"train": 8, "dev": 1}, noise=False)
+    still = replace(RECIPE, lr=0.0, epochs=1, epoch_steps=1, validation_mixtures=4, precision="32-true")
+    recipe = replace(still, lr=5e-3, epoch_steps=25, report_every=25, save_every=25)
+    before, after = (run(manifest, tmp_path / str(r.lr), r)[-1].figures["dev"] for r in (still, recipe))
+    assert after > before + 2
+
+
+# What is trained on.
+
+
+def test_what_is_drawn_is_the_same_from_memory_and_from_disk(manifest: Path) -> None:
+    corpus = read_corpus(manifest, labelling=RECIPE.labelling)
+    memory, disk = (open_pool(corpus, store, None, float("inf")) for store in ("memory", "disk"))
+    assert isinstance(memory, MemoryPool)
+    assert isinstance(disk, DiskPool)
+    assert memory.rates == disk.rates == corpus.rates
+    assert [memory.samples(i) for i in corpus.train] == [disk.samples(i) for i in corpus.train]
+    mixers = [PromptMixer(pool, corpus.train, 4800, 3, PromptMixing()) for pool in (memory, disk)]
+    for step in range(8):
+        (sources, prompts), (others, same) = (mixer.batch(step, range(3)) for mixer in mixers)
+        np.testing.assert_array_equal(prompts, same)
+        np.testing.assert_allclose(sources, others, atol=2e-3)
+        np.testing.assert_array_equal(mixers[0].batch(step, range(1, 3))[0], sources[1:])
+
+
+def test_rows_of_a_step_are_drawn_apart_from_their_number(manifest: Path) -> None:
+    """The first row must not follow from what decides how many prompts there are."""
+    corpus = read_corpus(manifest, labelling=RECIPE.labelling)
+    mixer = PromptMixer(DiskPool(corpus, None), corpus.train, 480, 0, PromptMixing(counts=(2, 3)))
+    first = {2: set[int](), 3: set[int]()}
+    for step in range(40):
+        prompts = mixer.batch(step, range(1))[1]
+        first[prompts.shape[1]].add(int(prompts[0, 0]))
+    assert first[2] == first[3] == {PROMPTS.index(prompt) for prompt in ("speech", "sfx", "musicbg", "sfxbg")}
+
+
+def test_a_smaller_vocabulary_numbers_its_own_prompts(manifest: Path) -> None:
+    corpus = read_corpus(manifest, labelling=RECIPE.labelling)
+    own = ("musicbg", "sfx", "speech")
+    mixer = PromptMixer(DiskPool(corpus, None), corpus.train, 480, 0, PromptMixing(), own)
+    whole = PromptMixer(DiskPool(corpus, None), corpus.train, 480, 0, PromptMixing(counts=(3,)), own)
+    drawn = {own[i] for step in range(30) for i in mixer.batch(step, range(1))[1].ravel()}
+    assert drawn == set(own)
+    assert whole.batch(0, range(2))[1].shape == (2, 3)
+
+
+def test_all_that_is_wrong_with_the_clips_is_told_before_anything_is_written(manifest: Path, tmp_path: Path) -> None:
+    clip = manifest.parent / "train-speech0.flac"
+    soundfile.write(tmp_path / "silent.wav", np.zeros(100), 8000)
+    listed = tmp_path / "m.csv"
+    listed.write_text(f"file,label\n{clip},voice\nnone.wav,speech\nsilent.wav,dog\n")
+    with pytest.raises(ManifestError) as raised:
+        run(listed, tmp_path / "out")
+    known = ", ".join(PROMPTS)
+    assert str(raised.value).splitlines()[1:] == [
+        f"  line 2: 'voice' is none of {known}",
+        f"  line 3: no file {tmp_path / 'none.wav'}",
+        f"  line 4: 'dog' is none of {known}",
+    ]
+    listed.write_text(f"file,prompt\n{clip},speech\n{manifest.parent / 'train-sfx0.flac'},sfx\nsilent.wav,sfx\n")
+    with pytest.raises(ManifestError, match=r"silent throughout: .*silent\.wav"):
+        run(listed, tmp_path / "out")
+    listed.write_text(f"file,label\n{clip},speech\n")
+    with pytest.raises(ManifestError, match=r"split 'train': no 2 of the clips may be mixed .*\(speech\)"):
+        run(listed, tmp_path / "out")
+    listed.write_text(f"file,sound\n{clip},speech\n")
+    with pytest.raises(ManifestError, match="no column prompt or label"):
+        run(listed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Settings.
+
+
+def test_presets_are_those_of_the_released_models() -> None:
+    medium, large = (recipes.build(name) for name in ("tuss-medium", "tuss-large"))
+    assert isinstance(medium, TussRecipe)
+    assert isinstance(large, TussRecipe)
+    assert (medium.tuss, medium.batch, medium.epsilon, medium.lr) == (MEDIUM, 4, 1e-8, 1e-3)
+    assert (large.tuss, large.batch, large.epsilon, large.lr) == (LARGE, 2, 1e-4, 1e-3)
+    assert (medium.epochs, medium.epoch_steps, medium.warmup, medium.clip) == (150, 2500, 10_000, 5.0)
+    assert (medium.precision, medium.weight_decay, medium.average) == ("bf16-mixed", 0.01, 5)
+    assert recipes.preset_of("tuss") == recipes.preset_of("tuss", "runs/mine") == "tuss-medium"
+    assert recipes.preset_of("tuss", "tuss-large") == "tuss-large"
+    # A size that only all settings together make.
+    together = recipes.build("tuss-medium", {"tuss.width": 20}, {"tuss": {"groups": 5}}, {"mixing.counts": [2]})
+    assert isinstance(together, TussRecipe)
+    assert (together.tuss.width, together.tuss.groups, together.mixing.counts) == (20, 5, (2,))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tuss.width": 20}, "tuss-medium.tuss: not a TUSS size, it must hold that groups divide the width"),
+        ({"tuss.prompts": ["speech", "sfx", "musicbg", "dog"]}, "nothing is known of how to mix dog"),
+        ({"mixing.summed": [0.5, 0.4]}, "shares that add up to 1"),
+        ({"mixing.counts": [0]}, "numbers of prompts"),
+        ({"epoch_steps": 0}, "are 1 or more"),
+    ],
+)
+def test_settings_that_are_wrong(manifest: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train(manifest, tmp_path / "out", recipes.build("tuss-medium", {"tuss": {"window": 480}}, values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_learning_rate_is_warmed_up_and_lowered_only_late() -> None:
+    schedule = Plateau(lr=1.0, floor=0.0, factor=0.5, patience=2, warmup=10, ignored=3)
+    assert [schedule.rate(step, []) for step in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    assert schedule.rate(99, [9.0, 8.0, 7.0, 1.0, 0.0]) == 1.0
+    assert schedule.rate(99, [9.0, 8.0, 7.0, 1.0, 0.0, 1.0]) == 0.5
+    assert schedule.rate(99, [9.0, 8.0, 7.0, 1.0, 2.0, 3.0]) == 1.0
+
+
+# The command.
+
+
+def test_from_the_command_to_stems(manifest: Path, clapsep: Clapsep, tmp_path: Path) -> None:
+    sizes = "window=4800 width=16 groups=4 heads=2 cross_blocks=1 cross_attention=8 cross_feed_forward=12"
+    sizes += " conditional_blocks=1 conditional_attention=12 conditional_feed_forward=10"
+    rest = ["batch=2", "epoch_steps=2", "validation_mixtures=1"]
+    settings = [part for s in [f"tuss.{size}" for size in sizes.split()] + rest for part in ("--set", s)]
+    arguments = ["train", manifest, "--preset", "tuss-medium", "--out", "runs/x", "--epochs", "1", *settings]
+    done = clapsep(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("separator 2/2  loss ")
+    assert lines[1].startswith("validation 2/2  SNR in dB, up to 30: mean of sets ")
+    assert lines[2] == "done: clapsep separate --model runs/x MIX --prompts NAME..."
+    mix = manifest.parent / "train-sfx0.flac"
+    done = clapsep("separate", mix, "--model", "runs/x", "--prompts", "speech", "sfx", "-o", "stems", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.suffixes[0] for path in (tmp_path / "stems").iterdir()} == {".speech", ".sfx"}
+    tuned = ["train", manifest, "--init", "runs/x", "--set", "lr=1e-4", *settings[-6:]]
+    done = clapsep(*tuned, "--epochs", "1", "--out", "runs/y", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_metadata(tmp_path / "runs/y/separator.safetensors")["base"] == "runs/x"
+
+
+def test_a_model_of_prompts_of_its_own_is_tuned(manifest: Path, tmp_path: Path) -> None:
+    own = replace(SMALL, prompts=("musicbg", "sfx", "speech"))
+    torch.manual_seed(0)
+    save_part(tmp_path / "base", "separator", "tuss", own, Tuss(own).state_dict())
+    run(manifest, tmp_path / "out", replace(RECIPE, init=str(tmp_path / "base"), tuss=MEDIUM, epochs=1))
+    assert load_model(tmp_path / "out", "cpu").config == own
