@@ -149,7 +149,7 @@ def stand_in(*arguments: str | Path, cwd: Path, seconds: float = 0, **settings: 
 def test_from_pipe_to_pipe(stub: Callable[..., Done], mix: Path) -> None:
     """Nothing but audio on stdout, and the very audio that files get."""
     assert stub("mix.wav", "--pos", "dog").returncode == 0
-    for extra in ([], ["--remove"], ["--subtype", "float"], ["-q"]):
+    for extra in (["--subtype", "float"], ["--remove"], ["-q"]):
         with stand_in(
             "extract", "-", "-o", "-", "--pos", "dog", *extra, cwd=mix.parent, stdin=subprocess.PIPE
         ) as process:
@@ -174,7 +174,7 @@ def test_a_pipe_may_be_split_into_files_named_after_it(mix: Path) -> None:
 def test_a_pipe_that_breaks_off_or_carries_no_wav_fails(mix: Path) -> None:
     for content, message in ((mix.read_bytes()[:50_000], b"ends"), (b"fLaC" * 100, b"not a WAV"), (b"", b"not a WAV")):
         with stand_in("extract", "-", "-o", "out", "--pos", "dog", cwd=mix.parent, stdin=subprocess.PIPE) as process:
-            out, errors = process.communicate(content, timeout=60)
+            _, errors = process.communicate(content, timeout=60)
         assert process.returncode == 1
         assert message in errors
         assert b"standard input" in errors
