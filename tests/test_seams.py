@@ -32,7 +32,7 @@ def rain(seconds: int) -> Audio:
     spectrum = np.abs(np.fft.rfft(heard, 2 * RATE_HZ * seconds)[: RATE_HZ * seconds + 1])
     smooth = np.convolve(spectrum, np.ones(2001) / 2001, "same")
     phases = np.exp(2j * np.pi * np.random.default_rng(0).random(len(smooth)))
-    sound = np.fft.irfft(smooth[::1] * phases, 2 * (len(smooth) - 1))[: RATE_HZ * seconds]
+    sound = np.fft.irfft(smooth * phases, 2 * (len(smooth) - 1))[: RATE_HZ * seconds]
     return np.asarray(0.05 * sound / sound.std(), np.float32)
 
 
@@ -82,4 +82,4 @@ def test_windows_that_are_only_put_side_by_side_would_show(mini: Model, sound: o
     mixture = sound(118)  # type: ignore[operator]
     parts = [mixture[at : at + EVERY] for at in range(0, len(mixture), EVERY)]
     apart = [separate(part, RATE_HZ, Query("dog barking", "rain"), mini).target for part in parts]
-    assert looks_sewn([share for share in shares(mixture, np.concatenate(apart))])
+    assert looks_sewn(shares(mixture, np.concatenate(apart)))
