@@ -125,19 +125,63 @@ values = st.sampled_from([*ODD, *NUMBERS, *WORDS, *RECORDINGS]) | st.text(max_si
 inside = values.filter(lambda text: ".." not in text and not text.startswith("/"))  # for where to write
 
 
+PLAUSIBLE = {
+    "--pos": ["dog", "犬", "a dog barking"],
+    "--neg": ["rain", "dog"],
+    "--query-audio": ["two.flac", "in"],
+    "--neg-audio": ["in/3.wav", "bad.wav"],
+    "--pos-span": ["0-0.2", "0.1-0.3", "0-9"],
+    "--neg-span": ["0.3-0.4"],
+    "--alpha": ["0", "0.3", "1"],
+    "--target": ["a=dog", "b=two.flac", "犬=cat"],
+    "--min-presence": ["-1", "0", "0.5"],
+    "--prompts": ["speech", "rain", "dog"],
+    "--only": ["rain"],
+    "--start": ["0", "0.1", "0:00.2"],
+    "--end": ["0.3", "0:00.4", "9"],
+    "--out": ["out", "in", "deep/er", "-"],
+    "--filename": ["{stem}-{part}.{ext}", "{query}/{part}.{ext}"],
+    "--format": ["wav", "flac", "ogg", "opus", "mp3"],
+    "--subtype": ["pcm16", "pcm24", "float"],
+    "--clip": ["warn", "rescale", "error"],
+    "--progress": ["auto", "json", "none"],
+    "--batch-size": ["0", "1", "5"],
+    "--jobs": ["1", "3"],
+}
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of a command, by their long names."""
+    found = {o: p for p in COMMANDS[name].params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")}
+    return {option: parameter for option, parameter in found.items() if option not in LEFT_OUT}
+
+
 @st.composite
-def lines(draw: st.DrawFn) -> list[str]:
+def wild(draw: st.DrawFn) -> list[str]:
+    """Any options with any values."""
     name = draw(st.sampled_from(["extract", "separate"]))
-    options = {o: p for p in COMMANDS[name].params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
-    chosen = draw(st.lists(st.sampled_from(sorted(set(options) - LEFT_OUT)), max_size=6))
-    pieces = []
-    for option in chosen:
-        value = inside if option in ("-o", "--out") else values
-        pieces.append([option, *([] if options[option].is_flag else [draw(value)])])
-    if draw(st.booleans()):  # so that many lines get as far as to separate something
-        pieces.append(["--pos", "dog"] if name == "extract" else ["--prompts", "dog", "rain"])
-    pieces += [[item] for item in draw(st.lists(st.sampled_from(RECORDINGS) | values, max_size=3))]
+    pieces = [[item] for item in draw(st.lists(st.sampled_from(RECORDINGS) | values, max_size=3))]
+    for option in draw(st.lists(st.sampled_from(sorted(options(name))), max_size=6)):
+        value = inside if option == "--out" else values
+        pieces.append([option, *([] if options(name)[option].is_flag else [draw(value)])])
     return [name, *(word for piece in draw(st.permutations(pieces)) for word in piece)]
+
+
+@st.composite
+def tame(draw: st.DrawFn) -> list[str]:
+    """Options with values that they may have, in any combination."""
+    name = draw(st.sampled_from(["extract", "separate"]))
+    line = [name, *draw(st.lists(st.sampled_from(["mix.wav", "two.flac", "in", "bad.wav"]), min_size=1, max_size=3))]
+    line += (
+        draw(st.sampled_from([["--pos", "dog"], ["--target", "c=dog"], ["--neg", "rain"]])) if name == "extract" else []
+    )
+    line += ["--prompts", "dog", "rain"] if name == "separate" else []
+    for option in draw(st.lists(st.sampled_from(sorted(options(name))), max_size=6, unique=True)):
+        if options(name)[option].is_flag:
+            line.append(option)
+        elif option in PLAUSIBLE:
+            line += [option, draw(st.sampled_from(PLAUSIBLE[option]))]
+    return line
 
 
 def prepare(folder: Path) -> None:
@@ -152,7 +196,7 @@ def prepare(folder: Path) -> None:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(line=lines())
+@given(line=wild() | tame())
 def test_any_line_ends_well(clapsep: Clapsep, monkeypatch: pytest.MonkeyPatch, line: list[str]) -> None:
     monkeypatch.setattr(library, "load_model", lambda *_, **__: Stub(Moody()))
     with tempfile.TemporaryDirectory() as name:
