@@ -70,14 +70,20 @@ def on_grid(audio: Audio, bits: int | None) -> Audio:
     """
     if bits is None:
         return audio
-    step = np.float32(2.0 ** (1 - min(bits, 24)))
-    return np.asarray(np.round(audio / step) * step, np.float32)
+    steps = np.float32(2.0 ** (min(bits, 24) - 1))
+    rounded = audio * steps  # exact, as is the way back: by a power of two
+    np.rint(rounded, out=rounded)
+    rounded /= steps
+    return rounded
 
 
 def quantise(audio: Audio, bits: int) -> tuple[NDArray[np.int32], int]:
     """`audio` as integers of a PCM depth, clipped to it, and how many samples had to be."""
     # libsndfile would scale by 32767 where reading divides by 32768: convert here, to return what was read.
     full = 2.0 ** (bits - 1)
-    scaled = np.round(audio.astype(np.float64) * full)
+    scaled = audio * np.float32(full) if bits <= 24 else audio.astype(np.float64) * full  # exact in either case
+    np.rint(scaled, out=scaled)
+    if scaled.size == 0 or (scaled.min() >= -full and scaled.max() <= full - 1):
+        return scaled.astype(np.int32), 0
     clipped = int(np.count_nonzero((scaled > full - 1) | (scaled < -full)))
     return scaled.clip(-full, full - 1).astype(np.int32), clipped

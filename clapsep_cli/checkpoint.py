@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 DIGEST_BYTES = 1 << 20  # hashed at a time
+PIECE_COMPONENTS = 3  # of a tensor's name, e.g. encoder.layers.2
 
 
 class Model:
@@ -233,9 +235,18 @@ def read_config(metadata: Mapping[str, str], folder: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a part, mapped from the file. Raises `CheckpointError`."""
+    """All tensors of a part, mapped from the file. Raises `CheckpointError`.
+
+    Each piece of the network, by the first components of its names, is mapped by itself, and so leaves memory as soon
+    as nothing lies in it any more: when its weights are converted, say.
+    """
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names = list(file.keys())
+        for _, piece in groupby(names, lambda name: name.split(".")[:PIECE_COMPONENTS]):
+            with safe_open(path, "pt") as file:
+                tensors.update((name, file.get_tensor(name)) for name in piece)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return tensors

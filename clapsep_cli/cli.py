@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,12 +13,10 @@ from clapsep_cli.cli_evaluate import evaluate, mixtures
 from clapsep_cli.cli_extract import extract
 from clapsep_cli.cli_models import models
 from clapsep_cli.cli_separate import ListCommand, separate
+from clapsep_cli.cli_train import train
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.startup import prepare
-from clapsep_cli.terminal import ModelDirOption, QuietOption, note
-
-if TYPE_CHECKING:
-    from clapsep_cli.train import Report
+from clapsep_cli.terminal import ModelDirOption, note
 
 FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
 INTERRUPTED = 130
@@ -87,6 +84,7 @@ def _root(
 
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
+app.command()(train)
 
 
 @app.command()
@@ -99,50 +97,3 @@ def env(
 
     facts = environment()
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(f"{k:22} {v}" for k, v in facts.items()))
-
-
-@app.command()
-def train(
-    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.csv", help="Clips: file,label[,captions,split].")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the model and the run's state go.")],
-    text: Annotated[
-        Path | None,
-        typer.Option("--text", metavar="DIR", help="Text encoder to train into; the bundled one by default."),
-    ] = None,
-    paraphrases: Annotated[
-        Path | None, typer.Option("--paraphrases", metavar="CSV", help="Further captions by label: label,captions.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Steps of the separator, 32 examples each.")
-    ] = None,
-    audio_steps: Annotated[
-        int | None, typer.Option("--audio-steps", min=1, help="Steps of the audio encoder, 48 examples each.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Everything drawn at random follows from it.")] = 0,
-    quiet: QuietOption = False,
-) -> None:
-    """Train a small model like the bundled one. Stopped, it goes on where it was when called again."""
-    from dataclasses import replace
-
-    from clapsep_cli.registry import BUNDLED, weights_folder
-    from clapsep_cli.train import TrainConfig
-    from clapsep_cli.train import train as train_model
-
-    config = TrainConfig(seed=seed)
-    if steps:
-        config = replace(config, separator=replace(config.separator, steps=steps))
-    if audio_steps:
-        config = replace(config, audio=replace(config.audio, steps=audio_steps))
-    encoder = text or weights_folder() / BUNDLED
-    train_model(manifest, out, encoder, paraphrases, config, _ignore if quiet else _print_report)
-    if not quiet:
-        typer.echo(f'done: clapsep extract --model {out} MIX --pos "…"')
-
-
-def _print_report(report: Report) -> None:
-    figures = "  ".join(f"{name} {value:.3f}" for name, value in report.figures.items())
-    typer.echo(f"{report.stage} {report.step}/{report.steps}  {figures}")
-
-
-def _ignore(report: Report) -> None:
-    pass

@@ -71,6 +71,10 @@ class Common:
     ] = False
 
     model: ModelOption = None
+    adapter: Annotated[
+        Path | None,
+        _option("--adapter", panel=MODEL, metavar="FILE", help="Tuned by `clapsep train --lora-only`, for the model."),
+    ] = None
     device: DeviceOption = "auto"
     precision: Annotated[
         str,

@@ -137,7 +137,12 @@ def _load(common: Common) -> Model:
     from clapsep_cli.library import load_model
 
     with downloads(common.quiet) as shown:
-        return load_model(common.model, common.device, common.precision, say=note, progress=shown)
+        model = load_model(common.model, common.device, common.precision, say=note, progress=shown)
+    if common.adapter:
+        from clapsep_cli.adapters import apply
+
+        apply(model, common.adapter)
+    return model
 
 
 def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:

@@ -49,6 +49,12 @@ class CheckpointError(ModelError):
     """A model's files are there, but are not what they should be."""
 
 
+class RecipeError(ClapsepError):
+    """A setting of training is unknown, or does not fit the others or what is there."""
+
+    exit_code = 2
+
+
 class ManifestError(ClapsepError):
     """A training or evaluation manifest cannot be used as it stands."""
 

@@ -26,9 +26,10 @@ class Meter:
 
     def add(self, audio: Audio) -> None:
         """Take in float32 `[channels, samples]`."""
-        self._energy += float(np.square(audio, dtype=np.float64).sum())
+        rows = np.ascontiguousarray(audio)
+        self._energy += sum(float(np.dot(row, row)) for row in rows)
         self._values += audio.size
-        self._peak = max(self._peak, float(np.abs(audio).max(initial=0)))
+        self._peak = max(self._peak, float(rows.max(initial=0)), -float(rows.min(initial=0)))
 
     def read(self) -> dict[str, float | None]:
         """`rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""

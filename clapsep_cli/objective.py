@@ -1,4 +1,5 @@
-"""What training minimises, computed on bands: a mask that is linear between bands needs no spectrum to be scored."""
+"""What training minimises: the paper's loss on waveforms, and the same on bands, where a mask that is linear between
+bands needs no spectrum to be scored."""
 
 from __future__ import annotations
 
@@ -11,6 +12,26 @@ from clapsep_cli import dsp
 
 FLOOR = 1e-8
 AT_ONCE = 4  # examples whose spectra are handled together: they fit into a processor's cache
+
+
+def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
+    return 10 * torch.log10((signal + FLOOR) / (noise + FLOOR))
+
+
+def snr(estimate: Tensor, target: Tensor) -> Tensor:
+    """Signal-to-noise ratio in dB (Eq. 15) of float32 `[batch, samples]`: `[batch]`."""
+    return _decibel(target.square().sum(1), (estimate - target).square().sum(1))
+
+
+def si_snr(estimate: Tensor, target: Tensor) -> Tensor:
+    """The same after the target was scaled to fit the estimate best (Eq. 16): `[batch]`."""
+    fit = (estimate * target).sum(1, keepdim=True) / (target.square().sum(1, keepdim=True) + FLOOR)
+    return snr(estimate, fit * target)
+
+
+def waveform_loss(estimate: Tensor, target: Tensor, snr_weight: float = 0.9) -> Tensor:
+    """−λ · SNR − (1 − λ) · SI-SNR (Eq. 14), mean over the batch, in dB."""
+    return -(snr_weight * snr(estimate, target) + (1 - snr_weight) * si_snr(estimate, target)).mean()
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ FAMILIES = {
         separator="clapsep_cli.models.mini:Mini",
         ask="clapsep_cli.embedding:conditions",
         likeness="clapsep_cli.embedding:likeness",
+        near_in_bfloat16=False,
         text="clapsep_cli.models.mini:MiniText",
         audio="clapsep_cli.models.mini:MiniAudio",
     ),

@@ -1,4 +1,8 @@
-"""Speed, as ratios measured in one run: `make bench`. Figures are medians; state the machine's load with them."""
+"""Speed and memory, as ratios measured in one run: `make bench`; `make bench LONG=1` adds 3 h and 2,000 files.
+
+Figures are medians. Those of whole processes are taken with stand-in weights of the released size. State the machine's
+load with them: it is printed first.
+"""
 
 from __future__ import annotations
 
@@ -9,109 +13,218 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from clapsep_cli.startup import prepare
+
+prepare()
 
 import numpy as np
 import soundfile
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from clapsep_cli import Query, extract, library, load_model
+from clapsep_cli import library
+from clapsep_cli.audio import on_grid
+from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
+from clapsep_cli.encoding import choose_encoding
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
+from clapsep_cli.pipeline import BLOCK_SECONDS, Ear
 from clapsep_cli.registry import MODELS
-from clapsep_cli.tasks import Options
+from clapsep_cli.sources import Source, read_mono
+from clapsep_cli.writers import Outputs
 
-RUNS = 5
-
-
-def median(work: Callable[[], object], runs: int = RUNS) -> float:
-    """Median wall time of `work` in seconds, after one run that is not counted."""
-    times = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+HERE = Path(__file__).parent
+LONG = bool(os.environ.get("LONG"))
+RUNS = 9
+QUERY = ("--pos", "dog barking", "--neg", "rain")
 
 
 def row(name: str, value: str) -> None:
     print(f"{name:<58} {value}", flush=True)
 
 
-def bench_start() -> None:
-    def spent(*arguments: str) -> float:
-        return median(lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True))
-
-    bare, helped = spent("-c", "pass"), spent("-m", "clapsep_cli", "--help")
-    row("clapsep --help", f"{helped:.3f} s ({helped / bare:.1f} × bare Python)")
-
-
-def bench_mini(folder: Path) -> None:
-    model, rate, seconds = load_model("mini", "cpu"), 48_000, 120
-    path = folder / "mix.wav"
-    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((seconds * rate, 2)), rate)
-    query, options = Query("dog barking", "rain"), Options(overwrite=True)
-    spent = median(lambda: extract(path, query, model, options=options), 3)
-    row(f"mini, {seconds} s of stereo at 48 kHz, file to files", f"{spent:.2f} s ({seconds / spent:.0f} × real time)")
+def taking_turns(works: dict[str, Callable[[], object]], runs: int = RUNS) -> dict[str, float]:
+    """Median wall time in seconds of each, measured in turns, after one run each that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(runs + 1):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
 
 
-def bench_clapsep_start(folder: Path) -> None:
-    """Whole processes of the released size, on stand-in weights: the reference takes 13 s to start and 3.8 GB."""
-    home = folder / "home"
-    os.environ["CLAPSEP_HOME"] = str(home)
-    place = library.place(MODELS["clapsep"])
-    # In a process of its own: what this one has ever held would count in its children's peaks.
-    write = f"from pathlib import Path; from released import write_released; write_released(Path({str(place)!r}))"
-    subprocess.run([sys.executable, "-c", write], check=True, cwd=Path(__file__).parent)
-    library.write_tokenizer(MODELS["clapsep"], place)
-    for seconds in (10, 60):
-        path = folder / f"{seconds}.wav"
-        soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal((seconds * 48_000, 2)), 48_000)
-        for query in ("first", "repeated"):
-            times, peaks = zip(*(_process(path, home if query == "first" else None) for _ in range(3)), strict=True)
-            spent = f"{statistics.median(times):.2f} s, peak {statistics.median(peaks):.2f} GB"
-            row(f"clapsep, process to files, {seconds} s of stereo, {query} query", spent)
-
-
-def _process(path: Path, forget: Path | None) -> tuple[float, float]:
-    """Wall time (s) and peak resident memory (GB) of one extraction; `forget`: a home whose text cache goes first."""
-    if forget:
-        shutil.rmtree(forget / "texts", ignore_errors=True)
-    command = [sys.executable, "-m", "clapsep_cli", "extract", str(path), "--model", "clapsep", "-q", "--overwrite"]
+def process(*arguments: str) -> tuple[float, float]:
+    """Wall time (s) and peak resident memory (GB) of a command of ours."""
     began = time.perf_counter()
-    process = subprocess.Popen([*command, "--pos", "dog barking", "--neg", "rain"])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
+    child = subprocess.Popen([sys.executable, "-m", "clapsep_cli", *arguments])
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
     return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
 
 
+def noise(path: Path, seconds: float, rate: int = 48_000, channels: int = 2) -> Path:
+    """Write quiet noise, a minute at a time."""
+    rng = np.random.default_rng(0)
+    with soundfile.SoundFile(path, "w", rate, channels, "PCM_16", format="RF64") as file:
+        left = round(seconds * rate)
+        while left:
+            count = min(left, 60 * rate)
+            file.write(0.1 * rng.standard_normal((count, channels), dtype=np.float32))
+            left -= count
+    return path
+
+
+def bench_start() -> None:
+    def spent(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+    times = taking_turns(
+        {
+            "bare": spent("-c", "pass"),
+            "--help": spent("-m", "clapsep_cli", "--help"),
+            "library": spent("-c", "import clapsep_cli"),
+            "torch": spent("-c", "import torch"),
+        },
+        5,
+    )
+    row("clapsep --help", f"{times['--help']:.3f} s (bare Python {times['bare']:.3f} s)")
+    row("import clapsep_cli, beyond bare Python", f"{times['library'] - times['bare']:.3f} s")
+    row("import torch, beyond bare Python", f"{times['torch'] - times['bare']:.3f} s")
+
+
 @torch.inference_mode()
-def bench_clapsep() -> None:
-    a = torch.randn(2048, 2048)
-    rate = 2 * 2048**3 / median(lambda: a @ a, 20) / 1e9  # GFLOP/s
-    row("matrix product, float32", f"{rate:.0f} GFLOP/s")
-    torch.manual_seed(0)
-    net = CLAPSep(CLAPSepConfig()).eval()
-    mixture, wanted = 0.1 * torch.randn(1, net.window), condition(torch.randn(1, 512), torch.randn(1, 512))
+def bench_window() -> None:
+    """One window of 10 s through networks of the released size, in both precisions, beside the products they take."""
+    sys.path.insert(0, str(HERE))
+    from released import released_parts
+
+    state = released_parts()["separator"]
+    with torch.device("meta"):
+        high, fast = CLAPSep(CLAPSepConfig()), CLAPSep(CLAPSepConfig())
+    for net in (high, fast):
+        net.load_state_dict(state, assign=True)
+        net.eval()
+    fast.lower(torch.bfloat16)
+    heard = torch.from_numpy(read_mono(HERE.parent / "examples" / "mix.flac", RATE_HZ))[: high.window]
+    heard = F.pad(heard, (0, high.window - len(heard)))[None]
+    wanted = condition(*torch.randn(2, 1, 512, generator=torch.Generator().manual_seed(0)))
     with FlopCounterMode(display=False) as products:
-        features = net.encode(mixture)
-        net.mask(features, wanted)
+        features = high.encode(heard)
+        high.mask(features, wanted)
     gflop = products.get_total_flops() / 1e9
-    encode, mask = median(lambda: net.encode(mixture)), median(lambda: net.mask(features, wanted))
-    share = (encode + mask) / (gflop / rate)
-    row("CLAPSep (random weights), one window of 10 s, float32", f"{encode:.2f} s to encode + {mask:.2f} s to mask")
-    row("", f"{share:.1f} × the time of its {gflop:.0f} GFLOP of products at that rate")
+    a = torch.randn(2048, 2048)
+    b = a.bfloat16()
+    lowered = fast.encode(heard)
+    times = taking_turns(
+        {
+            "product": lambda: a @ a,
+            "product fast": lambda: b @ b,
+            "encode": lambda: high.encode(heard),
+            "mask": lambda: high.mask(features, wanted),
+            "encode fast": lambda: fast.encode(heard),
+            "mask fast": lambda: fast.mask(lowered, wanted),
+        },
+        15,
+    )
+    waves = [waveform(spectrum(heard) * net.mask(net.encode(heard), wanted), high.window) for net in (high, fast)]
+    near = 10 * torch.log10(waves[0].square().sum() / (waves[1] - waves[0]).square().sum())
+    for name, suffix in (("float32", ""), ("bfloat16", " fast")):
+        rate = 2 * 2048**3 / times[f"product{suffix}"] / 1e9
+        encode, mask = times[f"encode{suffix}"], times[f"mask{suffix}"]
+        whole = encode + mask
+        row(f"matrix product, {name}", f"{rate:.0f} GFLOP/s")
+        row(f"clapsep, one window of 10 s, {name}", f"{whole:.3f} s ({encode:.3f} to encode + {mask:.3f} to mask)")
+        row("", f"{whole / (gflop / rate):.2f} × the time of its {gflop:.0f} GFLOP of products at that rate")
+        row("", f"a second target costs {mask / whole:.0%} of the first")
+    row("bfloat16 beside float32, waveform of a real mixture", f"{near:.1f} dB")
+
+
+def bench_processes(folder: Path) -> None:
+    """From a cold process to written files: the reference takes 13 s to start, 16 s for 60 s of audio, 3.8 GB."""
+    home = folder / "home"
+    os.environ["CLAPSEP_HOME"] = str(home)
+    entry = MODELS["clapsep"]
+    place = library.place(entry)
+    # In a process of its own: what this one has ever held would count in its children's peaks.
+    written = f"write_released(Path({str(place)!r}), pin={library.pin(entry)!r})"
+    write = f"from pathlib import Path; from released import write_released; {written}"
+    subprocess.run([sys.executable, "-c", write], check=True, cwd=HERE)
+    library.write_tokenizer(entry, place)
+    options = ("--model", "clapsep", "-q", "--overwrite", *QUERY)
+    for seconds in (10, 60):
+        path = str(noise(folder / f"{seconds}.wav", seconds))
+        for query in ("first", "repeated"):
+            for precision in ("high", "fast"):
+                taken = []
+                for _ in range(3):
+                    if query == "first":
+                        shutil.rmtree(home / "texts", ignore_errors=True)
+                    taken.append(process("extract", path, *options, "--precision", precision))
+                spent, peak = (statistics.median(column) for column in zip(*taken, strict=True))
+                row(f"clapsep, {seconds} s of stereo, {query} query, {precision}", f"{spent:.2f} s, peak {peak:.2f} GB")
+    path = noise(folder / "600.wav", 600)
+    taken = [process("extract", str(path), *options, "--precision", "fast") for _ in range(3)]
+    spent = statistics.median(wall for wall, _ in taken)
+    row("clapsep, 10 min of stereo, fast, process to files", f"{spent:.1f} s, real-time factor {spent / 600:.4f}")
+    row("… of which reading, resampling and writing, one thread", f"{read_and_write(path) / spent:.1%}")
+
+
+def read_and_write(path: Path) -> float:
+    """Processor time in seconds to do with a file what is done beside the model."""
+    began = time.process_time()
+    with Source(path) as source:
+        ear, encoding = Ear(source.rate, RATE_HZ, source.channels), choose_encoding("wav", None, source)
+        paths = {part: path.with_name(f"part.{part}.wav") for part in ("target", "residual")}
+        with Outputs(paths, source.rate, source.channels, encoding, overwrite=True) as outputs:
+            for block in source.blocks(BLOCK_SECONDS):
+                ear.hear(block)
+                rounded = on_grid(block, encoding.bits)
+                outputs.write({"target": rounded, "residual": block - rounded})
+            outputs.commit()
+    return time.process_time() - began
+
+
+def bench_growth(folder: Path) -> None:
+    """Time linear and memory flat in the length of a recording; linear, and no leak, in the number of files."""
+    options = ("--model", "mini", "-q", "--overwrite", *QUERY)
+    for seconds in (10, 60, 600, 3600, *([10_800] if LONG else [])):
+        path = noise(folder / "long.wav", seconds)
+        spent, peak = process("extract", str(path), *options)
+        row(
+            f"mini, {seconds} s of stereo", f"{spent:.1f} s, real-time factor {spent / seconds:.4f}, peak {peak:.2f} GB"
+        )
+        for file in folder.glob("long*.wav"):
+            file.unlink()
+    for count in (20, 200, *([2000] if LONG else [])):
+        short = folder / f"short{count}"
+        short.mkdir()
+        first = noise(short / "0.wav", 2, 16_000, 1)
+        for n in range(1, count):
+            shutil.copy(first, short / f"{n}.wav")
+        spent, peak = process("extract", str(short), *options, "-o", str(folder / "out"))
+        row(f"mini, {count} files of 2 s", f"{spent:.1f} s, {spent / count * 1000:.0f} ms a file, peak {peak:.2f} GB")
+        shutil.rmtree(short)
+
+
+def main(chosen: Sequence[str]) -> None:
+    row("load average, threads", f"{os.getloadavg()[0]:.2f}, {torch.get_num_threads()}")
+    with tempfile.TemporaryDirectory() as name:
+        parts: dict[str, Callable[[], None]] = {
+            "start": bench_start,
+            "processes": lambda: bench_processes(Path(name)),  # before this process has held much
+            "growth": lambda: bench_growth(Path(name)),
+            "window": bench_window,
+            "tuss": lambda: subprocess.run([sys.executable, HERE / "bench_tuss.py"], check=True) and None,
+        }
+        for part in chosen or parts:
+            parts[part]()
 
 
 if __name__ == "__main__":
-    row("load average, threads", f"{os.getloadavg()[0]:.2f}, {torch.get_num_threads()}")
-    bench_start()
-    with tempfile.TemporaryDirectory() as name:
-        bench_mini(Path(name))
-        bench_clapsep_start(Path(name))
-    bench_clapsep()
+    main(sys.argv[1:])

@@ -28,7 +28,7 @@ from clapsep_cli.registry import weights_folder
 
 # The same examples at every run, so that a change fails for its own reasons alone; `make fuzz` looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("search", max_examples=2000, deadline=None, derandomize=False)
+settings.register_profile("search", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 TINY_MINI = MiniConfig(query=16, channels=(8, 8, 8, 8), hidden=8, fine=2, audio_channels=(8, 8, 8, 8))

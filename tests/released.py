@@ -18,6 +18,6 @@ def released_parts(seed: int = 0) -> dict[str, dict[str, Tensor]]:
 
 
 def write_released(folder: Path, seed: int = 0, **notes: str) -> None:
-    """Write `released_parts` as `separator`, `text` and `audio.safetensors`, each with its configuration and `notes`."""
+    """Write `released_parts` as `separator`, `text` and `audio.safetensors`, with their configuration and `notes`."""
     for part, tensors in released_parts(seed).items():
         save_part(folder, part, "clapsep", CLAPSepConfig(), tensors, **notes)

@@ -15,8 +15,9 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
         "query",
         "registry",
         "windows",
-        "augment",
         "objective",
+        "schedules",
+        "whole",
         "objective_tuss",
         "times",
         "tables",
@@ -31,7 +32,7 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"models.clap"},
     {"texts"},
     {"checkpoint", "audio"},
-    {"wav", "levels", "convert"},
+    {"wav", "levels", "convert", "adapters", "augment", "task"},
     {"containers", "convert_tuss"},
     {"mpeg"},
     {"decoders", "media", "plot"},
@@ -42,14 +43,15 @@ LAYERS = [  # from the ground up; a module imports only from lines above its own
     {"tasks"},
     {"recording"},
     {"batch"},
-    {"planning", "library"},
+    {"planning", "library", "training"},
     {"data", "environment", "prompt_mixing", "figures"},
-    {"mixtures"},
-    {"scores"},
-    {"evaluate", "conditions"},
+    {"mixtures", "pool"},
+    {"scores", "sampling", "validation"},
+    {"evaluate", "conditions", "record"},
     {"train", "report"},
+    {"recipes", "train_mini", "train_clapsep"},
     {"terminal"},
-    {"cli_options", "cli_models", "cli_evaluate"},
+    {"cli_options", "cli_models", "cli_evaluate", "cli_train"},
     {"cli_run"},
     {"cli_extract", "cli_separate"},
     {"cli"},
@@ -86,7 +88,7 @@ def test_nothing_imports_upward(name: str) -> None:
 def test_only_cli_prints_and_only_convert_unpickles(name: str) -> None:
     source = MODULES[name].read_text()
     called = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
-    if name not in ("cli", "cli_models", "cli_evaluate", "terminal"):
+    if not name.startswith("cli") and name != "terminal":
         assert not called & {"print", "typer.echo", "sys.stdout.write", "sys.stderr.write"}
     if name != "convert":
         assert not called & {"torch.load", "pickle.load", "pickle.loads", "np.load", "torch.save"}

@@ -245,9 +245,12 @@ def test_what_is_kept_does_not_change_it(tiny: Tuss) -> None:
 
 def test_only_what_is_kept_is_computed(tiny: Tuss) -> None:
     calls = []
-    tiny.conditional.register_forward_hook(lambda *_: calls.append(1))
+    tiny.conditional.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     tiny.separate(MIXTURE, SCENE, [1])
-    assert len(calls) == 1
+    assert calls == [2]
+    tiny.separate(torch.stack([MIXTURE[0], torch.zeros(9600)]), SCENE, [1])
+    tiny.separate(torch.zeros(2, 9600), SCENE)
+    assert calls == [2, 1]  # nothing for rows that are silent
 
 
 def test_a_batch_equals_its_members(tiny: Tuss) -> None:
@@ -349,13 +352,15 @@ def test_config_rejects_nonsense_and_survives_json() -> None:
 # Conversion.
 
 
-def test_a_released_file_becomes_the_separator(tmp_path: Path) -> None:
-    tensors = released(TINY)
+@pytest.mark.parametrize("config", [TINY, MEDIUM])
+def test_a_released_file_becomes_the_separator(tmp_path: Path, config: TussConfig) -> None:
+    tensors = released(config)
     save_released(tmp_path / "model.pth", tensors)
-    convert_tuss([tmp_path / "model.pth"], tmp_path / "tiny", TINY, revision="r1")
-    model = Tuss(TINY)
-    model.load_state_dict(read_tensors(tmp_path / "tiny" / "separator.safetensors"))
-    expected = separator(TINY, tensors).separate(MIXTURE, SCENE)
+    # Of a released size, the file itself says which.
+    convert_tuss([tmp_path / "model.pth"], tmp_path / "new", None if config == MEDIUM else config, revision="r1")
+    model = Tuss(config)
+    model.load_state_dict(read_tensors(tmp_path / "new" / "separator.safetensors"))
+    expected = separator(config, tensors).separate(MIXTURE, SCENE)
     assert torch.equal(model.eval().separate(MIXTURE, SCENE), expected)
 
 

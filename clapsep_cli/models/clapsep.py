@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, spectrum
+from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, power, spectrum
 from clapsep_cli.models import htsat
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
@@ -250,18 +250,26 @@ class CLAPSep(MaskSeparator):
 
     def encode(self, mixture: Tensor) -> Features:
         """Features of `mixture`, float32 `[batch, window]` at 32 kHz, peaks within ±1."""
-        return Features(spectrum(mixture).abs(), self.encoder(self.resample(mixture)))
+        return Features(power(spectrum(mixture)).sqrt_(), self.encoder(self.resample(mixture)))
 
     def lower(self, dtype: torch.dtype) -> None:
         # Spectra, patches (convolutions of one channel) and what normalises them are cheap, and stay float32.
-        for part in (self.encoder.layers, self.aggregator, *self.mask_net.children()):
+        stacks = (self.encoder.layers, self.aggregator.layers, self.aggregator.skip, self.mask_net.layers)
+        ends = self.aggregator.inverse_patch_embed.norm, self.mask_net.norm
+        for part in (*(layer for stack in stacks for layer in stack), self.aggregator.film, *ends):
+            pack(part, dtype)
             part.to(dtype)
-        for part in (self.aggregator.inverse_patch_embed.proj, self.mask_net.spec_norm):
-            part.float()
-        if dtype == torch.bfloat16 and self.resample.kernel.device.type == "cpu":
-            pack(self)
+        pack(self.mask_net, dtype)
+        for part in (self.mask_net.input, self.mask_net.output):
+            part.to(dtype)
+        # As long as one tensor lies in a file that it was mapped from, all that was read of that stays in memory.
+        self._apply(_unmapped)  # type: ignore[no-untyped-call]
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
         """Mask in (0, 1), `[batch, frames, 513]`; `features` and `condition` have the same batch, or one has 1."""
         aggregated = self.aggregator(features.encoder, condition.to(self.encoder.dtype))
         return cast(Tensor, self.mask_net(features.magnitude, aggregated))
+
+
+def _unmapped(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.dtype == torch.float32 else tensor

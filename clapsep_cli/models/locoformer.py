@@ -41,9 +41,8 @@ class GroupRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.reshape(*x.shape[:-1], self.groups, -1)
-        # The floor is far below EPSILON²; it keeps the root's gradient finite where all is zero.
-        rms = grouped.square().mean(-1, keepdim=True).clamp(min=1e-20).sqrt()
-        return (grouped / (rms + EPSILON)).flatten(-2).mul(self.gamma)
+        rms = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True) * grouped.shape[-1] ** -0.5
+        return cast(Tensor, (grouped / (rms + EPSILON)).flatten(-2).mul_(self.gamma))
 
 
 class Convolution(nn.Module):
@@ -82,7 +81,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.expand(self.norm(x), padding=self.expand.weight.shape[1] - 1).chunk(2, -1)
-        return cast(Tensor, self.contract(value * F.silu(gate)))
+        return cast(Tensor, self.contract(F.silu(gate).mul_(value)))
 
 
 class Attention(nn.Module):

@@ -20,14 +20,15 @@ class PackedLinear(nn.Module):
         return out
 
 
-def pack(module: nn.Module) -> None:
-    """Replace the bfloat16 linear layers below `module`, which lies on the CPU, where this PyTorch can.
+def pack(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the linear layers below `module` where `dtype` is bfloat16 and they lie on the CPU, if PyTorch can.
 
     The operators are those that PyTorch's own compiler packs weights with; they are not documented for direct use.
     """
-    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if dtype != torch.bfloat16 or not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16:
-                setattr(parent, name, PackedLinear(child))
+            if isinstance(child, nn.Linear) and child.weight.device.type == "cpu":
+                # One after the other, so that there is never a second copy of all weights.
+                setattr(parent, name, PackedLinear(child.to(dtype)))

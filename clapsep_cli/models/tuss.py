@@ -26,6 +26,7 @@ HOP = 512
 BANDS = ((22, 2), (11, 4), (8, 12), (8, 24), (8, 48), (3, 66), (1, 67))  # how many bands, of how many bins each
 QUIETEST = 1e-8  # added to a mixture's standard deviation before dividing by it
 EPSILON = 1e-5  # of the bands' normalisation, under the root
+HELD_BYTES = 33_000_000  # just below the 32 MiB above which glibc gives every block back at once
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,22 @@ class Tuss(Separator):
             raise ValueError(f"audio is [batch, samples], two samples or more, not {list(audio.shape)}")
         if prompts.dim() not in (1, 2) or not prompts.numel() or prompts.shape[:-1] not in ((), audio.shape[:1]):
             raise ValueError(f"prompts are [prompts] or [batch, prompts], one or more, not {list(prompts.shape)}")
+        wanted = range(prompts.shape[-1]) if kept is None else kept
+        prompts, sounding = prompts.expand(len(audio), -1), audio.any(1)
+        if torch.is_grad_enabled() or sounding.all():
+            return self._separate(audio, prompts, wanted)
+        stems = audio.new_zeros(len(audio), len(wanted), audio.shape[1])
+        if sounding.any():
+            stems[sounding] = self._separate(audio[sounding], prompts[sounding], wanted)
+        return stems
+
+    def _separate(self, audio: Tensor, prompts: Tensor, wanted: Sequence[int]) -> Tensor:
+        # Once a block of this size was freed, glibc keeps what is freed later; a sixth of the time went into having
+        # the same pages mapped again and again.
+        torch.empty(HELD_BYTES, dtype=torch.uint8, device="cpu")
         scale = audio.std(1, keepdim=True) + QUIETEST
         spec = spectrum(audio / scale)
-        frames, tokens = self.hear(spec, prompts.expand(len(audio), -1))
-        wanted = range(prompts.shape[-1]) if kept is None else kept
+        frames, tokens = self.hear(spec, prompts)
         stems = [waveform(self.mask(frames * tokens[:, n, None]) * spec, audio.shape[1]) for n in wanted]
         return torch.stack(stems, 1) * scale[:, None]
 

@@ -1,0 +1,118 @@
+"""What is computed for speed is what was meant: attention and linear layers, lower precision, and who chooses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clapsep_cli import Query, load_model
+from clapsep_cli.checkpoint import choose_precision
+from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
+from clapsep_cli.errors import DeviceError
+from clapsep_cli.models import attention
+from clapsep_cli.models.attention import attend
+from clapsep_cli.models.base import MaskSeparator
+from clapsep_cli.models.packed import PackedLinear, pack
+from clapsep_cli.sources import read_mono
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CPU = torch.device("cpu")
+
+
+def by_definition(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    """Attention of each head and item by itself, in float64."""
+    batch, tokens, width = qkv.shape
+    size = width // 3 // heads
+    out = torch.empty(batch, tokens, width // 3, dtype=torch.float64)
+    for item in range(batch):
+        for head in range(heads):
+            q, k, v = (qkv[item, :, part * heads * size + head * size :][:, :size].double() for part in range(3))
+            weights = q @ k.T / size**0.5
+            if bias is not None:
+                of = bias[item % len(bias)]
+                own = of[head % len(of)]
+                weights = weights.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else weights + own.double()
+            out[item, :, head * size :][:, :size] = weights.softmax(-1) @ v
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("few", [0, 1, 3])
+def test_attention_with_and_without_a_bias_that_recurs(dtype: torch.dtype, tolerance: float, few: int) -> None:
+    generator = torch.Generator().manual_seed(few)
+    qkv = torch.randn(6, 7, 3 * 4 * 5, generator=generator).to(dtype)
+    bias = torch.randn(few, 4, 7, 7, generator=generator).to(dtype) if few else None
+    torch.testing.assert_close(attend(qkv, 4, bias).double(), by_definition(qkv, 4, bias), rtol=0, atol=tolerance)
+
+
+def test_attention_leaves_out_what_must_not_be_attended_to() -> None:
+    qkv = torch.randn(2, 6, 3 * 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()[:, None, None]
+    expected = by_definition(qkv, 2, mask.expand(2, 1, 6, 6))
+    torch.testing.assert_close(attend(qkv, 2, mask).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_long_attention_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over long sequences it goes head by head, to the same end."""
+    qkv = torch.randn(2, 40, 3 * 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    short = attend(qkv, 3)
+    monkeypatch.setattr(attention, "LONG", 16)
+    torch.testing.assert_close(attend(qkv, 3), short, rtol=0, atol=2e-2)
+    torch.testing.assert_close(attend(qkv, 3).double(), by_definition(qkv, 3, None), rtol=0, atol=3e-2)
+
+
+def test_packed_layers_are_the_layers_they_replace() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8, bias=False))
+    packed = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8, bias=False))
+    packed.load_state_dict(plain.state_dict())
+    pack(packed, torch.float32)
+    assert not any(isinstance(layer, PackedLinear) for layer in packed)
+    pack(packed, torch.bfloat16)
+    assert sum(isinstance(layer, PackedLinear) for layer in packed) == 2
+    x = torch.randn(5, 3, 24).bfloat16()
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), plain.bfloat16()(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("name", "least_db"), [("clapsep", 40), ("mini", 25)])
+def test_in_bfloat16_the_waveform_stays_near_float32(name: str, least_db: float, released_folder: Path) -> None:
+    """On real mixtures; the released size with stand-in weights. In one of them mini is asked for what is not there."""
+    nets = []
+    for precision in ("high", "fast"):
+        model = load_model(released_folder if name == "clapsep" else name, "cpu", precision)
+        assert model.precision == {"high": "float32", "fast": "bfloat16"}[precision]
+        assert isinstance(model.separator, MaskSeparator)
+        nets.append(model.separator)
+    wanted = model.ask([Query(pos_audio=[EXAMPLES / "another-dog.flac"], neg_audio=[EXAMPLES / "rain.flac"])])
+    for file in ("mix", "rain"):
+        heard = torch.from_numpy(read_mono(EXAMPLES / f"{file}.flac", RATE_HZ))[: nets[0].window]
+        heard = F.pad(heard, (0, nets[0].window - len(heard)))[None]
+        with torch.inference_mode():
+            masks = [net.mask(net.encode(heard), wanted) for net in nets]
+        assert {mask.dtype for mask in masks} == {torch.float32}
+        exact, fast = (waveform(spectrum(heard) * mask, heard.shape[1]) for mask in masks)
+        assert not torch.equal(exact, fast)
+        assert 10 * torch.log10(exact.square().sum() / (fast - exact).square().sum()) > least_db
+        assert 10 * torch.log10(heard.square().sum() / (fast - exact).square().sum()) > 40
+
+
+def test_who_chooses_the_precision(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, released_folder: Path) -> None:
+    assert choose_precision("high", CPU) == torch.float32
+    assert choose_precision("fast", CPU) == torch.bfloat16
+    for native in (False, True):
+        monkeypatch.setattr("clapsep_cli.checkpoint._native_bfloat16", lambda device, native=native: native)
+        assert choose_precision("auto", CPU) == (torch.bfloat16 if native else torch.float32)
+        assert choose_precision("auto", CPU, near=False) == torch.float32
+        assert load_model(released_folder, "cpu").precision == ("bfloat16" if native else "float32")
+        assert load_model(tiny_folder, "cpu").precision == "float32"  # a mini gains little and loses more
+    with pytest.raises(DeviceError, match="auto, high or fast"):
+        choose_precision("low", CPU)
+
+
+def test_mps_is_never_fast_by_itself() -> None:
+    assert choose_precision("auto", torch.device("mps")) == torch.float32

@@ -1,0 +1,413 @@
+"""What training is made of: manifests, clips from memory or disk, what is drawn, the loss, settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from clips import write_clips
+from conftest import TINY_MINI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clapsep_cli import dsp, recipes
+from clapsep_cli.augment import equaliser, levelled, masked, seeded, stripes
+from clapsep_cli.checkpoint import load_part
+from clapsep_cli.conditions import Mixing, Queries, Texts
+from clapsep_cli.data import mix, read_corpus, read_manifest
+from clapsep_cli.errors import ManifestError, RecipeError
+from clapsep_cli.metrics import sdr, si_sdr
+from clapsep_cli.models.mini import MiniText, band_matrix
+from clapsep_cli.objective import separation_loss, si_snr, snr, statistics, waveform_loss
+from clapsep_cli.pool import DiskPool, MemoryPool, Pool, open_pool
+from clapsep_cli.registry import weights_folder
+from clapsep_cli.sampling import Draw, Sampler, ahead
+from clapsep_cli.schedules import Plateau, Trapezoid
+from clapsep_cli.train_mini import MiniRecipe
+from clapsep_cli.validation import choose
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def pool(manifest: Path) -> Pool:
+    return MemoryPool(read_corpus(manifest))
+
+
+def load_text() -> MiniText:
+    text: MiniText = load_part(weights_folder() / "mini", "text", "mini", TINY_MINI)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,split\na.wav,train\n", "no column label; needed: file,label"),
+        ("file,label\n", "no rows"),
+        ("file,label\nnone.wav,dog\nnone2.wav,\n", r"line 2: no file .*none.wav; line 3: no label"),
+    ],
+)
+def test_manifests_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(path)
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_manifest(tmp_path / "none.csv")
+
+
+def test_all_that_is_wrong_with_a_manifest_is_listed_at_once(tmp_path: Path) -> None:
+    whole = write_clips(tmp_path)
+    (tmp_path / "text.wav").write_text("not audio")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.full(2000, np.nan), 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).standard_normal(40_000) / 9, 16_000)
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:20_000])
+    rows = [  # from line 18 on
+        "none.wav,train,dog,a dog",
+        "text.wav,train,dog,a dog",
+        "empty.wav,train,dog,a dog",
+        "nan.wav,train,dog,a dog",
+        "cut.flac,train,dog,a dog",
+        "dog0.wav,train,dog,a dog",
+        "bell3.wav,dev,owl, ; ",
+        "rain2.wav,train,flute,a flute",
+        "rain3.wav,train,,a cat",
+    ]
+    faulty = tmp_path / "faulty.csv"
+    faulty.write_text(whole.read_text() + "\n".join(rows) + "\n")
+    with pytest.raises(ManifestError) as raised:
+        read_corpus(faulty, min_clips=2)
+    head, *faults = str(raised.value).splitlines()
+    assert head == f"{faulty}: {len(faults)} faults"
+    expected = [
+        (18, "no file"), (19, "cannot be decoded"), (20, "has no samples"), (21, "not finite"), (22, ""),
+        (23, "dog0.wav is on line 2 already"), (24, "bell3.wav is on line 17 already"), (24, "the caption is empty"),
+        (25, "rain2.wav is on line 8 already"), (25, "the label 'flute' has too few clips to train on, 1; it takes 2"),
+        (26, "rain3.wav is on line 9 already"), (26, "no label"),
+    ]  # fmt: skip
+    assert len(faults) == len(expected)
+    for fault, (line, what) in zip(faults, expected, strict=True):
+        assert fault.startswith(f"  line {line}: ")
+        assert what in fault
+    one = tmp_path / "one.csv"
+    one.write_text("file,label\ndog0.wav,dog\ndog1.wav,dog\n")
+    with pytest.raises(ManifestError, match="clips of 1 labels in the split 'train'; it takes two"):
+        read_corpus(one)
+
+
+def test_the_digest_is_of_what_training_notices(manifest: Path, tmp_path: Path) -> None:
+    moved = write_clips(tmp_path)
+    corpus = read_corpus(manifest)
+    assert read_corpus(moved).digest == corpus.digest
+    moved.write_text(moved.read_text().replace("a dog;", "a hound;"))
+    assert read_corpus(moved).digest != corpus.digest
+    assert len(corpus.train) == len(corpus.held_out) == 8
+
+
+def test_clips_from_disk_are_those_from_memory(manifest: Path, tmp_path: Path) -> None:
+    t = np.arange(44_100 * 3) / 44_100
+    stereo = np.stack([0.5 * np.sin(2 * np.pi * 440 * t), 0.3 * np.sin(2 * np.pi * 3000 * t)], 1)
+    soundfile.write(tmp_path / "long.flac", stereo, 44_100)
+    (tmp_path / "m.csv").write_text(f"file,label\nlong.flac,a\n{manifest.parent / 'dog0.wav'},b\n")
+    corpus = read_corpus(tmp_path / "m.csv")
+    memory, disk = MemoryPool(corpus), DiskPool(corpus)
+    for index in range(2):
+        length = disk.samples(index)
+        assert abs(length - memory.samples(index)) <= 1
+        for start, stop in (
+            (0, length),
+            (0, 5000),
+            (1, 900),
+            (length // 2 + 7, length // 2 + 4007),
+            (length - 4000, length + 99),
+        ):
+            expected = memory.read(index, start, min(stop, length))
+            read = disk.read(index, start, stop)
+            assert len(read) == min(stop, length) - start
+            n = min(len(read), len(expected))
+            inner = slice(200, n - 200)  # a resampler is not itself at the ends of what it is given
+            np.testing.assert_allclose(read[:n][inner], expected[:n][inner], atol=1e-3)
+    (tmp_path / "long.flac").unlink()
+    with pytest.raises(ManifestError, match=r"long\.flac: cannot be decoded"):
+        disk.read(0, 0, 100)
+
+
+def test_a_corpus_too_large_for_memory_stays_on_disk(manifest: Path) -> None:
+    corpus = read_corpus(manifest)
+    large = replace(corpus, seconds=(3600.0,) * len(corpus.clips))
+    assert isinstance(open_pool(corpus), MemoryPool)
+    assert isinstance(open_pool(corpus, "disk"), DiskPool)
+    hours = replace(corpus, clips=corpus.clips * 600, seconds=large.seconds * 600)
+    assert isinstance(open_pool(hours), DiskPool)
+
+
+def test_what_is_made_ahead_is_bounded_and_in_order() -> None:
+    begun: list[int] = []
+    made = ahead(lambda step: begun.append(step) or step, range(3, 40), workers=4)  # type: ignore[func-returns-value]
+    for step in range(3, 40):
+        assert next(made) == step
+        assert max(begun) <= step + 5
+    assert next(made, None) is None
+
+    def fails(step: int) -> int:
+        raise ManifestError("gone")
+
+    with pytest.raises(ManifestError, match="gone"):
+        list(ahead(fails, range(3)))
+
+
+def loss_of(mask: Tensor, target: Tensor, other: Tensor, present: bool, eq: float = 0.0) -> float:
+    """The loss of one example under a mask per band, `[frames, bands]`."""
+    gains = (equaliser(1, eq, seeded(2)), equaliser(1, eq, seeded(5)))
+    spread = band_matrix(128, 48)
+    of = statistics(target[None], other[None], gains, spread, spread)
+    return separation_loss(mask[None], of, torch.tensor([present])).item()
+
+
+def test_the_loss_is_the_papers_on_waveforms() -> None:
+    """Parseval: on sounds that fade in and out, it is −0.9 · SNR − 0.1 · SI-SNR of the waveforms."""
+    fade = torch.hann_window(32_000)
+    target, other = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0)) * fade
+    estimate, clean = (0.3 * (target + other)).numpy(), target.numpy()
+    expected = -0.9 * sdr(estimate, clean) - 0.1 * si_sdr(estimate, clean)
+    # The floor of 30 dB takes a hundredth of a decibel at these ratios.
+    assert loss_of(torch.full((101, 128), 0.3), target, other, present=True) == pytest.approx(expected, abs=0.03)
+
+
+def test_the_loss_on_bands_is_the_loss_on_bins() -> None:
+    generator = torch.Generator().manual_seed(1)
+    target, other = torch.randn(2, 32_000, generator=generator)
+    mask = torch.rand(101, 128, generator=generator)
+    spectra = [dsp.spectrum(x[None]) * equaliser(1, 6.0, seeded(k)) for x, k in ((target, 2), (other, 5))]
+    wanted, estimate = spectra[0], (spectra[0] + spectra[1]) * (mask @ band_matrix(128, 48))
+    energy, error = wanted.abs().square().sum(), (estimate - wanted).abs().square().sum()
+    fitted = (estimate * wanted.conj()).real.sum().square() / energy
+    rest = estimate.abs().square().sum() - fitted
+    expected = -9 * torch.log10(energy / (error + 1e-3 * energy)) - torch.log10(fitted / (rest + 1e-3 * fitted))
+    assert loss_of(mask, target, other, present=True, eq=6.0) == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_an_absent_sound_is_learned_as_silence() -> None:
+    target, other = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0))
+    quiet, loud = (loss_of(torch.full((101, 128), m), target, other, present=False) for m in (0.01, 0.5))
+    assert quiet < loud
+
+
+def test_the_loss_on_waveforms_is_the_papers() -> None:
+    target, noise = torch.randn(2, 3, 4000, generator=torch.Generator().manual_seed(0))
+    estimate = 0.7 * target + 0.2 * noise
+    plain = [sdr(e.numpy(), t.numpy()) for e, t in zip(estimate, target, strict=True)]
+    invariant = [si_sdr(e.numpy(), t.numpy()) for e, t in zip(estimate, target, strict=True)]
+    np.testing.assert_allclose(snr(estimate, target), plain, atol=1e-3)
+    np.testing.assert_allclose(si_snr(estimate, target), invariant, atol=1e-3)
+    expected = -0.9 * np.mean(plain) - 0.1 * np.mean(invariant)
+    assert waveform_loss(estimate, target).item() == pytest.approx(expected, abs=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(scale=st.floats(0.01, 50), level=st.floats(0.01, 3))
+def test_si_snr_ignores_the_scale_and_snr_does_not(scale: float, level: float) -> None:
+    target, noise = torch.randn(2, 1, 2000, generator=torch.Generator().manual_seed(1))
+    estimate = target + level * noise
+    torch.testing.assert_close(si_snr(scale * estimate, target), si_snr(estimate, target), atol=2e-2, rtol=0)
+    # However it is scaled, an estimate's SNR is at most 1 + its scale-invariant one, as ratios.
+    assert snr(scale * estimate, target) <= 10 * torch.log10(1 + 10 ** (si_snr(estimate, target) / 10)) + 1e-2
+
+
+def test_what_is_drawn_depends_on_seed_step_and_row_alone(pool: Pool) -> None:
+    sampler, same, other = (Sampler(pool, Draw(seconds=1.0), seed) for seed in (0, 0, 1))
+    whole = sampler.pairs(5, range(4))
+    for left, right in zip(whole, same.pairs(5, range(4)), strict=True):
+        assert torch.equal(left, right)
+    for left, right in zip(whole, same.pairs(5, range(2, 4)), strict=True):
+        assert torch.equal(left[2:], right)
+    assert not torch.equal(whole.targets, sampler.pairs(6, range(4)).targets)
+    assert not torch.equal(whole.targets, other.pairs(5, range(4)).targets)
+
+
+def test_pairs_are_of_two_sounds_within_the_snr_limits(pool: Pool) -> None:
+    pairs = Sampler(pool, Draw(seconds=1.0), 0).pairs(0, range(64))
+    labels = [[pool.clips[i].label for i in pair] for pair in pairs.clips.tolist()]
+    assert all(a != b for a, b in labels)
+    targets, others = levelled(pairs.targets, pairs.interferers, pairs.snr_db)
+    ratio = 10 * torch.log10(targets.square().sum(1) / others.square().sum(1))
+    torch.testing.assert_close(ratio, pairs.snr_db, atol=1e-3, rtol=0)
+    assert ratio.abs().max() <= 8
+    assert (targets + others).abs().max() <= 1
+
+
+def test_hard_interferers_are_of_the_nearest_labels(pool: Pool) -> None:
+    near = Texts(load_text(), pool.clips, {}).nearest()
+    assert set(near["violin"]) == {"dog", "rain", "bell"}
+    draw = Draw(seconds=1.0, hard=1.0, hard_labels=1)
+    for target, other in Sampler(pool, draw, 0, near=near).pairs(0, range(32)).clips.tolist():
+        assert pool.clips[other].label == near[pool.clips[target].label][0]
+
+
+def test_where_nothing_sounds_unlike_a_clip(manifest: Path, tmp_path: Path) -> None:
+    same = manifest.read_text().replace("a rain;rain sound", "a dog").splitlines()
+    path = manifest.parent / "same.csv"
+    path.write_text("\n".join(line for line in same if "violin" not in line and "bell" not in line))
+    pool = MemoryPool(read_corpus(path))
+    sampler = Sampler(pool, Draw(seconds=1.0), 0)
+    with pytest.raises(ManifestError, match="no clip sounds unlike"):
+        sampler.pairs(0, range(1))
+    assert choose(pool, range(len(pool.clips)), 9) == []
+
+
+def test_mixing_follows_the_paper() -> None:
+    rng = np.random.default_rng(0)
+    target, other = rng.standard_normal((2, 1000)).astype(np.float32)
+    mixture, scaled = mix(target, 5 * other)
+    assert np.abs(mixture).max() == pytest.approx(0.9)
+    rest = mixture - scaled
+    assert np.square(rest).sum() == pytest.approx(np.square(scaled).sum(), rel=1e-4)
+    quiet, same = mix(0.01 * target, other, snr_db=6.0)
+    np.testing.assert_array_equal(same, np.float32(0.01) * target)
+    assert 10 * np.log10(np.square(same).sum() / np.square(quiet - same).sum()) == pytest.approx(6, abs=1e-3)
+
+    left, right = levelled(*torch.from_numpy(np.stack([target, 5 * other]))[:, None], torch.zeros(1))
+    np.testing.assert_allclose(left[0], scaled, atol=1e-6)
+    np.testing.assert_allclose((left + right)[0], mixture, atol=1e-6)
+
+
+def test_conditions_are_a_quarter_positive_a_quarter_negative_half_both(pool: Pool) -> None:
+    texts = Texts(load_text(), pool.clips, {"dog": ("a puppy",)})
+    assert len(texts.by_label["dog"]) == 3
+    views = {i: torch.eye(1, TINY_MINI.dim) for i in range(len(pool.clips))}
+    queries = Queries(pool, texts, views, Mixing(absent=0.0))
+    sampler = Sampler(pool, Draw(seconds=1.0), 0)
+    drawn, present = queries.draw(sampler, [[0, 4]] * 2000, [np.random.default_rng(n) for n in range(2000)])
+    sides = drawn.view(2000, 2, -1).norm(dim=2) > 0
+    kinds = torch.tensor([(True, False), (False, True), (True, True)])
+    shares = [(sides == kind).all(1).float().mean().item() for kind in kinds]
+    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.04)
+    assert present.all()
+    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(2000))
+
+
+def test_several_shots_are_averaged(pool: Pool) -> None:
+    texts = Texts(load_text(), pool.clips, {})
+    views = {i: torch.eye(TINY_MINI.dim)[i][None] for i in range(len(pool.clips))}
+    queries = Queries(pool, texts, views, Mixing(noise=0.0, shots=5))
+    rng = np.random.default_rng(0)
+    drawn = torch.stack([queries.side(0, 1.0, rng) for _ in range(200)])
+    torch.testing.assert_close(drawn.sum(1), torch.ones(200))  # each a mean of unit vectors …
+    assert not drawn[:, 0].any()  # … of other clips of the label
+    assert not drawn[:, 4:].any()
+    counts = {round(1 / row[row > 0].min().item()) for row in drawn}
+    assert counts >= {1, 2, 3, 4, 5}
+
+
+def test_augmentation_is_bounded() -> None:
+    gains = equaliser(200, 4.0, seeded(0))
+    assert gains.shape == (200, 1, 513)
+    flat = (gains == 1).all(2)[:, 0].float().mean().item()
+    assert 0.35 < flat < 0.65
+    kept = stripes(200, 100, 10, seeded(1))
+    assert 1 - kept.mean().item() < 0.2
+    assert (kept == 0).any()
+
+
+def test_a_layer_is_masked_while_it_lasts() -> None:
+    layer, x = torch.nn.Identity(), torch.ones(2, 3)
+    kept = torch.tensor([[1.0, 0, 1], [0, 1, 1]])
+    with masked(layer, kept):
+        assert torch.equal(layer(x), kept)
+    assert torch.equal(layer(x), x)
+
+
+def test_the_learning_rate_rises_holds_and_falls_to_nothing() -> None:
+    schedule = Trapezoid(lr=2.0, steps=1000, warmup=100, decay=0.3)
+    assert schedule.rate(0, []) == pytest.approx(0.02)
+    assert schedule.rate(99, []) == schedule.rate(700, [1.0]) == 2.0
+    assert schedule.rate(850, []) == pytest.approx(1.0)
+    assert schedule.rate(999, []) < 0.01
+
+
+def test_the_learning_rate_falls_after_five_stale_epochs() -> None:
+    schedule = Plateau(lr=1e-4, floor=5e-6, factor=0.3, patience=5)
+    history = [1.0, 3.0, 2.0, 3.0, 2.9, 2.8]
+    assert schedule.rate(0, history) == 1e-4
+    assert schedule.rate(0, [*history, 1.0]) == pytest.approx(3e-5)
+    assert schedule.rate(0, [*history, 3.1]) == 1e-4
+    assert schedule.rate(0, [*history, *[1.0] * 6]) == pytest.approx(9e-6)
+    assert schedule.rate(0, [0.0] * 100) == 5e-6
+
+
+def test_validation_takes_every_label_before_one_twice(pool: Pool) -> None:
+    held_out = [i for i, clip in enumerate(pool.clips) if clip.split == "dev"]
+    chosen = choose(pool, held_out, 6)
+    assert chosen == choose(pool, held_out, 6)
+    assert len({pool.clips[target].label for target, _, _ in chosen[:4]}) == 4
+    for target, interferer, shot in chosen:
+        assert {target, interferer, shot} <= set(held_out)
+        assert pool.clips[target].label != pool.clips[interferer].label
+        assert shot is not None
+        assert shot != target
+        assert pool.clips[shot].label == pool.clips[target].label
+
+
+def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("lr: 3e-4\nspeeds: [1]\n")
+    (tmp_path / "c.toml").write_text("lr = 3e-4\nspeeds = [1]\n")
+    built = [recipes.build("clapsep-text", recipes.read_settings(tmp_path / name)) for name in ("c.yaml", "c.toml")]
+    assert built[0] == built[1]
+    assert (built[0].lr, built[0].speeds, built[0].queries, built[0].batch) == (3e-4, (1.0,), "text", 32)
+    paper = recipes.build("clapsep-hybrid")
+    assert (paper.lr, paper.lr_floor, paper.lr_factor, paper.stale_epochs) == (1e-4, 5e-6, 0.3, 5)
+    assert (paper.lora_rank, paper.lora_alpha, paper.valence, paper.clip) == (16, 1.0, (0.25, 0.25, 0.5), 5.0)
+    assert (paper.epochs, paper.precision, paper.snr_weight, paper.queries) == (150, "bf16-mixed", 0.9, "hybrid")
+    dotted = recipes.build("mini", *map(recipes.parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "text=a b"]))
+    assert (dotted.separator.lr, dotted.draw.hard, dotted.text) == (0.5, 0.25, "a b")
+    assert dotted.separator.batch == 32
+    assert recipes.preset_of("clapsep") == "clapsep-hybrid"
+    assert recipes.preset_of("mini") == "mini"
+
+
+@pytest.mark.parametrize(
+    ("preset", "values", "message"),
+    [
+        ("minni", {}, "no preset 'minni'; did you mean 'mini'?"),
+        ("mini", {"seperator.lr": 1.0}, "mini has no setting 'seperator'; did you mean 'separator'?"),
+        ("mini", {"separator": {"lrr": 1.0}}, "mini.separator has no setting 'lrr'; did you mean 'lr'?"),
+        ("mini", {"hard": 1.0}, "mini has no setting 'hard'; did you mean 'draw.hard'?"),
+        ("mini", {"separator": 3}, "mini.separator has settings of its own: steps, batch, lr"),
+        ("mini", {"epochs": 3}, "mini has no setting 'epochs'"),
+        ("mini", {"ema": "much"}, "mini.ema takes a number, not 'much'"),
+        ("mini", {"seed": 1.5}, "mini.seed takes a whole number, not 1.5"),
+        ("mini", {"seed": True}, "mini.seed takes a whole number, not True"),
+        ("clapsep-hybrid", {"lora_only": 1}, "lora_only takes true or false, not 1"),
+        ("clapsep-hybrid", {"encoder": "lara"}, "encoder is one of lora, frozen, scratch, none, not 'lara'"),
+        ("clapsep-hybrid", {"valence": [1, 0]}, "valence is a list of 3, not [1, 0]"),
+        ("clapsep-hybrid", {"free": 1}, "no setting 'free'"),
+    ],
+)
+def test_settings_that_are_wrong(preset: str, values: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        recipes.build(preset, values)
+    assert message in str(raised.value)
+
+
+def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("lr = = 3")
+    (tmp_path / "b.yaml").write_text("a: [")
+    (tmp_path / "c.yml").write_text("just text")
+    for name in ("a.toml", "b.yaml", "c.yml", "none.toml"):
+        with pytest.raises(RecipeError, match=name):
+            recipes.read_settings(tmp_path / name)
+    with pytest.raises(RecipeError, match="write key=value"):
+        recipes.parse_setting("lr")
+    assert recipes.parse_setting("a.b=") == {"a.b": ""}
+    assert isinstance(recipes.build("mini"), MiniRecipe)
+    assert math.isclose(recipes.build("mini", {"separator.lr": "1e-4"}).separator.lr, 1e-4)
