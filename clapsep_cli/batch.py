@@ -172,12 +172,10 @@ class _Opened(ExitStack):
     def deliver(self, progress: Progress) -> Iterator[Extraction | Failure]:
         """Hand on what is final; yield the recordings that are done, and those that failed."""
         for recording in list(self.recordings):
-            if recording.windows:
-                continue
             try:
                 if recording.deliver():
                     progress(recording.job, recording.seconds, recording.total)
-                if not recording.ended:
+                if recording.windows or not recording.ended:
                     continue
                 done = recording.finish()
             except (ClapsepError, OSError) as error:
@@ -208,7 +206,10 @@ def windows_at_once(model: Model, wanted: Any) -> int:
         return 1 if model.dtype == torch.float32 else 2
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    model.infer([torch.zeros(model.separator.window, device=model.device)], wanted)
+    try:
+        model.infer([torch.zeros(model.separator.window, device=model.device)], wanted)
+    except torch.cuda.OutOfMemoryError:
+        return 1
     needed = torch.cuda.max_memory_allocated(model.device) - before
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(np.clip(free * SHARE_OF_FREE_MEMORY // max(1, needed), 1, 64))

@@ -9,7 +9,7 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from math import log10
 from pathlib import Path
@@ -167,7 +167,8 @@ def stoppable() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        note("stopping after the windows at hand; once more to stop at once")
+        with suppress(RuntimeError):  # it came while something else was being printed
+            note("stopping after the windows at hand; once more to stop at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -218,7 +219,7 @@ class _Lines:
         self.outcomes[BEFORE] += 1
         if self.json:
             self._object(job.input.path, "skipped", outputs={part: str(path) for part, path in job.outputs.items()})
-        else:
+        elif self.count < 2:  # of many, it is enough to know the number
             self._print(f"{job.input.path}: done before")
 
     def failed(self, failure: Failure) -> None:

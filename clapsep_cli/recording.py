@@ -23,7 +23,7 @@ from clapsep_cli.sources import Source
 from clapsep_cli.tasks import Extraction, Job, Options
 from clapsep_cli.writers import Outputs, Written
 
-PATIENCE_SECONDS = 5.0  # with reading and writing that go on when everything else has ended
+WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a block that is under way when all else has ended
 
 
 class Recording:
@@ -177,10 +177,12 @@ class Recording:
 
     def close(self) -> None:
         """Let go of everything; what was not finished leaves no trace. Whatever stalls is left to itself."""
-        both: list[Future[Any]] = [one for one in (self._reading, self._writing) if one is not None]
-        pending = [one for one in both if not one.cancel()]
-        stalled = wait(pending, PATIENCE_SECONDS).not_done
-        if self._writing not in stalled:
+        if _is_over(self._writing, WRITING_SECONDS):
             self._outputs.close()
-        if self._reading not in stalled:
+        if _is_over(self._reading, READING_SECONDS):
             self._source.close()
+
+
+def _is_over(work: Future[Any] | None, seconds: float) -> bool:
+    """Whether a thread has done its work, or does so within some seconds."""
+    return work is None or work.cancel() or bool(wait([work], seconds).done)

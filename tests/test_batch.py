@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +262,43 @@ def test_the_time_spent_on_recordings_adds_up_to_no_more_than_there_was(tmp_path
     assert len(spent) == 20
     assert min(spent) > 0
     assert sum(spent) <= time.perf_counter() - began
+
+
+class Patient(Moody):
+    """Goes on with the first window only when the second block is read, with the third when the first are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.written = threading.Semaphore(0), threading.Semaphore(0)
+
+    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+        assert len(self.batches) != 0 or self.read.acquire(timeout=20)
+        assert len(self.batches) != 2 or self.written.acquire(timeout=20)
+        return super().infer(windows, wanted)
+
+
+def test_reading_and_writing_go_on_while_the_model_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    separator = Patient()
+
+    class Told(recording.Source):
+        def blocks(self, seconds: float) -> Iterator[Audio]:
+            for number, block in enumerate(super().blocks(seconds)):
+                if number == 1:  # the first two windows are in the first block
+                    separator.read.release()
+                yield block
+
+    class Writer(recording.Outputs):
+        def write(self, parts: Mapping[str, Audio]) -> None:
+            super().write(parts)
+            separator.written.release()
+
+    monkeypatch.setattr(recording, "Source", Told)
+    monkeypatch.setattr(recording, "Outputs", Writer)
+    monkeypatch.setattr(recording, "BLOCK_SECONDS", 1.5)
+    item = record(tmp_path, "mix.wav", samples=round(1.5 * 8000) * 4)
+    (done,) = outcomes([(item, DOG)], Stub(separator), tmp_path / "out", Options(batch=1))
+    assert isinstance(done, Extraction)
+    assert len(separator.batches) == 11
 
 
 def test_progress_rises_to_the_length(tmp_path: Path) -> None:

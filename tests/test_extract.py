@@ -149,7 +149,7 @@ def stand_in(*arguments: str | Path, cwd: Path, seconds: float = 0, **settings: 
 def test_from_pipe_to_pipe(stub: Callable[..., Done], mix: Path) -> None:
     """Nothing but audio on stdout, and the very audio that files get."""
     assert stub("mix.wav", "--pos", "dog").returncode == 0
-    for extra in ([], ["--remove"], ["--subtype", "float"], ["-q"]):
+    for extra in (["--subtype", "float"], ["--remove"], ["-q"]):
         with stand_in(
             "extract", "-", "-o", "-", "--pos", "dog", *extra, cwd=mix.parent, stdin=subprocess.PIPE
         ) as process:
@@ -169,6 +169,20 @@ def test_a_pipe_may_be_split_into_files_named_after_it(mix: Path) -> None:
         out, errors = process.communicate(mix.read_bytes(), timeout=60)
     assert (process.returncode, errors) == (0, b"")
     assert json.loads(out)["outputs"] == {"target": "stdin.target.wav", "residual": "stdin.residual.wav"}
+
+
+def test_a_pipe_of_unknown_length(mix: Path) -> None:
+    content = bytearray(mix.read_bytes())
+    at = content.index(b"data") + 4
+    content[4:8] = content[at : at + 4] = b"\xff\xff\xff\xff"
+    arguments = ["extract", "-", "-o", "out", "--pos", "dog", "--json", "--progress", "json"]
+    with stand_in(*arguments, cwd=mix.parent, stdin=subprocess.PIPE) as process:
+        out, errors = process.communicate(bytes(content), timeout=60)
+    assert process.returncode == 0
+    assert json.loads(out)["seconds"] == 3
+    events = [json.loads(line) for line in errors.splitlines()]
+    assert {event["total"] for event in events[:-1]} == {None}
+    assert events[-2]["seconds"] == 3
 
 
 def test_a_pipe_that_breaks_off_or_carries_no_wav_fails(mix: Path) -> None:
@@ -399,6 +413,23 @@ def test_folders_patterns_and_lists(
     assert {json.loads(line)["status"] for line in done.stdout.splitlines()} == {"done"}
     expected = [f"{stem}.{part}.wav" for stem in stems for part in ("target", "residual")]
     assert names(library_of_sounds / "out") == sorted(expected)
+
+
+def test_the_model_is_loaded_once_and_what_is_done_is_summed_up(
+    clapsep: Clapsep, library_of_sounds: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(library, "load_model", lambda *a, **_: [loaded.append(a), model][1])
+    arguments = ["extract", "-r", "in", "-o", "out", "--pos", "dog", "--skip-existing"]
+    assert clapsep(*arguments, cwd=library_of_sounds).returncode == 0
+    assert len(loaded) == 1
+    for name in ("犬.target.wav", "a/1.residual.wav"):
+        (library_of_sounds / "out" / name).unlink()
+    again = clapsep(*arguments, cwd=library_of_sounds)
+    assert again.stdout.splitlines()[-1] == "4 recordings: 2 done, 2 done before"
+    assert clapsep(*arguments, cwd=library_of_sounds).stdout == "4 recordings: 4 done before\n"
+    single = clapsep("extract", "in/犬.flac", "-o", "out", "--pos", "dog", "--skip-existing", cwd=library_of_sounds)
+    assert single.stdout == "in/犬.flac: done before\n"
 
 
 def test_a_manifest_gives_recordings_queries_of_their_own(stub: Callable[..., Done], library_of_sounds: Path) -> None:
