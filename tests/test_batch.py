@@ -23,10 +23,12 @@ from torch import Tensor
 from clapsep_cli import Query, extract, recording
 from clapsep_cli.batch import MAX_OPEN, run
 from clapsep_cli.checkpoint import Model
+from clapsep_cli.encoding import Encoding
 from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError
 from clapsep_cli.inputs import Input
 from clapsep_cli.planning import Destination, Plan, lay_out, plan
 from clapsep_cli.tasks import Extraction, Failure, Job, Options
+from clapsep_cli.unfinished import clear_unfinished
 
 DOG, RAIN = Query("dog"), Query("rain")
 Audio = NDArray[np.float32]
@@ -355,6 +357,20 @@ def test_a_stalled_pipe_does_not_keep_from_stopping(tmp_path: Path) -> None:
         timer.join()
         os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))  # lets the reader go
     assert not (tmp_path / "out").exists()
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.wav", tmp_path / "b.wav"
+    left, foreign, similar = (tmp_path / name for name in (".a.wav.7.partial", ".b.wav.7.partial", ".a.wav.partial"))
+    for debris in (left, foreign, similar):
+        debris.touch()
+    with recording.Outputs({"target": path}, 8000, 1, Encoding("wav", 16)):
+        before = set(tmp_path.iterdir())
+        clear_unfinished([path])
+        assert before - set(tmp_path.iterdir()) == {left}
+    assert set(tmp_path.iterdir()) == {foreign, similar}
+    clear_unfinished([path, other, tmp_path / "none" / "c.wav"])
+    assert set(tmp_path.iterdir()) == {similar}
 
 
 # What was done before

@@ -185,13 +185,11 @@ def test_a_pipe_of_unknown_length(mix: Path) -> None:
     assert events[-2]["seconds"] == 3
 
 
-def test_a_pipe_that_breaks_off_or_carries_no_wav_fails(mix: Path) -> None:
-    for content, message in ((mix.read_bytes()[:50_000], b"ends"), (b"fLaC" * 100, b"not a WAV"), (b"", b"not a WAV")):
-        with stand_in("extract", "-", "-o", "out", "--pos", "dog", cwd=mix.parent, stdin=subprocess.PIPE) as process:
-            _, errors = process.communicate(content, timeout=60)
-        assert process.returncode == 1
-        assert message in errors
-        assert b"standard input" in errors
+def test_a_pipe_that_breaks_off_fails(mix: Path) -> None:
+    with stand_in("extract", "-", "-o", "out", "--pos", "dog", cwd=mix.parent, stdin=subprocess.PIPE) as process:
+        _, errors = process.communicate(mix.read_bytes()[:50_000], timeout=60)
+    assert process.returncode == 1
+    assert b"standard input: ends" in errors
     assert names(mix.parent) == ["mix.wav"]
 
 
@@ -736,6 +734,7 @@ def test_several_targets_each_leave_what_the_others_ask_for(stub: Callable[..., 
         "alone": [*targets, "--no-mutual"],
         "dog": ["--pos", "a dog", "--neg", "wind", "--neg-audio", "siren.wav"],
         "dog alone": ["--pos", "a dog", "--neg", "wind"],
+        "removed": [*targets, "--remove"],
     }
     written = {}
     for folder, arguments in runs.items():
@@ -744,6 +743,8 @@ def test_several_targets_each_leave_what_the_others_ask_for(stub: Callable[..., 
     np.testing.assert_array_equal(written["mutual/mix.dog.wav"], written["dog/mix.target.wav"])
     np.testing.assert_array_equal(written["alone/mix.dog.wav"], written["dog alone/mix.target.wav"])
     assert np.abs(written["mutual/mix.dog.wav"] - written["alone/mix.dog.wav"]).max() > 1e-3
+    assert names(mix.parent / "removed") == ["mix.residual.wav"]
+    np.testing.assert_array_equal(written["removed/mix.residual.wav"], written["mutual/mix.residual.wav"])
     for folder in ("mutual", "alone"):
         total = sum(written[f"{folder}/mix.{part}.wav"] for part in ("dog", "siren", "residual"))
         np.testing.assert_array_equal(total, read(mix))
