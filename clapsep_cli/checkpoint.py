@@ -6,12 +6,10 @@ Each part's metadata names its family and holds the whole configuration. Parts a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,20 +17,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError
+from clapsep_cli.files import digest
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
 from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import FAMILIES, resolve
 from clapsep_cli.texts import CachedTexts
+from clapsep_cli.whole import save_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-DIGEST_BYTES = 1 << 20  # hashed at a time
-PIECE_COMPONENTS = 3  # of a tensor's name, e.g. encoder.layers.2
+PIECE_BYTES = 1 << 25  # of tensors that are mapped together
 
 
 class Model:
@@ -80,7 +78,7 @@ class Model:
         """What tells the separator's weights from all others: what they were converted from, or else their hash."""
         path = self.folder / "separator.safetensors"
         pin = read_metadata(path).get("pin")
-        return f"{self.family} {pin or _digest(path)}"
+        return f"{self.family} {pin or digest(path)}"
 
     @property
     def precision(self) -> str:
@@ -117,14 +115,6 @@ class Model:
     def infer(self, windows: Sequence[Tensor], wanted: Any) -> Tensor:
         """Have windows (float32 `[window]` each) separated in one go; the results along the first axis."""
         return self.separator.infer(torch.stack(list(windows)), wanted)
-
-
-def _digest(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(DIGEST_BYTES):
-            sha256.update(block)
-    return sha256.hexdigest()
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
@@ -199,17 +189,8 @@ def save_part(
     folder: Path, part: str, family: str, config: DataclassInstance, tensors: Mapping[str, Tensor], **notes: str
 ) -> None:
     """Write one part of a model, atomically. `notes` go into the file's metadata. Raises `ModelError`."""
-    path = folder / f"{part}.safetensors"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     metadata = {"family": family, "config": json.dumps(dataclasses.asdict(config)), **notes}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be written ({error}); is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_whole(tensors, folder / f"{part}.safetensors", metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -237,16 +218,19 @@ def read_config(metadata: Mapping[str, str], folder: Path) -> Any:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a part, mapped from the file. Raises `CheckpointError`.
 
-    Each piece of the network, by the first components of its names, is mapped by itself, and so leaves memory as soon
-    as nothing lies in it any more: when its weights are converted, say.
+    Every 32 MB are mapped by themselves, and so leave memory as soon as none of their tensors lies in the file any
+    more: when they are converted, say.
     """
     tensors: dict[str, Tensor] = {}
+    mapped = PIECE_BYTES
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for _, piece in groupby(names, lambda name: name.split(".")[:PIECE_COMPONENTS]):
-            with safe_open(path, "pt") as file:
-                tensors.update((name, file.get_tensor(name)) for name in piece)
+        with ExitStack() as stack:
+            file = stack.enter_context(safe_open(path, "pt"))
+            for name in list(file.keys()):
+                if mapped >= PIECE_BYTES:
+                    file, mapped = stack.enter_context(safe_open(path, "pt")), 0
+                tensors[name] = file.get_tensor(name)
+                mapped += tensors[name].nbytes
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     return tensors

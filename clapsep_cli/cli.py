@@ -12,13 +12,13 @@ import typer
 from clapsep_cli.cli_evaluate import evaluate, mixtures
 from clapsep_cli.cli_extract import extract
 from clapsep_cli.cli_models import models
+from clapsep_cli.cli_run import FAILED
 from clapsep_cli.cli_separate import ListCommand, separate
 from clapsep_cli.cli_train import train
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.startup import prepare
 from clapsep_cli.terminal import ModelDirOption, note
 
-FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
 INTERRUPTED = 130
 
 app = typer.Typer(

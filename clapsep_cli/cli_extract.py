@@ -14,6 +14,7 @@ from clapsep_cli.errors import QueryError, UsageError
 
 if TYPE_CHECKING:
     from clapsep_cli.inputs import Input
+    from clapsep_cli.planning import Asked
     from clapsep_cli.query import Query
 
 QUERY = "Queries"  # panel of --help
@@ -113,11 +114,10 @@ def extract(
 
 def _asked(
     inputs: Sequence[str], manifest: Path | None, targets: Mapping[str, Query], sides: dict[str, Any], common: Common
-) -> Sequence[tuple[Input, Mapping[str, Query]]]:
+) -> Asked:
     """Each recording with its targets: those given, or one with the query of the manifest's row and the options."""
     from clapsep_cli.jobs import read_jobs
-    from clapsep_cli.pipeline import TARGET
-    from clapsep_cli.query import Query
+    from clapsep_cli.query import TARGET, Query
 
     if manifest is None:
         wanted = targets or {TARGET: Query(**sides)}

@@ -26,13 +26,11 @@ from clapsep_cli.terminal import PROGRESS, Reporter, downloads, echo, note
 if TYPE_CHECKING:
     from clapsep_cli.checkpoint import Model
     from clapsep_cli.inputs import Input
-    from clapsep_cli.planning import Destination, Plan
+    from clapsep_cli.planning import Asked, Destination, Plan
     from clapsep_cli.query import Query
     from clapsep_cli.tasks import Extraction, Failure, Job, Options
 
-    Asked = Sequence[tuple[Input, Mapping[str, Query]]]
-
-FAILED = 1
+FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
 DONE, ABSENT, BEFORE, FAULTY = OUTCOMES = ("done", "without what was asked for", "done before", "failed")
 HEADER_LETTERS = 160  # of the queries in the first line
 
@@ -178,12 +176,8 @@ def stoppable() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _input(path: Path) -> str:
-    return "standard input" if str(path) == "-" else str(path)
-
-
-def _output(path: Path) -> str:
-    return "standard output" if str(path) == "-" else str(path)
+def _named(path: Path, stream: str) -> str:
+    return f"standard {stream}" if str(path) == "-" else str(path)
 
 
 class _Lines:
@@ -234,7 +228,7 @@ class _Lines:
         for part, count in done.clipped.items():
             if count:
                 were = "samples were" if count > 1 else "sample was"
-                note(f"{_output(done.outputs[part])}: {count} {were} over full scale and clipped; see --clip")
+                note(f"{_named(done.outputs[part], 'output')}: {count} {were} over full scale and clipped; see --clip")
         if self.json:
             facts = done.as_json()
             self._object(facts.pop("mixture"), "done" if done.outputs else "absent", **facts)
@@ -243,7 +237,7 @@ class _Lines:
 
     def _describe(self, done: Extraction) -> None:
         speed = done.seconds / max(done.elapsed, 1e-6)
-        name = _input(done.mixture)
+        name = _named(done.mixture, "input")
         self._print(f"{name}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.0f} times real time)")
         if done.gain != 1:
             self._print(f"  all parts were lowered by {-20 * log10(done.gain):.2f} dB so that nothing clips")
@@ -259,7 +253,7 @@ class _Lines:
         named = {**done.outputs, **({"picture": done.picture} if done.picture else {})}
         width = max(map(len, named), default=0)
         for part, path in named.items():
-            self._print(f"  {part:{width}}  {_output(path)}")
+            self._print(f"  {part:{width}}  {_named(path, 'output')}")
 
     def end(self) -> None:
         """Sum up what became of several recordings, and repeat why some failed."""

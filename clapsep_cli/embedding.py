@@ -36,12 +36,17 @@ def _condition(model: Model, query: Query) -> Tensor:
 
 
 def _embed_side(model: Model, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
+    words = model.text.embed(list(texts)) if texts else ()
+    return joined([*words], [_embed_shot(model, file) for shot in shots for file in _files(shot)], alpha)
+
+
+def joined(texts: Sequence[Tensor], shots: Sequence[Tensor], alpha: float) -> Tensor | None:
+    """One side of a query, `[1, dim]`, of the embeddings of its texts and of its shots, `[dim]` each (paper, Eq. 3)."""
     # Means of unit vectors, not scaled to length 1 again: so were the released weights trained.
-    text = model.text.embed(list(texts)).mean(0, keepdim=True) if texts else None
-    files = [file for shot in shots for file in _files(shot)]
-    audio = torch.stack([_embed_shot(model, file) for file in files]).mean(0, keepdim=True) if files else None
-    if text is None or audio is None:
-        return text if audio is None else audio
+    means = [torch.stack(list(given)).mean(0, keepdim=True) for given in (texts, shots) if given]
+    if len(means) < 2:
+        return means[0] if means else None
+    text, audio = means
     return alpha * audio + (1 - alpha) * text
 
 

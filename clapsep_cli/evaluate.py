@@ -17,6 +17,7 @@ from clapsep_cli import __version__, dsp
 from clapsep_cli.audio import Audio
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.data import fit, mix, read_clip
+from clapsep_cli.embedding import joined
 from clapsep_cli.errors import ClapsepError, ManifestError, ModelError
 from clapsep_cli.metrics import bss_sdr, sdr, si_sdr
 from clapsep_cli.mixtures import Mixture, Shots
@@ -110,10 +111,7 @@ class Conditions:
             if file not in self.known:
                 audio = torch.from_numpy(read_mono(file, self.model.audio.rate)).to(self.model.device)
                 self.known[file] = self.model.audio.embed(audio)
-        means = [torch.stack([self.known[x] for x in given]).mean(0, keepdim=True) for given in (texts, shots) if given]
-        if not means:
-            return None
-        return means[0] if len(means) == 1 else (1 - alpha) * means[0] + alpha * means[1]
+        return joined([self.known[text] for text in texts], [self.known[file] for file in shots], alpha)
 
 
 def masking(model: Model) -> MaskSeparator:

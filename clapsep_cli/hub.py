@@ -7,7 +7,6 @@ HF_HUB_OFFLINE and its tokens work as everywhere. What was accepted, and on whos
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,14 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from clapsep_cli import hub_client, web_client
+from clapsep_cli import files, hub_client, web_client
 from clapsep_cli.errors import DownloadError
 from clapsep_cli.registry import HubFile, Remote, WebFile, home
 from clapsep_cli.transfer import Arrived, Progress, changed, way_out
 
 Say = Callable[[str], None]  # is told, in a line, why it takes longer
 
-BLOCK_BYTES = 1 << 20
 PINNED = "pinned by clapsep"  # whose word a hash is
 
 
@@ -153,11 +151,8 @@ def discard(fetched: Fetched) -> None:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file in hex, read in blocks. Raises `DownloadError` if it cannot be read."""
-    sha256 = hashlib.sha256()
-    with _reading(path), path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            sha256.update(block)
-    return sha256.hexdigest()
+    with _reading(path):
+        return files.digest(path)
 
 
 def _client(remote: Remote) -> Client:
@@ -273,9 +268,8 @@ def _checked(remote: Remote, path: Path | None, progress: Progress | None = None
     }
     with _writing_home():
         accepted.parent.mkdir(parents=True, exist_ok=True)
-        partial = accepted.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(remote) | checked, indent=1) + "\n", encoding="utf-8")
-        partial.replace(accepted)
+        with files.replacing(accepted) as partial:
+            partial.write_text(json.dumps(asdict(remote) | checked, indent=1) + "\n", encoding="utf-8")
     return Fetched(came.path, remote.size, sha256, source, came.transferred)
 
 

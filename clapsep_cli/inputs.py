@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError
+from clapsep_cli.query import RESIDUAL, TARGET
 from clapsep_cli.sources import STDIN, SUFFIXES
 from clapsep_cli.tables import check_faults
 
-PARTS = ("target", "residual")  # as outputs are called where nothing else is asked for
 MAGIC = re.compile(r"[*?\[]")
 
 Say = Callable[[str], None]  # is told, in a line, what was left out
@@ -228,7 +228,7 @@ def _without_outputs(
     def is_output(path: Path) -> bool:
         others = stems[resolved(path.parent)]
         whole, _, part = path.stem.rpartition(".")
-        if part in PARTS and whole in others:
+        if part in (TARGET, RESIDUAL) and whole in others:
             return True
         if not any(path.stem[:end] in others for end in range(1, len(path.stem))):
             return False

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from clapsep_cli.audio import PEAK
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.windows import MaskTrack, Stream, Windower, downmix
 
-PEAK = 0.9  # to which what is over full scale is brought before a model hears it (paper IV-A)
 TOP_BINS = 64  # of the mask, 14–16 kHz
 VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import csv
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -14,6 +13,7 @@ import numpy as np
 
 from clapsep_cli.data import MAX_FAULTS_SHOWN, Clip, read_manifest, read_rows
 from clapsep_cli.errors import ManifestError, OutputError
+from clapsep_cli.files import replacing
 from clapsep_cli.sources import SUFFIXES
 
 Shots = Mapping[str, Sequence[str]]  # files by class, which is a label or a caption, in lower case
@@ -207,15 +207,11 @@ def write_shots(path: Path, shots: Mapping[str, Sequence[Clip]], clips: Iterable
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             writer.writerows(rows)
-        temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

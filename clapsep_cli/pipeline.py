@@ -14,10 +14,9 @@ from torch import Tensor
 from clapsep_cli.audio import Audio, check_finite
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.errors import AudioError, QueryError
-from clapsep_cli.query import Query, Shot
+from clapsep_cli.query import TARGET, Query, Shot
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
-TARGET, RESIDUAL = "target", "residual"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from clapsep_cli.batch import run
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.encoding import choose_encoding
 from clapsep_cli.errors import AudioError, OutputError, UsageError
+from clapsep_cli.files import clear_unfinished
 from clapsep_cli.inputs import Input, is_there
 from clapsep_cli.outputs import TEMPLATE, check_outputs, output_paths
-from clapsep_cli.pipeline import RESIDUAL, TARGET
-from clapsep_cli.query import Query
+from clapsep_cli.query import RESIDUAL, TARGET, Query
 from clapsep_cli.resume import finished, in_the_way, signature
 from clapsep_cli.sources import STDIN, recordings
 from clapsep_cli.tasks import Extraction, Failure, Job, Options, Progress
-from clapsep_cli.unfinished import clear_unfinished
 from clapsep_cli.writers import STDOUT, read_software
 
 Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 import unicodedata
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from clapsep_cli.audio import Audio
 from clapsep_cli.errors import OutputError
+from clapsep_cli.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,17 +110,12 @@ class Picture:
         """Write the picture as a PNG of that `title`, by way of a temporary name. Raises `OutputError`."""
         from matplotlib import style
 
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with style.context("default"):  # whatever the user's own settings are
+            with replacing(path) as temporary, style.context("default"):  # whatever the user's own settings are
                 self._draw(title).savefig(temporary, format="png", metadata={"Software": "clapsep"})
-            temporary.replace(path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     def _draw(self, title: str) -> Figure:
         from librosa import mel_frequencies

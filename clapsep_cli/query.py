@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from clapsep_cli.errors import QueryError
 
 DEFAULT_ALPHA = 0.5
+MIXTURE, TARGET, RESIDUAL = "mixture", "target", "residual"  # as a recording and its parts are called
 
 Span = tuple[float, float]  # a stretch of the mixture, from and to, in seconds
 

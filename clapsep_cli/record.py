@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 from clapsep_cli import __version__
 from clapsep_cli.data import Corpus
 from clapsep_cli.errors import CheckpointError
+from clapsep_cli.files import replacing
 
 PACKAGES = ("torch", "numpy", "lightning-fabric", "peft", "safetensors", "soundfile", "soxr", "tokenizers")
 RECORD, LOG = "run.json", "log.csv"
@@ -77,9 +77,8 @@ def write(folder: Path, recipe: Any, corpus: Corpus, hardware: Mapping[str, obje
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, object]]:

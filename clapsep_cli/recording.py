@@ -17,8 +17,9 @@ from clapsep_cli.audio import Audio, on_grid
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.encoding import choose_encoding
 from clapsep_cli.levels import Meter, Presence
-from clapsep_cli.pipeline import BLOCK_SECONDS, RESIDUAL, Ear, Passage
+from clapsep_cli.pipeline import BLOCK_SECONDS, Ear, Passage
 from clapsep_cli.plot import Picture
+from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.sources import Source
 from clapsep_cli.tasks import Extraction, Job, Options
 from clapsep_cli.writers import Outputs, Written
@@ -80,7 +81,7 @@ class Recording:
             )
         )
         self._picture = Picture(source.rate) if self.job.picture else None
-        self._meters = {part: Meter() for part in ("mixture", *self.job.outputs)}
+        self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
         watched = self.model.tells_likeness and (self.options.presence or self.options.min_presence is not None)
         self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
         self.passage = Passage(self.model, self.wanted, source.rate, source.channels)
@@ -138,10 +139,10 @@ class Recording:
         parts = dict(zip(self.job.kept, rounded, strict=True))
         parts[RESIDUAL] = mixture - np.asarray(sum(rounded), np.float32)
         written = {part: parts[part] for part in self.job.outputs}
-        for part, audio in (("mixture", mixture), *written.items()):
+        for part, audio in ((MIXTURE, mixture), *written.items()):
             self._meters[part].add(audio)
         if self._picture is not None:
-            self._picture.add({"mixture": mixture, **written})
+            self._picture.add({MIXTURE: mixture, **written})
         self._writer.write(written)
 
     def finish(self) -> Extraction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +15,7 @@ from clapsep_cli.checkpoint import Model
 from clapsep_cli.errors import OutputError
 from clapsep_cli.evaluate import Conditions, Plan, estimates, masking, mixer
 from clapsep_cli.figures import band_powers, bars, number, player, spectrogram, violins
+from clapsep_cli.files import replacing
 from clapsep_cli.mixtures import Shots
 from clapsep_cli.scores import ABSENT, METRICS, Score, by_label, presence, summary
 
@@ -77,15 +77,12 @@ def write_report(
     """Write the report of `scores`. `settings`: those of the run; `source`: more to be stated, as the list's name
     and the date. Raises `OutputError`."""
     text = render(scores, heard, settings, source)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def render(

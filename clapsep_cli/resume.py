@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from clapsep_cli.errors import AudioError, ClapsepError
+from clapsep_cli.files import digest
 from clapsep_cli.inputs import is_there
 from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.sources import recordings
 
 KEY_DIGITS = 16
-BLOCK_BYTES = 1 << 20
 
 
 def signature(recording: Path, queries: Mapping[str, Query], model: str, settings: Mapping[str, str]) -> str:
@@ -66,14 +66,10 @@ def _digests(shot: Shot) -> list[str]:
 
 @lru_cache(maxsize=1 << 12)  # by size and time of change: a shot is read once for all recordings
 def _digest(file: Path, size: int, changed: int) -> str:
-    sha256 = hashlib.sha256()
     try:
-        with file.open("rb") as opened:
-            while block := opened.read(BLOCK_BYTES):
-                sha256.update(block)
+        return digest(file)
     except OSError as error:
         raise AudioError(f"{file}: cannot be read ({error.strerror or error})") from error
-    return sha256.hexdigest()
 
 
 def finished(paths: Iterable[Path], key: str, read_software: Callable[[Path], str]) -> bool:

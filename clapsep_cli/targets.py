@@ -9,9 +9,10 @@ from pathlib import Path
 from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.inputs import folded, is_there
 from clapsep_cli.outputs import safe_name
+from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.sources import SUFFIXES
 
-TAKEN = ("mixture", "residual")  # every run has these; no target can be called so
+TAKEN = (MIXTURE, RESIDUAL)  # every run has these; no target can be called so
 
 
 def parse_target(argument: str) -> tuple[str, str | Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clapsep_cli.files import replacing
 from clapsep_cli.models.base import TextEncoder
 
 
@@ -48,11 +48,7 @@ class CachedTexts(TextEncoder):
 
     def _write(self, text: str, row: Tensor) -> None:
         path = self._path(text)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
+        with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(row.cpu().numpy().astype("<f4").tobytes())
-            partial.replace(path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+            with replacing(path) as partial:
+                partial.write_bytes(row.cpu().numpy().astype("<f4").tobytes())

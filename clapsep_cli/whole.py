@@ -12,35 +12,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, ModelError
+from clapsep_cli.files import replacing
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
     """Write tensors under a temporary name and rename it, so that a file of that name is whole. Raises `ModelError`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(notes))
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(notes))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be written ({error}); is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def link(file: Path, place: Path) -> None:
     """Have `file` at `place` too, without a second copy of its bytes where the disk can. Raises `ModelError`."""
     if place.exists() and place.samefile(file):
         return
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
-        try:
-            os.link(file.resolve(), temporary)
-        except OSError:  # another disk, or one that knows no links
-            shutil.copyfile(file, temporary)
-        temporary.replace(place)
+        with replacing(place) as temporary:
+            try:
+                os.link(file.resolve(), temporary)
+            except OSError:  # another disk, or one that knows no links
+                shutil.copyfile(file, temporary)
     except OSError as error:
         raise ModelError(f"{place}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_notes(path: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from clapsep_cli.audio import Audio
 from clapsep_cli.decoders import reason
 from clapsep_cli.encoding import SOFTWARE_BYTES, Encoding, open_encoder
 from clapsep_cli.errors import OutputError
-from clapsep_cli.unfinished import claim, unfinished
+from clapsep_cli.files import claim, unfinished
 
 STDOUT = Path("-")
 CONVERTED_AT_ONCE = 2**18  # samples

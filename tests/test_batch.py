@@ -25,10 +25,10 @@ from clapsep_cli.batch import MAX_OPEN, run
 from clapsep_cli.checkpoint import Model
 from clapsep_cli.encoding import Encoding
 from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError
+from clapsep_cli.files import clear_unfinished
 from clapsep_cli.inputs import Input
 from clapsep_cli.planning import Destination, Plan, lay_out, plan
 from clapsep_cli.tasks import Extraction, Failure, Job, Options
-from clapsep_cli.unfinished import clear_unfinished
 
 DOG, RAIN = Query("dog"), Query("rain")
 Audio = NDArray[np.float32]

@@ -1,21 +1,44 @@
-"""Files that are still being written: under which names, and what becomes of those whose process was killed."""
+"""Files on disk: their hashes, how they come to be there whole or not at all, and what killed processes leave."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+BLOCK_BYTES = 1 << 20  # hashed at a time
 _NAME = re.compile(r"\.(.+)\.[0-9]+\.partial")
 
 
 def unfinished(path: Path) -> Path:
     """The name that a file has before it is whole; each process has its own."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` if nothing fails; otherwise nothing is left of it."""
+    temporary = unfinished(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file in hex, read in blocks."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def claim(stream: BinaryIO) -> int | None:
