@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from clapsep_cli.train import Recipe, Report, train
+
 
 def write_clips(folder: Path, each: int = 4) -> Path:
     """Four labels of tones and noises, `each` clips of each, of which half are held out; the manifest's path."""
@@ -19,3 +21,16 @@ def write_clips(folder: Path, each: int = 4) -> Path:
             lines.append(f"{label}{n}.wav,{'dev' if n >= each / 2 else 'train'},{label},a {label};{label} sound")
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
     return folder / "manifest.csv"
+
+
+def reported(manifest: Path, out: Path, recipe: Recipe, stop_at: tuple[str, int] = ("", 0)) -> list[Report]:
+    """Train, and return all reports; `stop_at` a report of this stage and step."""
+    reports: list[Report] = []
+
+    def listen(report: Report) -> None:
+        reports.append(report)
+        if (report.stage, report.step) == stop_at:
+            raise KeyboardInterrupt
+
+    assert train(manifest, out, recipe, listen)
+    return reports

@@ -22,7 +22,7 @@ import pytest
 import soundfile
 import torch
 from conftest import Clapsep, Done, Fixed, Stub
-from numpy.typing import NDArray
+from recordings import Audio, names, noise, read
 from stand_ins import Moody
 
 from clapsep_cli import library
@@ -32,19 +32,6 @@ from clapsep_cli.models.base import Separator
 
 ROOT = Path(__file__).parents[1]
 RATE = 16_000
-Audio = NDArray[np.float64]
-
-
-def noise(*shape: int, seed: int = 0) -> Audio:
-    return 0.1 * np.random.default_rng(seed).standard_normal(shape)
-
-
-def read(path: Path) -> Audio:
-    return np.asarray(soundfile.read(path, dtype="float64", always_2d=True)[0])
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from conftest import Clapsep, Done, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from recordings import Audio, names, noise, read
 from torch import Tensor
 from tuss_stand_in import TINY, released
 
@@ -30,19 +30,6 @@ from clapsep_cli.stem_stream import StemStream
 from clapsep_cli.tasks import Options
 
 RATE = 48_000
-Audio = NDArray[np.float64]
-
-
-def noise(*shape: int, seed: int = 0) -> Audio:
-    return 0.1 * np.random.default_rng(seed).standard_normal(shape)
-
-
-def read(path: Path) -> Audio:
-    return np.asarray(soundfile.read(path, dtype="float64", always_2d=True)[0])
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from clips import write_clips
+from clips import reported, write_clips
 from conftest import TINY_MINI, Clapsep
 from safetensors.torch import save_file
 
@@ -22,7 +22,7 @@ from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.pool import MemoryPool
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.sampling import Draw, Sampler
-from clapsep_cli.train import Report, Run, train
+from clapsep_cli.train import Report, Run
 from clapsep_cli.train_mini import AudioTask, MiniRecipe, SeparatorTask, Stage
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
@@ -45,15 +45,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(manifest: Path, out: Path, recipe: MiniRecipe = RECIPE, stop_at: tuple[str, int] = ("", 0)) -> list[Report]:
-    reports: list[Report] = []
-
-    def listen(report: Report) -> None:
-        reports.append(report)
-        if (report.stage, report.step) == stop_at:
-            raise KeyboardInterrupt
-
-    assert train(manifest, out, recipe, listen)
-    return reports
+    return reported(manifest, out, recipe, stop_at)
 
 
 def curve(reports: list[Report]) -> dict[tuple[str, int, str], float]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from clips import reported
 from conftest import Clapsep
 from tuss_stand_in import TINY
 
@@ -72,15 +73,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(manifest: Path, out: Path, recipe: TussRecipe = RECIPE, stop_at: tuple[str, int] = ("", 0)) -> list[Report]:
-    reports: list[Report] = []
-
-    def listen(report: Report) -> None:
-        reports.append(report)
-        if (report.stage, report.step) == stop_at:
-            raise KeyboardInterrupt
-
-    assert train(manifest, out, recipe, listen)
-    return reports
+    return reported(manifest, out, recipe, stop_at)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,23 @@
+"""Recordings to separate, and what is found afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+Audio = NDArray[np.float64]
+
+
+def noise(*shape: int, seed: int = 0) -> Audio:
+    return 0.1 * np.random.default_rng(seed).standard_normal(shape)
+
+
+def read(path: Path) -> Audio:
+    return np.asarray(soundfile.read(path, dtype="float64", always_2d=True)[0])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
