@@ -10,23 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clapsep_cli.checkpoint import Model
     from clapsep_cli.errors import ClapsepError
-    from clapsep_cli.library import load_model
-    from clapsep_cli.pipeline import Separation, separate
-    from clapsep_cli.planning import extract
+    from clapsep_cli.jobs.planning import extract
     from clapsep_cli.query import Query
+    from clapsep_cli.separation.pipeline import Separation, separate
+    from clapsep_cli.store.checkpoint import Model
+    from clapsep_cli.store.library import load_model
 
 __version__ = "0.1.0"
 
 _HOMES = {  # imported when first used: the command's --help must not wait for torch
     "ClapsepError": "errors",
-    "Model": "checkpoint",
+    "Model": "store.checkpoint",
     "Query": "query",
-    "Separation": "pipeline",
-    "extract": "planning",
-    "load_model": "library",
-    "separate": "pipeline",
+    "Separation": "separation.pipeline",
+    "extract": "jobs.planning",
+    "load_model": "store.library",
+    "separate": "separation.pipeline",
 }
 __all__ = ["ClapsepError", "Model", "Query", "Separation", "extract", "load_model", "separate"]
 

@@ -1,3 +1,3 @@
-from clapsep_cli.cli import run
+from clapsep_cli.cli.app import run
 
 run()

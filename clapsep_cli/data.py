@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from clapsep_cli.audio import PEAK, Audio, to_rate
+from clapsep_cli.audio.samples import PEAK, Audio, to_rate
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
 

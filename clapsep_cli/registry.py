@@ -38,18 +38,18 @@ FAMILIES = {
     "clapsep": Family(
         config="clapsep_cli.models.clapsep:CLAPSepConfig",
         separator="clapsep_cli.models.clapsep:CLAPSep",
-        ask="clapsep_cli.embedding:conditions",
-        likeness="clapsep_cli.embedding:likeness",
+        ask="clapsep_cli.separation.embedding:conditions",
+        likeness="clapsep_cli.separation.embedding:likeness",
         text="clapsep_cli.models.clap:ClapTextEncoder",
         audio="clapsep_cli.models.clap:ClapAudioEncoder",
-        convert="clapsep_cli.convert:convert_clapsep",
+        convert="clapsep_cli.store.convert:convert_clapsep",
         tokenizer="roberta-tokenizer.json.gz",
     ),
     "mini": Family(
         config="clapsep_cli.models.mini:MiniConfig",
         separator="clapsep_cli.models.mini:Mini",
-        ask="clapsep_cli.embedding:conditions",
-        likeness="clapsep_cli.embedding:likeness",
+        ask="clapsep_cli.separation.embedding:conditions",
+        likeness="clapsep_cli.separation.embedding:likeness",
         near_in_bfloat16=False,
         text="clapsep_cli.models.mini:MiniText",
         audio="clapsep_cli.models.mini:MiniAudio",
@@ -57,11 +57,11 @@ FAMILIES = {
     "tuss": Family(
         config="clapsep_cli.models.tuss:TussConfig",
         separator="clapsep_cli.models.tuss:Tuss",
-        ask="clapsep_cli.prompting:prompts",
+        ask="clapsep_cli.separation.prompting:prompts",
         as_set=True,
-        doubts="clapsep_cli.prompting:doubts",
+        doubts="clapsep_cli.separation.prompting:doubts",
         near_in_bfloat16=False,
-        convert="clapsep_cli.convert_tuss:convert_tuss",
+        convert="clapsep_cli.store.convert_tuss:convert_tuss",
     ),
 }
 

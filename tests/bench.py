@@ -26,16 +26,16 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from clapsep_cli import library
-from clapsep_cli.audio import on_grid
+from clapsep_cli.audio.encoding import choose_encoding
+from clapsep_cli.audio.samples import on_grid
+from clapsep_cli.audio.sources import Source, read_mono
+from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
-from clapsep_cli.encoding import choose_encoding
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
-from clapsep_cli.pipeline import BLOCK_SECONDS, Ear
 from clapsep_cli.registry import MODELS
-from clapsep_cli.sources import Source, read_mono
-from clapsep_cli.writers import Outputs
+from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Ear
+from clapsep_cli.store import library
 
 HERE = Path(__file__).parent
 LONG = bool(os.environ.get("LONG"))

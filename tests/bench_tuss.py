@@ -40,9 +40,9 @@ def peak(seconds: int) -> None:
     """Separate a recording of `seconds` into three stems, segment by segment, and print the peak memory in bytes."""
     import torch
 
+    from clapsep_cli.models.prompts import PROMPTS
     from clapsep_cli.models.tuss import MEDIUM, Tuss
-    from clapsep_cli.prompts import PROMPTS
-    from clapsep_cli.stems import OVERLAP, StemTrack
+    from clapsep_cli.stitch.stems import OVERLAP, StemTrack
 
     with torch.inference_mode():
         model, track = Tuss(MEDIUM).eval(), StemTrack(SCENE)
@@ -70,7 +70,7 @@ def bench_time() -> None:
     from plain_tuss import PlainTuss
     from tuss_stand_in import MEDIUM, audio, released, separator, wave
 
-    from clapsep_cli.prompts import PROMPTS
+    from clapsep_cli.models.prompts import PROMPTS
 
     def asked(prompts: tuple[str, ...]) -> torch.Tensor:
         return torch.tensor([PROMPTS.index(prompt) for prompt in prompts])

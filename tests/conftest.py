@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from released import write_released
 from torch import Tensor
 
-from clapsep_cli.checkpoint import Model, save_part
-from clapsep_cli.cli import main
+from clapsep_cli.cli.app import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
-from clapsep_cli.embedding import conditions, likeness
-from clapsep_cli.library import load_model
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import weights_folder
+from clapsep_cli.separation.embedding import conditions, likeness
+from clapsep_cli.store.checkpoint import Model, save_part
+from clapsep_cli.store.library import load_model
 
 # The same examples at every run, so that a change fails for its own reasons alone; `make fuzz` looks for new ones.
 # No example has a deadline: a machine may be slow for reasons of its own.

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from clapsep_cli.encoding import choose_encoding
+from clapsep_cli.audio.encoding import choose_encoding
+from clapsep_cli.audio.sources import Source
+from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.errors import AudioError
-from clapsep_cli.sources import Source
-from clapsep_cli.writers import Outputs
 
 INPUTS, SEED = 3000, 0
 LIMIT_SECONDS = 20  # for one input; on an idle machine the slowest take a tenth

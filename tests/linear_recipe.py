@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clapsep_cli.augment import levelled
 from clapsep_cli.data import Corpus
-from clapsep_cli.objective import waveform_loss
-from clapsep_cli.pool import MemoryPool
-from clapsep_cli.sampling import Draw, Sampler
-from clapsep_cli.schedules import Trapezoid
-from clapsep_cli.task import Plan, Task, Weights
-from clapsep_cli.train import Hardware, Recipe, Run, train
-from clapsep_cli.whole import save_whole
+from clapsep_cli.store.whole import save_whole
+from clapsep_cli.training.augment import levelled
+from clapsep_cli.training.objective import waveform_loss
+from clapsep_cli.training.pool import MemoryPool
+from clapsep_cli.training.sampling import Draw, Sampler
+from clapsep_cli.training.schedules import Trapezoid
+from clapsep_cli.training.task import Plan, Task, Weights
+from clapsep_cli.training.train import Hardware, Recipe, Run, train
 
 
 @dataclass(frozen=True)

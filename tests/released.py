@@ -7,9 +7,9 @@ from pathlib import Path
 from fill import checkpoints
 from torch import Tensor
 
-from clapsep_cli.checkpoint import save_part
-from clapsep_cli.convert import convert
 from clapsep_cli.models.clapsep import CLAPSepConfig
+from clapsep_cli.store.checkpoint import save_part
+from clapsep_cli.store.convert import convert
 
 
 def released_parts(seed: int = 0) -> dict[str, dict[str, Tensor]]:

@@ -9,8 +9,8 @@ import torch
 from conftest import Fixed, Stub
 from torch import Tensor
 
-from clapsep_cli import library
 from clapsep_cli.dsp import HOP, N_FFT
+from clapsep_cli.store import library
 
 
 class Moody(Fixed):
@@ -40,7 +40,7 @@ class Moody(Fixed):
 
 
 if __name__ == "__main__":
-    from clapsep_cli.cli import run
+    from clapsep_cli.cli.app import run
 
     torch.set_num_threads(1)
     library.load_model = lambda *_, **__: Stub(Moody())  # type: ignore[assignment]

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stand_ins import Moody
 
-from clapsep_cli import library
-from clapsep_cli.cli import app
+from clapsep_cli.cli.app import app
+from clapsep_cli.store import library
 
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
 LEFT_OUT = {"--help", "--model", "--model-dir", "--device", "--precision", "--threads", "--plot"}

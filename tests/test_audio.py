@@ -24,12 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from clapsep_cli import media, mpeg, wav, writers
-from clapsep_cli.audio import on_grid, to_rate
-from clapsep_cli.encoding import SOFTWARE_BYTES, Encoding, choose_encoding
+from clapsep_cli.audio import media, mpeg, wav, writers
+from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, choose_encoding
+from clapsep_cli.audio.samples import on_grid, to_rate
+from clapsep_cli.audio.sources import Source, read_mono, recordings
+from clapsep_cli.audio.writers import STDOUT, Outputs, read_software
 from clapsep_cli.errors import AudioError, OutputError
-from clapsep_cli.sources import Source, read_mono, recordings
-from clapsep_cli.writers import STDOUT, Outputs, read_software
 
 Audio = NDArray[np.float32]
 
@@ -624,9 +624,9 @@ def test_a_disk_without_room(tmp_path: Path, form: str, clip: str) -> None:
 import resource, sys
 from pathlib import Path
 import numpy as np
-from clapsep_cli.encoding import Encoding
+from clapsep_cli.audio.encoding import Encoding
 from clapsep_cli.errors import OutputError
-from clapsep_cli.writers import Outputs
+from clapsep_cli.audio.writers import Outputs
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 audio = np.random.default_rng(0).standard_normal((2, 48_000)).astype("f")
 encoding = Encoding({form!r}, 16 if {form!r} in ("wav", "flac") else None)

@@ -20,15 +20,16 @@ from numpy.typing import NDArray
 from stand_ins import Moody
 from torch import Tensor
 
-from clapsep_cli import Query, extract, recording
-from clapsep_cli.batch import MAX_OPEN, run
-from clapsep_cli.checkpoint import Model
-from clapsep_cli.encoding import Encoding
+from clapsep_cli import Query, extract
+from clapsep_cli.audio.encoding import Encoding
 from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError
 from clapsep_cli.files import clear_unfinished
-from clapsep_cli.inputs import Input
-from clapsep_cli.planning import Destination, Plan, lay_out, plan
-from clapsep_cli.tasks import Extraction, Failure, Job, Options
+from clapsep_cli.jobs import recording
+from clapsep_cli.jobs.batch import MAX_OPEN, run
+from clapsep_cli.jobs.inputs import Input
+from clapsep_cli.jobs.planning import Destination, Plan, lay_out, plan
+from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
+from clapsep_cli.store.checkpoint import Model
 
 DOG, RAIN = Query("dog"), Query("rain")
 Audio = NDArray[np.float32]

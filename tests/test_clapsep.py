@@ -20,7 +20,6 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.convert import LORA_RANK, convert
 from clapsep_cli.dsp import N_FFT, RATE_HZ, Resampler, spectrum, waveform
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models import htsat
@@ -28,6 +27,7 @@ from clapsep_cli.models.base import condition
 from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig, Features
 from clapsep_cli.models.htsat import BinNorm
+from clapsep_cli.store.convert import LORA_RANK, convert
 
 Parts = dict[str, dict[str, Tensor]]
 Module = TypeVar("Module", bound=nn.Module)

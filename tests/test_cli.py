@@ -18,8 +18,8 @@ import typer
 from conftest import Clapsep
 
 import clapsep_cli
-from clapsep_cli.cli import app
-from clapsep_cli.writers import Outputs
+from clapsep_cli.audio.writers import Outputs
+from clapsep_cli.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +46,7 @@ def mix(tmp_path: Path) -> Path:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys, clapsep_cli, clapsep_cli.cli; assert not {'torch', 'numpy', 'soundfile'} & set(sys.modules)"
+    code = "import sys, clapsep_cli, clapsep_cli.cli.app; assert not {'torch', 'numpy', 'soundfile'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -14,10 +14,10 @@ from fill import checkpoints
 from tiny_clapsep import TINY, write_checkpoints
 from torch import Tensor
 
-from clapsep_cli.checkpoint import Model, read_metadata, read_tensors
-from clapsep_cli.convert import convert, convert_clapsep, read_checkpoint
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.base import condition
+from clapsep_cli.store.checkpoint import Model, read_metadata, read_tensors
+from clapsep_cli.store.convert import convert, convert_clapsep, read_checkpoint
 
 
 def test_released_nesting_to_a_model_that_runs(tmp_path: Path) -> None:

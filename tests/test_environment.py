@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import clapsep_cli
-from clapsep_cli import library
-from clapsep_cli.environment import environment
+from clapsep_cli.cli.environment import environment
+from clapsep_cli.store import library
 
 
 def test_says_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli import Query
-from clapsep_cli import evaluate as module
-from clapsep_cli.checkpoint import Model
 from clapsep_cli.data import Clip
 from clapsep_cli.errors import ClapsepError, ManifestError, OutputError
-from clapsep_cli.evaluate import Conditions, Plan, evaluate, evaluate_into
-from clapsep_cli.mixtures import (
+from clapsep_cli.evaluation import evaluate as module
+from clapsep_cli.evaluation.evaluate import Conditions, Plan, evaluate, evaluate_into
+from clapsep_cli.evaluation.mixtures import (
     Mixture,
     check_files,
     labelled_clips,
@@ -30,7 +29,8 @@ from clapsep_cli.mixtures import (
     read_shots,
     set_aside,
 )
-from clapsep_cli.scores import Score, by_label, presence, summary
+from clapsep_cli.evaluation.scores import Score, by_label, presence, summary
+from clapsep_cli.store.checkpoint import Model
 
 SOUNDS = {"dog": 300, "rain": 0, "violin": 1500, "church_bell": 4000}
 RELEASED = """source_file,positive_caption,noise_file,negative_caption

@@ -25,10 +25,10 @@ from conftest import Clapsep, Done, Fixed, Stub
 from recordings import Audio, names, noise, read
 from stand_ins import Moody
 
-from clapsep_cli import library
-from clapsep_cli.checkpoint import Model
 from clapsep_cli.errors import ModelError
 from clapsep_cli.models.base import Separator
+from clapsep_cli.store import library
+from clapsep_cli.store.checkpoint import Model
 
 ROOT = Path(__file__).parents[1]
 RATE = 16_000

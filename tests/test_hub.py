@@ -25,9 +25,9 @@ import pytest
 from hub_server import Faults, HubServer
 from huggingface_hub import constants
 
-from clapsep_cli import hub, hub_client, transfer
 from clapsep_cli.errors import DownloadError
 from clapsep_cli.registry import MODELS, HubFile, Remote
+from clapsep_cli.store import hub, hub_client, transfer
 
 DATA = random.Random(5).randbytes(200_000)
 REVISION = "0123456789abcdef0123456789abcdef01234567"

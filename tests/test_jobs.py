@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError, OutputError, QueryError
-from clapsep_cli.inputs import STDIN, Input, expand
-from clapsep_cli.jobs import read_jobs
-from clapsep_cli.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
+from clapsep_cli.jobs.inputs import STDIN, Input, expand
+from clapsep_cli.jobs.manifest import read_jobs
+from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
+from clapsep_cli.jobs.resume import finished, in_the_way, signature
+from clapsep_cli.jobs.targets import parse_target, parse_targets
 from clapsep_cli.query import Query
-from clapsep_cli.resume import finished, in_the_way, signature
-from clapsep_cli.targets import parse_target, parse_targets
 from clapsep_cli.times import parse_span, parse_time
 
 CELLS = [*'*[@-",;\n\r\\é', "**", "..", "file", "pos", "neg", "query_audio", "a.wav"]

@@ -25,13 +25,14 @@ from safetensors.torch import save_file
 from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
 from torch import Tensor
 
-from clapsep_cli import hub, library, registry
-from clapsep_cli.checkpoint import Model, read_metadata, read_tensors, save_part
+from clapsep_cli import registry
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.models.base import TextEncoder
 from clapsep_cli.registry import MODELS, HubFile, Remote, WebFile
-from clapsep_cli.texts import CachedTexts
-from clapsep_cli.transfer import amount
+from clapsep_cli.store import hub, library
+from clapsep_cli.store.checkpoint import Model, read_metadata, read_tensors, save_part
+from clapsep_cli.store.texts import CachedTexts
+from clapsep_cli.store.transfer import amount
 
 LICENCE = "LAION-CLAP CC0; the separator's weights state none (its code: MIT)"
 
@@ -371,7 +372,7 @@ given = json.loads(sys.argv[1])
 remotes = tuple(registry.HubFile(**remote) for remote in given["remotes"])
 registry.MODELS["clapsep"] = replace(registry.MODELS["clapsep"], remotes=remotes)
 registry.FAMILIES["clapsep"] = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
-from clapsep_cli.cli import main
+from clapsep_cli.cli.app import main
 sys.argv = ["clapsep", "extract", *given["arguments"]]
 main()
 """

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clapsep_cli import dsp
-from clapsep_cli.masking import MaskedStream
+from clapsep_cli.stitch.masking import MaskedStream
 
 CPU = torch.device("cpu")
 RATES = [8000, 11025, 12345, 16000, 22050, 32000, 44100, 48000, 96000, 192000]

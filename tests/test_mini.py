@@ -12,11 +12,11 @@ import torch
 from conftest import TINY_MINI
 
 from clapsep_cli import Query, load_model, separate
-from clapsep_cli.checkpoint import Model
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.mini import Mini, band_matrix
 from clapsep_cli.registry import weights_folder
+from clapsep_cli.store.checkpoint import Model
 
 LABELS = {
     "dog barking": ["puppy", "a hound", "dogs", "DOG!", "the sound of a dog's bark"],

@@ -20,11 +20,12 @@ from hub_server import Faults, HubServer
 from huggingface_hub import constants
 from tiny_clapsep import ROBERTA, write_checkpoints
 
-from clapsep_cli import library, registry, transfer
-from clapsep_cli.checkpoint import save_part
-from clapsep_cli.convert import read_checkpoint
+from clapsep_cli import registry
 from clapsep_cli.models.mini import Mini
 from clapsep_cli.registry import MODELS, Entry, Family, WebFile
+from clapsep_cli.store import library, transfer
+from clapsep_cli.store.checkpoint import save_part
+from clapsep_cli.store.convert import read_checkpoint
 
 PATH = "/media/owner/name/0123456/model.pth"
 
@@ -209,9 +210,9 @@ def save_part(folder, part, *rest, **notes):
         print(folder, flush=True)
         sys.stdin.read()
 
-import clapsep_cli.convert
-clapsep_cli.convert.save_part = save_part
-from clapsep_cli.cli import run
+import clapsep_cli.store.convert
+clapsep_cli.store.convert.save_part = save_part
+from clapsep_cli.cli.app import run
 run()
 """
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from clapsep_cli import Query, extract, load_model, separate
-from clapsep_cli.checkpoint import Model
 from clapsep_cli.errors import AudioError, CheckpointError, DeviceError, ModelError, OutputError, QueryError
-from clapsep_cli.pipeline import stream
-from clapsep_cli.tasks import Options
+from clapsep_cli.jobs.tasks import Options
+from clapsep_cli.separation.pipeline import stream
+from clapsep_cli.store.checkpoint import Model
 
 GOLDEN = Path(__file__).parent / "golden" / "end_to_end"
 WANTED = torch.ones(1, 8)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clapsep_cli import plot
-from clapsep_cli.audio import Audio
+from clapsep_cli.audio.samples import Audio
 from clapsep_cli.errors import OutputError
-from clapsep_cli.plot import BANDS, COLUMNS, Picture, _drawable, _ticks
+from clapsep_cli.jobs import plot
+from clapsep_cli.jobs.plot import BANDS, COLUMNS, Picture, _drawable, _ticks
 
 librosa = pytest.importorskip("librosa")
 matplotlib = pytest.importorskip("matplotlib")

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import Query, load_model
-from clapsep_cli.checkpoint import choose_precision
+from clapsep_cli.audio.sources import read_mono
 from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
 from clapsep_cli.errors import DeviceError
 from clapsep_cli.models import attention
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.models.packed import PackedLinear, pack
-from clapsep_cli.sources import read_mono
+from clapsep_cli.store.checkpoint import choose_precision
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_who_chooses_the_precision(monkeypatch: pytest.MonkeyPatch, tiny_folder:
     assert choose_precision("high", CPU) == torch.float32
     assert choose_precision("fast", CPU) == torch.bfloat16
     for native in (False, True):
-        monkeypatch.setattr("clapsep_cli.checkpoint._native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr("clapsep_cli.store.checkpoint._native_bfloat16", lambda device, native=native: native)
         assert choose_precision("auto", CPU) == (torch.bfloat16 if native else torch.float32)
         assert choose_precision("auto", CPU, near=False) == torch.float32
         assert load_model(released_folder, "cpu").precision == ("bfloat16" if native else "float32")

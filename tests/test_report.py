@@ -18,10 +18,10 @@ from conftest import Clapsep
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clapsep_cli.figures import bars, number, player, spectrogram, ticks, violins
-from clapsep_cli.mixtures import Mixture
-from clapsep_cli.report import PUBLISHED, Example, render, write_report
-from clapsep_cli.scores import Score, summary
+from clapsep_cli.evaluation.figures import bars, number, player, spectrogram, ticks, violins
+from clapsep_cli.evaluation.mixtures import Mixture
+from clapsep_cli.evaluation.report import PUBLISHED, Example, render, write_report
+from clapsep_cli.evaluation.scores import Score, summary
 
 RNG = np.random.default_rng(0)
 ROWS = [Mixture(f"{n}.wav", "a <dog> & co", "rain.wav", "rain", f"label_{n % 3}", "", "a car") for n in range(12)]

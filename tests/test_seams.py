@@ -10,8 +10,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from clapsep_cli import Query, load_model, separate
-from clapsep_cli.checkpoint import Model
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
+from clapsep_cli.store.checkpoint import Model
 
 MIX = Path(__file__).parents[1] / "examples" / "mix.flac"
 WINDOW, FADE = 10 * RATE_HZ, RATE_HZ

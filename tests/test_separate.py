@@ -17,17 +17,18 @@ from recordings import Audio, names, noise, read
 from torch import Tensor
 from tuss_stand_in import TINY, released
 
-from clapsep_cli import Query, extract, library, load_model
-from clapsep_cli.checkpoint import Model, save_part
-from clapsep_cli.cli_separate import parts, repeated
-from clapsep_cli.convert_tuss import convert
+from clapsep_cli import Query, extract, load_model
+from clapsep_cli.cli.separate import parts, repeated
 from clapsep_cli.errors import UsageError
+from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.models.base import Separator
+from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.models.tuss import Asked, Tuss
-from clapsep_cli.prompting import prompts
-from clapsep_cli.prompts import PROMPTS, TASKS
-from clapsep_cli.stem_stream import StemStream
-from clapsep_cli.tasks import Options
+from clapsep_cli.separation.prompting import prompts
+from clapsep_cli.stitch.stem_stream import StemStream
+from clapsep_cli.store import library
+from clapsep_cli.store.checkpoint import Model, save_part
+from clapsep_cli.store.convert_tuss import convert
 
 RATE = 48_000
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clapsep_cli.stems import StemTrack, align_channels, continuing
+from clapsep_cli.stitch.stems import StemTrack, align_channels, continuing
 
 RATE = 48_000
 WINDOW, OVERLAP = 24_000, 6000

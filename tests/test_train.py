@@ -15,15 +15,15 @@ from conftest import TINY_MINI, Clapsep
 from safetensors.torch import save_file
 
 from clapsep_cli import load_model
-from clapsep_cli.checkpoint import load_part, read_metadata, read_tensors
-from clapsep_cli.conditions import Mixing, Queries, Texts
 from clapsep_cli.data import read_corpus
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
-from clapsep_cli.pool import MemoryPool
 from clapsep_cli.registry import weights_folder
-from clapsep_cli.sampling import Draw, Sampler
-from clapsep_cli.train import Report, Run
-from clapsep_cli.train_mini import AudioTask, MiniRecipe, SeparatorTask, Stage
+from clapsep_cli.store.checkpoint import load_part, read_metadata, read_tensors
+from clapsep_cli.training.conditions import Mixing, Queries, Texts
+from clapsep_cli.training.mini import AudioTask, MiniRecipe, SeparatorTask, Stage
+from clapsep_cli.training.pool import MemoryPool
+from clapsep_cli.training.sampling import Draw, Sampler
+from clapsep_cli.training.train import Report, Run
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 
@@ -120,7 +120,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_what_it_saved_before(
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clapsep_cli.whole.save_file", save)
+        patch.setattr("clapsep_cli.store.whole.save_file", save)
         with pytest.raises(KeyboardInterrupt):
             run(manifest, tmp_path)
     assert all(path.suffix == ".partial" for path in saved)
@@ -199,7 +199,7 @@ def test_the_state_of_an_older_version_is_read(manifest: Path, tmp_path: Path) -
 
 def test_a_loss_that_is_no_number_stops_the_run(manifest: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clapsep_cli.train_mini.separation_loss", lambda mask, *_: mask.sum() * float("nan"))
+        patch.setattr("clapsep_cli.training.mini.separation_loss", lambda mask, *_: mask.sum() * float("nan"))
         with pytest.raises(RecipeError, match="not finite after step 1 of the separator"):
             run(manifest, tmp_path)
     assert not (tmp_path / "state.safetensors").exists()

@@ -14,15 +14,16 @@ from clips import write_clips
 from conftest import Clapsep
 from tiny_clapsep import ROBERTA, write_checkpoints
 
-from clapsep_cli import adapters, dsp, load_model
-from clapsep_cli.checkpoint import Model, load_part, read_config, read_metadata, read_tensors
-from clapsep_cli.convert import convert_clapsep
+from clapsep_cli import dsp, load_model
 from clapsep_cli.errors import CheckpointError, RecipeError
-from clapsep_cli.library import write_tokenizer
 from clapsep_cli.models.base import condition
 from clapsep_cli.registry import MODELS
-from clapsep_cli.train import Report, Run, train
-from clapsep_cli.train_clapsep import ClapsepRecipe, ClapsepTask, Draws, build
+from clapsep_cli.store import adapters
+from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata, read_tensors
+from clapsep_cli.store.convert import convert_clapsep
+from clapsep_cli.store.library import write_tokenizer
+from clapsep_cli.training.clapsep import ClapsepRecipe, ClapsepTask, Draws, build
+from clapsep_cli.training.train import Report, Run, train
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 pytest.importorskip("peft", reason="LoRA takes the packages of clapsep[train]")

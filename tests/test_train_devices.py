@@ -15,9 +15,9 @@ import torch
 from clips import write_clips
 from linear_recipe import LinearRecipe
 
-from clapsep_cli.checkpoint import read_tensors
 from clapsep_cli.errors import DeviceError
-from clapsep_cli.train import Hardware, train
+from clapsep_cli.store.checkpoint import read_tensors
+from clapsep_cli.training.train import Hardware, train
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 

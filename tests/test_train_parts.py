@@ -16,21 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clapsep_cli import dsp, recipes
-from clapsep_cli.augment import equaliser, levelled, masked, seeded, stripes
-from clapsep_cli.checkpoint import load_part
-from clapsep_cli.conditions import Mixing, Queries, Texts
+from clapsep_cli import dsp
 from clapsep_cli.data import mix, read_corpus, read_manifest
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.mini import MiniText, band_matrix
-from clapsep_cli.objective import separation_loss, si_snr, snr, statistics, waveform_loss
-from clapsep_cli.pool import DiskPool, MemoryPool, Pool, open_pool
 from clapsep_cli.registry import weights_folder
-from clapsep_cli.sampling import Draw, Sampler, ahead
-from clapsep_cli.schedules import Plateau, Trapezoid
-from clapsep_cli.train_mini import MiniRecipe
-from clapsep_cli.validation import choose
+from clapsep_cli.store.checkpoint import load_part
+from clapsep_cli.training import recipes
+from clapsep_cli.training.augment import equaliser, levelled, masked, seeded, stripes
+from clapsep_cli.training.conditions import Mixing, Queries, Texts
+from clapsep_cli.training.mini import MiniRecipe
+from clapsep_cli.training.objective import separation_loss, si_snr, snr, statistics, waveform_loss
+from clapsep_cli.training.pool import DiskPool, MemoryPool, Pool, open_pool
+from clapsep_cli.training.sampling import Draw, Sampler, ahead
+from clapsep_cli.training.schedules import Plateau, Trapezoid
+from clapsep_cli.training.validation import choose
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,19 @@ from clips import reported
 from conftest import Clapsep
 from tuss_stand_in import TINY
 
-from clapsep_cli import load_model, recipes
-from clapsep_cli.checkpoint import read_metadata, read_tensors, save_part
+from clapsep_cli import load_model
 from clapsep_cli.data import read_corpus
 from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
+from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss
-from clapsep_cli.pool import DiskPool, MemoryPool, open_pool
-from clapsep_cli.prompt_mixing import PromptMixer, PromptMixing
-from clapsep_cli.prompts import PROMPTS
-from clapsep_cli.schedules import Plateau
-from clapsep_cli.train import Report, train
-from clapsep_cli.train_tuss import TussRecipe
-from clapsep_cli.training import mean_of
+from clapsep_cli.store.checkpoint import read_metadata, read_tensors, save_part
+from clapsep_cli.training import recipes
+from clapsep_cli.training.pool import DiskPool, MemoryPool, open_pool
+from clapsep_cli.training.prompt_mixing import PromptMixer, PromptMixing
+from clapsep_cli.training.schedules import Plateau
+from clapsep_cli.training.state import mean_of
+from clapsep_cli.training.train import Report, train
+from clapsep_cli.training.tuss import TussRecipe
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 

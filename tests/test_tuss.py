@@ -28,13 +28,13 @@ from tuss_stand_in import (
     wave,
 )
 
-from clapsep_cli.checkpoint import read_tensors
-from clapsep_cli.convert_tuss import convert, convert_tuss
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models import locoformer
 from clapsep_cli.models.locoformer import rotations
+from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig, spectrum, waveform
-from clapsep_cli.prompts import PROMPTS
+from clapsep_cli.store.checkpoint import read_tensors
+from clapsep_cli.store.convert_tuss import convert, convert_tuss
 
 
 @pytest.fixture(autouse=True)

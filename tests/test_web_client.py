@@ -20,9 +20,9 @@ import pytest
 from hub_server import Faults, HubServer
 from huggingface_hub import constants
 
-from clapsep_cli import hub, transfer, web_client
 from clapsep_cli.errors import DownloadError
 from clapsep_cli.registry import MODELS, WebFile
+from clapsep_cli.store import hub, transfer, web_client
 
 DATA = random.Random(6).randbytes(200_000)
 OTHER = random.Random(7).randbytes(len(DATA))  # of the same size

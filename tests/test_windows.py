@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli.dsp import HOP
-from clapsep_cli.windows import OVERLAP_FRAMES, MaskTrack, Windower, downmix
+from clapsep_cli.stitch.windows import OVERLAP_FRAMES, MaskTrack, Windower, downmix
 
 WINDOW = 500 * HOP
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from fill import checkpoints
 
-from clapsep_cli.convert import convert_clapsep
 from clapsep_cli.models.clapsep import CLAPSepConfig
+from clapsep_cli.store.convert import convert_clapsep
 
 WORDS = ["<s>", "<pad>", "</s>", "a", "dog", "barking", "rain", "on", "roof"]
 TINY = CLAPSepConfig(

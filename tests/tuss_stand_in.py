@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clapsep_cli.convert_tuss import convert
 from clapsep_cli.models.tuss import MEDIUM, Tuss, TussConfig
+from clapsep_cli.store.convert_tuss import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "tuss"  # beside the checkout, for those who have it

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.masking import MaskedRecording
-from clapsep_cli.windows import Stream
+from clapsep_cli.stitch.masking import MaskedRecording
+from clapsep_cli.stitch.windows import Stream
 
 
 class Separator(nn.Module, ABC):

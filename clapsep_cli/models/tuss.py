@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from clapsep_cli.models.base import Separator
 from clapsep_cli.models.locoformer import Stack
-from clapsep_cli.prompts import PROMPTS
-from clapsep_cli.stem_stream import StemStream
-from clapsep_cli.windows import Stream
+from clapsep_cli.models.prompts import PROMPTS
+from clapsep_cli.stitch.stem_stream import StemStream
+from clapsep_cli.stitch.windows import Stream
 
 RATE_HZ = 48_000
 N_FFT = 2048  # samples, window and transform alike

@@ -1,0 +1,248 @@
+"""The formats that outputs can have: what each can hold, and how it is written."""
+
+from __future__ import annotations
+
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from clapsep_cli.audio.decoders import TAGS, reason
+from clapsep_cli.audio.samples import Audio, quantise
+from clapsep_cli.audio.wav import WavWriter
+from clapsep_cli.errors import OutputError
+
+SUBTYPES: dict[str, int | None] = {"pcm16": 16, "pcm24": 24, "pcm32": 32, "float": None}
+SOFTWARE_BYTES = 100  # libsndfile cuts a longer one in FLAC and Ogg, where it adds its own name
+PIECE = 2**14  # samples written at a time; libsndfile's Vorbis puts them all on its stack
+ID3 = {
+    "title": "TIT2",
+    "artist": "TPE1",
+    "album": "TALB",
+    "comment": "COMM",
+    "date": "TDRC",
+    "tracknumber": "TRCK",
+    "genre": "TCON",
+    "copyright": "TCOP",
+    "software": "TSSE",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of outputs. `depths` are those of PCM it can hold, None among them for float; lossy ones hold none."""
+
+    depths: tuple[int | None, ...]
+    major: str = ""  # libsndfile's names
+    codec: str = ""
+    level: float = 0.0  # of compression: 0 best, 1 smallest
+
+
+FORMATS = {
+    "wav": Format((16, 24, 32, None)),
+    "flac": Format((16, 24), "FLAC", level=0.6),  # the level that flac itself takes
+    "ogg": Format((), "OGG", "VORBIS", level=0.3),
+    "opus": Format((), "OGG", "OPUS", level=0.2),
+    "mp3": Format((), "MP3", "MPEG_LAYER_III", level=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How outputs are written: a key of `FORMATS`, which is also their extension, and the depth of PCM.
+
+    `bits` is None for float and for lossy formats.
+    """
+
+    format: str = "wav"
+    bits: int | None = None
+
+    @property
+    def lossy(self) -> bool:
+        return not FORMATS[self.format].depths
+
+    def describe(self) -> str:
+        """The encoding in words, e.g. for a summary: "flac, 24 bit"."""
+        return self.format if self.lossy else f"{self.format}, {f'{self.bits} bit' if self.bits else 'float'}"
+
+
+class Recorded(Protocol):
+    """What is to be known of a recording to choose how its parts are written; a `Source` is one."""
+
+    rate: int
+    channels: int
+    bits: int | None
+
+
+def choose_encoding(format: str, subtype: str | None, source: Recorded) -> Encoding:  # noqa: A002
+    """The encoding for parts of `source` in a format, by default with the source's own depth.
+
+    Float and lossy sources give float, or 24 bit where the format holds integers alone. Raises `OutputError` for
+    what the format cannot hold, so before anything is computed.
+    """
+    form = FORMATS.get(format)
+    if form is None:
+        raise OutputError(f"there is no output format {format!r}; there are {', '.join(FORMATS)}")
+    if subtype is not None and subtype not in SUBTYPES:
+        raise OutputError(f"there is no subtype {subtype!r}; there are {', '.join(SUBTYPES)}")
+    if not form.depths:
+        if subtype is not None:
+            raise OutputError(f"--subtype {subtype}: {format} is lossy and has none; leave it out, or use wav or flac")
+        encoding = Encoding(format)
+    elif subtype is not None and SUBTYPES[subtype] not in form.depths:
+        able = ", ".join(name for name, bits in SUBTYPES.items() if bits in form.depths)
+        raise OutputError(f"--subtype {subtype}: {format} cannot hold it; it holds {able}")
+    else:
+        bits = source.bits if subtype is None else SUBTYPES[subtype]
+        encoding = Encoding(format, bits if bits in form.depths else 24)
+    _try(encoding, source)
+    return encoding
+
+
+def _try(encoding: Encoding, source: Recorded) -> None:
+    """Ask libsndfile whether it writes this many channels at this rate."""
+    try:
+        open_encoder(io.BytesIO(), encoding, source.rate, source.channels, {}).discard()
+    except OutputError as error:
+        raise OutputError(
+            f"{encoding.format} cannot hold {source.channels} channel{'s' * (source.channels > 1)} at "
+            f"{source.rate} Hz; use wav, which can ({error})"
+        ) from error
+
+
+class Encoder(ABC):
+    """Writes samples into a stream, which stays open. `OSError` is passed on, also what libsndfile would swallow."""
+
+    @abstractmethod
+    def write(self, audio: Audio) -> int:
+        """Append float32 `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what is still held, and what stands at the beginning."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Let go of a file that is not to be finished."""
+
+
+def open_encoder(
+    stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str], seek: bool = True
+) -> Encoder:
+    """An encoder into `stream`, which is empty; `seek` tells whether it is a file rather than a pipe."""
+    if encoding.format == "wav":
+        return WavEncoder(stream, encoding, rate, channels, tags, seek)
+    return SoundFileEncoder(stream, encoding, rate, channels, tags)
+
+
+class WavEncoder(Encoder):
+    """WAV, and RF64 beyond 4 GB."""
+
+    def __init__(
+        self, stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str], seek: bool
+    ) -> None:
+        self._bits = encoding.bits
+        self._writer = WavWriter(stream, rate, channels, encoding.bits, tags, seek)
+
+    def write(self, audio: Audio) -> int:
+        integers, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
+        self._writer.write(integers)
+        return clipped
+
+    def finish(self) -> None:
+        self._writer.finish()
+
+    def discard(self) -> None:
+        pass  # nothing is held
+
+
+class SoundFileEncoder(Encoder):
+    """What libsndfile encodes."""
+
+    def __init__(self, stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str]) -> None:
+        form, self._bits = FORMATS[encoding.format], encoding.bits
+        if encoding.format == "mp3":  # whose tags libsndfile takes for Latin-1, and whose software it does not write
+            stream.write(_id3(tags))
+            tags = {}
+        self._stream = _Rest(stream)
+        subtype = form.codec or f"PCM_{self._bits}"
+        try:
+            self._file = soundfile.SoundFile(
+                self._stream, "w", rate, channels, subtype, format=form.major, compression_level=form.level
+            )
+            for name in set(tags) & {*TAGS, "software"}:
+                setattr(self._file, name, tags[name])
+        except soundfile.SoundFileError as error:
+            raise OutputError(reason(error)) from error
+
+    def write(self, audio: Audio) -> int:
+        samples: Audio | NDArray[np.int32] = audio
+        if self._bits is None:
+            clipped = int(np.count_nonzero(np.abs(audio) > 1))  # by whoever plays it
+        else:
+            integers, clipped = quantise(audio, self._bits)
+            samples = integers << (32 - self._bits)
+        try:
+            for at in range(0, samples.shape[1], PIECE):
+                self._file.write(np.ascontiguousarray(samples[:, at : at + PIECE].T))
+        except (soundfile.SoundFileError, AssertionError) as error:
+            self._stream.check()
+            raise OSError(reason(error)) from error
+        self._stream.check()
+        return clipped
+
+    def finish(self) -> None:
+        self._file.close()
+        self._stream.check()
+
+    def discard(self) -> None:
+        self._file.close()
+
+
+class _Rest:
+    """A stream from its present position on, as libsndfile's file; keeps errors, which cannot pass through C."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._start = stream, stream.tell()
+        self._error: OSError | None = None
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            self._stream.seek(offset + (self._start if whence == os.SEEK_SET else 0), whence)
+        except OSError as error:
+            self._error = error
+        return self.tell()
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._stream.write(content)
+        except OSError as error:
+            self._error = error
+            return 0
+
+
+def _id3(tags: Mapping[str, str]) -> bytes:
+    """An ID3v2.4 tag in UTF-8."""
+    frames = b""
+    for name, text in tags.items():
+        if name in ID3:
+            content = b"\x03" + (b"eng\0" if name == "comment" else b"") + text.encode()
+            frames += ID3[name].encode() + _id3_size(len(content)) + bytes(2) + content
+    return b"ID3\x04\0\0" + _id3_size(len(frames)) + frames if frames else b""
+
+
+def _id3_size(size: int) -> bytes:
+    return bytes(size >> shift & 127 for shift in (21, 14, 7, 0))

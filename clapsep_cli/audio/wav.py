@@ -1,0 +1,186 @@
+"""WAV as a stream: read from and written to pipes, which cannot seek, and files of more than 4 GB (RF64, EBU 3306)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clapsep_cli.audio.samples import Audio, Decoder
+from clapsep_cli.errors import AudioError
+
+PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
+UNKNOWN = 0xFFFFFFFF
+# What programs write as a size that they cannot know yet: nothing, ffmpeg's, GStreamer's, and SoX's.
+UNFINISHED = {0, UNKNOWN, 0x7FFFFFFF, 0x7FFFF000}
+LIMIT_BYTES = 2**32 - 2**16  # a longer file has to be an RF64
+DS64_BYTES = 28
+HEADER_CHUNK_BYTES = 2**26  # more than any real chunk before the samples
+
+INFO = {  # chunk of a LIST INFO, by the name of the tag
+    "title": "INAM",
+    "artist": "IART",
+    "album": "IPRD",
+    "comment": "ICMT",
+    "date": "ICRD",
+    "tracknumber": "ITRK",
+    "genre": "IGNR",
+    "copyright": "ICOP",
+    "software": "ISFT",
+}
+
+
+class WavStream(Decoder):
+    """A WAV or RF64 read front to back: PCM of 8 to 32 bits, or float. A size of 0 or of ones means until the end."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self.name, self._stream, self._done, self.tags = name, stream, 0, {}
+        start = stream.read(12)
+        if start[:4] not in (b"RIFF", b"RF64", b"BW64") or start[8:] != b"WAVE":
+            raise AudioError(f"{name}: is not a WAV; a pipe has to carry one, e.g. from ffmpeg -i FILE -f wav -")
+        long_size, layout = 0, None
+        for chunk, size in self._chunks():
+            if chunk == b"data":
+                if layout is None:
+                    raise AudioError(f"{name}: samples come before their format; the WAV is damaged")
+                self._set_format(layout, long_size if start[:4] != b"RIFF" and size == UNKNOWN else size)
+                return
+            content = self._content(size)
+            if chunk == b"ds64":
+                long_size = int.from_bytes(content[8:16], "little")
+            elif chunk == b"fmt ":
+                layout = content
+            elif chunk == b"LIST" and content[:4] == b"INFO":
+                self.tags = dict(_read_info(content[4:]))
+        raise AudioError(f"{name}: ends before its first sample; the WAV is cut short")
+
+    def _chunks(self) -> Iterator[tuple[bytes, int]]:
+        while len(head := self._stream.read(8)) == 8:
+            yield head[:4], int.from_bytes(head[4:], "little")
+
+    def _content(self, size: int) -> bytes:
+        if size > HEADER_CHUNK_BYTES:
+            raise AudioError(f"{self.name}: has a header of {size} bytes; the WAV is damaged")
+        content = self._stream.read(size + size % 2)
+        if len(content) < size:
+            raise AudioError(f"{self.name}: ends before its first sample; the WAV is cut short")
+        return content[:size]
+
+    def _set_format(self, layout: bytes, size: int) -> None:
+        if len(layout) < 16:
+            raise AudioError(f"{self.name}: says too little about its format; the WAV is damaged")
+        code, self.channels, self.rate, _, self._frame, _ = struct.unpack("<HHIIHH", layout[:16])
+        if code == EXTENSIBLE and len(layout) >= 26:
+            (code,) = struct.unpack("<H", layout[24:26])
+        width = self._frame // max(1, self.channels)
+        if (code, width) not in {(PCM, 1), (PCM, 2), (PCM, 3), (PCM, 4), (FLOAT, 4), (FLOAT, 8)}:
+            raise AudioError(f"{self.name}: a WAV of format {code} with {8 * width} bits; a pipe carries PCM or float")
+        if self._frame != width * self.channels:
+            raise AudioError(f"{self.name}: contradicts itself about the size of a sample; the WAV is damaged")
+        self._float, self._width = code == FLOAT, width
+        self.bits = None if self._float else max(16, 8 * width)
+        self.frames = 0 if size in UNFINISHED else size // self._frame
+
+    def read(self, samples: int) -> Audio:
+        wanted = min(samples, self.frames - self._done) if self.frames else samples
+        raw = self._stream.read(wanted * self._frame)
+        got, rest = divmod(len(raw), self._frame)
+        self._done += got
+        if got < wanted and (rest or self._done < self.frames):
+            missing = f"{(self.frames - self._done) / self.rate:.2f} s before its header says" if self.frames else ""
+            raise AudioError(f"{self.name}: ends {missing or 'within a sample'}; it is cut short")
+        return np.ascontiguousarray(self._samples(raw).reshape(got, self.channels).T)
+
+    def _samples(self, raw: bytes) -> Audio:
+        if self._float:
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
+                return np.frombuffer(raw, f"<f{self._width}").astype(np.float32)
+        if self._width == 1:  # the only unsigned one
+            return (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / np.float32(128)
+        if self._width == 3:
+            padded = np.zeros((len(raw) // 3, 4), np.uint8)
+            padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+            raw = padded.tobytes()
+        values = np.frombuffer(raw, "<i2" if self._width == 2 else "<i4").astype(np.float32)
+        return values * np.float32(2.0**-15 if self._width == 2 else 2.0**-31)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class WavWriter:
+    """Writes a WAV to `stream`: samples of `bits` (16, 24, 32; None for float32), `tags` before them.
+
+    Where the stream can `seek`, `finish` enters the sizes, and makes it an RF64 if they need more than 32 bits;
+    elsewhere they stay at 0xFFFFFFFF, which readers of pipes take for "until the end". Passes on `OSError`.
+    """
+
+    def __init__(
+        self, stream: BinaryIO, rate: int, channels: int, bits: int | None, tags: Mapping[str, str], seek: bool
+    ) -> None:
+        self._stream, self._seek, self._bytes = stream, seek, 0
+        self.bits, self._frame = bits, channels * (bits or 32) // 8
+        form = struct.pack(
+            "<HHIIHH", FLOAT if bits is None else PCM, channels, rate, rate * self._frame, self._frame, bits or 32
+        )
+        chunks = [_chunk("JUNK", bytes(DS64_BYTES))] if seek else []  # room for the sizes of an RF64
+        chunks += [_chunk("fmt ", form)] if bits else [_chunk("fmt ", form + bytes(2))]
+        self._fact = 12 + sum(map(len, chunks)) + 8
+        chunks += [] if bits else [_chunk("fact", struct.pack("<I", UNKNOWN))]
+        if info := _info(tags):
+            chunks.append(_chunk("LIST", b"INFO" + info))
+        header = struct.pack("<4sI4s", b"RIFF", UNKNOWN, b"WAVE") + b"".join(chunks)
+        self._data = len(header) + 8
+        stream.write(header + struct.pack("<4sI", b"data", UNKNOWN))
+
+    def write(self, samples: NDArray[np.int32] | Audio) -> None:
+        """Append `[channels, samples]`, integers of the depth or float32."""
+        interleaved = np.ascontiguousarray(samples.T)
+        if self.bits is None:
+            raw = interleaved.astype("<f4").tobytes()
+        elif self.bits == 24:
+            raw = interleaved.astype("<i4").view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
+        else:
+            raw = interleaved.astype(f"<i{self.bits // 8}").tobytes()
+        self._stream.write(raw)
+        self._bytes += len(raw)
+
+    def finish(self) -> None:
+        """Enter the sizes. The stream stays open."""
+        self._stream.write(bytes(self._bytes % 2))
+        if self._seek:
+            riff, frames = self._data + self._bytes + self._bytes % 2 - 8, self._bytes // self._frame
+            if riff < LIMIT_BYTES:
+                self._patch(4, struct.pack("<I", riff))
+                self._patch(self._data - 4, struct.pack("<I", self._bytes))
+            else:
+                self._patch(0, b"RF64")
+                self._patch(12, _chunk("ds64", struct.pack("<QQQI", riff, self._bytes, frames, 0)))
+            if self.bits is None:
+                self._patch(self._fact, struct.pack("<I", min(frames, UNKNOWN)))
+        self._stream.flush()
+
+    def _patch(self, at: int, content: bytes) -> None:
+        self._stream.seek(at)
+        self._stream.write(content)
+
+
+def _chunk(name: str, content: bytes) -> bytes:
+    return struct.pack("<4sI", name.encode(), len(content)) + content + bytes(len(content) % 2)
+
+
+def _info(tags: Mapping[str, str]) -> bytes:
+    return b"".join(_chunk(INFO[name], text.encode() + b"\0") for name, text in tags.items() if name in INFO)
+
+
+def _read_info(content: bytes) -> Iterator[tuple[str, str]]:
+    names, at = {chunk: name for name, chunk in INFO.items()} | {"IPRT": "tracknumber"}, 0
+    while at + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, at)
+        text = content[at + 8 : at + 8 + size].split(b"\0")[0].decode("utf-8", "replace").strip()
+        if text and (known := names.get(name.decode("latin-1"))):
+            yield known, text
+        at += 8 + size + size % 2

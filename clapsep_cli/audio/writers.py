@@ -1,0 +1,303 @@
+"""Outputs: the parts of a recording, written together, and only there once all of them are whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO, Literal
+
+import numpy as np
+import soundfile
+
+from clapsep_cli.audio.decoders import reason
+from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, open_encoder
+from clapsep_cli.audio.samples import Audio
+from clapsep_cli.errors import OutputError
+from clapsep_cli.files import claim, unfinished
+
+STDOUT = Path("-")
+CONVERTED_AT_ONCE = 2**18  # samples
+LIBSNDFILE = re.compile(r" \(libsndfile-[^)]*\)$")  # which it adds to the name of a software
+
+Clip = Literal["warn", "rescale", "error"]
+_FOLDERS = Lock()  # so that no folder is made for one output while the failure of another removes it
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was done to the samples: how many of each part were clipped, and the gain that all of them got."""
+
+    clipped: dict[str, int]
+    gain: float
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all parts of a recording share. `tags` by libsndfile's names; Hz."""
+
+    encoding: Encoding
+    rate: int
+    channels: int
+    tags: Mapping[str, str]
+
+
+class Part:
+    """One file under way, under a temporary name beside `path`; on stdout for `-`. Raises `OutputError`."""
+
+    def __init__(self, path: Path, form: Form) -> None:
+        self.path, self.name, self.clipped = path, "standard output" if path == STDOUT else str(path), 0
+        self.temporary: Path | None = None
+        self._claim: int | None = None
+        with _reported(self.name, "cannot be written"):
+            if path == STDOUT:
+                self._stream, seek = sys.stdout.buffer, _is_file(sys.stdout.buffer)
+            else:
+                self.temporary, seek = unfinished(path), True
+                self._stream = self.temporary.open("w+b", buffering=2**16)
+                self._claim = claim(self._stream)
+            try:
+                self._encoder = open_encoder(self._stream, form.encoding, form.rate, form.channels, form.tags, seek)
+            except BaseException:
+                self._drop()
+                raise
+
+    def write(self, audio: Audio) -> int:
+        """Append float32 `[channels, samples]`; how many of them were clipped."""
+        with _reported(self.name, "writing failed"):
+            clipped = self._encoder.write(audio)
+        self.clipped += clipped
+        return clipped
+
+    def finish(self) -> None:
+        """Make the temporary file whole."""
+        with _reported(self.name, "writing failed"):
+            self._encoder.finish()
+            if self.temporary is not None:
+                self._stream.close()
+
+    def place(self, overwrite: bool) -> list[Path]:
+        """Give the finished file its name; that name, if there was no file of it before."""
+        if self.temporary is None:
+            return []
+        with _reported(self.name, "cannot be written"):
+            if overwrite:
+                new = [] if self.path.exists() else [self.path]
+                self.temporary.replace(self.path)
+                return new
+            try:
+                os.link(self.temporary, self.path)  # which, unlike renaming, never replaces a file
+            except FileExistsError:
+                _check_free(self.path, overwrite)
+                raise
+            except OSError:  # a file system without links
+                _check_free(self.path, overwrite)
+                self.temporary.rename(self.path)
+            return [self.path]
+
+    def discard(self) -> None:
+        """Remove the temporary file, if it still has that name."""
+        with suppress(OSError, ValueError, soundfile.SoundFileError):
+            self._encoder.discard()
+        self._drop()
+
+    def _drop(self) -> None:
+        if self.temporary is not None:
+            with suppress(OSError):
+                self._stream.close()
+            with suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+
+class Outputs:
+    """The parts of one recording, written side by side.
+
+    `paths` by part: files of which none is there before `commit`, and all of them are afterwards; `-` is a WAV to
+    stdout. `rate` in Hz. `tags` and `software` are stored where the encoding has a place for them (`read_software`).
+
+    `clip` says what happens to samples over full scale, unless the encoding is float: they are clipped and counted
+    ("warn"); are an `OutputError` ("error"); or all parts get the one gain with which the loudest fits ("rescale"),
+    for which they are kept in nameless files until `commit`. Nothing else ever changes a value beyond the rounding to
+    the encoding's steps.
+
+    Left without `commit`, nothing remains, not even the folders made. Raises `OutputError` for an output that is
+    there already, unless `overwrite`, and for what cannot be written; `ValueError` for a `software` over 100 bytes.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        rate: int,
+        channels: int,
+        encoding: Encoding,
+        clip: Clip = "warn",
+        tags: Mapping[str, str] | None = None,
+        software: str = "",
+        overwrite: bool = False,
+    ) -> None:
+        if len(software.encode("utf-8", "replace")) > SOFTWARE_BYTES:
+            raise ValueError(f"software is limited to {SOFTWARE_BYTES} bytes, which all formats hold: {software!r}")
+        if len(set(paths.values())) < len(paths):
+            raise OutputError(f"{' and '.join(paths)} would be written to one file, {next(iter(paths.values()))}")
+        if STDOUT in paths.values() and encoding.format != "wav":
+            raise OutputError(f"standard output carries WAV alone, not {encoding.format}")
+        stored = {name: _clean(text) for name, text in {**(tags or {}), "software": software}.items() if text}
+        self._form = Form(encoding, rate, channels, stored)
+        self._clip, self._overwrite, self._done = clip, overwrite, 0
+        self._exact = encoding.bits is None and not encoding.lossy
+        self._drafts: dict[str, BinaryIO] = {}  # float32, where the gain is known only at the end
+        self._range = (0.0, 0.0)
+        self._made: list[Path] = []
+        self._parts: dict[str, Part] = {}
+        try:
+            for part, path in paths.items():
+                self._begin(part, path)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _begin(self, part: str, path: Path) -> None:
+        later = self._clip == "rescale" and not self._exact
+        if path == STDOUT:
+            if sys.stdout.isatty():
+                raise OutputError("standard output is a terminal; redirect it to a file or a program")
+            self._parts[part] = Part(path, self._form)
+        else:
+            _check_free(path, self._overwrite)
+            with _FOLDERS, _reported(str(path), "cannot be written"):
+                self._made += _make_folder(path.parent)
+                self._parts[part] = Part(path, self._form)
+        if later:
+            with _reported(str(path), "cannot be written"):
+                self._drafts[part] = tempfile.TemporaryFile(  # noqa: SIM115
+                    dir=None if path == STDOUT else path.parent
+                )
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._discard()
+
+    def write(self, parts: Mapping[str, Audio]) -> None:
+        """Append to every part, float32 `[channels, samples]`."""
+        for part, audio in parts.items():
+            if part in self._drafts:
+                least, most = self._range
+                self._range = float(audio.min(initial=least)), float(audio.max(initial=most))
+                with _reported(self._parts[part].name, "writing failed"):
+                    self._drafts[part].write(np.ascontiguousarray(audio.T, "<f4").tobytes())
+            elif self._parts[part].write(audio) and self._clip == "error":
+                level = 20 * np.log10(float(np.abs(audio).max()))
+                raise OutputError(
+                    f"{self._parts[part].name}: would clip, at {level:+.2f} dB of full scale within the "
+                    f"{audio.shape[1] / self._form.rate:.1f} s after {self._done / self._form.rate:.1f} s; "
+                    "use --clip rescale, or --subtype float"
+                )
+        self._done += max(audio.shape[1] for audio in parts.values())
+
+    def commit(self) -> Written:
+        """Finish all parts and give them their names. If one cannot get it, those that did lose it again."""
+        gain = self._gain() if self._drafts else 1.0
+        for part, draft in self._drafts.items():
+            with _reported(self._parts[part].name, "writing failed"):
+                for block in self._drafted(draft):
+                    self._parts[part].write(np.asarray(block * gain, np.float32))
+        for writer in self._parts.values():
+            writer.finish()
+        placed: list[Path] = []
+        try:
+            for writer in self._parts.values():
+                placed += writer.place(self._overwrite)
+        except BaseException:
+            for path in placed:
+                path.unlink(missing_ok=True)
+            raise
+        self._made = []
+        return Written({part: writer.clipped for part, writer in self._parts.items()}, gain)
+
+    def _gain(self) -> float:
+        """The gain with which the loudest sample of all parts fits the encoding; 1 if it does anyway."""
+        bits, (least, most) = self._form.encoding.bits, self._range
+        if bits is None:
+            return 1 / max(1.0, -least, most)
+        full = 2.0 ** (min(bits, 24) - 1)  # float32 cannot say what is between 24 bits and 32
+        fits = round(most * full) <= full - 1 and round(least * full) >= -full
+        return 1.0 if fits else 1 / max(-least, most * full / (full - 1))
+
+    def _drafted(self, draft: BinaryIO) -> Iterator[Audio]:
+        draft.seek(0)
+        while raw := draft.read(CONVERTED_AT_ONCE * self._form.channels * 4):
+            yield np.frombuffer(raw, "<f4").reshape(-1, self._form.channels).T
+
+    def _discard(self) -> None:
+        for writer in self._parts.values():
+            writer.discard()
+        for draft in self._drafts.values():
+            with suppress(OSError):
+                draft.close()
+        with _FOLDERS:
+            for folder in reversed(self._made):
+                with suppress(OSError):  # another output is in it by now
+                    folder.rmdir()
+
+
+def read_software(path: Path) -> str:
+    """The `software` that an output was written with; "" for a file that has none, or is none."""
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
+            return LIBSNDFILE.sub("", file.software)
+    except (soundfile.SoundFileError, OSError):
+        return ""
+
+
+@contextmanager
+def _reported(name: str, what: str) -> Iterator[None]:
+    """Turn what the system or libsndfile raises into one line."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise OutputError(f"{name}: nobody reads on") from error
+    except OSError as error:
+        full = "; make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OutputError(f"{name}: {what} ({reason(error)}){full}") from error
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder")
+    if not overwrite and os.path.lexists(path):
+        raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another folder")
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make `folder`; which folders that took, outermost first."""
+    missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _is_file(stream: BinaryIO) -> bool:
+    """Whether stdout is a file from its start on, whose header can be completed at the end."""
+    try:
+        import fcntl
+
+        appends = fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_APPEND
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and not appends and stream.tell() == 0
+    except (ImportError, OSError):
+        return False
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode().replace("\0", " ")

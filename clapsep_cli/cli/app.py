@@ -1,0 +1,99 @@
+"""The command line: parses, makes one library call, prints, and sets the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from clapsep_cli.cli.evaluate import evaluate, mixtures
+from clapsep_cli.cli.extract import extract
+from clapsep_cli.cli.models import models
+from clapsep_cli.cli.run import FAILED
+from clapsep_cli.cli.separate import ListCommand, separate
+from clapsep_cli.cli.terminal import ModelDirOption, note
+from clapsep_cli.cli.train import train
+from clapsep_cli.errors import ClapsepError
+from clapsep_cli.startup import prepare
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="clapsep",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Extract the sound you describe from a recording.",
+    epilog='Example: clapsep extract mix.wav --pos "dog barking" --neg "rain"',
+)
+
+app.command()(evaluate)
+app.add_typer(mixtures, name="mixtures")
+app.add_typer(models, name="models")
+
+
+def run() -> NoReturn:
+    """`main`, as a process of its own: ends without the half second that an interpreter takes to put torch away."""
+    prepare()
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else FAILED
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads on, or there is no room
+        code = code or FAILED
+    # Outputs are closed and named by now; what is left is memory, which the system takes back faster.
+    os._exit(code)
+
+
+def main() -> NoReturn:
+    """Run the command; a user's mistake ends with one line on stderr, never with a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ClapsepError as error:
+        note(str(error))
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:  # what no part of the library expected: a folder that cannot be written, say
+        note(f"{error.filename or 'the system'}: {error.strerror or error}")
+        raise SystemExit(FAILED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    raise SystemExit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from clapsep_cli import __version__
+
+        typer.echo(f"clapsep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(extract)
+app.command(cls=ListCommand)(separate)
+app.command()(train)
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    _model_dir: ModelDirOption = None,
+) -> None:
+    """Print what a bug report needs; no names, no secrets."""
+    from clapsep_cli.cli.environment import environment
+
+    facts = environment()
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(f"{k:22} {v}" for k, v in facts.items()))

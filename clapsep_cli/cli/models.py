@@ -1,0 +1,90 @@
+"""`clapsep models`: list, download, convert, check and remove models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, downloads, note
+
+models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A name from `clapsep models list`.")]
+KeepOption = Annotated[bool, typer.Option("--keep-original", help="Keep the downloaded files after conversion.")]
+
+
+@models.command("list")
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")] = False,
+    _model_dir: ModelDirOption = None,
+) -> None:
+    """List all models, and where those that are here lie."""
+    from clapsep_cli.store.library import statuses
+    from clapsep_cli.store.transfer import amount
+
+    if as_json:
+        typer.echo(json.dumps([status.as_json() for status in statuses()], indent=2))
+        return
+    for status in statuses():
+        entry = status.entry
+        where = status.folder or f"not here; {amount(entry.download_bytes)} to download"
+        typer.echo(f"{entry.name:12} {entry.about}\n{'':12} {where}\n{'':12} licence: {entry.licence}")
+
+
+@models.command()
+def download(
+    name: NameArgument, keep_original: KeepOption = False, quiet: QuietOption = False, _model_dir: ModelDirOption = None
+) -> None:
+    """Download a model's pinned files, check and convert them."""
+    from clapsep_cli.store.library import install
+
+    with downloads(quiet) as progress:
+        folder = install(name, keep_original=keep_original, say=note, progress=progress)
+    if not quiet:
+        typer.echo(folder)
+
+
+@models.command()
+def convert(
+    name: NameArgument,
+    files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files, carried here.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", hidden=True)] = None,
+    quiet: QuietOption = False,
+    _model_dir: ModelDirOption = None,
+) -> None:
+    """Make a model from files that are already here: what a machine without a network needs."""
+    from clapsep_cli.store.library import install
+
+    # A parser gives an option one value: further files behind --from arrive as arguments.
+    folder = install(name, [*files, *(more or [])], say=note)
+    if not quiet:
+        typer.echo(folder)
+
+
+@models.command()
+def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+    """Read all of a model, and downloads that were kept, and say whether they are sound."""
+    from clapsep_cli.store.library import verify as verify_model
+
+    for path in verify_model(name):
+        typer.echo(f"{path}: sound")
+
+
+@models.command()
+def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+    """Print the folder of a model that is here."""
+    from clapsep_cli.store.library import path_of
+
+    typer.echo(path_of(name))
+
+
+@models.command("rm")
+def remove(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+    """Delete a model, and whatever is left of downloading and converting it."""
+    from clapsep_cli.store.library import remove as remove_model
+
+    for path in remove_model(name, note):
+        typer.echo(f"{path}: removed")

@@ -1,0 +1,123 @@
+"""`clapsep separate`: a recording into as many parts as there are prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from clapsep_cli.cli.options import Common, takes
+from clapsep_cli.cli.run import carry_out, find
+from clapsep_cli.errors import UsageError
+
+PROMPTS = "Prompts"  # panel of --help
+LISTS = ("--prompts", "--only")
+DEFAULT = "tuss-medium"
+
+
+class ListCommand(TyperCommand):
+    """Lets `--prompts` and `--only` take all words up to the next option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeated(args))
+
+
+def repeated(args: Sequence[str]) -> list[str]:
+    """Each value of a list option with the option before it: `--prompts a b` becomes `--prompts a --prompts b`."""
+    out: list[str] = []
+    option, first = "", False
+    for position, word in enumerate(args):
+        if word == "--":
+            return out + list(args[position:])
+        if word.startswith("-") and word != "-":
+            option, first = (word, True) if word in LISTS else ("", False)
+            out.append(word)
+        else:
+            out += [word] if not option or first else [option, word]
+            first = False
+    return out
+
+
+@takes(Common)
+def separate(
+    common: Common,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for a WAV from stdin."),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompts",
+            metavar="NAME...",
+            rich_help_panel=PROMPTS,
+            help="All that there is; repeat equal sounds.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            rich_help_panel=PROMPTS,
+            help="Prompts by task: speech-enhancement, speech-separation, sound-events, music or cinematic.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME...", rich_help_panel=PROMPTS, help="Write only these of the parts."),
+    ] = None,
+    residual: Annotated[bool, typer.Option("--residual", help="Also write what the parts leave.")] = False,
+    consistent: Annotated[
+        bool, typer.Option("--consistent", help="Spread what the parts leave over them, so that they add up.")
+    ] = False,
+) -> None:
+    """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.
+
+    The prompts should name all that is in the recording, not only what is wanted: see --only.
+    """
+    from clapsep_cli.jobs.inputs import is_there
+    from clapsep_cli.jobs.planning import Destination
+    from clapsep_cli.models.prompts import TASKS
+    from clapsep_cli.query import Query
+
+    if bool(prompts) == bool(task):
+        raise UsageError("say what is in the recording: either --prompts NAME..., or --task")
+    if task and task not in TASKS:
+        raise UsageError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
+    names = list(TASKS[task]) if task else list(prompts or ())
+    if not inputs and (swallowed := [word for word in (*names, *(only or ())) if is_there(Path(word))]):
+        raise UsageError(f"{swallowed[0]} was taken for a prompt: name the recordings first, or another option between")
+    named = parts(names)
+    unknown = set(only or ()) - {*named, *names}
+    if unknown:
+        raise UsageError(f"--only {min(unknown)}: is not among what is separated ({', '.join(named)})")
+    chosen = [part for part, name in named.items() if {part, name} & set(only or ())]
+    targets = {part: Query(pos=name) for part, name in named.items()}
+    asked = [(item, targets) for item in find(inputs or [], common)]
+    destination = Destination(only=chosen, residual=residual)
+    carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
+
+
+def parts(names: Sequence[str]) -> dict[str, str]:
+    """What the parts of a list of prompts are called: `speech`, `speech-2`, each with its prompt.
+
+    Raises `UsageError` for a name that another part has.
+    """
+    from clapsep_cli.jobs.inputs import folded
+    from clapsep_cli.jobs.outputs import safe_name
+    from clapsep_cli.jobs.targets import TAKEN
+
+    found: dict[str, str] = {}
+    for name in names:
+        if folded(safe_name(name)) in TAKEN:
+            raise UsageError(f"--prompts {name}: a part cannot be called so; choose another name")
+        taken = set(map(folded, found))
+        numbered = (safe_name(name) + (f"-{number}" if number > 1 else "") for number in count(1))
+        found[next(part for part in numbered if folded(part) not in taken)] = name
+    return found

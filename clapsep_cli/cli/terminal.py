@@ -1,0 +1,195 @@
+"""What all commands share: their common options, and what they say on stderr while they work."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.progress import Progress, TaskID
+
+    from clapsep_cli.jobs.tasks import Job
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME|PATH", help="A model by name or folder; by default the best there is."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def use_home(folder: Path | None) -> Path | None:
+    """Keep models in `folder` from now on."""
+    if folder is not None:
+        os.environ["CLAPSEP_HOME"] = str(folder)
+    return folder
+
+
+ModelDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model-dir",
+        metavar="DIR",
+        callback=use_home,
+        expose_value=False,
+        help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+PROGRESS = ("auto", "json", "none")
+NAME_LETTERS = 40  # of a recording's name beside its bar
+
+
+def plain(text: str) -> str:
+    """`text` with escapes for what no terminal should be sent: control characters and the like, in file names say."""
+    letters = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
+    return "".join(letters)
+
+
+def echo(line: str, stream: TextIO) -> None:
+    """Print a line, whatever is in it and whatever the stream can show."""
+    encoding = stream.encoding or "utf-8"
+    typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def note(line: str) -> None:
+    """Tell the user something, on stderr."""
+    echo(f"clapsep: {line}", sys.stderr)
+
+
+def progress(quiet: bool, *, transfer: bool = False) -> Progress | _NoProgress:
+    """Progress bars on stderr, if somebody is there to see them; of a `transfer` in bytes and their rate."""
+    if quiet or not sys.stderr.isatty():
+        return _NoProgress()
+    from rich import progress as bars
+    from rich.console import Console
+    from rich.progress import Progress
+
+    measure = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if transfer else ()
+    described = bars.TextColumn("{task.description}", markup=False)
+    columns = (described, bars.BarColumn(), *measure, bars.TimeRemainingColumn())
+    # Lines that are printed meanwhile go above the bars; but what a file or a pipe is to get is left alone.
+    aside = sys.stdout.isatty()
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=aside)
+
+
+class _NoProgress:
+    """Stands in for rich's bars where there is no terminal, and saves their import."""
+
+    def __enter__(self) -> _NoProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_task(self, description: str, *, total: float | None) -> TaskID:
+        return cast("TaskID", 0)
+
+    def update(
+        self, task: TaskID, *, completed: float, total: float | None = None, description: str | None = None
+    ) -> None:
+        pass
+
+    def remove_task(self, task: TaskID) -> None:
+        pass
+
+    def advance(self, task: TaskID, advance: float = 1) -> None:
+        pass
+
+
+@contextmanager
+def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr for each file that is downloaded while it lasts."""
+    tasks: dict[str, TaskID] = {}
+    with progress(quiet, transfer=True) as bars:
+
+        def update(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(file, total=total)
+            bars.update(tasks[file], completed=done)
+
+        yield update
+
+
+class Reporter:
+    """Shows how a run of `count` recordings goes on, on stderr: bars for each and for all, or lines of JSON.
+
+    `how`: one of `PROGRESS`, "auto" for bars where there is a terminal.
+    """
+
+    def __init__(self, how: str, quiet: bool, count: int) -> None:
+        self.json, self.count, self.finished = how == "json" and not quiet, count, 0
+        self.open: dict[Path, _Under] = {}
+        self.seconds = 0.0  # that are separated, of all recordings
+        self.bars = progress(quiet or how != "auto")
+        self.all: TaskID | None = None
+
+    def __enter__(self) -> Reporter:
+        self.bars.__enter__()
+        self.began = time.monotonic()
+        if self.count > 1:
+            self.all = self.bars.add_task(f"0 of {self.count}", total=self.count)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.__exit__(None, None, None)
+
+    def update(self, job: Job, done: float, total: float) -> None:
+        """Of a recording `done` seconds are separated, of `total` (0 if that is not known)."""
+        path = job.input.path
+        if self.json:
+            self._say("progress", path, seconds=round(done, 3), total=round(total, 3) or None)
+        if path not in self.open:
+            self.open[path] = _Under(self.bars.add_task(_short(path), total=total or None))
+        one = self.open[path]
+        self.seconds += done - one.seconds
+        one.seconds, one.share = done, done / total if total else 0.0
+        description = _short(path) if self.all is not None else f"{_short(path)}, {self._speed()}"
+        self.bars.update(one.task, completed=done, total=total or None, description=description)
+        self._update_all()
+
+    def finish(self, path: Path, failed: bool) -> None:
+        """A recording is done, or has failed."""
+        self.finished += 1
+        if self.json:
+            self._say("failed" if failed else "done", path, finished=self.finished, count=self.count)
+        if path in self.open:
+            self.bars.remove_task(self.open.pop(path).task)
+        self._update_all()
+
+    def _update_all(self) -> None:
+        if self.all is not None:
+            completed = self.finished + sum(one.share for one in self.open.values())
+            description = f"{self.finished} of {self.count}, {self._speed()}"
+            self.bars.update(self.all, completed=completed, description=description)
+
+    def _speed(self) -> str:
+        return f"{self.seconds / max(1e-6, time.monotonic() - self.began):.0f} × real time"
+
+    def _say(self, event: str, path: Path, **facts: object) -> None:
+        typer.echo(json.dumps({"event": event, "input": str(path), **facts}), err=True)
+
+
+@dataclass
+class _Under:
+    """A recording under way: its bar, and how much of it is separated, in seconds and as a share of all."""
+
+    task: TaskID
+    seconds: float = 0.0
+    share: float = 0.0
+
+
+def _short(path: Path) -> str:
+    name = plain(path.name)
+    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

@@ -1,0 +1,169 @@
+"""`clapsep train`: from options to settings, one library call, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, downloads, note
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from clapsep_cli.training.train import Recipe, Report
+
+ManifestArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[MANIFEST.csv]", help="Clips: file,label[,captions,split]; tuss: file,prompt[,split]."),
+]
+ManifestOption = Annotated[Path | None, typer.Option("--manifest", metavar="CSV", help="The same, as an option.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="Where the model and the run's state go; runs/MANIFEST if not given."
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="mini, clapsep-hybrid, clapsep-text, tuss-medium or tuss-large; mini, or as --init says.",
+    ),
+]
+InitOption = Annotated[
+    str | None, typer.Option("--init", metavar="NAME|PATH", help="A model to go on from, rather than from scratch.")
+]
+LoraOnlyOption = Annotated[
+    bool, typer.Option("--lora-only", help="With --init: tune a small adapter, and nothing else of the model.")
+]
+EncoderOption = Annotated[
+    str | None, typer.Option("--encoder", metavar="HOW", help="The separator's: lora, frozen, scratch or none.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings that differ from the preset's: .toml or .yaml."),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One such setting, e.g. batch=16; repeatable.")
+]
+TextOption = Annotated[
+    str | None,
+    typer.Option("--text", metavar="DIR", help="mini: text encoder to train into; the bundled one if not given."),
+]
+ParaphrasesOption = Annotated[
+    str | None, typer.Option("--paraphrases", metavar="CSV", help="mini: further captions by label: label,captions.")
+]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="mini: steps of the separator.")]
+AudioStepsOption = Annotated[int | None, typer.Option("--audio-steps", min=1, help="mini: steps of the audio encoder.")]
+EpochsOption = Annotated[
+    int | None,
+    typer.Option("--epochs", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Everything drawn at random follows from it; 0.")]
+AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda or mps.")]
+DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
+NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start this on each, by torchrun or SLURM.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="bf16-mixed or 32-true; the preset's if not given.")]
+
+
+def train(
+    manifest: ManifestArgument = None,
+    manifest_option: ManifestOption = None,
+    out: OutOption = None,
+    preset: PresetOption = None,
+    init: InitOption = None,
+    lora_only: LoraOnlyOption = False,
+    encoder: EncoderOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    text: TextOption = None,
+    paraphrases: ParaphrasesOption = None,
+    steps: StepsOption = None,
+    audio_steps: AudioStepsOption = None,
+    epochs: EpochsOption = None,
+    seed: SeedOption = None,
+    accelerator: AcceleratorOption = "auto",
+    devices: DevicesOption = "1",
+    nodes: NodesOption = 1,
+    precision: PrecisionOption = "",
+    _model_dir: ModelDirOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a model, or tune one for your own sounds. Stopped, it goes on where it was when called again.
+
+    Example: clapsep train mine.csv --init clapsep --lora-only
+    """
+    if (manifest is None) == (manifest_option is None):
+        raise typer.BadParameter("name one manifest: clapsep train MANIFEST.csv")
+    listed = manifest or manifest_option
+    assert listed is not None
+    flags = {
+        "init": init,
+        "lora_only": lora_only or None,
+        "encoder": encoder,
+        "text": text,
+        "paraphrases": paraphrases,
+        "separator.steps": steps,
+        "audio.steps": audio_steps,
+        "epochs": epochs,
+        "seed": seed,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    recipe = _recipe(preset, init, config, settings or [], given, quiet)
+    from clapsep_cli.training.train import Hardware
+    from clapsep_cli.training.train import train as train_model
+
+    folder = out or Path("runs") / listed.stem
+    hardware = Hardware(accelerator, devices, nodes, precision)
+    leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware)
+    if leads and not quiet:
+        typer.echo(f"done: {recipe.use.format(folder=folder)}")
+        for adapter in sorted(folder.glob("adapter.safetensors")):
+            typer.echo(
+                f"the adapter alone: {adapter}, {adapter.stat().st_size / 1e6:.1f} MB; --adapter with --model {init}"
+            )
+
+
+def _recipe(
+    preset: str | None,
+    init: str | None,
+    config: Path | None,
+    settings: list[str],
+    given: Mapping[str, object],
+    quiet: bool,
+) -> Recipe:
+    """The preset with all that overrides it. The model that it starts from is there afterwards."""
+    from clapsep_cli.store.library import load_model
+    from clapsep_cli.training import recipes
+
+    with downloads(quiet) as shown:
+        if preset is None:
+            preset = recipes.DEFAULT
+            if init:
+                preset = recipes.preset_of(load_model(init, "cpu", say=note, progress=shown).family, init)
+        overrides = [recipes.read_settings(config)] if config else []
+        recipe = recipes.build(preset, *overrides, *map(recipes.parse_setting, settings), given)
+        if recipe.needs:
+            load_model(recipe.needs, "cpu", say=note, progress=shown)
+    return recipe
+
+
+def _print(report: Report) -> None:
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in report.figures.items())
+    measure = f"{report.measure}: " if report.measure else ""
+    left = "" if math.isnan(report.seconds_left) else f"  {_duration(report.seconds_left)} left"
+    typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
+
+
+def _ignore(report: Report) -> None:
+    pass

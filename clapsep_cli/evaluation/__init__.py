@@ -1,0 +1,1 @@
+"""The paper's protocol: lists of mixtures, scores and their report."""

@@ -1,0 +1,217 @@
+"""Lists of mixtures to evaluate on: reading those released with the paper, and making others by its rule (IV-A2)."""
+
+from __future__ import annotations
+
+import ast
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from clapsep_cli.audio.sources import SUFFIXES
+from clapsep_cli.data import MAX_FAULTS_SHOWN, Clip, read_manifest, read_rows
+from clapsep_cli.errors import ManifestError, OutputError
+from clapsep_cli.files import replacing
+
+Shots = Mapping[str, Sequence[str]]  # files by class, which is a label or a caption, in lower case
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A row of a list of mixtures; files are relative to the audio folder. The first four columns are the paper's."""
+
+    source_file: str
+    positive_caption: str
+    noise_file: str
+    negative_caption: str
+    label: str = ""
+    shot_file: str = ""  # a recording of the same label that is not in the mixture
+    absent_caption: str = ""  # something that is not in the mixture
+
+
+NEEDED = [f.name for f in fields(Mixture)][:4]
+
+
+def _listed(path: Path, faults: Sequence[str]) -> ManifestError:
+    more = f"; and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
+    return ManifestError(f"{path}: {'; '.join(faults[:MAX_FAULTS_SHOWN])}{more}")
+
+
+def read_mixtures(path: Path) -> list[Mixture]:
+    """Read a list of mixtures, of which the first four columns are needed. Raises `ManifestError`."""
+    rows, faults = [], []
+    for line, row in enumerate(read_rows(path, NEEDED), 2):
+        faults += [f"line {line}: no {name}" for name in NEEDED if not row[name].strip()]
+        rows.append(Mixture(**{f.name: row.get(f.name, "").strip() for f in fields(Mixture)}))
+    if faults or not rows:
+        raise _listed(path, faults or ["no rows"])
+    return rows
+
+
+def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read recordings by class from a CSV with the columns `class` and `file`.
+
+    A `file` is one name, or a list of names as Python or JSON write it (`['a.wav', 'b.wav']`, as released); a class
+    may have several rows. Raises `ManifestError`.
+    """
+    shots: dict[str, tuple[str, ...]] = {}
+    faults = []
+    for line, row in enumerate(read_rows(path, ("class", "file")), 2):
+        name, cell = row["class"].strip().lower(), row["file"].strip()
+        try:
+            # Literals alone: nothing in a cell is ever run.
+            files = ast.literal_eval(cell) if cell.startswith("[") else [cell]
+            if not name or not files or not all(isinstance(file, str) and file for file in files):
+                raise ValueError
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            faults.append(f"line {line}: needs a class and a file or a list of files")
+        else:
+            shots[name] = (*shots.get(name, ()), *files)
+    if faults or not shots:
+        raise _listed(path, faults or ["no rows"])
+    return shots
+
+
+def check_files(
+    rows: Sequence[Mixture], shots: Shots, folder: Path, skip: bool = False
+) -> tuple[list[Mixture], dict[str, list[str]]]:
+    """The mixtures whose recordings are all in `folder`, and the shots that are; without `skip`, all must be.
+
+    Raises `ManifestError`, which names files that are not there.
+    """
+    named = dict.fromkeys(file for row in rows for file in (row.source_file, row.noise_file, row.shot_file) if file)
+    named |= dict.fromkeys(file for files in shots.values() for file in files)
+    missing = {file: None for file in named if not (folder / file).is_file()}
+    whole = [row for row in rows if not missing.keys() & {row.source_file, row.noise_file, row.shot_file}]
+    if (missing and not skip) or not whole:
+        shown = ", ".join(list(missing)[:MAX_FAULTS_SHOWN]) + (" …" if len(missing) > MAX_FAULTS_SHOWN else "")
+        hint = "" if skip else "; --skip-missing leaves out what needs them"
+        raise ManifestError(f"{folder}: {len(missing)} of {len(named)} files are not there: {shown}{hint}")
+    return whole, {name: [file for file in files if file not in missing] for name, files in shots.items()}
+
+
+def labelled_clips(source: Path, split: str | None = None) -> tuple[list[Clip], Path]:
+    """The clips of a manifest, or of a folder with a sub-folder for each label, and the folder their files are in.
+
+    In a folder, a label becomes "the sound of X" (paper IV-A2). `split`: take those of one split alone. Raises
+    `ManifestError`.
+    """
+    if source.is_dir():
+        files = sorted(p for p in source.glob("*/**/*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        labels = [file.relative_to(source).parts[0] for file in files]
+        clips = [
+            Clip(file, label, (f"the sound of {label.replace('_', ' ')}",), split or "")
+            for file, label in zip(files, labels, strict=True)
+        ]
+        if not clips:
+            raise ManifestError(f"{source}: no recordings in sub-folders; each is a label: {source}/dog/1.wav")
+        return clips, source
+    clips = read_manifest(source)
+    chosen = [clip for clip in clips if split in (None, clip.split)]
+    if not chosen:
+        splits = ", ".join(sorted({clip.split for clip in clips}))
+        raise ManifestError(f"{source}: no clips of the split {split!r}; there are: {splits}")
+    return chosen, source.parent
+
+
+def _by_label(clips: Iterable[Clip]) -> dict[str, list[Clip]]:
+    groups: dict[str, list[Clip]] = {}
+    for clip in clips:
+        groups.setdefault(clip.label, []).append(clip)
+    return groups
+
+
+def set_aside(clips: Sequence[Clip], count: int, seed: int) -> tuple[list[Clip], dict[str, list[Clip]]]:
+    """Draw `count` clips of each label as shots; a label keeps one clip at least. Returns the others, and the shots."""
+    rng = np.random.default_rng((seed, 1))
+    groups = _by_label(clips)
+    shots = {}
+    for label in sorted(groups):
+        members = groups[label]
+        shots[label] = [members[i] for i in rng.permutation(len(members))[: min(count, len(members) - 1)]]
+    taken = {id(clip) for chosen in shots.values() for clip in chosen}
+    return [clip for clip in clips if id(clip) not in taken], shots
+
+
+def make_mixtures(
+    clips: Sequence[Clip],
+    root: Path,
+    seed: int,
+    per_label: int | None = None,
+    per_clip: int = 1,
+    shots: Mapping[str, Sequence[Clip]] | None = None,
+) -> list[Mixture]:
+    """Let each clip (at most `per_label` of a label) be the target of `per_clip` mixtures, each with one interferer.
+
+    Interferers are of other labels, drawn evenly, with which the target's shares no caption (such labels are one
+    sound); those of one target differ. Each mixture has one shot, of `shots` if they are given or else another clip of
+    the label, and the caption of something absent, where there are such. Raises `ManifestError` where a label has
+    nothing to be mixed with.
+    """
+    rng = np.random.default_rng(seed)
+    groups = _by_label(clips)
+    sounds = {label: {caption for clip in members for caption in clip.captions} for label, members in groups.items()}
+
+    @cache
+    def apart(*labels: str) -> list[str]:
+        taken = {caption for label in labels for caption in sounds[label]}
+        return [label for label in groups if label not in labels and not taken & sounds[label]]
+
+    def other(*labels: str, but: Sequence[Clip] = ()) -> Clip | None:
+        free = list(apart(*labels))
+        while free:
+            index = rng.integers(len(free))
+            members = [clip for clip in groups[free.pop(index)] if clip not in but]
+            if members:
+                return members[rng.integers(len(members))]
+        return None
+
+    rows = []
+    for label in sorted(groups):
+        for index in sorted(rng.permutation(len(groups[label]))[:per_label].tolist()):
+            clip, noises = groups[label][index], list[Clip]()
+            while len(noises) < per_clip and (noise := other(label, but=noises)):
+                noises.append(noise)
+                absent = other(label, noise.label)
+                spare = shots.get(label, ()) if shots is not None else [c for c in groups[label] if c is not clip]
+                files = (clip, noise, spare[int(rng.integers(len(spare)))] if spare else None)
+                source, interferer, shot = (file_name(c, root) if c else "" for c in files)
+                caption = absent.captions[0] if absent else ""
+                rows.append(Mixture(source, clip.captions[0], interferer, noise.captions[0], label, shot, caption))
+            if not noises:
+                raise ManifestError(f"{root}: nothing to mix {label!r} with: mixtures need two labels, of other sounds")
+    return rows
+
+
+def file_name(clip: Clip, root: Path) -> str:
+    """How a list names a clip: relative to `root` where it lies below it, with slashes on every system."""
+    return (clip.path.relative_to(root) if clip.path.is_relative_to(root) else clip.path.absolute()).as_posix()
+
+
+def write_mixtures(path: Path, rows: Sequence[Mixture]) -> None:
+    """Write a list of mixtures. Raises `OutputError`."""
+    _write(path, [f.name for f in fields(Mixture)], (asdict(row).values() for row in rows))
+
+
+def write_shots(path: Path, shots: Mapping[str, Sequence[Clip]], clips: Iterable[Clip], root: Path) -> None:
+    """Write the shots of the labels of `clips` by their captions, as the released lists do: a mixture names no label
+    of its interferer. Labels that share a caption share their shots. Raises `OutputError`."""
+    by_caption: dict[str, dict[str, None]] = {}
+    for clip in clips:
+        files = dict.fromkeys(file_name(shot, root) for shot in shots.get(clip.label, ()))
+        by_caption.setdefault(clip.captions[0], {}).update(files)
+    _write(path, ["class", "file"], ([caption, str(list(files))] for caption, files in by_caption.items() if files))
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error

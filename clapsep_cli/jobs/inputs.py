@@ -1,0 +1,244 @@
+"""The recordings that arguments name: files, folders, patterns and lists."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from clapsep_cli.audio.sources import STDIN, SUFFIXES
+from clapsep_cli.errors import AudioError, ClapsepError, ManifestError
+from clapsep_cli.query import RESIDUAL, TARGET
+from clapsep_cli.tables import check_faults
+
+MAGIC = re.compile(r"[*?\[]")
+
+Say = Callable[[str], None]  # is told, in a line, what was left out
+
+
+@dataclass(frozen=True)
+class Input:
+    """A recording to work on. `below` is its place in the tree that was named, which outputs mirror: relative to the
+    folder, to the fixed part of the pattern, or to the manifest's folder; for a file that was named itself, its name.
+    """
+
+    path: Path
+    below: Path
+
+
+def _never(path: Path) -> bool:
+    return False
+
+
+def _nothing(line: str) -> None:
+    pass
+
+
+def expand(
+    arguments: Sequence[str],
+    recursive: bool = False,
+    out: Path | None = None,
+    written: Callable[[Path], bool] = _never,
+    say: Say = _nothing,
+) -> list[Input]:
+    """The recordings that `arguments` name, each once, in the order given; those of a folder in natural order.
+
+    An argument is a file, of whatever suffix; a folder, for the recordings in it, and if `recursive` in all of its tree
+    (links to folders are followed, none is entered twice); a pattern with `*`, `?`, `[…]` or `**`, where no file has
+    that very name; `@list.txt`, a list of such arguments; or `-` alone, for stdin. Hidden files are only taken by name.
+
+    What an earlier run wrote for another of these recordings is left out, and `say` is told: a file beside it, or
+    where its outputs go below `out`, that is named after it and is a `.target` or `.residual`, or that `written` tells
+    to be ours.
+
+    Raises `AudioError` where an argument names nothing, and where it names no recordings; `ManifestError` for a list
+    that cannot be used.
+    """
+    if "-" in arguments:
+        if len(arguments) > 1:
+            raise AudioError("- (a recording from stdin) has to be the only input")
+        return [Input(STDIN, Path("stdin"))]
+    found: dict[tuple[int, int, str], Input] = {}
+    for argument in arguments:
+        if argument.startswith("@") and not is_there(Path(argument)):
+            inputs = _listed(Path(argument[1:]), recursive, say)
+        else:
+            inputs = _named(argument, Path(), recursive, say)
+        for item in inputs:
+            found.setdefault(_identity(item.path), item)
+    return _without_outputs(list(found.values()), out, written, say)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name; unlike `exists`, never an exception."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def folded(name: str) -> str:
+    """`name` as file systems that ignore case and Unicode composition compare it.
+
+    Letter by letter, so that names stay different where such systems keep them apart: `ß` and `ss`, `ı` and `i`.
+    """
+    letters = (letter.lower() for letter in unicodedata.normalize("NFC", name))
+    return unicodedata.normalize("NFC", "".join(letters))
+
+
+def natural(path: Path) -> list[tuple[list[str | int], str]]:
+    """A key that sorts paths as people count: `take 2` before `take 10`."""
+    pieces = ((part, re.split(r"([0-9]+)", folded(part))) for part in path.parts)
+    # Digits are at every other place of what `split` returns, so text is never compared with a number.
+    return [([int(p) if at % 2 else p for at, p in enumerate(split)], part) for part, split in pieces]
+
+
+def _identity(path: Path) -> tuple[int, int, str]:
+    # Hard links are files of their own; one name in two spellings, where the system takes them for one, is not.
+    status = path.stat()
+    return status.st_dev, status.st_ino, folded(str(path.resolve()))
+
+
+def path_in(folder: Path, text: str) -> Path:
+    """The path `text` relative to `folder`; backslashes mean what they do on Windows, unless a file is called so."""
+    path = folder / text
+    return path if "\\" not in text or is_there(path) else folder / text.replace("\\", "/")
+
+
+def _named(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:
+    if not argument:
+        raise AudioError("an input has an empty name; is a variable not set?")
+    path = path_in(folder, argument)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        if MAGIC.search(argument):
+            return _matches(path)
+        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
+        raise AudioError(f"{path}: {reason}") from error
+    if path.is_dir():
+        return _in_folder(path, recursive, say)
+    return [Input(path.absolute() if path == STDIN else path, Path(path.name))]  # a file may be called "-"
+
+
+def _matches(pattern: Path) -> list[Input]:
+    root, rest = Path(), pattern
+    while rest.parts and (not MAGIC.search(rest.parts[0]) or is_there(root / rest.parts[0])):
+        root, rest = root / rest.parts[0], Path(*rest.parts[1:])  # what exists is no pattern: "Live [2020]"
+    if not rest.parts:
+        raise AudioError(f"{pattern}: no such file")
+    try:
+        found = [match.relative_to(root) for match in root.glob(str(rest))]
+    except (ValueError, OSError) as error:
+        raise AudioError(f"{pattern}: cannot be used as a pattern ({error})") from error
+    if not any(part.startswith(".") for part in rest.parts):
+        found = [match for match in found if not any(part.startswith(".") for part in match.parts)]
+    if not found:
+        raise AudioError(f"{pattern}: no such file, and nothing matches it as a pattern")
+    recordings = [below for below in found if below.suffix.lower() in SUFFIXES and (root / below).is_file()]
+    if not recordings:
+        raise AudioError(f"{pattern}: matches no recordings, only {min(found, key=natural)} and the like")
+    return [Input(root / below, below) for below in sorted(recordings, key=natural)]
+
+
+def _in_folder(root: Path, recursive: bool, say: Say) -> list[Input]:
+    found: list[Path] = []
+    subfolders = False
+    waiting, entered = deque([root]), set()
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+            found += [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
+            folders = [path for path in visible if path.is_dir()]
+        except OSError as error:
+            fault = f"{folder}: this folder cannot be listed ({error.strerror or error})"
+            if folder == root:
+                raise AudioError(fault) from error
+            say(f"{fault} and is left out")
+            continue
+        subfolders = subfolders or bool(folders)
+        if recursive:  # links last: a recording is mirrored where it really lies
+            waiting.extend(path for path in folders if not path.is_symlink())
+            waiting.extendleft(path for path in folders if path.is_symlink())
+    if not found:
+        place = "folder or below it" if recursive else "folder"
+        hint = "; -r looks in the folders below it" if subfolders and not recursive else ""
+        raise AudioError(f"{root}: no recordings in this {place}{hint}")
+    return [Input(root / below, below) for below in sorted((path.relative_to(root) for path in found), key=natural)]
+
+
+def _listed(path: Path, recursive: bool, say: Say) -> list[Input]:
+    """What a list names: an argument a line, `#` before comments. Names are relative to the list's folder or, where
+    they lead to nothing there, to the current one."""
+    found, faults = [], []
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        argument = line.strip()
+        if not argument or argument.startswith("#"):
+            continue
+        try:
+            found += _named_in_list(argument, path.parent, recursive, say)
+        except AudioError as error:
+            faults.append(f"line {number}: {error}")
+    check_faults(path, faults)
+    if not found:
+        raise ManifestError(f"{path}: this list names no recordings")
+    return found
+
+
+def _named_in_list(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:
+    try:
+        return _named(argument, folder, recursive, say)
+    except AudioError as beside:
+        try:
+            return _named(argument, Path(), recursive, say)
+        except AudioError:
+            raise beside from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        # What PowerShell writes with ">" is UTF-16, and says so by its first two bytes.
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except OSError as error:
+        raise ManifestError(f"{path}: this list cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: this list is not UTF-8") from error
+
+
+def _without_outputs(
+    inputs: Sequence[Input], out: Path | None, written: Callable[[Path], bool], say: Say
+) -> list[Input]:
+    resolved = lru_cache(maxsize=None)(Path.resolve)
+    stems: dict[Path, set[str]] = defaultdict(set)  # of the recordings whose outputs would be in a folder
+    for item in inputs:
+        for folder in (item.path.parent, *([out / item.below.parent] if out else ())):
+            stems[resolved(folder)].add(item.path.stem)
+
+    def is_output(path: Path) -> bool:
+        others = stems[resolved(path.parent)]
+        whole, _, part = path.stem.rpartition(".")
+        if part in (TARGET, RESIDUAL) and whole in others:
+            return True
+        if not any(path.stem[:end] in others for end in range(1, len(path.stem))):
+            return False
+        try:
+            return written(path)
+        except ClapsepError:
+            return False
+
+    left = {item: None for item in inputs if is_output(item.path)}  # a set that keeps its order
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        say(f"left out, as outputs of other inputs: {next(iter(left)).path}{more}")
+    return [item for item in inputs if item not in left]

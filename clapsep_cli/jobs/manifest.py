@@ -1,0 +1,65 @@
+"""Manifests of jobs: recordings, each with what is asked of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clapsep_cli.errors import ManifestError
+from clapsep_cli.jobs.inputs import Input, is_there, path_in
+from clapsep_cli.tables import check_faults, read_table
+
+COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A row of a manifest: a recording, and what is asked of it; what is empty is as the command says for all."""
+
+    line: int
+    input: Input
+    pos: tuple[str, ...] = ()
+    neg: tuple[str, ...] = ()
+    query_audio: tuple[Path, ...] = ()
+    neg_audio: tuple[Path, ...] = ()
+
+
+def read_jobs(path: Path) -> list[JobRow]:
+    """Read a CSV of jobs with the column `file` and any of `pos`, `neg`, `query_audio`, `neg_audio`.
+
+    A cell holds several values separated by ";". Paths are relative to the CSV. Raises `ManifestError`, which lists
+    what is wrong line by line.
+    """
+    rows = read_table(path, ("file",))
+    columns = list(rows[0][1]) if rows else []
+    unknown = [name for name in columns if name not in COLUMNS]
+    if not rows:
+        raise ManifestError(f"{path}: no rows")
+    if unknown or len(columns) < 2:
+        what = f"unknown column {', '.join(map(repr, unknown))}" if unknown else "no column with a query"
+        raise ManifestError(f"{path}: {what}; the columns are {','.join(COLUMNS)}")
+    faults: list[str] = []
+    jobs = [_job(path.parent, line, row, faults) for line, row in rows]
+    check_faults(path, faults)
+    return jobs
+
+
+def _job(folder: Path, line: int, row: dict[str, str], faults: list[str]) -> JobRow:
+    def values(column: str) -> tuple[str, ...]:
+        return tuple(value.strip() for value in row.get(column, "").split(";") if value.strip())
+
+    def shots(column: str) -> tuple[Path, ...]:
+        paths = tuple(path_in(folder, value) for value in values(column))
+        faults.extend(f"line {line}: {column}: no such file {path}" for path in paths if not is_there(path))
+        return paths
+
+    recording = path_in(folder, row["file"])
+    if not row["file"]:
+        faults.append(f"line {line}: no file named")
+    elif not is_there(recording):
+        faults.append(f"line {line}: no such file {recording}")
+    elif recording.is_dir():
+        faults.append(f"line {line}: {recording} is a folder")
+    below = recording.relative_to(folder) if recording.is_relative_to(folder) else Path(recording.name)
+    item = Input(recording, Path(recording.name) if ".." in below.parts else below)
+    return JobRow(line, item, values("pos"), values("neg"), shots("query_audio"), shots("neg_audio"))

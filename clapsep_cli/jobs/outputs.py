@@ -1,0 +1,167 @@
+"""Where the parts of a recording are written, under which names, and whether they are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from string import Formatter
+
+from clapsep_cli.audio.sources import STDIN
+from clapsep_cli.errors import OutputError
+from clapsep_cli.jobs.inputs import Input, folded, is_there
+
+TEMPLATE = "{stem}.{part}.{ext}"
+FIELDS = ("stem", "part", "ext", "query")
+NAME_BYTES = 224  # systems take 255; files that are still being written have some more in their names
+QUERY_BYTES = 96
+MARK_DIGITS = 8  # of the hash that stands for what was cut from a long name
+
+FORBIDDEN = '<>:"/\\|?*'  # in names on Windows
+FORBIDDEN_IN_TEMPLATES = set(FORBIDDEN) - set("/")
+DEVICES = re.compile(r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[0-9¹²³]|LPT[0-9¹²³])(?:\.|$)", re.IGNORECASE)
+JOINERS = "\u200c\u200d"  # which some scripts and many emoji are written with
+
+Paths = Mapping[str, Path]  # of the outputs of one input, by part
+
+
+def safe_name(text: str, limit: int = QUERY_BYTES) -> str:
+    """`text` as (a part of) a file name on any system: at most `limit` bytes, never empty; letters of all scripts stay.
+
+    Different texts may give one name, unless they are long: then a hash tells them apart.
+    """
+    letters = (letter if _is_safe(letter) else " " for letter in unicodedata.normalize("NFC", text))
+    name = "_".join("".join(letters).split()).lstrip(".-_~").rstrip("._") or "_"
+    return _shortened(f"_{name}" if DEVICES.match(name) else name, limit)
+
+
+def _is_safe(letter: str) -> bool:
+    # Unassigned code points, lone surrogates, and what is invisible or turns the writing direction round are not.
+    return letter in JOINERS or (letter not in FORBIDDEN and unicodedata.category(letter)[0] != "C")
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")  # names that are not UTF-8 have lone surrogates in Python
+
+
+def _shortened(name: str, limit: int) -> str:
+    encoded = _bytes(name)
+    if len(encoded) <= limit:
+        return name
+    mark = hashlib.sha256(encoded).hexdigest()[:MARK_DIGITS]
+    return f"{encoded[: max(0, limit - MARK_DIGITS - 1)].decode(errors='ignore')}~{mark}"
+
+
+def output_paths(
+    item: Input,
+    parts: Sequence[str],
+    folder: Path | None,
+    template: str = TEMPLATE,
+    extension: str = "wav",
+    query: str = "",
+) -> dict[str, Path]:
+    """Where the `parts` of `item` go: beside it, or in `folder` at its place in the tree.
+
+    `template` may use `{stem}` and `{ext}`, `{part}` (which it must where there are several) and `{query}`, and lead
+    into folders below with `/`. Names longer than file systems take keep their beginning, and a hash of the rest.
+    Raises `OutputError` for a template that cannot be used or leads out of the folder.
+    """
+    template = template.replace("\\", "/")
+    _check_template(template, parts)
+    parent = item.path.parent if folder is None else folder / item.below.parent
+    paths = {}
+    for part in parts:
+        values = {"part": part, "ext": extension, "query": safe_name(query)}
+        paths[part] = parent / _filled(template, item.below.stem, values)
+    return paths
+
+
+def _check_template(template: str, parts: Sequence[str]) -> None:
+    where = f"--filename {template!r}"
+    try:
+        fields = [field for field in Formatter().parse(template) if field[1] is not None]
+    except ValueError as error:
+        raise OutputError(f"{where}: cannot be used ({error}); write {{{{ for a brace") from error
+    if any(letter in FORBIDDEN_IN_TEMPLATES or unicodedata.category(letter) == "Cc" for letter in template):
+        raise OutputError(f"{where}: has characters that no file name may have on Windows")
+    for _, name, spec, conversion in fields:
+        if name not in FIELDS or spec or conversion:
+            known = ", ".join(f"{{{field}}}" for field in FIELDS)
+            raise OutputError(f"{where}: there is no {{{name}}} as written here; there are {known}")
+    if len(parts) > 1 and "part" not in {field[1] for field in fields}:
+        raise OutputError(f"{where}: {', '.join(parts)} would be one file; use {{part}}")
+
+
+def _filled(template: str, stem: str, values: Mapping[str, str]) -> Path:
+    where = f"--filename {template!r}"
+    filled = template.format(stem=stem, **values)
+    excess = max(len(_bytes(name)) for name in filled.split("/")) - NAME_BYTES
+    if excess > 0:
+        filled = template.format(stem=_shortened(stem, max(0, len(_bytes(stem)) - excess)), **values)
+    names = filled.split("/")
+    if any(len(_bytes(name)) > NAME_BYTES for name in names):
+        raise OutputError(f"{where}: makes names that are too long for a file system")
+    if not names[0] or ".." in names:
+        raise OutputError(f"{where}: leads out of the folder for outputs; use -o to choose another")
+    if not names[-1].endswith(f".{values['ext']}"):
+        raise OutputError(f"{where}: gives {names[-1]!r}, which does not end in .{values['ext']}; end it in .{{ext}}")
+    return Path(*names)
+
+
+def check_outputs(planned: Iterable[tuple[Input, Paths]], overwrite: bool = False, skip: bool = False) -> None:
+    """Raise `OutputError` if two inputs, or two parts of one, would write one file; if an output is one of the inputs
+    or a folder, or cannot have its folder; or if it exists and is neither to be replaced nor to be skipped.
+
+    Names that only differ in case or Unicode composition count as one: elsewhere they are one file.
+    """
+    planned, places = list(planned), _Places()
+    inputs = [item.path for item, _ in planned if item.path != STDIN]
+    read = {places.of(name): path for path in inputs for name in (path, path.resolve())}
+    writers: dict[str, tuple[Path, Path]] = {}
+    existing = []
+    for item, paths in planned:
+        for path in paths.values():
+            place = places.of(path)
+            if place in writers:
+                other, named = writers[place]
+                also = "" if other.name == path.name else f" (for some systems the same as {other.name})"
+                both = f"both {named} and {item.path}" if named != item.path else f"two parts of {item.path}"
+                raise OutputError(f"{path}: {both} would write it{also}; rename one, or use -o or --filename")
+            if place in read:
+                raise OutputError(
+                    f"{path}: is an input ({read[place]}) and would be written for {item.path}; use -o or --filename"
+                )
+            writers[place] = path, item.path
+            _check_folder(path)
+            if is_there(path):
+                existing.append(path)
+    if existing and not (overwrite or skip):
+        more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
+        raise OutputError(
+            f"{existing[0]}: exists already{more}; use --overwrite to replace it, --skip-existing to go on"
+        )
+
+
+class _Places(dict[Path, str]):
+    """What a path is told from others by: its folder without links, and its name, both `folded`."""
+
+    def __missing__(self, folder: Path) -> str:
+        self[folder] = folded(str(folder.resolve()))
+        return self[folder]
+
+    def of(self, path: Path) -> str:
+        # A link that is in the way is itself replaced, so only the folders are followed.
+        return f"{self[path.parent]}/{folded(path.name)}"
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder and cannot be written")
+    above = next(folder for folder in path.parents if is_there(folder))
+    if not above.is_dir():
+        raise OutputError(f"{path}: cannot be written, as {above} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise OutputError(f"{path}: cannot be written, as nothing may be written to {above}")

@@ -1,0 +1,224 @@
+"""From what a user asks for to jobs: which parts of which recordings go where, and what is done already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import isfinite
+from pathlib import Path
+
+from clapsep_cli.audio.encoding import choose_encoding
+from clapsep_cli.audio.sources import STDIN, recordings
+from clapsep_cli.audio.writers import STDOUT, read_software
+from clapsep_cli.errors import AudioError, OutputError, UsageError
+from clapsep_cli.files import clear_unfinished
+from clapsep_cli.jobs.batch import run
+from clapsep_cli.jobs.inputs import Input, is_there
+from clapsep_cli.jobs.outputs import TEMPLATE, check_outputs, output_paths
+from clapsep_cli.jobs.resume import finished, in_the_way, signature
+from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
+from clapsep_cli.query import RESIDUAL, TARGET, Query
+from clapsep_cli.store.checkpoint import Model
+
+Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
+NOT_IN_THE_RESULT = {"overwrite", "batch", "workers", "presence"}  # of the options
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where outputs go, and which parts of a recording become one.
+
+    `folder`: None for beside each recording, `-` for stdout. `template` of `output_paths`. `only` names the targets
+    that are written, of all that are asked for; `residual` adds what they leave of the mixture, and with `remove` only
+    that is written. `picture` adds a picture of each recording.
+    """
+
+    folder: Path | None = None
+    template: str = TEMPLATE
+    only: Sequence[str] = ()
+    residual: bool = True
+    remove: bool = False
+    picture: bool = False
+
+    def parts(self, targets: Sequence[str]) -> list[str]:
+        """The parts that are written of a recording with these targets."""
+        if self.remove:
+            return [RESIDUAL]
+        chosen = [name for name in targets if not self.only or name in self.only]
+        return [*chosen, *([RESIDUAL] if self.residual and self.folder != STDOUT else [])]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`jobs` to be done, those `done` before, and recordings that must not be: other outputs are in their place."""
+
+    jobs: list[Job]
+    done: list[Job]
+    blocked: list[Failure]
+
+
+@dataclass
+class _Typical:
+    """Stands for a recording of which nothing is known."""
+
+    rate: int = 44_100
+    channels: int = 1
+    bits: int | None = 16
+
+
+def lay_out(
+    asked: Asked,
+    options: Options = Options(),
+    destination: Destination = Destination(),
+    skip: bool = False,
+) -> list[Job]:
+    """A job for each recording that is `asked` for with its targets by name, as far as no model is needed to tell.
+
+    Raises `UsageError` for wishes that do not go together, `OutputError` where outputs would meet each other, or exist
+    and are neither to be replaced nor to be skipped, `AudioError` for a recording to be like that is not there.
+    """
+    _check(asked, options, destination)
+    if destination.folder == STDOUT:
+        _check_stdout(asked, options, destination, skip)
+    jobs = [_job(item, targets, options, destination) for item, targets in asked]
+    if destination.folder != STDOUT:
+        check_outputs([(job.input, _files(job)) for job in jobs], options.overwrite, skip)
+    return jobs
+
+
+def plan(
+    jobs: Sequence[Job], model: Model, options: Options = Options(), skip: bool = False, mutual: bool = False
+) -> Plan:
+    """What of `jobs` is still to be done with `model`; `skip` those that are done.
+
+    Done is a recording whose outputs were all written for the same targets, model and options. Where it is `mutual`,
+    each of several targets leaves what the others ask for. Raises `UsageError` for what this model cannot do.
+    """
+    if options.min_presence is not None and not model.tells_likeness:
+        raise UsageError(f"--min-presence: {model.name} cannot tell how alike sounds are; use another --model")
+    # One object for all recordings that share their targets: by that `run` tells what can be done in one go.
+    apart = {id(job.targets): model.apart(job.targets) if mutual else job.targets for job in jobs}
+    plan = Plan([], [], [])
+    for job in jobs:
+        job = replace(job, targets=apart[id(job.targets)])
+        job = replace(job, key=_key(job, model, options))
+        if options.overwrite or not skip:
+            plan.jobs.append(replace(job, overwrite=options.overwrite))
+        elif _is_done(job):
+            plan.done.append(job)
+        elif (blocking := _in_the_way(job)) is not None:
+            what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
+            plan.blocked.append(Failure(job.input.path, OutputError(what)))
+        else:  # what is there of it is its own
+            plan.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
+    clear_unfinished(path for job in jobs for path in job.outputs.values())
+    return plan
+
+
+def _check(asked: Asked, options: Options, destination: Destination) -> None:
+    """Raise `UsageError` for wishes that do not go together."""
+    if options.end is not None and options.end <= options.start:
+        raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
+    if options.min_presence is not None and not isfinite(options.min_presence):
+        raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
+    if destination.remove and not destination.residual:
+        raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
+    try:
+        choose_encoding(options.format, options.subtype, _Typical())
+    except OutputError as error:
+        raise UsageError(str(error)) from error
+    for item, targets in {id(targets): (item, targets) for item, targets in asked}.values():
+        if options.min_presence is not None and not any(_positive(query) for query in targets.values()):
+            raise UsageError("--min-presence needs to know what to look for: give a positive query, e.g. --pos")
+        if item.path == STDIN and any(query.pos_spans or query.neg_spans for query in targets.values()):
+            raise UsageError("a span of the mixture needs a file: standard input can be read only once")
+        for path in (path for query in targets.values() for path in _shots(query)):
+            if not is_there(path):
+                raise AudioError(f"{path}: no such file")
+
+
+def _check_stdout(asked: Asked, options: Options, destination: Destination, skip: bool) -> None:
+    if len(asked) > 1:
+        raise UsageError(f"-o - writes one recording to standard output, not {len(asked)}; use another -o")
+    parts = destination.parts(list(asked[0][1]))
+    if len(parts) > 1:
+        raise UsageError(f"-o - writes one part to standard output, not {', '.join(parts)}; use another -o")
+    if options.format != "wav":
+        raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
+    idle = {"--plot": destination.picture, "--filename": destination.template != TEMPLATE, "--skip-existing": skip}
+    for option in (option for option, given in idle.items() if given):
+        raise UsageError(f"-o - makes no files, so {option} means nothing: leave it out, or use another -o")
+
+
+def _job(item: Input, targets: Mapping[str, Query], options: Options, destination: Destination) -> Job:
+    parts = destination.parts(list(targets))
+    whole = options.consistent or RESIDUAL in parts  # it takes all targets to know what they leave
+    kept = [name for name in targets if whole or name in parts]
+    if destination.folder == STDOUT:
+        return Job(item, targets, dict.fromkeys(parts, STDOUT), kept)
+    folder = Path() if destination.folder is None and item.path == STDIN else destination.folder
+    words = " ".join(
+        word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
+    )
+    outputs = output_paths(item, parts, folder, destination.template, options.format, words)
+    picture = output_paths(item, ["plot"], folder, "{stem}.{ext}", "png")["plot"] if destination.picture else None
+    return Job(item, targets, outputs, kept, picture=picture)
+
+
+def _key(job: Job, model: Model, options: Options) -> str:
+    """What marks outputs as made for this; "" where a recording cannot be known again."""
+    if job.input.path == STDIN:
+        return ""
+    decisive = {f.name: str(getattr(options, f.name)) for f in fields(options) if f.name not in NOT_IN_THE_RESULT}
+    return signature(job.input.path, job.targets, model.identity, {**decisive, "precision": model.precision})
+
+
+def _is_done(job: Job) -> bool:
+    if not job.key:
+        return False
+    return finished(job.outputs.values(), job.key, read_software) and (job.picture is None or job.picture.exists())
+
+
+def _in_the_way(job: Job) -> Path | None:
+    """A file in the place of an output that was not written for this."""
+    there = [path for path in job.outputs.values() if is_there(path)]
+    if not there and job.picture and is_there(job.picture):  # it is made after the outputs
+        return job.picture
+    return in_the_way(there, job.key, read_software) if job.key else next(iter(there), None)
+
+
+def _shots(query: Query) -> list[Path]:
+    """The recordings that say what is asked for."""
+    shots = [Path(shot) for shot in (*query.pos_audio, *query.neg_audio) if isinstance(shot, str | Path)]
+    return [file for shot in shots for file in recordings(shot)]
+
+
+def _positive(query: Query) -> bool:
+    return bool(query.pos or query.pos_audio or query.pos_spans)
+
+
+def _files(job: Job) -> dict[str, Path]:
+    return {**job.outputs, **({"picture": job.picture} if job.picture else {})}
+
+
+def extract(
+    mixture: Path,
+    query: Query | Mapping[str, Query],
+    model: Model,
+    folder: Path | None = None,
+    options: Options = Options(),
+    progress: Progress = lambda job, done, total: None,
+) -> Extraction:
+    """Separate the file `mixture` into `{stem}.target.wav`, or a file for each name, and `{stem}.residual.wav`.
+
+    They go to `folder`, or beside it. Outputs have the input's rate, channels and length, and, unless `options` say
+    otherwise, its depth (at least 16 bit; float where the input is lossy or float). A run that fails leaves nothing
+    behind. Raises `AudioError`, `QueryError` and `OutputError`.
+    """
+    targets = {TARGET: query} if isinstance(query, Query) else query
+    item = Input(mixture, Path(mixture.name))
+    todo = plan(lay_out([(item, targets)], options, Destination(folder)), model, options)
+    (outcome,) = run(todo.jobs, model, options, progress)
+    if isinstance(outcome, Failure):
+        raise outcome.error
+    return outcome

@@ -1,0 +1,94 @@
+"""Whether outputs are there already, written for the same recording, query, model and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from clapsep_cli.audio.sources import recordings
+from clapsep_cli.errors import AudioError, ClapsepError
+from clapsep_cli.files import digest
+from clapsep_cli.jobs.inputs import is_there
+from clapsep_cli.query import Excerpt, Query, Shot
+
+KEY_DIGITS = 16
+
+
+def signature(recording: Path, queries: Mapping[str, Query], model: str, settings: Mapping[str, str]) -> str:
+    """16 hex digits that stand for all that decides what is written for `recording`: its size and time of change, the
+    query of each target (texts, weight, spans, the content of its shots), `model` (name and pin) and `settings`.
+
+    The recording's name and place do not count, nor does the order of texts and shots, which are averaged. Raises
+    `AudioError` where a file is not there.
+    """
+    _, status = _with_status(recording)
+    asked = {
+        name: [
+            sorted(query.pos),
+            sorted(query.neg),
+            sorted(digest for shot in query.pos_audio for digest in _digests(shot)),
+            sorted(digest for shot in query.neg_audio for digest in _digests(shot)),
+            query.alpha,
+            sorted(query.pos_spans),
+            sorted(query.neg_spans),
+        ]
+        for name, query in queries.items()
+    }
+    facts = [status.st_size, status.st_mtime_ns, asked, model, dict(settings)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def _with_status(path: Path) -> tuple[Path, os.stat_result]:
+    try:
+        return path, path.stat()
+    except FileNotFoundError as error:
+        raise AudioError(f"{path}: no such file") from error
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _digests(shot: Shot) -> list[str]:
+    if isinstance(shot, tuple):
+        samples = np.ascontiguousarray(shot[0], np.float32)
+        return [hashlib.sha256(f"{samples.shape}{shot[1]}".encode() + samples.tobytes()).hexdigest()]
+    if isinstance(shot, Excerpt):
+        return [f"{digest} {shot.start} {shot.end}" for digest in _digests(shot.path)]
+    files = recordings(Path(shot))
+    return [_digest(file.absolute(), status.st_size, status.st_mtime_ns) for file, status in map(_with_status, files)]
+
+
+@lru_cache(maxsize=1 << 12)  # by size and time of change: a shot is read once for all recordings
+def _digest(file: Path, size: int, changed: int) -> str:
+    try:
+        return digest(file)
+    except OSError as error:
+        raise AudioError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def finished(paths: Iterable[Path], key: str, read_software: Callable[[Path], str]) -> bool:
+    """Whether every one of `paths` is there and names `key=<key>` in its software tag, which `read_software` reads.
+
+    A file gets its name once it is complete; the key tells for what it was made.
+    """
+    return all(is_there(path) and _key_of(path, read_software) == key for path in paths)
+
+
+def in_the_way(paths: Iterable[Path], key: str, read_software: Callable[[Path], str]) -> Path | None:
+    """The first of `paths` that exists but was not written for `key`: to replace it, somebody has to ask for that."""
+    return next((path for path in paths if is_there(path) and _key_of(path, read_software) != key), None)
+
+
+def _key_of(path: Path, read_software: Callable[[Path], str]) -> str:
+    try:
+        software = read_software(path)
+    except (ClapsepError, OSError):
+        return ""
+    match = re.search(r"(?<!\S)key=([0-9a-f]+)(?!\w)", software)
+    return match[1] if match else ""

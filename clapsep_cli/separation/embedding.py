@@ -1,0 +1,94 @@
+"""From queries to the conditions of a separator that shares an embedding space with a text and an audio encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clapsep_cli.audio.samples import Audio, check_finite, to_rate
+from clapsep_cli.audio.sources import read_mono, recordings
+from clapsep_cli.errors import AudioError, QueryError
+from clapsep_cli.models.base import condition
+from clapsep_cli.query import Excerpt, Query, Shot
+from clapsep_cli.store.checkpoint import Model
+
+
+@torch.inference_mode()
+def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> Tensor:
+    """The conditions that ask `model` for those of `queries` that are `kept`, float32 `[len(kept), 2 · dim]`.
+
+    Raises `AudioError` for a shot that cannot be read or is silent, `QueryError` for a text it cannot understand.
+    """
+    return torch.cat([_condition(model, queries[index]) for index in kept])
+
+
+def _condition(model: Model, query: Query) -> Tensor:
+    both = set(query.pos) & set(query.neg)
+    if both:
+        raise QueryError(f"{both.pop()!r} is asked for and left out at the same time")
+    positive = _embed_side(model, query.pos, query.pos_audio, query.alpha)
+    negative = _embed_side(model, query.neg, query.neg_audio, query.alpha)
+    return condition(positive, negative)
+
+
+def _embed_side(model: Model, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
+    words = model.text.embed(list(texts)) if texts else ()
+    return joined([*words], [_embed_shot(model, file) for shot in shots for file in _files(shot)], alpha)
+
+
+def joined(texts: Sequence[Tensor], shots: Sequence[Tensor], alpha: float) -> Tensor | None:
+    """One side of a query, `[1, dim]`, of the embeddings of its texts and of its shots, `[dim]` each (paper, Eq. 3)."""
+    # Means of unit vectors, not scaled to length 1 again: so were the released weights trained.
+    means = [torch.stack(list(given)).mean(0, keepdim=True) for given in (texts, shots) if given]
+    if len(means) < 2:
+        return means[0] if means else None
+    text, audio = means
+    return alpha * audio + (1 - alpha) * text
+
+
+def _files(shot: Shot) -> Sequence[Shot]:
+    return recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
+
+
+def _embed_shot(model: Model, shot: Shot) -> Tensor:
+    rate = model.audio.rate
+    if isinstance(shot, tuple):
+        samples, name = np.atleast_2d(np.asarray(shot[0], np.float32)), "a recording given as a query"
+        check_finite(samples, name, shot[1])
+        mono = to_rate(samples.mean(0), shot[1], rate) if samples.size else np.zeros(0, np.float32)
+    elif isinstance(shot, Excerpt):
+        name = f"{shot.path}, {shot.start:g}-{shot.end:g} s"
+        mono = _read_excerpt(shot, rate)
+    else:
+        name, mono = str(shot), read_mono(Path(shot), rate)
+    if not np.any(mono):
+        raise AudioError(f"{name}: is silent; a query needs a recording of the sound")
+    return _embed(model, mono)
+
+
+def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
+    try:
+        return read_mono(shot.path, rate, shot.start, shot.end)
+    except AudioError as error:
+        raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s is not to be had: {error}") from error
+
+
+def _embed(model: Model, mono: Audio) -> Tensor:
+    return model.audio.embed(torch.from_numpy(np.ascontiguousarray(mono)).to(model.device))
+
+
+@torch.inference_mode()
+def likeness(model: Model, wanted: Tensor, stem: int, mono: Audio, rate: int) -> float | None:
+    """How alike a recording (float32 `[samples]` at `rate` Hz) is to what a stem's positive query asks for.
+
+    The cosine in the query space; None for silence, and where the query is negative alone.
+    """
+    positive = wanted[stem].chunk(2)[0]
+    if not np.any(mono) or not positive.any():
+        return None
+    heard = _embed(model, to_rate(mono, rate, model.audio.rate))
+    return float(torch.nn.functional.cosine_similarity(heard, positive, 0))

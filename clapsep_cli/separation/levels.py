@@ -1,0 +1,90 @@
+"""How loud the parts of a recording are, and how alike to what was asked for, measured as they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from clapsep_cli.audio.samples import Audio
+
+EXCERPT_SECONDS = 10.0
+EXCERPTS = 3  # of a recording, in which a stem is loudest: there one has to look for it
+
+# How loud a stem is tells, too: on the evaluation list of the bundled model, the likeness of the stem alone orders
+# present before absent sounds in 89 % of all pairs, with the level in 92 %.
+LEVEL_WEIGHT, LEAST_LEVEL_DB = 0.02, -20.0
+
+Likeness = Callable[[Audio], float | None]  # of a mono recording to what is sought
+
+
+class Meter:
+    """Level of a stream over all its channels, in dB of full scale."""
+
+    def __init__(self) -> None:
+        self._energy, self._values, self._peak = 0.0, 0, 0.0
+
+    def add(self, audio: Audio) -> None:
+        """Take in float32 `[channels, samples]`."""
+        rows = np.ascontiguousarray(audio)
+        self._energy += sum(float(np.dot(row, row)) for row in rows)
+        self._values += audio.size
+        self._peak = max(self._peak, float(rows.max(initial=0)), -float(rows.min(initial=0)))
+
+    def read(self) -> dict[str, float | None]:
+        """`rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""
+        rms = (self._energy / max(1, self._values)) ** 0.5
+        return {"rms_db": _decibels(rms), "peak_db": _decibels(self._peak)}
+
+
+def _decibels(amplitude: float) -> float | None:
+    return round(20 * float(np.log10(amplitude)), 2) if amplitude > 0 else None
+
+
+class Presence:
+    """Tells whether what was asked for was there: is a stem more like it than the mixture was?
+
+    Looks at the excerpts of 10 s in which the stem is loudest, so its cost does not grow with the recording.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._size = round(EXCERPT_SECONDS * rate)
+        self._now: list[tuple[Audio, Audio]] = []  # blocks of mixture and stem, mono
+        self._held = 0
+        self._loudest: list[tuple[float, Audio, Audio]] = []
+
+    def add(self, mixture: Audio, stem: Audio) -> None:
+        """Take in float32 `[channels, samples]` of both."""
+        pair = mixture.mean(0), stem.mean(0)
+        while pair[0].size:
+            room = self._size - self._held
+            self._now.append((pair[0][:room], pair[1][:room]))
+            self._held += self._now[-1][0].size
+            pair = pair[0][room:], pair[1][room:]
+            if self._held == self._size:
+                self._end()
+
+    def _end(self) -> None:
+        mixture, stem = (np.concatenate(list(blocks)) for blocks in zip(*self._now, strict=True))
+        self._loudest.append((float(np.square(stem, dtype=np.float64).sum()), mixture, stem))
+        self._loudest = sorted(self._loudest, key=lambda one: -one[0])[:EXCERPTS]
+        self._now, self._held = [], 0
+
+    def read(self, likeness: Likeness) -> dict[str, float] | None:
+        """`before` and `after`: the likeness of mixture and stem to what was asked for, and a `score`, which is `after`
+        plus 0.02 for each dB that the stem is louder than the mixture, or less down to −20 dB; means over the excerpts.
+
+        None where that cannot be told: the stem is silent, or the query has no positive side.
+        """
+        if self._held:
+            self._end()
+        told = []
+        for energy, mixture, stem in self._loudest:
+            before, after = (likeness(mixture), likeness(stem)) if energy > 0 else (None, None)
+            if before is not None and after is not None:
+                level = 10 * float(np.log10(energy / np.square(mixture, dtype=np.float64).sum()))
+                told.append((before, after, after + LEVEL_WEIGHT * max(level, LEAST_LEVEL_DB)))
+        if not told:
+            return None
+        means = (round(float(np.mean(column)), 4) for column in zip(*told, strict=True))
+        return dict(zip(("before", "after", "score"), means, strict=True))

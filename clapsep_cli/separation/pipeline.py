@@ -1,0 +1,127 @@
+"""The pipeline: audio → windows → query embedding → separator → stitched stems, and what they leave of the mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from clapsep_cli.audio.samples import Audio, check_finite
+from clapsep_cli.errors import AudioError, QueryError
+from clapsep_cli.query import TARGET, Query, Shot
+from clapsep_cli.store.checkpoint import Model
+
+BLOCK_SECONDS = 5.0  # of audio read at a time
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Stems by name and the residual, float32, of the mixture's shape and `rate` (Hz). They add up to the mixture."""
+
+    stems: dict[str, Audio]
+    residual: Audio
+    rate: int
+
+    @property
+    def target(self) -> Audio:
+        """The only stem there is, or the first."""
+        return next(iter(self.stems.values()))
+
+
+class Ear:
+    """Resamples a recording to the rate of the separator that hears it, block by block."""
+
+    def __init__(self, rate: int, rate_heard: int, channels: int) -> None:
+        self._channels = channels
+        self._stream = soxr.ResampleStream(rate, rate_heard, channels, "float32", "HQ") if rate != rate_heard else None
+
+    def hear(self, block: Audio, last: bool = False) -> Audio:
+        """What is heard of the next block (float32 `[channels, samples]`), as far as it can be told by now."""
+        if self._stream is None:
+            return block
+        heard = self._stream.resample_chunk(np.ascontiguousarray(block.T), last=last)
+        return np.asarray(heard.reshape(-1, self._channels).T, np.float32)
+
+
+class Passage:
+    """A recording on its way through a model: blocks go in, windows come out, and with their results the stems.
+
+    What is held at any time does not grow with the recording, and the stems do not depend on the blocks.
+    """
+
+    def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
+        self._stream = model.separator.stream(wanted, rate, channels, model.device)
+        self._waiting = [np.zeros((channels, 0), np.float32)]  # the mixture whose stems are still to come
+
+    def push(self, block: Audio, heard: Audio, last: bool = False) -> list[Tensor]:
+        """Take in a block and what is heard of it; returns the windows that are to be separated, in their order."""
+        self._waiting.append(block)
+        return self._stream.push(block, heard, last)
+
+    def accept(self, result: Tensor) -> None:
+        """Take in the result of the oldest window that has none yet."""
+        self._stream.accept(result)
+
+    @torch.inference_mode()
+    def pull(self) -> tuple[Audio, Audio]:
+        """What is final and was not pulled yet: the mixture `[channels, n]` and its stems `[stems, channels, n]`."""
+        stems = self._stream.pull().cpu().numpy()
+        if not stems.shape[2]:
+            return self._waiting[0][:, :0], stems
+        mixture = np.concatenate(self._waiting, 1)
+        self._waiting = [mixture[:, stems.shape[2] :]]
+        return mixture[:, : stems.shape[2]], stems
+
+
+def stream(
+    model: Model, wanted: Any, blocks: Iterable[Audio], rate: int, channels: int
+) -> Iterator[tuple[Audio, Audio]]:
+    """Separate a recording that arrives in `blocks` (float32 `[channels, samples]` at `rate` Hz).
+
+    `wanted` is from `Model.ask`. Yields pairs of mixture and stems (`[stems, channels, samples]`) that join to the
+    whole recording.
+    """
+    passage, ear = Passage(model, wanted, rate, channels), Ear(rate, model.separator.rate, channels)
+    nothing = np.zeros((channels, 0), np.float32)
+    for block, last in _with_last(blocks, nothing):
+        for window in passage.push(block, ear.hear(block, last), last):
+            passage.accept(model.infer([window], wanted)[0])
+        mixture, stems = passage.pull()
+        if mixture.size:
+            yield mixture, stems
+
+
+def _with_last(blocks: Iterable[Audio], end: Audio) -> Iterator[tuple[Audio, bool]]:
+    for block in blocks:
+        yield block, False
+    yield end, True
+
+
+def separate(audio: Audio, rate: int, query: Query | Mapping[str, Query], model: Model) -> Separation:
+    """Separate a recording in memory: one target, or one by each name.
+
+    `audio`: float32 `[samples]` or `[channels, samples]`, full scale ±1, at `rate` Hz. Raises `AudioError` for an empty
+    recording and for samples that are not finite numbers, and whatever `Model.ask` raises.
+    """
+    mixture = np.atleast_2d(np.asarray(audio, np.float32))
+    if mixture.ndim != 2 or not mixture.size:
+        raise AudioError(f"audio is [samples] or [channels, samples], at least one of each, not {list(audio.shape)}")
+    check_finite(mixture, "audio", rate)
+
+    def excerpt(start: float, end: float) -> Shot:
+        return mixture[:, round(start * rate) : round(end * rate)], rate
+
+    targets = {TARGET: query} if isinstance(query, Query) else query
+    if not targets:
+        raise QueryError("no target: give a query, or one for each name")
+    wanted = model.ask([one.within(excerpt) for one in targets.values()])
+    size = max(1, round(BLOCK_SECONDS * rate))
+    blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
+    stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
+    shaped = dict(zip(targets, stems.reshape(len(stems), *np.shape(audio)), strict=True))
+    return Separation(shaped, np.asarray(audio, np.float32) - stems.sum(0).reshape(np.shape(audio)), rate)

@@ -1,0 +1,252 @@
+"""From the released checkpoints to the parts of our models. The only place that reads a pickle, and it runs none.
+
+Every tensor is accounted for: what a network needs must be there, in the right shape, and what nothing needs must be
+known to be superfluous. LoRA is merged into the separator's encoder on the way.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clapsep_cli.errors import CheckpointError
+from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
+from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
+from clapsep_cli.store.checkpoint import read_tensors, save_part
+
+SAFE_GLOBALS_SINCE = (2, 6)  # PyTorch that allows constructors by the name that a pickle gives them
+NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
+LORA_RANK = 16
+LORA_SCALE = 1 / LORA_RANK  # alpha is 1
+
+# Pattern of our names to the released ones; the first that matches holds. `text_branch` and `audio_branch` are CLAP's.
+_Rules = tuple[tuple[str, str], ...]
+_TRANSFORMER: _Rules = (
+    (r"norm1\.", "attention.output.LayerNorm."),
+    (r"norm2\.", "output.LayerNorm."),
+    (r"out\.", "attention.output.dense."),
+    (r"fc1\.", "intermediate.dense."),
+    (r"fc2\.", "output.dense."),
+)
+_TEXT: _Rules = (
+    (r"projection\.", "text_projection."),
+    (r"pooler\.", "text_branch.pooler.dense."),
+    (r"norm\.", "text_branch.embeddings.LayerNorm."),
+    (r"(\w+_embeddings)\.", r"text_branch.embeddings.\1."),
+    *((rf"layers\.(\d+)\.{ours}", rf"text_branch.encoder.layer.\1.{theirs}") for ours, theirs in _TRANSFORMER),
+)
+_HTSAT: _Rules = (("mel$", "audio_branch.logmel_extractor.melW"), ("", "audio_branch."))
+_AUDIO: _Rules = (
+    (r"projection\.", "audio_projection."),
+    (r"norm\.", "audio_branch.norm."),
+    *((r"htsat\." + ours, theirs) for ours, theirs in _HTSAT),
+)
+_ENCODER: _Rules = tuple((r"encoder\." + ours, theirs) for ours, theirs in _HTSAT)
+_MASK_LAYER = r"decoder_model.mask_net.2.layers.\1."
+_DECODER: _Rules = (
+    (r"mask_net\.spec_norm\.", "decoder_model.spec_norm."),
+    (r"mask_net\.input\.", "decoder_model.mask_net.0."),
+    (r"mask_net\.norm\.", "decoder_model.mask_net.1."),
+    (r"mask_net\.output\.", "decoder_model.mask_net.3."),
+    (r"mask_net\.layers\.(\d+)\.qkv\.", _MASK_LAYER + "self_attn.in_proj_"),
+    (r"mask_net\.layers\.(\d+)\.out\.", _MASK_LAYER + "self_attn.out_proj."),
+    (r"mask_net\.layers\.(\d+)\.fc(\d)\.", _MASK_LAYER + r"linear\2."),
+    (r"mask_net\.layers\.(\d+)\.", _MASK_LAYER),
+    (r"aggregator\.(film|skip\.\d+)\.(gamma|beta)\.", r"decoder_model.\1.skip_conv.\2."),
+    (r"aggregator\.layers\.(\d+)\.block\.", r"decoder_model.layers.\1.blocks.0."),
+    (r"aggregator\.layers\.(\d+)\.expanding\.", r"decoder_model.layers.\1.downsample."),
+    (r"aggregator\.", "decoder_model."),
+)
+
+# In the released files, but no part of what is computed here, or computed anew.
+_SUPERFLUOUS_CLAP = re.compile(
+    r"logit_scale_[at]$|(text|audio)_transform\.|text_branch\.embeddings\.position_ids$"
+    r"|audio_branch\.(spectrogram_extractor\.stft\.|tscam_conv\.|head\.)"
+    r"|audio_branch\..*(attn_mask|relative_position_index|num_batches_tracked)$"
+)
+_SUPERFLUOUS_TUNED = re.compile(
+    r"clap_model\.|decoder_model\..*(attn_mask|relative_position_index|num_batches_tracked)$"
+)
+_LORA_TARGET = re.compile(r"(audio_branch\.layers\..*\.attn\.(?:qkv|proj))\.(weight|bias)$")
+
+
+class Released:
+    """Tensors of one released file: hands them out by name and shape, and remembers what is wrong with them."""
+
+    def __init__(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        self.what = what
+        self.tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+        self.taken: set[str] = set()
+        self.missing: list[str] = []
+        self.misshapen: list[str] = []
+
+    def take(self, name: str, shape: torch.Size) -> Tensor:
+        """Tensor `name` as float32, or, where it is missing or not of `shape`, one without data in its place."""
+        self.taken.add(name)
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            self.missing.append(name)
+        elif tensor.shape != shape:
+            self.misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
+        else:
+            return tensor.float()
+        return torch.empty(shape, device="meta")
+
+    def check(self, superfluous: re.Pattern[str]) -> None:
+        """Raise `CheckpointError` unless all that was asked for was there, and nothing else but what is superfluous."""
+        extra = [name for name in self.tensors if name not in self.taken and not superfluous.match(name)]
+        problems = [
+            f"{kind}: {first_few(names)}"
+            for kind, names in (("missing", self.missing), ("misshapen", self.misshapen), ("unexpected", extra))
+            if names
+        ]
+        if problems:
+            raise CheckpointError(f"the {self.what} checkpoint does not fit the network; {'; '.join(problems)}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch checkpoint by name, bare or nested under `state_dict` or `model`, mapped from the file.
+
+    Only tensors, containers, numbers and the few constructors of NumPy scalars are allowed; a pickle that asks for
+    anything else is refused before it is run. Raises `CheckpointError`.
+    """
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < SAFE_GLOBALS_SINCE:
+        needed = ".".join(map(str, SAFE_GLOBALS_SINCE))
+        raise CheckpointError(f"{path}: to convert it takes PyTorch {needed} or newer, here is {torch.__version__}")
+    scalar = np.float64(0).__reduce__()[0]
+    scalars: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed = [*scalars, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)), _codecs.encode]
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles: they are read or refused, which is what matters
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+        more = f" (it asks for {asked[1]})" if asked else ""
+        raise CheckpointError(f"{path}: holds more than weights{more}; refused, and nothing of it was run") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    for nesting in NESTINGS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(nesting), Mapping):
+            loaded = loaded[nesting]
+    tensors = dict(loaded) if isinstance(loaded, Mapping) else {}
+    if not tensors or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in tensors.items()):
+        raise CheckpointError(f"{path}: holds no tensors by name, neither bare nor under {' or '.join(NESTINGS)}")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig | None = None, **notes: str) -> None:
+    """Write the parts of a CLAPSep model to `folder` from its two released `files`, in any order.
+
+    `notes` go into the metadata of every part. What was written is read back and compared. Raises `CheckpointError`.
+    """
+    config = config or CLAPSepConfig()
+    clap: dict[str, Tensor] | None = None
+    tuned: dict[str, Tensor] | None = None
+    for file in files:
+        tensors = read_checkpoint(file)
+        if any(name.startswith("text_branch.") for name in tensors):
+            clap = tensors
+        elif any(name.startswith("decoder_model.") for name in tensors):
+            tuned = tensors
+        else:
+            raise CheckpointError(f"{file}: is neither LAION-CLAP's checkpoint nor CLAPSep's")
+    if clap is None or tuned is None:
+        lacking = "LAION-CLAP's music_audioset_epoch_15_esc_90.14.pt" if clap is None else "CLAPSep's best_model.ckpt"
+        raise CheckpointError(f"a CLAPSep model takes two checkpoints, and {lacking} is not among the files given")
+    for part, tensors in convert(clap, tuned, config).items():
+        save_part(folder, part, "clapsep", config, tensors, **notes)
+        written = read_tensors(folder / f"{part}.safetensors")
+        wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
+        if wrong:
+            damage = f"is not what was written ({first_few(wrong)}); is the disk sound?"
+            raise CheckpointError(f"{folder / part}.safetensors: {damage}")
+
+
+def convert(
+    clap: Mapping[str, Tensor], tuned: Mapping[str, Tensor], config: CLAPSepConfig | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """State dicts of `CLAPSep` ("separator"), `ClapTextEncoder` ("text") and `ClapAudioEncoder` ("audio"), float32.
+
+    `clap` and `tuned` are the tensors of the LAION-CLAP and of the CLAPSep checkpoint, by their released names, with
+    or without `module.` before them. Tensors that need no change are shared with them, not copied. Raises
+    `CheckpointError`, naming the first few, for tensors that are missing, unexpected or not of the shape that `config`
+    (the released size by default) has.
+    """
+    config = config or CLAPSepConfig()
+    towers, decoder = Released("LAION-CLAP", clap), Released("CLAPSep", tuned)
+    with torch.device("meta"):
+        separator, text, audio = CLAPSep(config), ClapTextEncoder(config, None), ClapAudioEncoder(config)
+
+    encoder_part = {
+        name: _merged(_released(name, _ENCODER), shape, towers, decoder)
+        for name, shape in _shapes(separator)
+        if name.startswith("encoder.")
+    }
+    decoder_part = {
+        name: decoder.take(_released(name, _DECODER), shape)
+        for name, shape in _shapes(separator)
+        if not name.startswith("encoder.")
+    }
+    state_dicts = {
+        "separator": encoder_part | decoder_part,
+        "text": {name: _text_tensor(name, shape, towers) for name, shape in _shapes(text)},
+        "audio": {name: towers.take(_released(name, _AUDIO), shape) for name, shape in _shapes(audio)},
+    }
+    towers.check(_SUPERFLUOUS_CLAP)
+    decoder.check(_SUPERFLUOUS_TUNED)
+    return state_dicts
+
+
+def _shapes(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    for name, tensor in module.state_dict().items():
+        if not name.endswith("num_batches_tracked"):  # plays no part, with a fixed momentum
+            yield name, tensor.shape
+
+
+def _released(name: str, rules: _Rules) -> str:
+    for ours, theirs in rules:
+        if re.match(ours, name):
+            return re.sub(f"^(?:{ours})", theirs, name)
+    raise AssertionError(f"{name} has no released name")
+
+
+def _text_tensor(name: str, shape: torch.Size, clap: Released) -> Tensor:
+    """One tensor of the text tower; query, key and value, three layers in the checkpoint, are one in ours."""
+    fused = re.match(r"layers\.(\d+)\.qkv\.(\w+)$", name)
+    if not fused:
+        return clap.take(_released(name, _TEXT), shape)
+    third = torch.Size((shape[0] // 3, *shape[1:]))
+    prefix = f"text_branch.encoder.layer.{fused[1]}.attention.self"
+    parts = [clap.take(f"{prefix}.{part}.{fused[2]}", third) for part in ("query", "key", "value")]
+    return torch.cat([part if not part.is_meta else torch.zeros(third) for part in parts])
+
+
+def _merged(name: str, shape: torch.Size, clap: Released, tuned: Released) -> Tensor:
+    """One tensor of the separator's encoder: CLAP's, with the tuned biases and W + B·A/16 where LoRA tuned it."""
+    target = _LORA_TARGET.match(name)
+    if not target:
+        return clap.take(name, shape)
+    if target[2] == "bias":
+        return tuned.take(name, shape)
+    weight = clap.take(name, shape)
+    down = tuned.take(f"{target[1]}.lora_A", torch.Size((LORA_RANK, shape[1])))
+    up = tuned.take(f"{target[1]}.lora_B", torch.Size((shape[0], LORA_RANK)))
+    complete = not (weight.is_meta or down.is_meta or up.is_meta)
+    return torch.addmm(weight, up, down, alpha=LORA_SCALE) if complete else weight
+
+
+def first_few(names: Iterable[str], shown: int = 3) -> str:
+    listed = list(dict.fromkeys(names))
+    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

@@ -1,0 +1,280 @@
+"""The models on this machine: finding, getting, checking and removing them.
+
+A bundled model lies in the package. Others are converted from downloaded files into a folder of `home()`, named after
+the pinned files that it was made from, so a later pin never meets an older conversion.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
+from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, resolve, weights_folder
+from clapsep_cli.store import hub
+from clapsep_cli.store.transfer import amount
+
+if TYPE_CHECKING:  # it imports torch, which listing and finding models do not need
+    from clapsep_cli.store.checkpoint import Model
+
+SUMS = "SHA256SUMS"  # in a converted model's folder: the hashes of its files, as `sha256sum -c` reads them
+
+Say = Callable[[str], None]  # is told, in a line, what the user should know
+Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
+_Sources = Mapping[str, Mapping[str, str]]  # by file name: its `sha256`, and the `source` of that
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Status:
+    """A model and whether it is here. `folder` is None where it is not."""
+
+    entry: Entry
+    folder: Path | None
+
+    def as_json(self) -> dict[str, object]:
+        """Everything known of the model, in plain types."""
+        return {
+            "here": self.folder is not None,
+            "folder": None if self.folder is None else str(self.folder),
+            "download_bytes": self.entry.download_bytes,
+            **asdict(self.entry),
+        }
+
+
+def find(name: str) -> Entry:
+    """The entry of that name. Raises `ModelError`."""
+    if name not in MODELS:
+        raise ModelError(f"no model {name!r}: there are {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def pin(entry: Entry) -> str:
+    """A short hash of all that an entry pins; for a bundled model, "bundled"."""
+    if not entry.remotes:
+        return "bundled"
+    pinned = json.dumps([remote.pinned for remote in entry.remotes])
+    return hashlib.sha256(pinned.encode()).hexdigest()[:SHORT]
+
+
+def place(entry: Entry) -> Path:
+    """Where the model's folder is, or would be."""
+    return home() / "models" / f"{entry.name}-{pin(entry)}" if entry.remotes else weights_folder() / entry.name
+
+
+def installed(entry: Entry) -> Path | None:
+    """The model's folder, if it is here. A folder gets its name only once it is complete."""
+    folder = place(entry)
+    return folder if folder.is_dir() else None
+
+
+def statuses() -> list[Status]:
+    """All models, and which of them are here."""
+    return [Status(entry, installed(entry)) for entry in MODELS.values()]
+
+
+def install(
+    name: str,
+    files: Sequence[Path] = (),
+    keep_original: bool = False,
+    say: Say = _nothing,
+    progress: Progress = _nothing,
+) -> Path:
+    """Get a model: download its files, or take `files`, which somebody carried here, and convert them.
+
+    Two processes may ask at once: one works, the other waits and finds it done. Downloaded originals are deleted after
+    conversion unless `keep_original`. Raises `DownloadError`, `CheckpointError`, `ModelError`.
+    """
+    entry = find(name)
+    here = installed(entry)
+    if here:
+        if files:
+            say(f"{name} is here already, so the files were not read; to replace it: clapsep models rm {name}")
+        return here
+    with hub.lock(entry.name, say):
+        here = installed(entry)
+        if here:  # by the process that this one waited for
+            return here
+        if files:
+            return _convert(entry, files, _given(entry, files, say))
+        size = sum(hub.to_download(remote) for remote in entry.remotes)
+        if size:
+            say(f"downloading {name}: {amount(size)}; licence: {entry.licence}")
+        fetched = [hub.fetch(remote, partial(progress, remote.name), say) for remote in entry.remotes]
+        sources = {file.path.name: {"sha256": file.sha256, "source": file.source} for file in fetched}
+        folder = _convert(entry, [file.path for file in fetched], sources)
+        if not keep_original:
+            for original in fetched:
+                hub.discard(original)
+        return folder
+
+
+def _given(entry: Entry, files: Sequence[Path], say: Say) -> _Sources:
+    """The hashes of files that somebody carried here; `say` is told of those that are not the pinned ones."""
+    pinned = {remote.sha256 for remote in entry.remotes}
+    hashes = {file: hub.digest(file) for file in files}
+    for file, sha256 in hashes.items():
+        if sha256 not in pinned:
+            say(f"{file} is not the released file that is pinned here (SHA-256 {sha256})")
+    return {
+        file.name: {"sha256": sha256, "source": hub.PINNED if sha256 in pinned else "given by hand"}
+        for file, sha256 in hashes.items()
+    }
+
+
+def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
+    """Make the model's folder; the caller holds the lock. `sources` goes into the metadata of every part."""
+    folder = place(entry)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir(parents=True)
+        notes = {"revision": _revision(entry), "pin": pin(entry), "sources": json.dumps(sources)}
+        resolve(FAMILIES[entry.family].convert)(files, unfinished, **notes)
+        write_tokenizer(entry, unfinished)
+        sums = "".join(f"{hub.digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir()))
+        (unfinished / SUMS).write_text(sums, encoding="utf-8")
+        unfinished.replace(folder)
+    except OSError as error:
+        raise ModelError(f"{folder}: the converted model cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def write_tokenizer(entry: Entry, folder: Path) -> None:
+    """Write the tokenizer of a released text encoder, which comes with the package, to `folder`, if there is one."""
+    tokenizer = FAMILIES[entry.family].tokenizer
+    if tokenizer:
+        packed = weights_folder() / tokenizer
+        (folder / "tokenizer.json").write_bytes(gzip.decompress(packed.read_bytes()))
+
+
+def _revision(entry: Entry) -> str:
+    return ", ".join(remote.version for remote in entry.remotes)
+
+
+def path_of(name: str) -> Path:
+    """The folder of a model. Raises `ModelError` where it is not here."""
+    folder = installed(find(name))
+    if folder is None:
+        raise ModelError(f"{name} is not here: clapsep models download {name}")
+    return folder
+
+
+def verify(name: str) -> list[Path]:
+    """Read all of a model that is here; the files that were found sound.
+
+    Its files are what they were when they were converted, every tensor is finite and fits the network; originals that
+    were kept are hashed again. Raises `CheckpointError`, `ModelError`, of damaged originals `DownloadError`.
+    """
+    from clapsep_cli.store.checkpoint import Model, choose_device, read_metadata
+
+    entry, folder = find(name), path_of(name)
+    sound = _check_sums(entry, folder) if entry.remotes else []
+    model = Model(name, folder, choose_device("cpu"))
+    for part in FAMILIES[entry.family].parts:
+        path = folder / f"{part}.safetensors"
+        if read_metadata(path).get("pin", "bundled") != pin(entry):
+            raise CheckpointError(f"{path}: is of another revision; {_again(entry)}")
+        for key, tensor in getattr(model, part).state_dict().items():
+            if not bool(tensor.isfinite().all()):
+                raise CheckpointError(f"{path}: {key} is not finite; {_again(entry)}")
+        sound += [path] if path not in sound else []
+    originals = [hub.verify(remote) for remote in entry.remotes]
+    return sound + [original.path for original in originals if original]
+
+
+def _check_sums(entry: Entry, folder: Path) -> list[Path]:
+    """The files of a converted model, which are what was written. Raises `CheckpointError`."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {folder / name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / SUMS}: cannot be read ({error}); {_again(entry)}") from error
+    for path, sha256 in sums.items():
+        if not path.is_file() or hub.digest(path) != sha256:
+            raise CheckpointError(f"{path}: is not what was written when it was converted; {_again(entry)}")
+    return list(sums)
+
+
+def _again(entry: Entry) -> str:
+    return f"clapsep models rm {entry.name}, then clapsep models download {entry.name}"
+
+
+def remove(name: str, say: Say = _nothing) -> list[Path]:
+    """Delete all that is kept of a model, in whatever version: converted, downloaded, unfinished. What there was.
+
+    Files that other programs have put into the Hub's cache stay. Raises `ModelError` for a bundled or absent model.
+    """
+    entry = find(name)
+    if not entry.remotes:
+        raise ModelError(f"{name} comes with clapsep and cannot be removed")
+    of_any_pin = re.compile(rf"\.?{re.escape(name)}-[0-9a-f]{{{SHORT}}}(\.partial)?")
+    with hub.lock(entry.name, say):
+        models, texts = home() / "models", _text_cache(name)
+        kept = sorted(p for p in models.iterdir() if of_any_pin.fullmatch(p.name)) if models.is_dir() else []
+        kept += [texts] if texts and texts.is_dir() else []
+        try:
+            for folder in kept:
+                shutil.rmtree(folder)
+            removed = kept + [file for remote in entry.remotes for file in hub.clear(remote)]
+        except OSError as error:
+            raise ModelError(f"{error.filename or home()}: cannot be deleted ({error.strerror or error})") from error
+    if not removed:
+        raise ModelError(f"there is nothing of {name} here: clapsep models list shows what there is")
+    return removed
+
+
+def load_model(
+    model: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    say: Say = _nothing,
+    progress: Progress = _nothing,
+) -> Model:
+    """Load a model by name or from a folder; without either, the best one that can be had.
+
+    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told so. A model that is
+    named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
+    (bfloat16), or `auto` (see `checkpoint.choose_precision`). Raises `ModelError` where there
+    is no such model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` for an absent device.
+    """
+    from clapsep_cli.store.checkpoint import Model, choose_device
+
+    chosen = choose_device(device)
+    if model is None:
+        try:
+            return Model(
+                PREFERRED, install(PREFERRED, say=say, progress=progress), chosen, _text_cache(PREFERRED), precision
+            )
+        except DownloadError:
+            say(
+                f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now; "
+                f"to get it, or to see why not: clapsep models download {PREFERRED}"
+            )
+            return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, precision=precision)
+    if isinstance(model, str) and model in MODELS:
+        return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), precision)
+    folder = Path(model)
+    if folder.is_dir():
+        return Model(folder.resolve().name, folder, chosen, precision=precision)
+    raise ModelError(f"no model {str(model)!r}: name a folder with its files, or one of {', '.join(MODELS)}")
+
+
+def _text_cache(name: str) -> Path | None:
+    """Where embeddings of texts are kept, for models whose text encoder takes long to load."""
+    entry = MODELS[name]
+    return home() / "texts" / pin(entry) if entry.remotes and FAMILIES[entry.family].text else None
