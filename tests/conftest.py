@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -14,15 +15,18 @@ import torch
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 from released import write_released
+from tiny_clapsep import ROBERTA, write_checkpoints
 from torch import Tensor
 
+from clapsep_cli import registry
 from clapsep_cli.cli.app import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.query import Query, mutual
-from clapsep_cli.registry import weights_folder
+from clapsep_cli.registry import MODELS, HubFile, Remote, weights_folder
 from clapsep_cli.separation.embedding import conditions, likeness
+from clapsep_cli.store import hub
 from clapsep_cli.store.checkpoint import Model, save_part
 from clapsep_cli.store.library import load_model
 
@@ -121,6 +125,41 @@ def released_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("released")
     write_released(folder)
     return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home, and a `clapsep` that is made from tiny checkpoints."""
+    monkeypatch.setenv("CLAPSEP_HOME", str(tmp_path / "home"))
+    family = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
+    monkeypatch.setitem(registry.FAMILIES, "clapsep", family)
+    return tmp_path / "home"
+
+
+def pinned(path: Path) -> dict[str, Any]:
+    """A `HubFile` of the file's name and content, as keywords."""
+    data = path.read_bytes()
+    place = {"repo": "some/one", "repo_type": "model", "revision": "0" * 40, "path": path.name}
+    return place | {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.fixture
+def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files of the Hub come from a folder; returns the names of those that were fetched."""
+    paths = write_checkpoints(tmp_path / "served", ROBERTA)
+    remotes = tuple(HubFile(**pinned(path)) for path in paths)
+    monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
+    fetched: list[str] = []
+
+    def fetch(remote: Remote, progress: hub.Progress | None = None, say: hub.Say | None = None) -> hub.Fetched:
+        fetched.append(remote.name)
+        if progress:
+            progress(remote.size, remote.size)
+        return hub.Fetched(tmp_path / "served" / remote.name, remote.size, remote.sha256, hub.PINNED, downloaded=True)
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "to_download", lambda remote: remote.size)
+    return fetched
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -13,13 +12,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import Clapsep
+from conftest import Clapsep, pinned
 from hub_server import HubServer
 from safetensors.torch import save_file
 from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
@@ -28,48 +26,13 @@ from torch import Tensor
 from clapsep_cli import registry
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.models.base import TextEncoder
-from clapsep_cli.registry import MODELS, HubFile, Remote, WebFile
+from clapsep_cli.registry import MODELS, HubFile, WebFile
 from clapsep_cli.store import hub, library
 from clapsep_cli.store.checkpoint import Model, read_metadata, read_tensors, save_part
 from clapsep_cli.store.texts import CachedTexts
 from clapsep_cli.store.transfer import amount
 
 LICENCE = "LAION-CLAP CC0; the separator's weights state none (its code: MIT)"
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home, and a `clapsep` that is made from tiny checkpoints."""
-    monkeypatch.setenv("CLAPSEP_HOME", str(tmp_path / "home"))
-    family = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
-    monkeypatch.setitem(registry.FAMILIES, "clapsep", family)
-    return tmp_path / "home"
-
-
-def pinned(path: Path) -> dict[str, Any]:
-    """A `HubFile` of the file's name and content, as keywords."""
-    data = path.read_bytes()
-    place = {"repo": "some/one", "repo_type": "model", "revision": "0" * 40, "path": path.name}
-    return place | {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-@pytest.fixture
-def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Files of the Hub come from a folder; returns the names of those that were fetched."""
-    paths = write_checkpoints(tmp_path / "served", ROBERTA)
-    remotes = tuple(HubFile(**pinned(path)) for path in paths)
-    monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
-    fetched: list[str] = []
-
-    def fetch(remote: Remote, progress: hub.Progress | None = None, say: hub.Say | None = None) -> hub.Fetched:
-        fetched.append(remote.name)
-        if progress:
-            progress(remote.size, remote.size)
-        return hub.Fetched(tmp_path / "served" / remote.name, remote.size, remote.sha256, hub.PINNED, downloaded=True)
-
-    monkeypatch.setattr(hub, "fetch", fetch)
-    monkeypatch.setattr(hub, "to_download", lambda remote: remote.size)
-    return fetched
 
 
 def unreachable(*_: object) -> hub.Fetched:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from clapsep_cli.models.tuss import MEDIUM, Tuss, TussConfig
+from clapsep_cli.store.checkpoint import save_part
+from clapsep_cli.store.convert import read_checkpoint
 from clapsep_cli.store.convert_tuss import convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -141,3 +144,8 @@ def separator(config: TussConfig = MEDIUM, tensors: dict[str, Tensor] | None = N
         model = Tuss(config)
     model.load_state_dict(convert(tensors or released(config), config), assign=True)
     return model.eval()
+
+
+def convert_tiny(files: Sequence[Path], folder: Path, **notes: str) -> None:
+    """What a registry may name in place of the conversion of the released sizes."""
+    save_part(folder, "separator", "tuss", TINY, convert(read_checkpoint(files[0]), TINY), **notes)

@@ -1,0 +1,173 @@
+"""README's commands, run as they stand there and in their order, in a folder such as a reader might have.
+
+The networks are tiny, presets of training take a step or two, and originals come from a folder instead of the Hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from clips import write_clips
+from conftest import TINY_MINI, Clapsep
+from recordings import noise
+from tuss_stand_in import TINY, released, save_released
+
+from clapsep_cli.registry import FAMILIES, MODELS
+from clapsep_cli.training.recipes import PRESETS
+
+pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SUFFIXES = (".wav", ".flac", ".png")
+# What cannot be had here: four devices, and the 40 clips of a sound that ten shots beside five mixtures of each take.
+INSTEAD = {"--devices 4": "--devices 1", "--shots 10": "--shots 1"}
+STAND_INS = {
+    "ffmpeg": "cat mix.wav",
+    "ffplay": "cat > played.wav",
+    "clapsep": f'exec "{sys.executable}" -m clapsep_cli "$@"',
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int  # of README.md
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        return [line for line in self.text.splitlines() if line.strip()]
+
+
+def blocks() -> Iterator[Block]:
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S):
+        yield Block(README[: found.start()].count("\n") + 2, found[1], found[2])
+
+
+@pytest.fixture
+def place(tmp_path: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reader's folder, with every recording that README names, and commands on the PATH that it calls."""
+    place = tmp_path / "reader"
+    for folder in ("barks", "recordings/april"):
+        (place / folder).mkdir(parents=True)
+    for seed, name in enumerate(re.findall(r"(?:clapsep extract|separate|--query-audio|siren=)\s*(\w+\.wav)", README)):
+        soundfile.write(place / name, noise(120_000, 2, seed=seed), 24_000, "PCM_16")
+    for name in ("barks/one.wav", "barks/two.wav", "recordings/a.wav", "recordings/april/b.wav"):
+        soundfile.write(place / name, noise(24_000, 1), 24_000, "PCM_16")
+    (tmp_path / "flat").mkdir()
+    rows = write_clips(tmp_path / "flat").read_text().splitlines()
+    for clip in (tmp_path / "flat").glob("*.wav"):
+        (place / "clips" / clip.stem[:-1]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, place / "clips" / clip.stem[:-1])
+    listed = [f"clips/{row.split(',')[2]}/{row}" for row in rows[1:]]
+    for name in ("mine.csv", "large.csv"):
+        (place / name).write_text("\n".join([rows[0], *listed]) + "\n")
+    for kept in ("clap.pt", "clapsep.ckpt"):
+        names = {"clap.pt": "music_audioset_epoch_15_esc_90.14.pt", "clapsep.ckpt": "best_model.ckpt"}
+        shutil.copy(tmp_path / "served" / kept, place / names[kept])
+    (tmp_path / "bin").mkdir()
+    for name, script in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return place
+
+
+@pytest.fixture
+def small(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets that take a step or two, and a TUSS of a few thousand weights in place of the released one."""
+    mini: dict[str, object] = {
+        "mini": {**dataclasses.asdict(TINY_MINI), "seconds": 2},
+        "audio": {"steps": 1, "batch": 2},
+        "separator": {"steps": 1, "batch": 2},
+        "draw": {"seconds": 1.0},
+        "validation_mixtures": 1,
+    }
+    paper: dict[str, object] = {"batch": 2, "epochs": 1, "precision": "32-true"}
+    monkeypatch.setitem(PRESETS, "mini", replace(PRESETS["mini"], settings=mini))
+    monkeypatch.setitem(PRESETS, "clapsep-hybrid", replace(PRESETS["clapsep-hybrid"], settings=paper))
+    monkeypatch.setitem(FAMILIES, "tuss", replace(FAMILIES["tuss"], convert="tuss_stand_in:convert_tiny"))
+    save_released(tmp_path / "served" / MODELS["tuss-medium"].remotes[0].name, released(TINY))
+
+
+def run(command: str, place: Path, clapsep: Clapsep) -> None:
+    """Run a line in `place`. Pipes go through a shell, with the whole command."""
+    if "|" in command:
+        shell = subprocess.run(["sh", "-ec", command], cwd=place, capture_output=True, text=True, timeout=120)
+        assert shell.returncode == 0, f"{command}: {shell.stderr}"
+        assert soundfile.info(place / "played.wav").frames == soundfile.info(place / "mix.wav").frames
+        return
+    program, *arguments = shlex.split(command, comments=True)
+    assert program == "clapsep", f"{command}: not a command that this test knows"
+    done = clapsep(*arguments, cwd=place)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def heard(place: Path) -> set[Path]:
+    return {path for path in place.rglob("*") if path.suffix in SUFFIXES}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric")
+def test_every_shell_line_runs(place: Path, clapsep: Clapsep) -> None:
+    inputs = heard(place)
+    for block in blocks():
+        for at, line in enumerate(block.commands if block.language == "sh" else ()):
+            command, _, comment = line.partition("#")
+            program, *arguments = shlex.split(command)
+            if program == "make":
+                assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.M), line
+                continue
+            for wanted, instead in INSTEAD.items():
+                command = command.replace(wanted, instead)
+            run(command, place, clapsep)
+            made = heard(place) - inputs
+            if arguments[0] in ("extract", "separate"):
+                assert made, f"README.md:{block.line + at}: wrote nothing"
+            base = next((name.removesuffix(".wav") for name in arguments if name.endswith(".wav")), "")
+            for name in re.findall(r"(?<!\w)[\w-]*\.[\w.-]+\.wav|(?<=, )\.\w+\.wav", comment):
+                assert place / (base + name if name.startswith(".") else name) in made, f"{line}: no {name}"
+            for path in made:  # most lines of a block are alternatives
+                path.unlink()
+
+
+def test_the_python_block_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    for block in blocks():
+        if block.language == "python":
+            exec(block.text, {})
+    mixture, rate = soundfile.read(place / "mix.wav")
+    dog, rate_out = soundfile.read(place / "dog.wav")
+    assert (dog.shape, rate_out) == (mixture.shape, rate)
+    assert 0 < np.square(dog).mean() < np.square(mixture).mean()
+
+
+def test_no_block_is_of_another_kind() -> None:
+    assert {block.language for block in blocks()} == {"sh", "python"}
+    assert sum(len(block.commands) for block in blocks() if block.language == "sh") > 25
+
+
+def test_extras_and_files_that_are_named_exist() -> None:
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    for extra in re.findall(r"clapsep\[(\w+)\]", README):
+        assert re.search(rf"^{extra} = \[", extras, re.M), extra
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    headings = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)
+    }
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in headings, anchor
