@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from clapsep_cli.training.task import Plan, Task, Weights
 from clapsep_cli.training.train import Recipe, Run
 from clapsep_cli.training.validation import Case, cases, improvements
 
+ENDS = ("stem", "head", "fine", "out")  # the layers that begin and end a network, which Muon is not for
 AUDIO_VIEWS = 4  # embeddings kept per clip, each of another stretch and augmentation
 AUDIO_WEIGHT_DECAY = 0.05
 SHOTS = "shots.safetensors"
@@ -79,6 +80,7 @@ class MiniRecipe(Recipe):
     temperature: float = 0.07  # of the audio encoder's softmax over captions
     mixing: Mixing = Mixing()
     eq_db: float = 4.0  # standard deviation of the random equaliser at its control points
+    optimiser: Literal["muon", "adamw"] = "muon"
     ema: float = 0.999
     weight_decay: float = 0.01
     validate_every: int = 1000
@@ -128,7 +130,17 @@ class MiniRecipe(Recipe):
         run.fit(SeparatorTask(self, sampler, queries, validated, run))
 
 
-class AudioTask(Task):
+class MiniTask(Task):
+    """What the two have in common: their hidden layers are trained by Muon."""
+
+    recipe: MiniRecipe
+
+    def hidden(self, name: str) -> bool:
+        matrix = self.net.get_parameter(name).dim() >= 2
+        return self.recipe.optimiser == "muon" and matrix and name.split(".")[0] not in ENDS
+
+
+class AudioTask(MiniTask):
     """The audio encoder learns to point at the captions of what it hears."""
 
     name, state = "audio encoder", "audio-state.safetensors"
@@ -219,7 +231,7 @@ class Prepared(NamedTuple):
     present: Tensor
 
 
-class SeparatorTask(Task):
+class SeparatorTask(MiniTask):
     """The separator learns to mask mixtures that are made on the fly."""
 
     name, state = "separator", "state.safetensors"

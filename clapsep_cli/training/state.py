@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clapsep_cli.errors import CheckpointError, RecipeError
 from clapsep_cli.store.checkpoint import read_tensors
 from clapsep_cli.store.whole import read_notes, save_whole
+from clapsep_cli.training.muon import Muon
 from clapsep_cli.training.task import Task, Weights
 
 if TYPE_CHECKING:
@@ -70,13 +71,24 @@ class Training:
         self._summed = 0
         trained = {name: p for name, p in task.net.named_parameters() if p.requires_grad}
         buffers = [name for name in task.net.state_dict() if name not in dict(task.net.named_parameters())]
-        self.names, self.kept = list(trained), {*trained, *buffers}
+        self.kept = {*trained, *buffers}
+        self.module, *self.optimisers = fabric.setup(_Through(task.net), *self._optimisers(trained))
         plan = task.plan
-        optimiser = torch.optim.AdamW(
-            trained.values(), plan.schedule.rate(0, []), eps=plan.epsilon, weight_decay=plan.weight_decay, fused=True
-        )
-        self.module, self.optimiser = fabric.setup(_Through(task.net), optimiser)
         self.average = {n: t.detach().clone() for n, t in task.net.state_dict().items()} if plan.ema else {}
+
+    def _optimisers(self, trained: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """Muon for the hidden layers that the task leaves to it, AdamW for all the rest."""
+        plan, made = self.task.plan, list[torch.optim.Optimizer]()
+        hidden = [name for name in trained if self.task.hidden(name)]
+        others = [name for name in trained if name not in set(hidden)]
+        rate = plan.schedule.rate(0, [])
+        if hidden:
+            made.append(Muon([trained[name] for name in hidden], rate, plan.weight_decay))
+        if others:
+            rest = [trained[name] for name in others]
+            made.append(torch.optim.AdamW(rest, rate, eps=plan.epsilon, weight_decay=plan.weight_decay, fused=True))
+        self.names = [names for names in (hidden, others) if names]  # by optimiser
+        return made
 
     def weights(self) -> Weights:
         """All of the network's, averaged where the plan says so."""
@@ -84,9 +96,10 @@ class Training:
 
     def advance(self, parts: Sequence[tuple[range, Any]], rate: float) -> None:
         """One step of the optimiser on this device's rows of the batch."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+            for group in optimiser.param_groups:
+                group["lr"] = rate
         for at, (rows, drawn) in enumerate(parts, 1):
             with torch.no_grad():
                 prepared = self.task.prepare(self.fabric.to_device(drawn), self.step, rows)
@@ -95,8 +108,9 @@ class Training:
                 self.fabric.backward(figures["loss"] / len(parts))
             for name, value in figures.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float() / len(parts)
-        self.fabric.clip_gradients(self.module, self.optimiser, max_norm=self.task.plan.clip, error_if_nonfinite=False)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            self.fabric.clip_gradients(self.module, optimiser, max_norm=self.task.plan.clip, error_if_nonfinite=False)
+            optimiser.step()
         self.step += 1
         self._summed += 1
         self._update_average()
@@ -143,9 +157,10 @@ class Training:
     def save(self) -> None:
         tensors = {f"net.{k}": v for k, v in self.task.net.state_dict().items() if k in self.kept}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        moments = self.optimiser.state_dict()["state"]
-        for index, name in enumerate(self.names):
-            tensors |= {f"optimiser.{name}.{k}": v for k, v in moments.get(index, {}).items()}
+        for optimiser, names in zip(self.optimisers, self.names, strict=True):
+            moments = optimiser.state_dict()["state"]
+            for index, name in enumerate(names):
+                tensors |= {f"optimiser.{name}.{k}": v for k, v in moments.get(index, {}).items()}
         means = {name: [kept.sums, kept.steps] for name, kept in self.means.items()}
         notes = {"step": str(self.step), "history": json.dumps(self.history), "means": json.dumps(means)}
         save_whole(tensors, self.path, notes)
@@ -167,13 +182,17 @@ class Training:
             self.task.net.load_state_dict(weights, strict=False)
             for name, value in part("average.").items():
                 self.average[name].copy_(value)
-            groups = self.optimiser.state_dict()["param_groups"]
-            state = {i: part(f"optimiser.{name}.") for i, name in enumerate(self.names)}
-            trained = [p for p in self.task.net.parameters() if p.requires_grad]
-            # The fused optimiser walks weights and moments by their place in memory: lay the moments out alike.
-            for i, parameter in enumerate(trained):
-                state[i] = {k: torch.empty_like(parameter).copy_(v) if v.dim() else v for k, v in state[i].items()}
-            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+            parameters = dict(self.task.net.named_parameters())
+            for optimiser, names in zip(self.optimisers, self.names, strict=True):
+                # The fused optimiser walks weights and moments by their place in memory: lay the moments out alike.
+                state = {
+                    index: {
+                        k: torch.empty_like(parameters[name]).copy_(v) if v.dim() else v
+                        for k, v in part(f"optimiser.{name}.").items()
+                    }
+                    for index, name in enumerate(names)
+                }
+                optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
             self.step, self.history = int(notes["step"]), json.loads(notes.get("history", "[]"))
             for name, (sums, steps) in json.loads(notes.get("means", "{}")).items():
                 self.means[name].add(sums, steps)

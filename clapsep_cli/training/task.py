@@ -63,6 +63,10 @@ class Task(ABC):
     def loss(self, prepared: Any) -> dict[str, Tensor]:
         """What is minimised, under "loss", and other figures, each a mean over the rows; in the run's precision."""
 
+    def hidden(self, name: str) -> bool:
+        """Whether the parameter of this `name` is trained by Muon rather than AdamW."""
+        return False
+
     def ready(self) -> None:
         """Bring the network into the mode that it is trained in."""
         self.net.train()
