@@ -86,6 +86,35 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_hidden_layers_are_trained_by_muon_unless_told_otherwise(
+    manifest: Path, tmp_path: Path, straight: tuple[Path, list[Report]]
+) -> None:
+    names = set(read_tensors(straight[0] / "state.safetensors"))
+    by_muon = {name[len("optimiser.") : -len(".mean")] for name in names if name.endswith(".mean")}
+    by_adamw = {name[len("optimiser.") : -len(".exp_avg")] for name in names if name.endswith(".exp_avg")}
+    assert {"down.0.conv1.weight", "bottleneck.gru.weight_hh_l0", "query.0.weight", "up.1.film.weight"} <= by_muon
+    assert {"stem.weight", "head.weight", "fine.0.weight", "down.0.norm1.weight", "query.0.bias"} <= by_adamw
+    assert not by_muon & by_adamw
+    run(manifest, tmp_path, replace(RECIPE, optimiser="adamw"))
+    assert not [name for name in read_tensors(tmp_path / "state.safetensors") if name.endswith(".mean")]
+
+
+def test_what_is_written_is_what_was_validated(manifest: Path, tmp_path: Path) -> None:
+    """Variances beyond float16 are kept: as infinities, they would silence their channels."""
+    recipe = replace(RECIPE, ema=0.0)
+    run(manifest, tmp_path, recipe)
+    weights = {k[4:]: v for k, v in read_tensors(tmp_path / "state.safetensors").items() if k.startswith("net.")}
+    weights["down.0.norm1.running_var"] = torch.full_like(weights["down.0.norm1.running_var"], 1e6)
+    with pytest.MonkeyPatch.context() as patch:
+        tasks: list[Any] = []
+        patch.setattr(Run, "fit", lambda self, task: tasks.append(task))
+        reported(manifest, tmp_path / "again", replace(recipe, init=str(tmp_path)))
+    tasks[0].write(weights)
+    written = load_part(tmp_path / "again", "separator", "mini", recipe.mini).state_dict()
+    assert torch.equal(written["down.0.norm1.running_var"], weights["down.0.norm1.running_var"])
+    assert all(torch.isfinite(tensor).all() for tensor in written.values() if tensor.is_floating_point())
+
+
 def test_means_between_reports_survive_a_stop(manifest: Path, tmp_path: Path) -> None:
     """Stopped between two reports, a run still reports the mean over all steps since the first."""
     sparse = replace(RECIPE, separator=replace(RECIPE.separator, steps=6), report_every=3, save_every=2)

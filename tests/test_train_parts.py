@@ -27,6 +27,7 @@ from clapsep_cli.training import recipes
 from clapsep_cli.training.augment import equaliser, levelled, masked, seeded, stripes
 from clapsep_cli.training.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.mini import MiniRecipe
+from clapsep_cli.training.muon import Muon, orthogonal
 from clapsep_cli.training.objective import separation_loss, si_snr, snr, statistics, waveform_loss
 from clapsep_cli.training.pool import DiskPool, MemoryPool, Pool, open_pool
 from clapsep_cli.training.sampling import Draw, Sampler, ahead
@@ -412,3 +413,42 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     assert recipes.parse_setting("a.b=") == {"a.b": ""}
     assert isinstance(recipes.build("mini"), MiniRecipe)
     assert math.isclose(recipes.build("mini", {"separator.lr": "1e-4"}).separator.lr, 1e-4)
+
+
+@settings(max_examples=20)
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 99))
+def test_muon_moves_all_directions_alike(rows: int, columns: int, seed: int) -> None:
+    matrix = torch.randn(rows, columns, generator=seeded(seed))
+    matrix *= torch.logspace(0, -1, columns)  # of singular values that differ
+    nearest = orthogonal(matrix)
+    assert nearest.shape == matrix.shape
+    values = torch.linalg.svdvals(nearest)
+    strong = torch.linalg.svdvals(matrix) > 0.02 * matrix.norm()  # a weak direction is not noise that is blown up
+    assert bool((values < 1.3).all())
+    assert bool((values[strong] > 0.5).all())
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    cosine = float((nearest * (left @ right)).sum() / nearest.norm() / (left @ right).norm())
+    assert cosine > 0.9 or not bool(strong.all())
+
+
+def test_muon_steps_are_of_the_size_that_is_set_whatever_the_layout_and_the_gradient() -> None:
+    kernel = torch.randn(16, 8, 3, 3, generator=seeded(0))
+    gradient = torch.randn(16, 8, 3, 3, generator=seeded(1))
+    moved = []
+    for scale, layout in ((1.0, torch.contiguous_format), (1e-4, torch.channels_last)):
+        parameter = torch.nn.Parameter(kernel.clone(memory_format=layout))
+        optimiser = Muon([parameter], lr=1e-2, weight_decay=0.0)
+        parameter.grad = scale * gradient
+        optimiser.step()
+        moved.append(parameter.detach() - kernel)
+    cosine = torch.nn.functional.cosine_similarity(moved[0].flatten(), moved[1].flatten(), 0)
+    assert float(cosine) > 0.995  # to the rounding of bfloat16
+    assert 0.5 < float(moved[0].square().mean().sqrt()) / (0.2 * 1e-2) < 1.5  # as AdamW's steps are in the long run
+    assert float((moved[0] * gradient).sum()) < 0
+
+
+def test_muon_decays_weights() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    parameter.grad = torch.zeros(4, 4)
+    Muon([parameter], lr=0.5, weight_decay=0.1).step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4, 4), 0.95))

@@ -286,5 +286,8 @@ def _channels_last(net: nn.Module) -> None:
 
 
 def _half(state: Weights) -> dict[str, Tensor]:
-    """Weights as they are stored: float16, which costs nothing that can be heard, and no counters."""
-    return {k: v.half() for k, v in state.items() if v.is_floating_point()}
+    """Weights as they are stored: matrices in float16, which costs nothing that can be heard, and no counters.
+
+    Vectors stay float32: a variance that a norm has met may be beyond float16.
+    """
+    return {k: v.half() if v.dim() > 1 else v.float() for k, v in state.items() if v.is_floating_point()}
