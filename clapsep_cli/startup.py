@@ -1,12 +1,18 @@
-"""How the command's process is set up before torch is imported: threads, for speed."""
+"""How the command's process is set up, for speed: threads, before torch is imported, and memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 
 # Of a waiting OpenMP thread, before it sleeps. On two cores as fast as the default (300,000) when the machine is free;
 # with another process on one of them, the default makes everything 3 to 8 times slower, and this 2 times.
 SPINS = 3000
+
+# Of glibc's mallopt.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+NEVER = 2**31 - 1
 
 
 def prepare() -> None:
@@ -21,3 +27,14 @@ def set_threads(count: int | None) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def keep_memory() -> None:
+    """Keep what is freed for the next step of training, which needs just as much: a step takes a tenth less on a CPU.
+
+    Otherwise glibc gives large pieces back to the system, and each step waits for them to be mapped and cleared anew.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, NEVER)

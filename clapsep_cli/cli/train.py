@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clapsep_cli import startup
 from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, downloads, note
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def train(
     from clapsep_cli.training.train import Hardware
     from clapsep_cli.training.train import train as train_model
 
+    startup.keep_memory()
     folder = out or Path("runs") / listed.stem
     hardware = Hardware(accelerator, devices, nodes, precision)
     leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware)
