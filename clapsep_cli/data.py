@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections import Counter
@@ -14,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from clapsep_cli.audio.samples import PEAK, Audio, to_rate
+from clapsep_cli.audio.samples import PEAK, Audio
+from clapsep_cli.audio.sources import read_mono
 from clapsep_cli.dsp import RATE_HZ
-from clapsep_cli.errors import ManifestError
+from clapsep_cli.errors import AudioError, ManifestError
+from clapsep_cli.files import path_in
+from clapsep_cli.tables import check_faults, read_table
 
-MAX_FAULTS_SHOWN = 10
 TRAIN = "train"  # the split that is trained on
 STREAMED = ("OGG", "MP3")  # end where they are cut, without a header that says more
 EDGE = 1024  # samples at either end of a clip that are read to see whether it is whole
@@ -47,20 +48,6 @@ class Labelling:
 LABELS = Labelling()
 
 
-def read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV, values as text. Raises `ManifestError` unless it is readable and has the columns `needed`, of
-    which one may be "this or that"."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in needed if not {*name.split(" or ")} & {*(reader.fieldnames or ())}]
-            if missing:
-                raise ManifestError(f"{path}: no column {', '.join(missing)}; needed: {','.join(needed)}")
-            return [{name: value or "" for name, value in row.items() if name} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: cannot be read as a CSV ({error})") from error
-
-
 def _captions(listed: str) -> tuple[str, ...]:
     return tuple(caption.strip() for caption in listed.split(";") if caption.strip())
 
@@ -68,9 +55,9 @@ def _captions(listed: str) -> tuple[str, ...]:
 def _read_clips(path: Path, labelling: Labelling) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
     """Each row's line, clip, and whether its caption was left empty; and what is wrong, by line."""
     rows, faults = [], []
-    for line, row in enumerate(read_rows(path, ("file", " or ".join(labelling.columns))), 2):
+    for line, row in read_table(path, ("file", " or ".join(labelling.columns))):
         column = next(name for name in labelling.columns if name in row)
-        recording, label = path.parent / row["file"], row[column].strip()
+        recording, label = path_in(path.parent, row["file"]), row[column]
         if not label:
             faults.append((line, f"no {column}"))
         elif not recording.is_file():
@@ -88,10 +75,7 @@ def read_manifest(path: Path) -> list[Clip]:
     Raises `ManifestError` that lists what is wrong, line by line.
     """
     rows, faults = _read_clips(path, LABELS)
-    if faults or not rows:
-        listed = [f"line {line}: {fault}" for line, fault in faults[:MAX_FAULTS_SHOWN]]
-        shown = "; ".join(listed) + (" …" if len(faults) > MAX_FAULTS_SHOWN else "")
-        raise ManifestError(f"{path}: {shown or 'no rows'}")
+    check_faults(path, [f"line {line}: {fault}" for line, fault in faults] or ([] if rows else ["no rows"]))
     return [clip for _, clip, _ in rows]
 
 
@@ -191,16 +175,15 @@ def _digest(clips: Sequence[Clip], root: Path, seconds: Sequence[object]) -> str
 
 def read_paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
     """Read further captions by label from a CSV with the columns `label` and `captions` (separated by ";")."""
-    return {row["label"]: _captions(row["captions"]) for row in read_rows(path, ("label", "captions"))}
+    return {row["label"]: _captions(row["captions"]) for _, row in read_table(path, ("label", "captions"))}
 
 
 def read_clip(path: Path, rate_out: int = RATE_HZ) -> Audio:
-    """Decode a clip to mono at `rate_out` Hz, float32 `[samples]`."""
+    """Decode a clip to mono at `rate_out` Hz, float32 `[samples]`. Raises `ManifestError`."""
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ManifestError(f"{path}: cannot be decoded ({error})") from error
-    return to_rate(audio.mean(1), rate, rate_out)
+        return read_mono(path, rate_out)
+    except AudioError as error:
+        raise ManifestError(str(error)) from error
 
 
 def fit(audio: Audio, samples: int) -> Audio:

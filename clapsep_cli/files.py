@@ -81,3 +81,18 @@ def _lock(handle: int) -> bool:
     except (ImportError, OSError):
         return False
     return True
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name; unlike `exists`, never an exception."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def path_in(folder: Path, text: str) -> Path:
+    """The path `text` relative to `folder`; backslashes mean what they do on Windows, unless a file is called so."""
+    path = folder / text
+    return path if "\\" not in text or is_there(path) else folder / text.replace("\\", "/")

@@ -16,7 +16,8 @@ Row = tuple[int, dict[str, str]]  # the line on which it ends, and its cells by 
 def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
     """The rows of a CSV (UTF-8, with or without BOM), values as text without space around them; empty rows are skipped.
 
-    Raises `ManifestError` if it cannot be read, lacks one of the columns `needed`, or has rows of too many cells.
+    Raises `ManifestError` if it cannot be read, lacks one of the columns `needed` (each may be "this or that"), or has
+    rows of too many cells.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -39,7 +40,7 @@ def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
 
 
 def _check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    missing = [name for name in needed if name not in columns]
+    missing = [name for name in needed if not {*name.split(" or ")} & {*columns}]
     if missing and len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
         raise ManifestError(f"{path}: its columns are not separated by commas; save it as CSV with commas")
     if missing:

@@ -596,7 +596,8 @@ def test_targets(tree: Callable[..., None]) -> None:
 
 def test_no_torch_is_needed() -> None:
     modules = ", ".join(
-        f"clapsep_cli.{m}" for m in ("inputs", "jobs", "outputs", "resume", "targets", "times", "tables")
+        f"clapsep_cli.{m}"
+        for m in ("jobs.inputs", "jobs.manifest", "jobs.outputs", "jobs.resume", "jobs.targets", "times", "tables")
     )
     subprocess.run(
         [sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT

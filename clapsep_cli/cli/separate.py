@@ -81,7 +81,7 @@ def separate(
 
     The prompts should name all that is in the recording, not only what is wanted: see --only.
     """
-    from clapsep_cli.jobs.inputs import is_there
+    from clapsep_cli.files import is_there
     from clapsep_cli.jobs.planning import Destination
     from clapsep_cli.models.prompts import TASKS
     from clapsep_cli.query import Query

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from clapsep_cli.audio.sources import SUFFIXES
-from clapsep_cli.data import MAX_FAULTS_SHOWN, Clip, read_manifest, read_rows
+from clapsep_cli.data import Clip, read_manifest
 from clapsep_cli.errors import ManifestError, OutputError
 from clapsep_cli.files import replacing
+from clapsep_cli.tables import MAX_FAULTS_SHOWN, check_faults, read_table
 
 Shots = Mapping[str, Sequence[str]]  # files by class, which is a label or a caption, in lower case
 
@@ -35,19 +36,13 @@ class Mixture:
 NEEDED = [f.name for f in fields(Mixture)][:4]
 
 
-def _listed(path: Path, faults: Sequence[str]) -> ManifestError:
-    more = f"; and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
-    return ManifestError(f"{path}: {'; '.join(faults[:MAX_FAULTS_SHOWN])}{more}")
-
-
 def read_mixtures(path: Path) -> list[Mixture]:
     """Read a list of mixtures, of which the first four columns are needed. Raises `ManifestError`."""
     rows, faults = [], []
-    for line, row in enumerate(read_rows(path, NEEDED), 2):
-        faults += [f"line {line}: no {name}" for name in NEEDED if not row[name].strip()]
-        rows.append(Mixture(**{f.name: row.get(f.name, "").strip() for f in fields(Mixture)}))
-    if faults or not rows:
-        raise _listed(path, faults or ["no rows"])
+    for line, row in read_table(path, NEEDED):
+        faults += [f"line {line}: no {name}" for name in NEEDED if not row[name]]
+        rows.append(Mixture(**{f.name: row.get(f.name, "") for f in fields(Mixture)}))
+    check_faults(path, faults or ([] if rows else ["no rows"]))
     return rows
 
 
@@ -59,8 +54,8 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
     """
     shots: dict[str, tuple[str, ...]] = {}
     faults = []
-    for line, row in enumerate(read_rows(path, ("class", "file")), 2):
-        name, cell = row["class"].strip().lower(), row["file"].strip()
+    for line, row in read_table(path, ("class", "file")):
+        name, cell = row["class"].lower(), row["file"]
         try:
             # Literals alone: nothing in a cell is ever run.
             files = ast.literal_eval(cell) if cell.startswith("[") else [cell]
@@ -70,8 +65,7 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
             faults.append(f"line {line}: needs a class and a file or a list of files")
         else:
             shots[name] = (*shots.get(name, ()), *files)
-    if faults or not shots:
-        raise _listed(path, faults or ["no rows"])
+    check_faults(path, faults or ([] if shots else ["no rows"]))
     return shots
 
 

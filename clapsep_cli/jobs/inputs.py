@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clapsep_cli.audio.sources import STDIN, SUFFIXES
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError
+from clapsep_cli.files import is_there, path_in
 from clapsep_cli.query import RESIDUAL, TARGET
 from clapsep_cli.tables import check_faults
 
@@ -73,15 +74,6 @@ def expand(
     return _without_outputs(list(found.values()), out, written, say)
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is something of that name; unlike `exists`, never an exception."""
-    try:
-        path.stat()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def folded(name: str) -> str:
     """`name` as file systems that ignore case and Unicode composition compare it.
 
@@ -102,12 +94,6 @@ def _identity(path: Path) -> tuple[int, int, str]:
     # Hard links are files of their own; one name in two spellings, where the system takes them for one, is not.
     status = path.stat()
     return status.st_dev, status.st_ino, folded(str(path.resolve()))
-
-
-def path_in(folder: Path, text: str) -> Path:
-    """The path `text` relative to `folder`; backslashes mean what they do on Windows, unless a file is called so."""
-    path = folder / text
-    return path if "\\" not in text or is_there(path) else folder / text.replace("\\", "/")
 
 
 def _named(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clapsep_cli.errors import ManifestError
-from clapsep_cli.jobs.inputs import Input, is_there, path_in
+from clapsep_cli.files import is_there, path_in
+from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.tables import check_faults, read_table
 
 COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")

@@ -12,7 +12,8 @@ from string import Formatter
 
 from clapsep_cli.audio.sources import STDIN
 from clapsep_cli.errors import OutputError
-from clapsep_cli.jobs.inputs import Input, folded, is_there
+from clapsep_cli.files import is_there
+from clapsep_cli.jobs.inputs import Input, folded
 
 TEMPLATE = "{stem}.{part}.{ext}"
 FIELDS = ("stem", "part", "ext", "query")

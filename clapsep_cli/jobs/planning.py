@@ -11,9 +11,9 @@ from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.sources import STDIN, recordings
 from clapsep_cli.audio.writers import STDOUT, read_software
 from clapsep_cli.errors import AudioError, OutputError, UsageError
-from clapsep_cli.files import clear_unfinished
+from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
-from clapsep_cli.jobs.inputs import Input, is_there
+from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import TEMPLATE, check_outputs, output_paths
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress

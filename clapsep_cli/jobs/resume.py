@@ -14,8 +14,7 @@ import numpy as np
 
 from clapsep_cli.audio.sources import recordings
 from clapsep_cli.errors import AudioError, ClapsepError
-from clapsep_cli.files import digest
-from clapsep_cli.jobs.inputs import is_there
+from clapsep_cli.files import digest, is_there
 from clapsep_cli.query import Excerpt, Query, Shot
 
 KEY_DIGITS = 16

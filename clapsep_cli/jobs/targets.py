@@ -8,7 +8,8 @@ from pathlib import Path
 
 from clapsep_cli.audio.sources import SUFFIXES
 from clapsep_cli.errors import AudioError, QueryError
-from clapsep_cli.jobs.inputs import folded, is_there
+from clapsep_cli.files import is_there
+from clapsep_cli.jobs.inputs import folded
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.query import MIXTURE, RESIDUAL
 
