@@ -20,6 +20,8 @@ from conftest import Clapsep
 import clapsep_cli
 from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.cli.app import app
+from clapsep_cli.registry import MODELS
+from clapsep_cli.training.recipes import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,9 +180,33 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert list(mix.parent.iterdir()) == [mix]
 
 
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("clapsep ex", ["extract"]),
+        ("clapsep extract --model-", ["--model-dir"]),
+        ("clapsep extract --model ", list(MODELS)),
+        ("clapsep extract --precision f", ["fast"]),
+        ("clapsep separate mix.wav --prompts sp", ["speech"]),
+        ("clapsep separate --task c", ["cinematic"]),
+        ("clapsep models rm tuss-", ["tuss-medium", "tuss-large"]),
+        ("clapsep train --preset ", list(PRESETS)),
+    ],
+)
+def test_a_shell_completes(words: str, completions: list[str], tmp_path: Path) -> None:
+    """As the script asks that `--install-completion` writes for bash."""
+    asked = {"_CLAPSEP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "import sys; sys.argv[0] = 'clapsep'; from clapsep_cli.cli.app import run; run()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | asked, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, completions, "")
+
+
 def test_readme_and_help_name_the_same_options() -> None:
     readme = re.sub(r"ffmpeg [^|]*\|", "|", (ROOT / "README.md").read_text())  # which has options of its own
-    commands = dict(_commands(vars(typer.main.get_command(app))["commands"]))
+    command: Any = typer.main.get_command(app)
+    commands = {"clapsep": command, **dict(_commands(command.commands))}
     options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}
     for option in {o for o in options["extract"] if o.startswith("-")} - {"--help"}:
         assert f"`{option}" in readme or f", `{option}" in readme, f"README does not explain {option}"

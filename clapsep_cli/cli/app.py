@@ -29,6 +29,9 @@ app = typer.Typer(
     epilog='Example: clapsep extract mix.wav --pos "dog barking" --neg "rain"',
 )
 
+app.command()(extract)
+app.command(cls=ListCommand)(separate)
+app.command()(train)
 app.command()(evaluate)
 app.add_typer(mixtures, name="mixtures")
 app.add_typer(models, name="models")
@@ -80,11 +83,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-app.command()(extract)
-app.command(cls=ListCommand)(separate)
-app.command()(train)
 
 
 @app.command()

@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, downloads, note
+from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.registry import MODELS
 
 models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A name from `clapsep models list`.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", autocompletion=among(*MODELS), help="A name from `clapsep models list`.")
+]
 KeepOption = Annotated[bool, typer.Option("--keep-original", help="Keep the downloaded files after conversion.")]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from clapsep_cli.cli.terminal import DeviceOption, ModelOption, QuietOption, use_home
+from clapsep_cli.cli.terminal import DeviceOption, ModelOption, QuietOption, among, use_home
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -51,15 +51,32 @@ class Common:
         str | None,
         _option("--filename", panel=OUTPUT, metavar="NAME", help='By default "{stem}.{part}.{ext}"; also {query}.'),
     ] = None
-    format: Annotated[str, _option("--format", "-f", panel=OUTPUT, help="wav, flac, ogg, opus or mp3.")] = "wav"
+    format: Annotated[
+        str,
+        _option(
+            "--format",
+            "-f",
+            panel=OUTPUT,
+            autocompletion=among("wav", "flac", "ogg", "opus", "mp3"),
+            help="wav, flac, ogg, opus or mp3.",
+        ),
+    ] = "wav"
     subtype: Annotated[
         str | None,
-        _option("--subtype", panel=OUTPUT, help="pcm16, pcm24 or float; by default the input's, at least 16 bit."),
+        _option(
+            "--subtype",
+            panel=OUTPUT,
+            autocompletion=among("pcm16", "pcm24", "float"),
+            help="pcm16, pcm24 or float; by default the input's, at least 16 bit.",
+        ),
     ] = None
     clip: Annotated[
         str,
         _option(
-            "--clip", panel=OUTPUT, help="What is over full scale: warn and cut it, rescale all parts alike, or error."
+            "--clip",
+            panel=OUTPUT,
+            autocompletion=among("warn", "rescale", "error"),
+            help="What is over full scale: warn and cut it, rescale all parts alike, or error.",
         ),
     ] = "warn"
     plot: Annotated[bool, _option("--plot", panel=OUTPUT, help="Also write a picture of the parts, {stem}.png.")] = (
@@ -78,7 +95,12 @@ class Common:
     device: DeviceOption = "auto"
     precision: Annotated[
         str,
-        _option("--precision", panel=MODEL, help="high (float32), fast (bfloat16), or auto: fast where it is native."),
+        _option(
+            "--precision",
+            panel=MODEL,
+            autocompletion=among("auto", "high", "fast"),
+            help="high (float32), fast (bfloat16), or auto: fast where it is native.",
+        ),
     ] = "auto"
     model_dir: Annotated[
         Path | None,
@@ -108,7 +130,13 @@ class Common:
         False
     )
     progress: Annotated[
-        str, _option("--progress", panel=RUN, help="auto (bars on a terminal), json (lines on stderr) or none.")
+        str,
+        _option(
+            "--progress",
+            panel=RUN,
+            autocompletion=among("auto", "json", "none"),
+            help="auto (bars on a terminal), json (lines on stderr) or none.",
+        ),
     ] = "auto"
     quiet: QuietOption = False
 

@@ -13,9 +13,11 @@ from typer.core import TyperCommand
 
 from clapsep_cli.cli.options import Common, takes
 from clapsep_cli.cli.run import carry_out, find
+from clapsep_cli.cli.terminal import among
 from clapsep_cli.errors import UsageError
+from clapsep_cli.models.prompts import PROMPTS, TASKS
 
-PROMPTS = "Prompts"  # panel of --help
+PANEL = "Prompts"  # of --help
 LISTS = ("--prompts", "--only")
 DEFAULT = "tuss-medium"
 
@@ -55,7 +57,8 @@ def separate(
         typer.Option(
             "--prompts",
             metavar="NAME...",
-            rich_help_panel=PROMPTS,
+            rich_help_panel=PANEL,
+            autocompletion=among(*PROMPTS),
             help="All that there is; repeat equal sounds.",
         ),
     ] = None,
@@ -64,13 +67,20 @@ def separate(
         typer.Option(
             "--task",
             metavar="TASK",
-            rich_help_panel=PROMPTS,
+            rich_help_panel=PANEL,
+            autocompletion=among(*TASKS),
             help="Prompts by task: speech-enhancement, speech-separation, sound-events, music or cinematic.",
         ),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="NAME...", rich_help_panel=PROMPTS, help="Write only these of the parts."),
+        typer.Option(
+            "--only",
+            metavar="NAME...",
+            rich_help_panel=PANEL,
+            autocompletion=among(*PROMPTS),
+            help="Write only these of the parts.",
+        ),
     ] = None,
     residual: Annotated[bool, typer.Option("--residual", help="Also write what the parts leave.")] = False,
     consistent: Annotated[
@@ -83,7 +93,6 @@ def separate(
     """
     from clapsep_cli.files import is_there
     from clapsep_cli.jobs.planning import Destination
-    from clapsep_cli.models.prompts import TASKS
     from clapsep_cli.query import Query
 
     if bool(prompts) == bool(task):

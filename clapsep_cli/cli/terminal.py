@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
 
+from clapsep_cli.registry import MODELS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -20,11 +22,34 @@ if TYPE_CHECKING:
 
     from clapsep_cli.jobs.tasks import Job
 
+
+def among(*names: str) -> Callable[[str], list[str]]:
+    """What a shell completes the value of an option to."""
+
+    def matches(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return matches
+
+
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME|PATH", help="A model by name or folder; by default the best there is."),
+    typer.Option(
+        "--model",
+        metavar="NAME|PATH",
+        autocompletion=among(*MODELS),
+        help="A model by name or folder; by default the best there is.",
+    ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        "-d",
+        autocompletion=among("auto", "cpu", "cuda", "mps"),
+        help="auto, cpu, cuda, cuda:N or mps.",
+    ),
+]
 
 
 def use_home(folder: Path | None) -> Path | None:

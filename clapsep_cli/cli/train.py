@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
-from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, downloads, note
+from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,17 +33,30 @@ PresetOption = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
+        autocompletion=among("mini", "clapsep-hybrid", "clapsep-text", "tuss-medium", "tuss-large"),
         help="mini, clapsep-hybrid, clapsep-text, tuss-medium or tuss-large; mini, or as --init says.",
     ),
 ]
 InitOption = Annotated[
-    str | None, typer.Option("--init", metavar="NAME|PATH", help="A model to go on from, rather than from scratch.")
+    str | None,
+    typer.Option(
+        "--init",
+        metavar="NAME|PATH",
+        autocompletion=among(*MODELS),
+        help="A model to go on from, rather than from scratch.",
+    ),
 ]
 LoraOnlyOption = Annotated[
     bool, typer.Option("--lora-only", help="With --init: tune a small adapter, and nothing else of the model.")
 ]
 EncoderOption = Annotated[
-    str | None, typer.Option("--encoder", metavar="HOW", help="The separator's: lora, frozen, scratch or none.")
+    str | None,
+    typer.Option(
+        "--encoder",
+        metavar="HOW",
+        autocompletion=among("lora", "frozen", "scratch", "none"),
+        help="The separator's: lora, frozen, scratch or none.",
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -65,7 +79,10 @@ EpochsOption = Annotated[
     typer.Option("--epochs", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Everything drawn at random follows from it; 0.")]
-AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda or mps.")]
+AcceleratorOption = Annotated[
+    str,
+    typer.Option("--accelerator", autocompletion=among("auto", "cpu", "cuda", "mps"), help="auto, cpu, cuda or mps."),
+]
 DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start this on each, by torchrun or SLURM.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="bf16-mixed or 32-true; the preset's if not given.")]
