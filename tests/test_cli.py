@@ -180,6 +180,16 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert list(mix.parent.iterdir()) == [mix]
 
 
+@pytest.mark.parametrize("columns", [50, 60, 80, 200])
+@pytest.mark.parametrize("command", ["extract", "separate", "evaluate"])
+def test_help_names_every_option_in_full_however_narrow(columns: int, command: str, tmp_path: Path) -> None:
+    shown = process(command, "--help", cwd=tmp_path, COLUMNS=str(columns)).stdout
+    whole: Any = typer.main.get_command(app)
+    options = {option for parameter in whole.commands[command].params for option in parameter.opts if "--" in option}
+    assert not [option for option in options if not re.search(rf"{option}(?![\w-])", shown)]
+    assert max(map(len, shown.splitlines())) <= columns
+
+
 @pytest.mark.parametrize(
     ("words", "completions"),
     [

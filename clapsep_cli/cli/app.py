@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from typing import Annotated, NoReturn
 
@@ -20,10 +21,12 @@ from clapsep_cli.errors import ClapsepError
 from clapsep_cli.startup import prepare
 
 INTERRUPTED = 130
+WIDE = 80  # columns of a terminal, below which panels would cut the names of options short
 
 app = typer.Typer(
     name="clapsep",
     no_args_is_help=True,
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= WIDE else None,
     pretty_exceptions_enable=False,
     help="Extract the sound you describe from a recording.",
     epilog='Example: clapsep extract mix.wav --pos "dog barking" --neg "rain"',

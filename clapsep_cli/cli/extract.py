@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.options import Common, takes
+from clapsep_cli.cli.options import OUTPUT, Common, takes
 from clapsep_cli.cli.run import carry_out, find
 from clapsep_cli.errors import QueryError, UsageError
 
@@ -64,7 +64,7 @@ def extract(
     ] = True,
     manifest: Annotated[
         Path | None,
-        _query("--manifest", metavar="CSV", help="Recordings with queries: file,pos,neg,query_audio,neg_audio."),
+        _query("--manifest", metavar="CSV", help="Recordings with queries: file, pos, neg, query_audio, neg_audio."),
     ] = None,
     presence: Annotated[
         bool | None, _query("--presence/--no-presence", help="Tell how alike the target is to the query; with --json.")
@@ -73,8 +73,12 @@ def extract(
         float | None,
         _query("--min-presence", metavar="X", help="Write nothing where the presence is below; 0 is a good start."),
     ] = None,
-    residual: Annotated[bool, typer.Option("--residual/--no-residual", help="Also write what is left.")] = True,
-    remove: Annotated[bool, typer.Option("--remove", help="Write what is left alone, without the target.")] = False,
+    residual: Annotated[
+        bool, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write what is left.")
+    ] = True,
+    remove: Annotated[
+        bool, typer.Option("--remove", rich_help_panel=OUTPUT, help="Write what is left alone, without the target.")
+    ] = False,
 ) -> None:
     """Write what matches the query to MIX.target.wav and the rest to MIX.residual.wav.
 

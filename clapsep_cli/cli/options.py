@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from clapsep_cli.cli.terminal import DeviceOption, ModelOption, QuietOption, among, use_home
+from clapsep_cli.cli.terminal import DEVICES, among, use_home
+from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -57,6 +58,7 @@ class Common:
             "--format",
             "-f",
             panel=OUTPUT,
+            metavar="NAME",
             autocompletion=among("wav", "flac", "ogg", "opus", "mp3"),
             help="wav, flac, ogg, opus or mp3.",
         ),
@@ -66,6 +68,7 @@ class Common:
         _option(
             "--subtype",
             panel=OUTPUT,
+            metavar="NAME",
             autocompletion=among("pcm16", "pcm24", "float"),
             help="pcm16, pcm24 or float; by default the input's, at least 16 bit.",
         ),
@@ -75,6 +78,7 @@ class Common:
         _option(
             "--clip",
             panel=OUTPUT,
+            metavar="HOW",
             autocompletion=among("warn", "rescale", "error"),
             help="What is over full scale: warn and cut it, rescale all parts alike, or error.",
         ),
@@ -87,17 +91,37 @@ class Common:
         bool, _option("--skip-existing", panel=OUTPUT, help="Leave out what was done before, for all the same wishes.")
     ] = False
 
-    model: ModelOption = None
+    model: Annotated[
+        str | None,
+        _option(
+            "--model",
+            panel=MODEL,
+            metavar="NAME|PATH",
+            autocompletion=among(*MODELS),
+            help="By name or folder; by default the best there is.",
+        ),
+    ] = None
     adapter: Annotated[
         Path | None,
         _option("--adapter", panel=MODEL, metavar="FILE", help="Tuned by `clapsep train --lora-only`, for the model."),
     ] = None
-    device: DeviceOption = "auto"
+    device: Annotated[
+        str,
+        _option(
+            "--device",
+            "-d",
+            panel=MODEL,
+            metavar="NAME",
+            autocompletion=among(*DEVICES),
+            help="auto, cpu, cuda, cuda:N or mps.",
+        ),
+    ] = "auto"
     precision: Annotated[
         str,
         _option(
             "--precision",
             panel=MODEL,
+            metavar="HOW",
             autocompletion=among("auto", "high", "fast"),
             help="high (float32), fast (bfloat16), or auto: fast where it is native.",
         ),
@@ -134,11 +158,12 @@ class Common:
         _option(
             "--progress",
             panel=RUN,
+            metavar="HOW",
             autocompletion=among("auto", "json", "none"),
             help="auto (bars on a terminal), json (lines on stderr) or none.",
         ),
     ] = "auto"
-    quiet: QuietOption = False
+    quiet: Annotated[bool, _option("--quiet", "-q", panel=RUN, help="Print nothing but errors.")] = False
 
 
 def takes(options: type[Options]) -> Callable[[Command], Command]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from clapsep_cli.cli.options import Common, takes
+from clapsep_cli.cli.options import OUTPUT, Common, takes
 from clapsep_cli.cli.run import carry_out, find
 from clapsep_cli.cli.terminal import among
 from clapsep_cli.errors import UsageError
@@ -82,9 +82,14 @@ def separate(
             help="Write only these of the parts.",
         ),
     ] = None,
-    residual: Annotated[bool, typer.Option("--residual", help="Also write what the parts leave.")] = False,
+    residual: Annotated[
+        bool, typer.Option("--residual", rich_help_panel=OUTPUT, help="Also write what the parts leave.")
+    ] = False,
     consistent: Annotated[
-        bool, typer.Option("--consistent", help="Spread what the parts leave over them, so that they add up.")
+        bool,
+        typer.Option(
+            "--consistent", rich_help_panel=OUTPUT, help="Spread what the parts leave over them, so that they add up."
+        ),
     ] = False,
 ) -> None:
     """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from clapsep_cli.jobs.tasks import Job
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 def among(*names: str) -> Callable[[str], list[str]]:
     """What a shell completes the value of an option to."""
@@ -46,7 +48,8 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         "-d",
-        autocompletion=among("auto", "cpu", "cuda", "mps"),
+        metavar="NAME",
+        autocompletion=among(*DEVICES),
         help="auto, cpu, cuda, cuda:N or mps.",
     ),
 ]
