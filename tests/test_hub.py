@@ -39,7 +39,7 @@ OTHER_SHA256 = "4c5e" + "0" * 60
 DISPUTED = replace(REMOTE, sha256=OTHER_SHA256, disputed=True)  # what clapsep pins is not what the Hub has
 FETCH = """
 import json, sys
-from clapsep_cli import hub
+from clapsep_cli.store import hub
 from clapsep_cli.registry import HubFile
 early = {"huggingface_hub", "httpx2", "filelock", "torch", "numpy"} & set(sys.modules)
 assert not early, "imports before they are needed"

@@ -199,7 +199,8 @@ def test_a_malicious_file_that_was_carried_here(
 CONVERT = """
 import sys
 from dataclasses import replace
-from clapsep_cli import checkpoint, registry
+from clapsep_cli import registry
+from clapsep_cli.store import checkpoint
 
 registry.FAMILIES["clapsep"] = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
 stop_at, save = sys.argv.pop(1), checkpoint.save_part

@@ -31,7 +31,7 @@ REMOTE = WebFile(url=f"https://files.example{PATH}", size=len(DATA), sha256=hash
 WHERE = "model.pth at files.example"
 FETCH = """
 import json, sys
-from clapsep_cli import hub
+from clapsep_cli.store import hub
 from clapsep_cli.registry import WebFile
 
 def progress(done, total):
