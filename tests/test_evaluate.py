@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli import Query
+from clapsep_cli.cli.evaluate import _sides
 from clapsep_cli.data import Clip
 from clapsep_cli.errors import ClapsepError, ManifestError, OutputError
 from clapsep_cli.evaluation import evaluate as module
@@ -305,3 +306,7 @@ def test_the_commands_from_a_folder_to_scores(
     ):
         other = clapsep(*arguments, *wrong, cwd=tmp_path)
         assert (other.returncode, said in other.stderr) == (2, True)
+
+
+def test_sides_may_be_named_as_the_tables_name_them() -> None:
+    assert _sides("pos,both") == _sides("both, positive") == ("both", "positive")

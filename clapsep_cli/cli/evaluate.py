@@ -71,8 +71,9 @@ def make(
 
 
 def _sides(text: str) -> tuple[str, ...]:
-    chosen = [part.strip() for part in text.split(",")]
-    if not set(chosen) <= set(SIDES):
+    short = {name: side for side, name in SIDES.items()}  # tables have the long names: take both
+    chosen = {short.get(part.strip(), part.strip()) for part in text.split(",")}
+    if not chosen <= set(SIDES):
         raise typer.BadParameter(f"{text!r}: name one or more of {', '.join(SIDES)}, separated by commas")
     return tuple(name for side, name in SIDES.items() if side in chosen)
 

@@ -24,6 +24,7 @@ from clapsep_cli.audio.samples import Audio
 VIOLIN_POINTS = 160
 BANDS = 100  # rows of a spectrogram, on the mel scale; more would leave the lowest without a bin
 TOP_HZ = 16_000
+COMPRESSION = 0.8  # of what is played, from 0 to 1: an MP3 at some 40 kbit/s
 RANGE_DB = 75.0
 TICKS_HZ = (500, 1000, 2000, 4000, 8000)
 # From black over violet and orange to pale yellow, of rising lightness.
@@ -153,6 +154,6 @@ def player(audio: Audio) -> str:
     """A player of `audio` (mono at 32 kHz, within ±1): MP3, which every browser plays, or else FLAC."""
     kind, mime = ("MP3", "mpeg") if "MP3" in soundfile.available_formats() else ("FLAC", "flac")
     file = io.BytesIO()
-    soundfile.write(file, np.clip(audio, -1, 1), dsp.RATE_HZ, format=kind)
+    soundfile.write(file, np.clip(audio, -1, 1), dsp.RATE_HZ, format=kind, compression_level=COMPRESSION)
     data = base64.b64encode(file.getvalue()).decode()
     return f'<audio controls preload="metadata" src="data:audio/{mime};base64,{data}"></audio>'

@@ -22,6 +22,7 @@ from clapsep_cli import dsp
 from clapsep_cli.errors import QueryError
 from clapsep_cli.models import base
 
+STRETCH_SECONDS = 5  # that the audio encoder hears at once, with silence behind what is shorter: so it was trained
 SILENCE_RMS = 1e-5  # quieter windows are not brought to level: there is nothing in them (−100 dBFS)
 
 
@@ -30,7 +31,7 @@ class MiniConfig:
     """Sizes of a mini model. `dim`: of the shared space; `words`: rows of the word table."""
 
     dim: int = 160
-    words: int = 89_332
+    words: int = 85_000
     seconds: int = 10
     bands: int = 128
     linear_bands: int = 48  # the lowest bands are single bins, to tell close partials apart
@@ -238,9 +239,9 @@ class MiniAudio(base.AudioEncoder):
 
     @torch.no_grad()
     def embed(self, audio: Tensor) -> Tensor:
-        """A recording over `window` samples is covered by as few windows as that takes; their embeddings average."""
-        count = -(-len(audio) // self.window)
-        length = max(min(len(audio), self.window), dsp.N_FFT)
+        """A recording is covered by as few stretches as that takes; their embeddings average."""
+        length = STRETCH_SECONDS * self.rate
+        count = max(1, -(-len(audio) // length))
         audio = F.pad(audio, (0, max(0, length - len(audio))))
         starts = [round(i * (len(audio) - length) / max(count - 1, 1)) for i in range(count)]
         windows = torch.stack([audio[start : start + length] for start in starts])

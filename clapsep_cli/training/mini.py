@@ -75,8 +75,8 @@ class MiniRecipe(Recipe):
     init: str = ""
     paraphrases: str = ""
     draw: Draw = Draw()
-    audio: Stage = Stage(steps=2500, batch=48, lr=2e-3)
-    separator: Stage = Stage(steps=5400, batch=32, lr=1e-3)
+    audio: Stage = Stage(steps=3000, batch=48, lr=2e-3)
+    separator: Stage = Stage(steps=6000, batch=32, lr=1e-3)
     temperature: float = 0.07  # of the audio encoder's softmax over captions
     mixing: Mixing = Mixing()
     eq_db: float = 4.0  # standard deviation of the random equaliser at its control points
