@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import write_clips
+from clips import reported, write_clips
 from conftest import Clapsep
 from tiny_clapsep import ROBERTA, write_checkpoints
 
@@ -51,15 +51,7 @@ def recipe(base: Path) -> ClapsepRecipe:
 
 
 def run(manifest: Path, out: Path, recipe: ClapsepRecipe, stop_at: int = 0) -> list[Report]:
-    reports: list[Report] = []
-
-    def listen(report: Report) -> None:
-        reports.append(report)
-        if report.stage == "separator" and report.step == stop_at:
-            raise KeyboardInterrupt
-
-    train(manifest, out, recipe, listen)
-    return reports
+    return reported(manifest, out, recipe, ("separator", stop_at))
 
 
 def curve(reports: list[Report]) -> dict[tuple[str, int, str], float]:

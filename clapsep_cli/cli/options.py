@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from clapsep_cli.cli.terminal import DEVICES, among, use_home
-from clapsep_cli.registry import MODELS
+from clapsep_cli.cli.terminal import PROGRESS, among, device_option, model_option, quiet_option, use_home
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -91,31 +90,12 @@ class Common:
         bool, _option("--skip-existing", panel=OUTPUT, help="Leave out what was done before, for all the same wishes.")
     ] = False
 
-    model: Annotated[
-        str | None,
-        _option(
-            "--model",
-            panel=MODEL,
-            metavar="NAME|PATH",
-            autocompletion=among(*MODELS),
-            help="By name or folder; by default the best there is.",
-        ),
-    ] = None
+    model: Annotated[str | None, model_option(MODEL)] = None
     adapter: Annotated[
         Path | None,
         _option("--adapter", panel=MODEL, metavar="FILE", help="Tuned by `clapsep train --lora-only`, for the model."),
     ] = None
-    device: Annotated[
-        str,
-        _option(
-            "--device",
-            "-d",
-            panel=MODEL,
-            metavar="NAME",
-            autocompletion=among(*DEVICES),
-            help="auto, cpu, cuda, cuda:N or mps.",
-        ),
-    ] = "auto"
+    device: Annotated[str, device_option(MODEL)] = "auto"
     precision: Annotated[
         str,
         _option(
@@ -159,11 +139,11 @@ class Common:
             "--progress",
             panel=RUN,
             metavar="HOW",
-            autocompletion=among("auto", "json", "none"),
+            autocompletion=among(*PROGRESS),
             help="auto (bars on a terminal), json (lines on stderr) or none.",
         ),
     ] = "auto"
-    quiet: Annotated[bool, _option("--quiet", "-q", panel=RUN, help="Print nothing but errors.")] = False
+    quiet: Annotated[bool, quiet_option(RUN)] = False
 
 
 def takes(options: type[Options]) -> Callable[[Command], Command]:

@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -34,25 +34,37 @@ def among(*names: str) -> Callable[[str], list[str]]:
     return matches
 
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
+def model_option(panel: str | None = None) -> Any:
+    """`--model`, in a panel of --help."""
+    return typer.Option(
         "--model",
         metavar="NAME|PATH",
         autocompletion=among(*MODELS),
+        rich_help_panel=panel,
         help="A model by name or folder; by default the best there is.",
-    ),
-]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
+    )
+
+
+def device_option(panel: str | None = None) -> Any:
+    """`--device`, likewise."""
+    return typer.Option(
         "--device",
         "-d",
         metavar="NAME",
         autocompletion=among(*DEVICES),
+        rich_help_panel=panel,
         help="auto, cpu, cuda, cuda:N or mps.",
-    ),
-]
+    )
+
+
+def quiet_option(panel: str | None = None) -> Any:
+    """`--quiet`, likewise."""
+    return typer.Option("--quiet", "-q", rich_help_panel=panel, help="Print nothing but errors.")
+
+
+ModelOption = Annotated[str | None, model_option()]
+DeviceOption = Annotated[str, device_option()]
+QuietOption = Annotated[bool, quiet_option()]
 
 
 def use_home(folder: Path | None) -> Path | None:
@@ -72,7 +84,6 @@ ModelDirOption = Annotated[
         help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 PROGRESS = ("auto", "json", "none")

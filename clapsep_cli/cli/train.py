@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
-from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, note
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ EpochsOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Everything drawn at random follows from it; 0.")]
 AcceleratorOption = Annotated[
     str,
-    typer.Option("--accelerator", autocompletion=among("auto", "cpu", "cuda", "mps"), help="auto, cpu, cuda or mps."),
+    typer.Option("--accelerator", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
 ]
 DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start this on each, by torchrun or SLURM.")]
