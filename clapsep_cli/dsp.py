@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -45,33 +46,37 @@ def waveform(spec: Tensor, length: int) -> Tensor:
 class Resampler(nn.Module):
     """Windowed-sinc resampling between two fixed rates: Hann window, low-pass width 6, roll-off 0.99.
 
-    These are torchaudio's defaults, which the released weights were trained with. One strided convolution computes
-    every output phase: for 32 → 48 kHz, two samples in and three samples out at each step.
+    These are torchaudio's defaults, which the released weights were trained with. All output samples of a block come
+    of one product with the input around it: for 32 → 48 kHz, blocks of 16 samples in and 24 out.
     """
 
     LOWPASS_WIDTH = 6  # zero crossings of the sinc on either side
     ROLLOFF = 0.99  # cut-off over the lower Nyquist frequency
+    BLOCK = 16  # samples in, about; more would be multiplied by zeros for the most part
 
     kernel: Tensor
 
     def __init__(self, rate_in: int, rate_out: int) -> None:
         super().__init__()
         common = math.gcd(rate_in, rate_out)
-        self.step_in, self.step_out = rate_in // common, rate_out // common
-        cutoff = min(self.step_in, self.step_out) * self.ROLLOFF
-        self.reach = math.ceil(self.LOWPASS_WIDTH * self.step_in / cutoff)
-        taps = torch.arange(-self.reach, self.reach + self.step_in, dtype=torch.float64, device="cpu") / self.step_in
-        phases = torch.arange(self.step_out, dtype=torch.float64, device="cpu")[:, None] / self.step_out
-        t = ((taps - phases) * cutoff).clamp(-self.LOWPASS_WIDTH, self.LOWPASS_WIDTH)
-        kernel = torch.sinc(t) * torch.cos(t * math.pi / self.LOWPASS_WIDTH / 2).square() * (cutoff / self.step_in)
-        self.register_buffer("kernel", kernel[:, None].float(), persistent=False)
+        step_in, step_out = rate_in // common, rate_out // common
+        cutoff = min(step_in, step_out) * self.ROLLOFF
+        self.ratio = Fraction(step_out, step_in)
+        self.reach = math.ceil(self.LOWPASS_WIDTH * step_in / cutoff)
+        self.block = max(1, self.BLOCK // step_in) * step_in
+        # In units of one step; the Hann window is zero where its argument is clamped.
+        heard = torch.arange(-self.reach, self.block + self.reach, dtype=torch.float64, device="cpu") / step_in
+        told = torch.arange(int(self.block * self.ratio), dtype=torch.float64, device="cpu") / step_out
+        t = ((heard[:, None] - told) * cutoff).clamp(-self.LOWPASS_WIDTH, self.LOWPASS_WIDTH)
+        kernel = torch.sinc(t) * torch.cos(t * math.pi / self.LOWPASS_WIDTH / 2).square() * (cutoff / step_in)
+        self.register_buffer("kernel", kernel.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Resample float32 `[batch, samples]` to `[batch, ceil(samples · rate_out / rate_in)]`."""
-        length = math.ceil(x.shape[-1] * self.step_out / self.step_in)
-        padded = F.pad(x, (self.reach, self.reach + self.step_in))[:, None]
-        phases = F.conv1d(padded, self.kernel, stride=self.step_in)
-        return phases.transpose(1, 2).flatten(1)[:, :length]
+        samples = x.shape[-1]
+        rest = -samples % self.block
+        blocks = F.pad(x, (self.reach, self.reach + rest)).unfold(-1, len(self.kernel), self.block)
+        return (blocks @ self.kernel).flatten(1)[:, : math.ceil(samples * self.ratio)]
 
 
 def mel_filters(rate: int, bands: int, low: float, high: float) -> Tensor:

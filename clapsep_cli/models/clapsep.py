@@ -17,7 +17,7 @@ from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, power, spectrum
 from clapsep_cli.models import htsat
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
-from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock
+from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
 from clapsep_cli.models.packed import pack
 
 BINS = N_FFT // 2 + 1
@@ -154,7 +154,7 @@ class AggregatorLayer(nn.Module):
         self.block = SwinBlock(width, heads, side, window, shifted=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.block(self.expanding(x)))
+        return through([self.block], cast(Tensor, self.expanding(x)))
 
 
 class InversePatchEmbedding(nn.Module):
@@ -166,7 +166,10 @@ class InversePatchEmbedding(nn.Module):
         self.proj = nn.ConvTranspose2d(width, 1, PATCH, stride=PATCH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.proj(self.norm(x).to(self.proj.weight.dtype).permute(0, 3, 1, 2)).squeeze(1))
+        # No patch overlaps another, so the convolution is one product, of which each row is a patch.
+        weight = self.proj.weight.flatten(1)
+        patches = (self.norm(x).to(weight.dtype) @ weight).add_(self.proj.bias).unflatten(-1, (PATCH, PATCH))
+        return cast(Tensor, patches.transpose(2, 3).flatten(3).flatten(1, 2))
 
 
 class Aggregator(nn.Module):

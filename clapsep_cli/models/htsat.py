@@ -6,7 +6,7 @@ Layers keep Swin's names. Tokens are laid out `[batch, rows, columns, channels]`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -21,7 +21,9 @@ HOP = 480  # samples, at RATE_HZ
 MEL_BAND_HZ = (50.0, 14_000.0)
 PATCH = 4  # mel bins and frames to a patch
 MLP_RATIO = 4
-SHIFT_MASK = -100.0  # added to the attention between tokens that only the shift has made neighbours
+# Added to the attention between tokens that only the shift has made neighbours. Swin's own is -100, which also leaves
+# nothing of them beside the others, but of which the exponential is denormal and takes a CPU three times as long.
+SHIFT_MASK = -10_000.0
 
 
 class BinNorm(nn.BatchNorm1d):
@@ -79,36 +81,48 @@ class WindowAttention(nn.Module):
 
     def _compute_bias(self) -> Tensor:
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-        return bias.contiguous() if self.shift_mask is None else bias + self.shift_mask[:, None]
+        return (bias if self.shift_mask is None else bias + self.shift_mask[:, None]).contiguous()
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm Swin block on a `side` × `side` map: windowed attention, then an MLP, each added to its input."""
+    """Pre-norm Swin block on a `side` × `side` map: windowed attention, then an MLP, each added to its input.
+
+    Its tokens are those of each window in turn; `through` moves them there.
+    """
+
+    order: Tensor
+    raster: Tensor
 
     def __init__(self, width: int, heads: int, side: int, window: int, shifted: bool) -> None:
         super().__init__()
         # A map of a single window has nothing to shift.
         self.window = min(window, side)
-        self.shift = window // 2 if shifted and side > window else 0
+        shift = window // 2 if shifted and side > window else 0
         self.norm1 = nn.LayerNorm(width)
-        self.attn = WindowAttention(width, heads, side, self.window, self.shift)
+        self.attn = WindowAttention(width, heads, side, self.window, shift)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, MLP_RATIO * width)
+        order = _window_order(side, self.window, shift)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("raster", order.argsort(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, side, side, width]` to the same shape."""
-        x = x + self._attend(self.norm1(x))
+        """`[batch, side², width]`, token `order[i]` of the map in place i, to the same shape."""
+        windows = self.norm1(x).view(-1, self.window**2, x.shape[-1])
+        x = x + self.attn(windows).view_as(x)
         return cast(Tensor, x + self.mlp(self.norm2(x)))
 
-    def _attend(self, x: Tensor) -> Tensor:
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), (1, 2))
-        batch, side, _, width = x.shape
-        count, window = side // self.window, self.window
-        windows = x.view(batch, count, window, count, window, width).transpose(2, 3).reshape(-1, window**2, width)
-        attended = self.attn(windows).view(batch, count, count, window, window, width)
-        x = attended.transpose(2, 3).reshape(batch, side, side, width)
-        return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
+
+def through(blocks: Iterable[SwinBlock], x: Tensor) -> Tensor:
+    """`x`, `[batch, side, side, width]`, after each of `blocks` in turn.
+
+    All but attention treats each token alone, so tokens move only from the windows of one block to those of the next.
+    """
+    tokens, raster = x.flatten(1, 2), None  # as yet in the map's own order
+    for block in blocks:
+        tokens = block(tokens.index_select(1, block.order if raster is None else raster[block.order]))
+        raster = block.raster
+    return x if raster is None else tokens.index_select(1, raster).view_as(x)
 
 
 class Mlp(nn.Module):
@@ -152,11 +166,11 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, side: int, window: int, merging: bool) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(SwinBlock(width, heads, side, window, shifted=i % 2 == 1) for i in range(depth)))
+        self.blocks = nn.ModuleList(SwinBlock(width, heads, side, window, shifted=i % 2 == 1) for i in range(depth))
         self.downsample = PatchMerging(width) if merging else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.downsample(self.blocks(x)))
+        return cast(Tensor, self.downsample(through(cast(Iterable[SwinBlock], self.blocks), x)))
 
 
 class HTSAT(nn.Module):
@@ -235,8 +249,15 @@ def _relative_position_index(window: int) -> Tensor:
     return (row[:, None] - row + offset) * (2 * window - 1) + column[:, None] - column + offset
 
 
+def _window_order(side: int, window: int, shift: int) -> Tensor:
+    """Tokens of a map, in row-major order of its windows after a cyclic shift: int64 `[side²]`."""
+    shifted = torch.arange(side * side, device="cpu").view(side, side).roll((-shift, -shift), (0, 1))
+    count = side // window
+    return shifted.view(count, window, count, window).transpose(1, 2).flatten()
+
+
 def _shift_mask(side: int, window: int, shift: int) -> Tensor:
-    """-100 between tokens that a cyclic shift has brought into one window from opposite edges, else 0.
+    """`SHIFT_MASK` between tokens that a cyclic shift has brought into one window from opposite edges, else 0.
 
     Float32 `[windows, window², window²]`.
     """
