@@ -29,7 +29,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "models",
         [
-            {"attention", "base", "locoformer", "packed", "prompts"},
+            {"attention", "base", "linear", "locoformer", "prompts"},
             {"htsat", "mini", "tuss"},
             {"clapsep"},
             {"clap"},

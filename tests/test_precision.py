@@ -16,7 +16,7 @@ from clapsep_cli.errors import DeviceError
 from clapsep_cli.models import attention
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
-from clapsep_cli.models.packed import PackedLinear, pack
+from clapsep_cli.models.linear import ActivatedLinear, PackedLinear, pack
 from clapsep_cli.store.checkpoint import choose_precision
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -67,16 +67,19 @@ def test_long_attention_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packed_layers_are_the_layers_they_replace() -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8, bias=False))
-    packed = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8, bias=False))
-    packed.load_state_dict(plain.state_dict())
+    first, second, third = nn.Linear(24, 40), nn.Linear(40, 8), nn.Linear(8, 8, bias=False)
+    plain = nn.Sequential(first, nn.ReLU(), second, nn.GELU(), third)
+    packed = nn.Sequential(ActivatedLinear(24, 40, "relu"), ActivatedLinear(40, 8, "gelu"), nn.Linear(8, 8, bias=False))
+    for layer, like in zip(packed, (first, second, third), strict=True):
+        layer.load_state_dict(like.state_dict())
+    x = torch.randn(5, 3, 24)
+    torch.testing.assert_close(packed(x), plain(x))
     pack(packed, torch.float32)
     assert not any(isinstance(layer, PackedLinear) for layer in packed)
     pack(packed, torch.bfloat16)
-    assert sum(isinstance(layer, PackedLinear) for layer in packed) == 2
-    x = torch.randn(5, 3, 24).bfloat16()
+    assert sum(isinstance(layer, PackedLinear) for layer in packed) == 3
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x), plain.bfloat16()(x), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(packed(x.bfloat16()), plain.bfloat16()(x.bfloat16()), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(("name", "least_db"), [("clapsep", 40), ("mini", 25)])

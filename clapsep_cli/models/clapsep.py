@@ -6,9 +6,8 @@ conditioned on the queries by FiLM; MaskNet turns the result and the 32 kHz spec
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from clapsep_cli.models import htsat
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
-from clapsep_cli.models.packed import pack
+from clapsep_cli.models.linear import ActivatedLinear, pack
 
 BINS = N_FFT // 2 + 1
 
@@ -98,21 +97,20 @@ class CLAPSepConfig:
 class TransformerLayer(nn.Module):
     """Post-norm Transformer encoder layer, as in MaskNet (ReLU) and RoBERTa (GELU)."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, width: int, heads: int, feed_forward: int, activation: Literal["relu", "gelu"]) -> None:
         super().__init__()
         self.heads = heads
-        self.activation = activation
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, feed_forward)
+        self.fc1 = ActivatedLinear(width, feed_forward, activation)
         self.fc2 = nn.Linear(feed_forward, width)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """`x`: `[batch, tokens, width]`; `attended`: bool, true where a token may be attended to."""
         x = self.norm1(x + self.out(attend(self.qkv(x), self.heads, attended)))
-        return cast(Tensor, self.norm2(x + self.fc2(self.activation(self.fc1(x)))))
+        return cast(Tensor, self.norm2(x + self.fc2(self.fc1(x))))
 
 
 class FiLM(nn.Module):
@@ -168,7 +166,7 @@ class InversePatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # No patch overlaps another, so the convolution is one product, of which each row is a patch.
         weight = self.proj.weight.flatten(1)
-        patches = (self.norm(x).to(weight.dtype) @ weight).add_(self.proj.bias).unflatten(-1, (PATCH, PATCH))
+        patches = (self.norm(x).to(weight.dtype) @ weight + self.proj.bias).unflatten(-1, (PATCH, PATCH))
         return cast(Tensor, patches.transpose(2, 3).flatten(3).flatten(1, 2))
 
 
@@ -213,7 +211,7 @@ class MaskNet(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.layers = nn.Sequential(
             *(
-                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, torch.relu_)
+                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, "relu")
                 for _ in range(config.mask_layers)
             )
         )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from clapsep_cli.dsp import mel_filters, power, spectrum
 from clapsep_cli.models.attention import attend
+from clapsep_cli.models.linear import ActivatedLinear
 
 RATE_HZ = 48_000
 HOP = 480  # samples, at RATE_HZ
@@ -128,11 +129,11 @@ def through(blocks: Iterable[SwinBlock], x: Tensor) -> Tensor:
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = ActivatedLinear(width, hidden, "gelu")
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
+        return cast(Tensor, self.fc2(self.fc1(x)))
 
 
 class PatchEmbedding(nn.Module):
@@ -144,7 +145,10 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, image: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(self.proj(image[:, None]).permute(0, 2, 3, 1)))
+        # No patch overlaps another, so the convolution is one product, of which each row is a patch.
+        count = image.shape[1] // PATCH
+        patches = image.view(-1, count, PATCH, count, PATCH).transpose(2, 3).flatten(3)
+        return cast(Tensor, self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)))
 
 
 class PatchMerging(nn.Module):

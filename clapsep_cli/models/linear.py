@@ -1,9 +1,25 @@
-"""Linear layers whose weights lie in memory as a CPU's matrix kernels want them, in bfloat16."""
+"""Linear layers: with the activation that follows, and packed as a CPU's matrix kernels want them, in bfloat16."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {"relu": torch.relu_, "gelu": F.gelu}
+
+
+class ActivatedLinear(nn.Linear):
+    """A linear layer and its activation, which matrix kernels can apply before they write."""
+
+    def __init__(self, inputs: int, outputs: int, activation: Literal["relu", "gelu"]) -> None:
+        super().__init__(inputs, outputs)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](super().forward(x))
 
 
 class PackedLinear(nn.Module):
@@ -14,9 +30,11 @@ class PackedLinear(nn.Module):
         # Opaque, so neither a parameter nor a buffer: nothing could convert or save it.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = linear.bias
+        self.activation = linear.activation if isinstance(linear, ActivatedLinear) else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        # The activation's arguments: no numbers, and, for GELU, no approximation.
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
         return out
 
 
