@@ -28,6 +28,8 @@ def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
             rows = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}: is not UTF-8; save it as CSV UTF-8") from error
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: no such file") from error
     except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ManifestError(f"{path}: cannot be read as a CSV ({reason})") from error

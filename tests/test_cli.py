@@ -180,6 +180,16 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert list(mix.parent.iterdir()) == [mix]
 
 
+def test_pictures_are_refused_before_anything_is_done(
+    clapsep: Clapsep, mix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused = clapsep("extract", mix, "--pos", "dog", "--plot", cwd=mix.parent)
+    assert refused.returncode == 2
+    assert refused.stderr == 'clapsep: --plot takes matplotlib too: pip install "clapsep[plot]"\n'
+    assert list(mix.parent.iterdir()) == [mix]
+
+
 @pytest.mark.parametrize("columns", [50, 60, 80, 200])
 @pytest.mark.parametrize("command", ["extract", "separate", "evaluate"])
 def test_help_names_every_option_in_full_however_narrow(columns: int, command: str, tmp_path: Path) -> None:
@@ -188,6 +198,8 @@ def test_help_names_every_option_in_full_however_narrow(columns: int, command: s
     options = {option for parameter in whole.commands[command].params for option in parameter.opts if "--" in option}
     assert not [option for option in options if not re.search(rf"{option}(?![\w-])", shown)]
     assert max(map(len, shown.splitlines())) <= columns
+    assert "bool" not in shown
+    assert "list[" not in shown
 
 
 @pytest.mark.parametrize(

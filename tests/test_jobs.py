@@ -264,7 +264,7 @@ def test_manifest(tree: Callable[..., None]) -> None:
         (b"file,pos\n" + b"none.wav,dog\n" * 12, "line 11: no such file none.wav; and 2 more$"),
         ("file,pos\nä.wav,dog\n".encode("latin-1"), "not UTF-8"),
         (b"file,pos\na\0.wav,dog\n", "NUL|no such file"),
-        (None, "cannot be read as a CSV"),
+        (None, "jobs.csv: no such file"),
     ],
 )
 def test_manifests_with_faults(tree: Callable[..., None], content: bytes | None, message: str) -> None:

@@ -297,6 +297,7 @@ def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_pa
     assert "not here" in listed.stdout
     rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
     assert {row["name"]: row["here"] for row in rows} == {name: name == "mini" for name in MODELS}
+    assert clapsep("models", "verify", "mini", cwd=tmp_path).stdout.count("sound") == 3
     assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 3
     got = clapsep("models", "download", "clapsep", cwd=tmp_path)
     assert got.returncode == 0

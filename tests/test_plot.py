@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli.audio.samples import Audio
-from clapsep_cli.errors import OutputError
+from clapsep_cli.errors import OutputError, UsageError
 from clapsep_cli.jobs import plot
-from clapsep_cli.jobs.plot import BANDS, COLUMNS, Picture, _drawable, _ticks
+from clapsep_cli.jobs.plot import BANDS, COLUMNS, Picture, _drawable, _ticks, check_installed
 
 librosa = pytest.importorskip("librosa")
 matplotlib = pytest.importorskip("matplotlib")
@@ -170,6 +170,7 @@ def test_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         picture.save(tmp_path / "folder.png", "'dog'")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
-    monkeypatch.setitem(sys.modules, "librosa.display", None)
-    with pytest.raises(OutputError, match=r'pip install "clapsep\[plot\]"'):
-        Picture(8000)
+    check_installed()
+    monkeypatch.setitem(sys.modules, "librosa", None)
+    with pytest.raises(UsageError, match=r'takes librosa too: pip install "clapsep\[plot\]"'):
+        check_installed()

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperArgument
+from typer.main import get_command
 
 from clapsep_cli.cli.evaluate import evaluate, mixtures
 from clapsep_cli.cli.extract import extract
@@ -58,8 +60,10 @@ def run() -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command; a user's mistake ends with one line on stderr, never with a traceback."""
+    command = get_command(app)
+    _untyped(command)
     try:
-        app(standalone_mode=True)
+        command(standalone_mode=True)
     except ClapsepError as error:
         note(str(error))
         raise SystemExit(error.exit_code) from None
@@ -69,6 +73,15 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     raise SystemExit(0)
+
+
+def _untyped(command: Any) -> None:
+    """Have --help tell no type of a flag (`--overwrite <bool>` would take a value) and of an argument."""
+    for parameter in command.get_params(command.context_class(command)):
+        if isinstance(parameter, TyperArgument) or parameter.is_flag:
+            parameter.display_type_rich = lambda ctx: None
+    for nested in getattr(command, "commands", {}).values():
+        _untyped(nested)
 
 
 def _version(wanted: bool) -> None:

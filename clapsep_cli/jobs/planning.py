@@ -15,6 +15,7 @@ from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import TEMPLATE, check_outputs, output_paths
+from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
 from clapsep_cli.query import RESIDUAL, TARGET, Query
@@ -116,7 +117,9 @@ def plan(
 
 
 def _check(asked: Asked, options: Options, destination: Destination) -> None:
-    """Raise `UsageError` for wishes that do not go together."""
+    """Raise `UsageError` for wishes that do not go together, `AudioError` for files they miss."""
+    if destination.picture:
+        check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
     if options.min_presence is not None and not isfinite(options.min_presence):

@@ -7,6 +7,7 @@ import textwrap
 import unicodedata
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio
-from clapsep_cli.errors import OutputError
+from clapsep_cli.errors import OutputError, UsageError
 from clapsep_cli.files import replacing
 
 if TYPE_CHECKING:
@@ -29,18 +30,21 @@ TITLE_COLUMNS, TITLE_LINES = 128, 4
 MISSING = "□"  # stands for letters that no font here has
 
 
+def check_installed() -> None:
+    """Raise `UsageError` unless what draws is installed; does not import it, which takes a second."""
+    missing = " and ".join(name for name in ("librosa", "matplotlib") if find_spec(name) is None)
+    if missing:
+        raise UsageError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
+
+
 class Picture:
     """Gathers what is drawn of a recording as it passes, at `rate` Hz: of each part, the mean power in 128 mel bands
     (Slaney's), over all channels, in at most 2,000 columns. Memory does not grow with the recording's length.
-
-    Raises `OutputError` if matplotlib or librosa is not installed.
     """
 
     def __init__(self, rate: int) -> None:
-        try:
-            import librosa.display  # which needs matplotlib
-        except ImportError as error:
-            raise OutputError(f'pictures need librosa and matplotlib ({error}): pip install "clapsep[plot]"') from error
+        import librosa
+
         self.rate = rate
         self.n_fft = 1 << round(math.log2(max(512.0, rate * WINDOW_SECONDS)))
         self._mel: Audio = librosa.filters.mel(sr=rate, n_fft=self.n_fft, n_mels=BANDS).T

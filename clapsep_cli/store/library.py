@@ -186,7 +186,7 @@ def verify(name: str) -> list[Path]:
     model = Model(name, folder, choose_device("cpu"))
     for part in FAMILIES[entry.family].parts:
         path = folder / f"{part}.safetensors"
-        if read_metadata(path).get("pin", "bundled") != pin(entry):
+        if entry.remotes and read_metadata(path).get("pin") != pin(entry):
             raise CheckpointError(f"{path}: is of another revision; {_again(entry)}")
         for key, tensor in getattr(model, part).state_dict().items():
             if not bool(tensor.isfinite().all()):
@@ -262,8 +262,8 @@ def load_model(
             )
         except DownloadError:
             say(
-                f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now; "
-                f"to get it, or to see why not: clapsep models download {PREFERRED}"
+                f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now "
+                f"(clapsep models download {PREFERRED} says why; --model {BUNDLED} leaves out this line)"
             )
             return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, precision=precision)
     if isinstance(model, str) and model in MODELS:
