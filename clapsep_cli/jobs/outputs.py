@@ -165,4 +165,4 @@ def _check_folder(path: Path) -> None:
     if not above.is_dir():
         raise OutputError(f"{path}: cannot be written, as {above} is not a folder")
     if not os.access(above, os.W_OK):
-        raise OutputError(f"{path}: cannot be written, as nothing may be written to {above}")
+        raise OutputError(f"{path}: cannot be written, as nothing may be written to {above}; choose a folder with -o")
