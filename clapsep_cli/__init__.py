@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from clapsep_cli.version import __version__
+
 if TYPE_CHECKING:
     from clapsep_cli.errors import ClapsepError
     from clapsep_cli.jobs.planning import extract
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from clapsep_cli.separation.pipeline import Separation, separate
     from clapsep_cli.store.checkpoint import Model
     from clapsep_cli.store.library import load_model
-
-__version__ = "0.1.0"
 
 _HOMES = {  # imported when first used: the command's --help must not wait for torch
     "ClapsepError": "errors",
@@ -28,7 +28,7 @@ _HOMES = {  # imported when first used: the command's --help must not wait for t
     "load_model": "store.library",
     "separate": "separation.pipeline",
 }
-__all__ = ["ClapsepError", "Model", "Query", "Separation", "extract", "load_model", "separate"]
+__all__ = ["ClapsepError", "Model", "Query", "Separation", "__version__", "extract", "load_model", "separate"]
 
 
 def __getattr__(name: str) -> Any:

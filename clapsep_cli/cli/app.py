@@ -21,6 +21,7 @@ from clapsep_cli.cli.terminal import ModelDirOption, note
 from clapsep_cli.cli.train import train
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.startup import prepare
+from clapsep_cli.version import __version__
 
 INTERRUPTED = 130
 WIDE = 80  # columns of a terminal, below which panels would cut the names of options short
@@ -86,8 +87,6 @@ def _untyped(command: Any) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from clapsep_cli import __version__
-
         typer.echo(f"clapsep {__version__}")
         raise typer.Exit
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 
-from clapsep_cli import __version__
 from clapsep_cli.registry import home
 from clapsep_cli.store import library
+from clapsep_cli.version import __version__
 
 UNKNOWN = "unknown"
 PACKAGES = ("numpy", "soundfile", "soxr", "safetensors", "tokenizers", "huggingface_hub", "av", "librosa", "matplotlib")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clapsep_cli import __version__, dsp
+from clapsep_cli import dsp
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.audio.sources import read_mono
 from clapsep_cli.data import fit, mix, read_clip
@@ -25,6 +25,7 @@ from clapsep_cli.models.base import MaskSeparator, condition
 from clapsep_cli.query import Query
 from clapsep_cli.separation.embedding import joined
 from clapsep_cli.store.checkpoint import Model
+from clapsep_cli.version import __version__
 
 LOWEST_DB = -100.0
 SIDES = ("both", "positive", "negative")

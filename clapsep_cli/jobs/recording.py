@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clapsep_cli import __version__
 from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.samples import Audio, on_grid
 from clapsep_cli.audio.sources import Source
@@ -23,6 +22,7 @@ from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.separation.levels import Meter, Presence
 from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Ear, Passage
 from clapsep_cli.store.checkpoint import Model
+from clapsep_cli.version import __version__
 
 WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a block that is under way when all else has ended
 

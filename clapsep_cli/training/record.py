@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from clapsep_cli import __version__
 from clapsep_cli.data import Corpus
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.files import replacing
+from clapsep_cli.version import __version__
 
 PACKAGES = ("torch", "numpy", "lightning-fabric", "peft", "safetensors", "soundfile", "soxr", "tokenizers")
 RECORD, LOG = "run.json", "log.csv"
