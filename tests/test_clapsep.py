@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
@@ -96,6 +97,17 @@ def test_resampling(mixture: Tensor) -> None:
     assert len(resampled) == 480_000
     np.testing.assert_allclose(resampled[:2048], golden("resampled_48k_first"), rtol=0, atol=1e-6)
     np.testing.assert_allclose(resampled[-2048:], golden("resampled_48k_last"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, 15, 16, 17, 250])
+def test_resampling_any_length(samples: int) -> None:
+    """As if silence followed."""
+    resampler = Resampler(RATE_HZ, htsat.RATE_HZ)
+    sound = torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
+    resampled = resampler(sound)
+    assert resampled.shape == (2, math.ceil(samples * 1.5))
+    followed = resampler(F.pad(sound, (0, 640)))[:, : resampled.shape[1]]
+    torch.testing.assert_close(resampled, followed, rtol=0, atol=1e-6)
 
 
 def test_features(features: Features) -> None:
