@@ -100,6 +100,7 @@ class Corpus:
 
     @property
     def held_out(self) -> list[int]:
+        """The indices of clips of every split other than `train`."""
         return [index for index, clip in enumerate(self.clips) if clip.split != TRAIN]
 
 

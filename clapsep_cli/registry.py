@@ -190,6 +190,7 @@ class Entry:
 
     @property
     def download_bytes(self) -> int:
+        """Size in bytes of all that is downloaded for it."""
         return sum(remote.size for remote in self.remotes)
 
 

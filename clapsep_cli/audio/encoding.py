@@ -65,6 +65,7 @@ class Encoding:
 
     @property
     def lossy(self) -> bool:
+        """Whether what is read back is not what was written."""
         return not FORMATS[self.format].depths
 
     def describe(self) -> str:

@@ -68,6 +68,8 @@ class MaskSeparator(Separator):
 
 
 class TextEncoder(nn.Module, ABC):
+    """Embeds texts, in the space in which an `AudioEncoder` embeds recordings."""
+
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed each text: float32 `[len(texts), dim]`, rows of length 1."""

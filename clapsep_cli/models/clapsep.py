@@ -83,6 +83,7 @@ class CLAPSepConfig:
         return self.width << len(self.depths) - 1
 
     def build_htsat(self, *, stretch: bool) -> HTSAT:
+        """An HTSAT of this size: `stretch` as CLAP's audio tower, else as the separator's encoder."""
         return HTSAT(
             mels=self.mels,
             image=self.image,
@@ -146,6 +147,8 @@ class PatchExpanding(nn.Module):
 
 
 class AggregatorLayer(nn.Module):
+    """A Swin block, behind patch expanding in all but the deepest: to `[batch, side, side, width]`."""
+
     def __init__(self, width: int, heads: int, side: int, window: int, expanding: bool) -> None:
         super().__init__()
         self.expanding = PatchExpanding(width) if expanding else nn.Identity()

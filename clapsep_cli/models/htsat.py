@@ -127,6 +127,8 @@ def through(blocks: Iterable[SwinBlock], x: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between, for each token alone."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = ActivatedLinear(width, hidden, "gelu")
@@ -168,6 +170,11 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
+    """Swin blocks, shifted by turns, then, but in the last stage, patch merging.
+
+    `[batch, side, side, width]` to half the side and twice the width, or to the same shape.
+    """
+
     def __init__(self, width: int, depth: int, heads: int, side: int, window: int, merging: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(SwinBlock(width, heads, side, window, shifted=i % 2 == 1) for i in range(depth))

@@ -85,6 +85,8 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head attention with rotary positions; its norm comes first, the residual is added outside."""
+
     def __init__(self, width: int, inner: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads

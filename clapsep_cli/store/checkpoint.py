@@ -57,6 +57,7 @@ class Model:
 
     @cached_property
     def separator(self) -> Separator:
+        """The separator, in `dtype` on `device`; read when first used. Raises `CheckpointError`."""
         separator = cast(Separator, load_part(self.folder, "separator", self.family, self.config).to(self.device))
         if self.dtype != torch.float32:
             separator.lower(self.dtype)
@@ -64,6 +65,9 @@ class Model:
 
     @cached_property
     def text(self) -> TextEncoder:
+        """What embeds texts, likewise; texts that were embedded before are not embedded anew. Raises `ModelError` where
+        the family has none."""
+
         def load() -> TextEncoder:
             return cast(TextEncoder, load_part(self.folder, "text", self.family, self.config).to(self.device))
 
@@ -71,6 +75,7 @@ class Model:
 
     @cached_property
     def audio(self) -> AudioEncoder:
+        """What embeds recordings, likewise."""
         return cast(AudioEncoder, load_part(self.folder, "audio", self.family, self.config).to(self.device))
 
     @cached_property

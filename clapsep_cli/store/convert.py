@@ -248,5 +248,6 @@ def _merged(name: str, shape: torch.Size, clap: Released, tuned: Released) -> Te
 
 
 def first_few(names: Iterable[str], shown: int = 3) -> str:
+    """The first of `names`, and how many more there are, in words."""
     listed = list(dict.fromkeys(names))
     return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

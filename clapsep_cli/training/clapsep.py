@@ -298,6 +298,7 @@ class Draws:
     clips: tuple[int, ...]
 
     def target(self, step: int, row: int) -> int:
+        """The index of the clip that a row of a step's batch has for a target: each clip once an epoch."""
         epoch, within = divmod(step, self.steps)
         return self.clips[_order(self.seed, epoch, len(self.clips))[(within * self.batch + row) % len(self.clips)]]
 

@@ -109,6 +109,7 @@ class Queries:
         return F.normalize(embedding + noise * (self.mixing.noise / math.sqrt(len(embedding))), dim=0)
 
     def alpha(self, rng: np.random.Generator) -> float:
+        """The weight of audio beside text, drawn: 0 for text alone, 1 for audio alone, or any between (Eq. 3)."""
         draw = rng.random() - self.mixing.text_only
         return 0.0 if draw < 0 else 1.0 if draw < self.mixing.audio_only else float(rng.random())
 

@@ -51,6 +51,7 @@ class Stage:
     decay: float = 0.3  # the learning rate falls to zero over this last share of the steps
 
     def plan(self, recipe: MiniRecipe, weight_decay: float, ema: float = 0.0) -> Plan:
+        """How the stage is trained: its steps, its batch, its learning rate."""
         return Plan(
             steps=self.steps,
             batch=self.batch,
@@ -136,6 +137,7 @@ class MiniTask(Task):
     recipe: MiniRecipe
 
     def hidden(self, name: str) -> bool:
+        """Whether Muon trains this parameter: a matrix or kernel that is not of the first or last layer."""
         matrix = self.net.get_parameter(name).dim() >= 2
         return self.recipe.optimiser == "muon" and matrix and name.split(".")[0] not in ENDS
 

@@ -140,6 +140,7 @@ class Log:
         )
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write down figures of a step, by name."""
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(
                 (self.stage, step, name, repr(value)) for name, value in figures.items()
@@ -147,6 +148,7 @@ class Log:
         self.events.log_metrics(dict(figures), step)
 
     def close(self) -> None:
+        """Have what is left written."""
         self.events.finalize("success")
 
 

@@ -84,6 +84,7 @@ class Sampler:
         return int(rng.choice(self.groups[rest[rng.integers(len(rest))]])) if rest else None
 
     def differs(self, label: str, others: Sequence[str]) -> bool:
+        """Whether no caption of `label` could mean one of `others`, too."""
         return all(label != other and not self.sounds[label] & self.sounds[other] for other in others)
 
     def interferer(self, rng: np.random.Generator, label: str) -> int:

@@ -9,6 +9,8 @@ from typing import Protocol
 
 
 class Schedule(Protocol):
+    """Sets the learning rate of each step."""
+
     def rate(self, step: int, figures: Sequence[float]) -> float:
         """The learning rate of `step`, where validation gave `figures` so far (the higher, the better)."""
 

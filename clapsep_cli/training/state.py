@@ -30,11 +30,13 @@ class Means:
         self.steps = 0
 
     def add(self, sums: Mapping[str, float], steps: int) -> None:
+        """Take in sums over so many steps, by name."""
         self.steps += steps
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
+        """The means since the last time, by name."""
         means = {name: value / self.steps for name, value in self.sums.items()}
         self.sums, self.steps = {}, 0
         return means
@@ -155,6 +157,7 @@ class Training:
         return mean_of([read_tensors(path) for path in kept.values() if path.exists()])
 
     def save(self) -> None:
+        """Write all that it takes to go on: weights, moments, means, and where it stands."""
         tensors = {f"net.{k}": v for k, v in self.task.net.state_dict().items() if k in self.kept}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for optimiser, names in zip(self.optimisers, self.names, strict=True):

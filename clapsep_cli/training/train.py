@@ -109,10 +109,12 @@ class Run:
 
     @property
     def device(self) -> torch.device:
+        """On which this process computes."""
         return self.fabric.device
 
     @property
     def leads(self) -> bool:
+        """Whether this process is the one that writes."""
         return bool(self.fabric.is_global_zero)
 
     def fit(self, task: Task) -> Weights:
