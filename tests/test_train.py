@@ -245,8 +245,10 @@ def test_going_on_from_another_model(manifest: Path, tmp_path: Path, straight: t
     assert all(torch.equal(before[name], after[name]) for name in weights)
     with pytest.raises(ModelError, match="--init takes a folder with a mini model"):
         run(manifest, tmp_path / "x", replace(recipe, init=str(tmp_path / "nowhere")))
-    with pytest.raises(RecipeError, match="not of the size"):
-        run(manifest, tmp_path / "x", replace(recipe, mini=TINY_MINI))
+    other = replace(recipe.mini, hidden=16, channels=(4, 8, 8, 8))
+    sizes = rf"set mini\.channels=\[8,8,8,8\] mini\.hidden={recipe.mini.hidden}$"
+    with pytest.raises(RecipeError, match=sizes):
+        run(manifest, tmp_path / "x", replace(recipe, mini=other))
 
 
 def test_an_audio_encoder_of_an_older_version_is_used_or_refused(

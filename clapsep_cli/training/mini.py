@@ -6,8 +6,9 @@ queries in 25, 25 and 50 % of the examples, text and audio of a side mixed with 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -98,8 +99,13 @@ class MiniRecipe(Recipe):
     def check(self, corpus: Corpus) -> None:
         if self.init and (self.source / "separator.safetensors").is_file():
             config = Model(self.init, self.source, torch.device("cpu")).config
-            if config != self.mini:
-                raise RecipeError(f"{self.source}: is not of the size that is set: {config}")
+            if not isinstance(config, MiniConfig):
+                raise RecipeError(f"{self.source}: is no mini model, so mini cannot go on from it")
+            sizes = {f.name: getattr(config, f.name) for f in fields(config)}
+            other = {name: json.dumps(size) for name, size in sizes.items() if size != getattr(self.mini, name)}
+            if other:
+                sized = " ".join(f"mini.{name}={size.replace(' ', '')}" for name, size in other.items())
+                raise RecipeError(f"{self.source}: is of another size than is set; set {sized}")
         needed = (*TEXT_FILES, "audio.safetensors", "separator.safetensors") if self.init else TEXT_FILES
         for name in needed:
             if not (self.source / name).is_file():
