@@ -7,6 +7,7 @@ queries in 25, 25 and 50 % of the examples, text and audio of a side mixed with 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -216,6 +217,7 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
     if run.leads and not path.exists():
         sampler = Sampler(pool, recipe.draw, recipe.seed + 2)
         out = torch.empty(len(among), AUDIO_VIEWS, recipe.mini.dim)
+        began = time.monotonic()
         for view in range(AUDIO_VIEWS):
             for start in range(0, len(among), 32):
                 few = among[start : start + 32]
@@ -225,6 +227,8 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
                     generator = seeded(recipe.seed, view, start)
                     power = disguise(power, recipe.eq_db, generator, len(few), range(len(few)))
                 out[start : start + len(few), view] = net(power).cpu()
+            left = (time.monotonic() - began) / (view + 1) * (AUDIO_VIEWS - view - 1)
+            run.tell("shots embedded", view + 1, AUDIO_VIEWS, {}, left)
         save_whole(dict(zip(map(str, among), out, strict=True)), path, {})
     run.fabric.barrier()
     return {int(name): embedded for name, embedded in read_tensors(path).items()}

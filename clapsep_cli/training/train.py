@@ -39,7 +39,8 @@ class Report:
     """What a run says of itself while it goes on.
 
     `figures` are means since the last report: the loss in dB, and so on; of the stage "validation", means of `measure`
-    by kind of query or by set. `seconds_left` counts to the end of the stage.
+    by kind of query or by set. `seconds_left` counts to the end of the stage. What comes before the first step are
+    stages, too: the clips that were read, and the like.
     """
 
     stage: str
@@ -116,6 +117,11 @@ class Run:
     def leads(self) -> bool:
         """Whether this process is the one that writes."""
         return bool(self.fabric.is_global_zero)
+
+    def tell(self, stage: str, step: int, steps: int, figures: Mapping[str, float], left: float = math.nan) -> None:
+        """Report what else takes time; `left` is in seconds."""
+        if self.leads:
+            self.listen(Report(stage, step, steps, figures, left))
 
     def fit(self, task: Task) -> Weights:
         """Train until the plan's steps, from wherever the state in the folder stands; the weights at the end."""
@@ -252,6 +258,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         on = {"accelerator": fabric.device.type, "devices": fabric.world_size, "precision": precision}
         record.write(out, recipe, corpus, {"nodes": hardware.nodes, **on})
+    run.tell("clips read", len(corpus.clips), len(corpus.clips), {"hours": sum(corpus.seconds) / 3600})
     fabric.barrier()
     recipe.train(run)
     return run.leads
