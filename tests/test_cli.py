@@ -110,7 +110,7 @@ def test_audio_queries_from_files_and_folders(clapsep: Clapsep, mix: Path, tiny_
         (["mix.wav", "--pos", "dog", "--alpha", "2"], 2, "--alpha"),
         (["mix.wav", "--pos", "dog", "--model", "huge"], 3, "no model 'huge'"),
         (["mix.wav", "--pos", "dog", "-d", "gpu"], 3, "no device 'gpu'"),
-        (["mix.wav", "--pos", "dog", "--precision", "low"], 3, "no precision 'low'"),
+        (["mix.wav", "--pos", "dog", "--precision", "low"], 2, "no precision 'low'"),
         (["mix.wav", "copy.wav", "--pos", "qzxv"], 2, "qzxv"),
         (["mix.wav", "--query-audio", "none.wav"], 1, "none.wav: no such file"),
         (["mix.wav", "mix.flac", "--pos", "dog"], 1, "would write it"),

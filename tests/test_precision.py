@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clapsep_cli import Query, load_model
 from clapsep_cli.audio.sources import read_mono
 from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
-from clapsep_cli.errors import DeviceError
+from clapsep_cli.errors import UsageError
 from clapsep_cli.models import attention
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
@@ -113,7 +113,7 @@ def test_who_chooses_the_precision(monkeypatch: pytest.MonkeyPatch, tiny_folder:
         assert choose_precision("auto", CPU, near=False) == torch.float32
         assert load_model(released_folder, "cpu").precision == ("bfloat16" if native else "float32")
         assert load_model(tiny_folder, "cpu").precision == "float32"  # a mini gains little and loses more
-    with pytest.raises(DeviceError, match="auto, high or fast"):
+    with pytest.raises(UsageError, match="auto, high or fast"):
         choose_precision("low", CPU)
 
 

@@ -58,7 +58,7 @@ class Source:
         """Raise `AudioError` if a recording of `frames` has no such part."""
         for name, limit, at in (("start", self._start, self._first + 1), ("end", self._end, self._last())):
             if frames < at:
-                raise AudioError(f"{self.name}: --{name} is {limit:g} s, but it ends at {frames / self.rate:.2f} s")
+                raise AudioError(f"{self.name}: ends at {frames / self.rate:.2f} s, so it has no {name} at {limit:g} s")
 
     def _last(self) -> int:
         return 0 if self._wanted is None else self._first + self._wanted

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clapsep_cli.errors import CheckpointError, DeviceError, ModelError
+from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, UsageError
 from clapsep_cli.files import digest
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
 from clapsep_cli.query import Query, mutual
@@ -174,10 +174,10 @@ def choose_precision(name: str, device: torch.device, near: bool = True) -> torc
     """`high` is float32 and `fast` bfloat16; `auto` is fast where the device computes natively in bfloat16, and the
     model's output is so `near` to that in float32 that nobody hears it.
 
-    Raises `DeviceError` for another name.
+    Raises `UsageError` for another name.
     """
     if name not in ("auto", "high", "fast"):
-        raise DeviceError(f"no precision {name!r}: use auto, high or fast")
+        raise UsageError(f"no precision {name!r}: use auto, high or fast")
     fast = name == "fast" or (name == "auto" and near and _native_bfloat16(device))
     return torch.bfloat16 if fast else torch.float32
 
