@@ -90,11 +90,13 @@ def install(
     keep_original: bool = False,
     say: Say = _nothing,
     progress: Progress = _nothing,
+    instead: str = "",
 ) -> Path:
     """Get a model: download its files, or take `files`, which somebody carried here, and convert them.
 
     Two processes may ask at once: one works, the other waits and finds it done. Downloaded originals are deleted after
-    conversion unless `keep_original`. Raises `DownloadError`, `CheckpointError`, `ModelError`.
+    conversion unless `keep_original`. Before a download, `say` is told its size, and what could be had `instead`.
+    Raises `DownloadError`, `CheckpointError`, `ModelError`.
     """
     entry = find(name)
     here = installed(entry)
@@ -110,7 +112,7 @@ def install(
             return _convert(entry, files, _given(entry, files, say))
         size = sum(hub.to_download(remote) for remote in entry.remotes)
         if size:
-            say(f"downloading {name}: {amount(size)}; licence: {entry.licence}")
+            say(f"downloading {name}: {amount(size)}; licence: {entry.licence}{instead}")
         fetched = [hub.fetch(remote, partial(progress, remote.name), say) for remote in entry.remotes]
         sources = {file.path.name: {"sha256": file.sha256, "source": file.source} for file in fetched}
         folder = _convert(entry, [file.path for file in fetched], sources)
@@ -256,10 +258,10 @@ def load_model(
 
     chosen = choose_device(device)
     if model is None:
+        instead = f"; without it: --model {BUNDLED}, smaller and bundled"
         try:
-            return Model(
-                PREFERRED, install(PREFERRED, say=say, progress=progress), chosen, _text_cache(PREFERRED), precision
-            )
+            folder = install(PREFERRED, say=say, progress=progress, instead=instead)
+            return Model(PREFERRED, folder, chosen, _text_cache(PREFERRED), precision)
         except DownloadError:
             say(
                 f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now "
