@@ -52,6 +52,27 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [("extract", 2), ("extract none.wav --pos dog", 1), ("separate none.wav --task music", 1), ("separate", 2)],
+)
+def test_a_mistake_is_told_without_torch(arguments: str, exit_code: int, tmp_path: Path) -> None:
+    """Which takes a second to import."""
+    code = f"""
+import sys
+from clapsep_cli.cli.app import main
+sys.argv = ["clapsep", *{arguments.split()}]
+try:
+    main()
+except SystemExit as ended:
+    sys.exit(ended.code if "torch" not in sys.modules else "torch was imported")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == exit_code, done.stderr
+    assert done.stderr.startswith("clapsep: ")
+    assert "torch was imported" not in done.stderr
+
+
 def test_help_and_version(clapsep: Clapsep, tmp_path: Path) -> None:
     shown = clapsep("--help", cwd=tmp_path)
     assert shown.returncode == 0

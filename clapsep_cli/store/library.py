@@ -181,9 +181,9 @@ def verify(name: str) -> list[Path]:
     Its files are what they were when they were converted, every tensor is finite and fits the network; originals that
     were kept are hashed again. Raises `CheckpointError`, `ModelError`, of damaged originals `DownloadError`.
     """
+    entry, folder = find(name), path_of(name)
     from clapsep_cli.store.checkpoint import Model, choose_device, read_metadata
 
-    entry, folder = find(name), path_of(name)
     sound = _check_sums(entry, folder) if entry.remotes else []
     model = Model(name, folder, choose_device("cpu"))
     for part in FAMILIES[entry.family].parts:
