@@ -99,6 +99,11 @@ class Corpus:
         return [index for index, clip in enumerate(self.clips) if clip.split == TRAIN]
 
     @property
+    def hours(self) -> float:
+        """How long all clips are together."""
+        return sum(self.seconds) / 3600
+
+    @property
     def held_out(self) -> list[int]:
         """The indices of clips of every split other than `train`."""
         return [index for index, clip in enumerate(self.clips) if clip.split != TRAIN]

@@ -27,7 +27,8 @@ from clapsep_cli.files import clear_unfinished
 from clapsep_cli.jobs import recording
 from clapsep_cli.jobs.batch import MAX_OPEN, run
 from clapsep_cli.jobs.inputs import Input
-from clapsep_cli.jobs.planning import Destination, Plan, lay_out, plan
+from clapsep_cli.jobs.outputs import Destination
+from clapsep_cli.jobs.planning import Plan, lay_out, plan
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
 from clapsep_cli.store.checkpoint import Model
 

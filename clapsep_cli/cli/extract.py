@@ -84,6 +84,7 @@ def extract(
 
     Give at least one query, of either side, as text or as audio.
     """
+    from clapsep_cli.jobs.outputs import Destination
     from clapsep_cli.jobs.targets import parse_targets
     from clapsep_cli.query import Query
     from clapsep_cli.times import parse_span
@@ -111,9 +112,6 @@ def extract(
     else:
         queries = {}
     asked = _asked(inputs or [], manifest, queries, sides, common)
-    # It takes torch, a second to import: a mistake in the arguments is told before.
-    from clapsep_cli.jobs.planning import Destination
-
     destination = Destination(residual=residual, remove=remove)
     carry_out(asked, common, destination, mutual, presence=presence, min_presence=min_presence)
 

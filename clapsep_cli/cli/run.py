@@ -25,7 +25,8 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.planning import Asked, Destination, Plan
+    from clapsep_cli.jobs.outputs import Destination
+    from clapsep_cli.jobs.planning import Asked, Plan
     from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model

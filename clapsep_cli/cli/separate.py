@@ -97,6 +97,7 @@ def separate(
     The prompts should name all that is in the recording, not only what is wanted: see --only.
     """
     from clapsep_cli.files import is_there
+    from clapsep_cli.jobs.outputs import Destination
     from clapsep_cli.query import Query
 
     if bool(prompts) == bool(task):
@@ -113,9 +114,6 @@ def separate(
     chosen = [part for part, name in named.items() if {part, name} & set(only or ())]
     targets = {part: Query(pos=name) for part, name in named.items()}
     asked = [(item, targets) for item in find(inputs or [], common)]
-    # It takes torch, a second to import: a mistake in the arguments is told before.
-    from clapsep_cli.jobs.planning import Destination
-
     destination = Destination(only=chosen, residual=residual)
     carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
 

@@ -7,13 +7,16 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
 from clapsep_cli.audio.sources import STDIN
+from clapsep_cli.audio.writers import STDOUT
 from clapsep_cli.errors import OutputError
 from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import Input, folded
+from clapsep_cli.query import RESIDUAL
 
 TEMPLATE = "{stem}.{part}.{ext}"
 FIELDS = ("stem", "part", "ext", "query")
@@ -27,6 +30,30 @@ DEVICES = re.compile(r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[0-9¹²³]|LPT[0-
 JOINERS = "\u200c\u200d"  # which some scripts and many emoji are written with
 
 Paths = Mapping[str, Path]  # of the outputs of one input, by part
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where outputs go, and which parts of a recording become one.
+
+    `folder`: None for beside each recording, `-` for stdout. `template` of `output_paths`. `only` names the targets
+    that are written, of all that are asked for; `residual` adds what they leave of the mixture, and with `remove` only
+    that is written. `picture` adds a picture of each recording.
+    """
+
+    folder: Path | None = None
+    template: str = TEMPLATE
+    only: Sequence[str] = ()
+    residual: bool = True
+    remove: bool = False
+    picture: bool = False
+
+    def parts(self, targets: Sequence[str]) -> list[str]:
+        """The parts that are written of a recording with these targets."""
+        if self.remove:
+            return [RESIDUAL]
+        chosen = [name for name in targets if not self.only or name in self.only]
+        return [*chosen, *([RESIDUAL] if self.residual and self.folder != STDOUT else [])]
 
 
 def safe_name(text: str, limit: int = QUERY_BYTES) -> str:

@@ -14,7 +14,7 @@ from clapsep_cli.errors import AudioError, OutputError, UsageError
 from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
-from clapsep_cli.jobs.outputs import TEMPLATE, check_outputs, output_paths
+from clapsep_cli.jobs.outputs import TEMPLATE, Destination, check_outputs, output_paths
 from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
@@ -23,30 +23,6 @@ from clapsep_cli.store.checkpoint import Model
 
 Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 NOT_IN_THE_RESULT = {"overwrite", "batch", "workers", "presence"}  # of the options
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where outputs go, and which parts of a recording become one.
-
-    `folder`: None for beside each recording, `-` for stdout. `template` of `output_paths`. `only` names the targets
-    that are written, of all that are asked for; `residual` adds what they leave of the mixture, and with `remove` only
-    that is written. `picture` adds a picture of each recording.
-    """
-
-    folder: Path | None = None
-    template: str = TEMPLATE
-    only: Sequence[str] = ()
-    residual: bool = True
-    remove: bool = False
-    picture: bool = False
-
-    def parts(self, targets: Sequence[str]) -> list[str]:
-        """The parts that are written of a recording with these targets."""
-        if self.remove:
-            return [RESIDUAL]
-        chosen = [name for name in targets if not self.only or name in self.only]
-        return [*chosen, *([RESIDUAL] if self.residual and self.folder != STDOUT else [])]
 
 
 @dataclass(frozen=True)

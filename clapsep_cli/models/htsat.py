@@ -1,7 +1,7 @@
 """HTSAT, the audio transformer of LAION-CLAP: a Swin transformer over a folded log-mel spectrogram.
 
 It serves twice (arXiv 2402.17455, III): as CLAP's audio tower, and, tuned by LoRA, as the separator's encoder.
-Layers keep Swin's names. Tokens are laid out `[batch, rows, columns, channels]` throughout.
+Layers keep Swin's names. Maps are laid out `[batch, rows, columns, channels]`; see `through` for tokens in blocks.
 """
 
 from __future__ import annotations

@@ -61,9 +61,7 @@ def find(name: str) -> Entry:
 
 
 def pin(entry: Entry) -> str:
-    """A short hash of all that an entry pins; for a bundled model, "bundled"."""
-    if not entry.remotes:
-        return "bundled"
+    """A short hash of all that an entry pins."""
     pinned = json.dumps([remote.pinned for remote in entry.remotes])
     return hashlib.sha256(pinned.encode()).hexdigest()[:SHORT]
 
@@ -112,7 +110,7 @@ def install(
             return _convert(entry, files, _given(entry, files, say))
         size = sum(hub.to_download(remote) for remote in entry.remotes)
         if size:
-            say(f"downloading {name}: {amount(size)}; licence: {entry.licence}{instead}")
+            say("; ".join(filter(None, (f"downloading {name}: {amount(size)}", f"licence: {entry.licence}", instead))))
         fetched = [hub.fetch(remote, partial(progress, remote.name), say) for remote in entry.remotes]
         sources = {file.path.name: {"sha256": file.sha256, "source": file.source} for file in fetched}
         folder = _convert(entry, [file.path for file in fetched], sources)
@@ -258,7 +256,7 @@ def load_model(
 
     chosen = choose_device(device)
     if model is None:
-        instead = f"; without it: --model {BUNDLED}, smaller and bundled"
+        instead = f"without it: --model {BUNDLED}, smaller and bundled"
         try:
             folder = install(PREFERRED, say=say, progress=progress, instead=instead)
             return Model(PREFERRED, folder, chosen, _text_cache(PREFERRED), precision)

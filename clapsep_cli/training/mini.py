@@ -7,9 +7,8 @@ queries in 25, 25 and 50 % of the examples, text and audio of a side mixed with 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -29,10 +28,11 @@ from clapsep_cli.training.augment import disguise, equaliser, levelled, seeded
 from clapsep_cli.training.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.objective import BandStatistics, separation_loss, statistics
 from clapsep_cli.training.pool import Pool, open_pool
+from clapsep_cli.training.record import flatten
 from clapsep_cli.training.sampling import Draw, Sampler
 from clapsep_cli.training.schedules import Trapezoid
 from clapsep_cli.training.task import Plan, Task, Weights
-from clapsep_cli.training.train import Recipe, Run
+from clapsep_cli.training.train import Clock, Recipe, Report, Run
 from clapsep_cli.training.validation import Case, cases, improvements
 
 ENDS = ("stem", "head", "fine", "out")  # the layers that begin and end a network, which Muon is not for
@@ -102,11 +102,11 @@ class MiniRecipe(Recipe):
             config = Model(self.init, self.source, torch.device("cpu")).config
             if not isinstance(config, MiniConfig):
                 raise RecipeError(f"{self.source}: is no mini model, so mini cannot go on from it")
-            sizes = {f.name: getattr(config, f.name) for f in fields(config)}
-            other = {name: json.dumps(size) for name, size in sizes.items() if size != getattr(self.mini, name)}
+            here = dict(flatten(self.mini, "mini."))
+            other = {name: size for name, size in flatten(config, "mini.") if size != here[name]}
             if other:
-                sized = " ".join(f"mini.{name}={size.replace(' ', '')}" for name, size in other.items())
-                raise RecipeError(f"{self.source}: is of another size than is set; set {sized}")
+                sizes = " ".join(f"{name}={json.dumps(size, separators=(',', ':'))}" for name, size in other.items())
+                raise RecipeError(f"{self.source}: is of another size than is set; set {sizes}")
         needed = (*TEXT_FILES, "audio.safetensors", "separator.safetensors") if self.init else TEXT_FILES
         for name in needed:
             if not (self.source / name).is_file():
@@ -217,7 +217,7 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
     if run.leads and not path.exists():
         sampler = Sampler(pool, recipe.draw, recipe.seed + 2)
         out = torch.empty(len(among), AUDIO_VIEWS, recipe.mini.dim)
-        began = time.monotonic()
+        clock = Clock()
         for view in range(AUDIO_VIEWS):
             for start in range(0, len(among), 32):
                 few = among[start : start + 32]
@@ -227,8 +227,8 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
                     generator = seeded(recipe.seed, view, start)
                     power = disguise(power, recipe.eq_db, generator, len(few), range(len(few)))
                 out[start : start + len(few), view] = net(power).cpu()
-            left = (time.monotonic() - began) / (view + 1) * (AUDIO_VIEWS - view - 1)
-            run.tell("shots embedded", view + 1, AUDIO_VIEWS, {}, left)
+            left = clock.seconds_left(view + 1, AUDIO_VIEWS)
+            run.tell(Report("shots embedded", view + 1, AUDIO_VIEWS, {}, left))
         save_whole(dict(zip(map(str, among), out, strict=True)), path, {})
     run.fabric.barrier()
     return {int(name): embedded for name, embedded in read_tensors(path).items()}

@@ -68,7 +68,7 @@ def write(folder: Path, recipe: Any, corpus: Corpus, hardware: Mapping[str, obje
             "digest": corpus.digest,
             "clips": len(corpus.train),
             "held_out": len(corpus.held_out),
-            "hours": round(sum(corpus.seconds) / 3600, 3),
+            "hours": round(corpus.hours, 3),
         },
         "calls": [*calls, call],
     }

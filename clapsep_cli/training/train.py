@@ -118,16 +118,16 @@ class Run:
         """Whether this process is the one that writes."""
         return bool(self.fabric.is_global_zero)
 
-    def tell(self, stage: str, step: int, steps: int, figures: Mapping[str, float], left: float = math.nan) -> None:
-        """Report what else takes time; `left` is in seconds."""
+    def tell(self, report: Report) -> None:
+        """Let whoever listens know, from the one process that reports."""
         if self.leads:
-            self.listen(Report(stage, step, steps, figures, left))
+            self.listen(report)
 
     def fit(self, task: Task) -> Weights:
         """Train until the plan's steps, from wherever the state in the folder stands; the weights at the end."""
         plan, training = task.plan, Training(task, self.fabric, self.folder / task.state)
         training.resume()
-        parts, clock = self._rows(plan), _Clock(training.step)
+        parts, clock = self._rows(plan), Clock(training.step)
         log = record.Log(self.folder, task.name, training.step) if self.leads else None
 
         def draw(step: int) -> list[tuple[range, Any]]:
@@ -136,9 +136,9 @@ class Run:
         def tell(stage: str, figures: Mapping[str, float]) -> None:
             if log:
                 log.add(training.step, figures)
-                left = clock.seconds_a_step(training.step) * (plan.steps - training.step)
+                left = clock.seconds_left(training.step, plan.steps)
                 measure = task.measure if stage == "validation" else ""
-                self.listen(Report(stage, training.step, plan.steps, figures, left, measure))
+                self.tell(Report(stage, training.step, plan.steps, figures, left, measure))
 
         task.ready()
         for drawn in ahead(draw, range(training.step, plan.steps), plan.workers):
@@ -197,17 +197,23 @@ def _due(step: int, steps: int, every: int) -> bool:
     return step % every == 0 or step == steps
 
 
-class _Clock:
-    """Time per step since a run went on, without what it spent on other things."""
+class Clock:
+    """Time per step since a run went on, without what it spent on other things. In seconds."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int = 0) -> None:
         self.step, self.began = step, time.monotonic()
 
     def seconds_a_step(self, step: int) -> float:
+        """On average, at the end of `step`."""
         return (time.monotonic() - self.began) / max(1, step - self.step)
+
+    def seconds_left(self, step: int, steps: int) -> float:
+        """From the end of `step` to that of the last of `steps`, at the same pace."""
+        return self.seconds_a_step(step) * (steps - step)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
+        """Not to count what is done meanwhile."""
         since = time.monotonic()
         yield
         self.began += time.monotonic() - since
@@ -258,7 +264,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         on = {"accelerator": fabric.device.type, "devices": fabric.world_size, "precision": precision}
         record.write(out, recipe, corpus, {"nodes": hardware.nodes, **on})
-    run.tell("clips read", len(corpus.clips), len(corpus.clips), {"hours": sum(corpus.seconds) / 3600})
+    run.tell(Report("clips read", len(corpus.clips), len(corpus.clips), {"hours": corpus.hours}))
     fabric.barrier()
     recipe.train(run)
     return run.leads
