@@ -19,11 +19,13 @@ Span = tuple[float, float]  # a stretch of the mixture, from and to, in seconds
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The part of a recording from `start` to `end`, in seconds."""
+    """The part of a recording from `start` to `end`, in seconds; `lenient` and `stream` say how it is read."""
 
     path: Path
     start: float
     end: float
+    lenient: bool = False
+    stream: int | None = None
 
 
 # A recording or a folder of them, a part of one, or samples ([samples] or [channels, samples]) and their rate in Hz.

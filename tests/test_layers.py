@@ -18,8 +18,8 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         [
             {"samples"},
             {"wav"},
-            {"containers", "media"},
-            {"mpeg"},
+            {"containers"},
+            {"media", "mpeg"},
             {"decoders"},
             {"encoding", "sources"},
             {"writers"},

@@ -14,7 +14,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.decoders import TAGS, reason
-from clapsep_cli.audio.samples import Audio, quantise
+from clapsep_cli.audio.samples import Audio, Samples, quantise
 from clapsep_cli.audio.wav import WavWriter
 from clapsep_cli.errors import OutputError
 
@@ -121,8 +121,8 @@ class Encoder(ABC):
     """Writes samples into a stream, which stays open. `OSError` is passed on, also what libsndfile would swallow."""
 
     @abstractmethod
-    def write(self, audio: Audio) -> int:
-        """Append float32 `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
+    def write(self, audio: Samples) -> int:
+        """Append `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -134,26 +134,39 @@ class Encoder(ABC):
 
 
 def open_encoder(
-    stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str], seek: bool = True
+    stream: BinaryIO,
+    encoding: Encoding,
+    rate: int,
+    channels: int,
+    tags: Mapping[str, str],
+    seek: bool = True,
+    speakers: int | None = None,
 ) -> Encoder:
-    """An encoder into `stream`, which is empty; `seek` tells whether it is a file rather than a pipe."""
+    """Open an encoder.
+
+    Args:
+        stream: what to write to, empty.
+        encoding: the format and its depth.
+        rate: in Hz.
+        channels: their number.
+        tags: by libsndfile's names.
+        seek: whether `stream` is a file rather than a pipe.
+        speakers: mask of speaker positions, which only WAV holds; None for the usual ones.
+    """
     if encoding.format == "wav":
-        return WavEncoder(stream, encoding, rate, channels, tags, seek)
+        return WavEncoder(encoding.bits, WavWriter(stream, rate, channels, encoding.bits, tags, seek, speakers))
     return SoundFileEncoder(stream, encoding, rate, channels, tags)
 
 
 class WavEncoder(Encoder):
     """WAV, and RF64 beyond 4 GB."""
 
-    def __init__(
-        self, stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str], seek: bool
-    ) -> None:
-        self._bits = encoding.bits
-        self._writer = WavWriter(stream, rate, channels, encoding.bits, tags, seek)
+    def __init__(self, bits: int | None, writer: WavWriter) -> None:
+        self._bits, self._writer = bits, writer
 
-    def write(self, audio: Audio) -> int:
-        integers, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
-        self._writer.write(integers)
+    def write(self, audio: Samples) -> int:
+        samples, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
+        self._writer.write(samples)
         return clipped
 
     def finish(self) -> None:
@@ -182,8 +195,8 @@ class SoundFileEncoder(Encoder):
         except soundfile.SoundFileError as error:
             raise OutputError(reason(error)) from error
 
-    def write(self, audio: Audio) -> int:
-        samples: Audio | NDArray[np.int32] = audio
+    def write(self, audio: Samples) -> int:
+        samples: Audio | NDArray[np.int32] = audio.astype(np.float32, copy=False)
         if self._bits is None:
             clipped = int(np.count_nonzero(np.abs(audio) > 1))  # by whoever plays it
         else:

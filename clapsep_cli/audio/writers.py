@@ -17,10 +17,11 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 from clapsep_cli.audio.decoders import reason
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, open_encoder
-from clapsep_cli.audio.samples import Audio
+from clapsep_cli.audio.samples import Samples
 from clapsep_cli.errors import OutputError
 from clapsep_cli.files import claim, unfinished
 
@@ -42,12 +43,13 @@ class Written:
 
 @dataclass(frozen=True)
 class Form:
-    """What all parts of a recording share. `tags` by libsndfile's names; Hz."""
+    """What all parts of a recording share: `rate` in Hz, `tags` by libsndfile's names, the mask of `speakers`."""
 
     encoding: Encoding
     rate: int
     channels: int
     tags: Mapping[str, str]
+    speakers: int | None
 
 
 class Part:
@@ -65,13 +67,15 @@ class Part:
                 self._stream = self.temporary.open("w+b", buffering=2**16)
                 self._claim = claim(self._stream)
             try:
-                self._encoder = open_encoder(self._stream, form.encoding, form.rate, form.channels, form.tags, seek)
+                self._encoder = open_encoder(
+                    self._stream, form.encoding, form.rate, form.channels, form.tags, seek, form.speakers
+                )
             except BaseException:
                 self._drop()
                 raise
 
-    def write(self, audio: Audio) -> int:
-        """Append float32 `[channels, samples]`; how many of them were clipped."""
+    def write(self, audio: Samples) -> int:
+        """Append `[channels, samples]`; how many of them were clipped."""
         with _reported(self.name, "writing failed"):
             clipped = self._encoder.write(audio)
         self.clipped += clipped
@@ -145,6 +149,7 @@ class Outputs:
         tags: Mapping[str, str] | None = None,
         software: str = "",
         overwrite: bool = False,
+        speakers: int | None = None,
     ) -> None:
         if len(software.encode("utf-8", "replace")) > SOFTWARE_BYTES:
             raise ValueError(f"software is limited to {SOFTWARE_BYTES} bytes, which all formats hold: {software!r}")
@@ -153,10 +158,11 @@ class Outputs:
         if STDOUT in paths.values() and encoding.format != "wav":
             raise OutputError(f"standard output carries WAV alone, not {encoding.format}")
         stored = {name: _clean(text) for name, text in {**(tags or {}), "software": software}.items() if text}
-        self._form = Form(encoding, rate, channels, stored)
+        self._form = Form(encoding, rate, channels, stored, speakers)
         self._clip, self._overwrite, self._done = clip, overwrite, 0
         self._exact = encoding.bits is None and not encoding.lossy
-        self._drafts: dict[str, BinaryIO] = {}  # float32, where the gain is known only at the end
+        self._drafts: dict[str, BinaryIO] = {}  # samples as they came, where the gain is known only at the end
+        self._draft_type = "<f8" if encoding.bits == 32 else "<f4"
         self._range = (0.0, 0.0)
         self._made: list[Path] = []
         self._parts: dict[str, Part] = {}
@@ -190,14 +196,14 @@ class Outputs:
     def __exit__(self, *_: object) -> None:
         self._discard()
 
-    def write(self, parts: Mapping[str, Audio]) -> None:
-        """Append to every part, float32 `[channels, samples]`."""
+    def write(self, parts: Mapping[str, Samples]) -> None:
+        """Append `[channels, samples]` to every part; float64 where float32 does not hold the encoding's depth."""
         for part, audio in parts.items():
             if part in self._drafts:
                 least, most = self._range
                 self._range = float(audio.min(initial=least)), float(audio.max(initial=most))
                 with _reported(self._parts[part].name, "writing failed"):
-                    self._drafts[part].write(np.ascontiguousarray(audio.T, "<f4").tobytes())
+                    self._drafts[part].write(np.ascontiguousarray(audio.T, self._draft_type).tobytes())
             elif self._parts[part].write(audio) and self._clip == "error":
                 level = 20 * np.log10(float(np.abs(audio).max()))
                 raise OutputError(
@@ -213,7 +219,7 @@ class Outputs:
         for part, draft in self._drafts.items():
             with _reported(self._parts[part].name, "writing failed"):
                 for block in self._drafted(draft):
-                    self._parts[part].write(np.asarray(block * gain, np.float32))
+                    self._parts[part].write(block * gain)
         for writer in self._parts.values():
             writer.finish()
         placed: list[Path] = []
@@ -232,14 +238,16 @@ class Outputs:
         bits, (least, most) = self._form.encoding.bits, self._range
         if bits is None:
             return 1 / max(1.0, -least, most)
-        full = 2.0 ** (min(bits, 24) - 1)  # float32 cannot say what is between 24 bits and 32
+        full = 2.0 ** (bits - 1)
         fits = round(most * full) <= full - 1 and round(least * full) >= -full
         return 1.0 if fits else 1 / max(-least, most * full / (full - 1))
 
-    def _drafted(self, draft: BinaryIO) -> Iterator[Audio]:
+    def _drafted(self, draft: BinaryIO) -> Iterator[NDArray[np.float64]]:
+        kind = np.dtype(self._draft_type)
         draft.seek(0)
-        while raw := draft.read(CONVERTED_AT_ONCE * self._form.channels * 4):
-            yield np.frombuffer(raw, "<f4").reshape(-1, self._form.channels).T
+        while raw := draft.read(CONVERTED_AT_ONCE * self._form.channels * kind.itemsize):
+            # As float64: rounded to float32, the loudest sample may be half a step of 24 bits over full scale.
+            yield np.frombuffer(raw, kind).astype(np.float64).reshape(-1, self._form.channels).T
 
     def _discard(self) -> None:
         for writer in self._parts.values():

@@ -29,7 +29,7 @@ def extract(
     common: Common,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for a WAV from stdin."),
+        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
     ] = None,
     pos: Annotated[
         list[str] | None, _query("--pos", metavar="TEXT", help="What to keep, in words; several are averaged.")

@@ -36,6 +36,20 @@ class Common:
         str | None, _option("--start", panel=INPUT, metavar="TIME", help="Begin there: seconds, or as 1:02:03.")
     ] = None
     end: Annotated[str | None, _option("--end", panel=INPUT, metavar="TIME", help="End there.")] = None
+    lenient: Annotated[
+        bool, _option("--lenient", panel=INPUT, help="Take what there is of recordings that are cut or damaged.")
+    ] = False
+    stream: Annotated[
+        int | None,
+        _option(
+            "--stream",
+            panel=INPUT,
+            min=1,
+            max=1024,
+            metavar="N",
+            help="Take this sound track of a film; else the first.",
+        ),
+    ] = None
 
     out: Annotated[
         Path | None,

@@ -120,6 +120,8 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
     return Options(
         start=parse_time(common.start) if common.start is not None else 0.0,
         end=parse_time(common.end) if common.end is not None else None,
+        lenient=common.lenient,
+        stream=common.stream,
         format=common.format,
         subtype=common.subtype,
         clip=common.clip,  # type: ignore[arg-type]
@@ -187,6 +189,7 @@ class _Lines:
     def __init__(self, common: Common, model: Model, count: int) -> None:
         self.json, self.model, self.count = common.json, model, count
         self.silent = common.quiet and not common.json
+        self.say = _say(common)
         self.piped = _to_stdout(common)
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -226,6 +229,8 @@ class _Lines:
 
     def done(self, done: Extraction) -> None:
         self.outcomes[DONE if done.outputs else ABSENT] += 1
+        for line in done.notes:
+            self.say(line)
         for part, count in done.clipped.items():
             if count:
                 were = "samples were" if count > 1 else "sample was"

@@ -50,7 +50,7 @@ def separate(
     common: Common,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for a WAV from stdin."),
+        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
     ] = None,
     prompts: Annotated[
         list[str] | None,

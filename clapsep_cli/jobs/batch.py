@@ -96,8 +96,10 @@ class _Opened(ExitStack):
         key = id(job.targets), tuple(job.kept)
         if key in self.asked:
             return self.asked[key][1]
-        path = job.input.path
-        queries = {name: query.within(lambda a, b: Excerpt(path, a, b)) for name, query in job.targets.items()}
+        path, lenient, stream = job.input.path, self.options.lenient, self.options.stream
+        queries = {
+            name: query.within(lambda a, b: Excerpt(path, a, b, lenient, stream)) for name, query in job.targets.items()
+        }
         names = list(queries)
         wanted = self.model.ask(list(queries.values()), [names.index(name) for name in job.kept])
         if not job.has_spans:

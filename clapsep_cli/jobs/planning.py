@@ -22,7 +22,7 @@ from clapsep_cli.query import RESIDUAL, TARGET, Query
 from clapsep_cli.store.checkpoint import Model
 
 Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
-NOT_IN_THE_RESULT = {"overwrite", "batch", "workers", "presence"}  # of the options
+NOT_IN_THE_RESULT = {"overwrite", "batch", "workers", "presence", "lenient"}  # of the options
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from clapsep_cli.audio.encoding import choose_encoding
-from clapsep_cli.audio.samples import Audio, on_grid
+from clapsep_cli.audio.samples import Audio, Samples, on_grid
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import Outputs, Written
 from clapsep_cli.jobs.plot import Picture
@@ -46,7 +46,7 @@ class Recording:
         self.windows: deque[Tensor] = deque()
         self.ended, self.samples, self.elapsed = False, 0, 0.0
         self._source, self._outputs = ExitStack(), ExitStack()
-        self._reading: Future[tuple[Audio, Audio, bool]] | None = None
+        self._reading: Future[tuple[Samples, Audio, bool]] | None = None
         self._writing: Future[None] | None = None
         try:
             with self._clocked():
@@ -64,8 +64,12 @@ class Recording:
             self.elapsed += time.perf_counter() - began
 
     def _open(self) -> None:
-        opening = self.io.submit(Source, self.job.input.path, self.options.start, self.options.end)
+        options = self.options
+        opening = self.io.submit(
+            Source, self.job.input.path, options.start, options.end, options.lenient, options.stream
+        )
         source: Source = self._source.enter_context(self.result(opening))
+        self._notes = source.notes
         self.rate, self.frames = source.rate, source.frames
         self.encoding = choose_encoding(self.options.format, self.options.subtype, source)
         self._writer = self._outputs.enter_context(
@@ -78,6 +82,7 @@ class Recording:
                 source.tags,
                 f"clapsep {__version__}" + (f" key={self.job.key}" if self.job.key else ""),
                 self.job.overwrite,
+                source.speakers,
             )
         )
         self._picture = Picture(source.rate) if self.job.picture else None
@@ -90,7 +95,7 @@ class Recording:
         self._nothing = np.zeros((source.channels, 0), np.float32)
         self._reading = self.io.submit(self._next)
 
-    def _next(self) -> tuple[Audio, Audio, bool]:
+    def _next(self) -> tuple[Samples, Audio, bool]:
         block = next(self._blocks, None)
         if block is None:
             return self._nothing, self._ear.hear(self._nothing, True), True
@@ -129,20 +134,22 @@ class Recording:
         if writing is not None:
             self.result(writing)
 
-    def _store(self, mixture: Audio, stems: Audio) -> None:
+    def _store(self, mixture: Samples, stems: Audio) -> None:
+        heard = mixture.astype(np.float32, copy=False)
         if self.options.consistent:
-            stems = stems + (mixture - stems.sum(0)) / np.float32(len(stems))
+            stems = stems + (heard - stems.sum(0)) / np.float32(len(stems))
         for presence, stem in zip(self._presence.values(), stems, strict=False):
-            presence.add(mixture, stem)
+            presence.add(heard, stem)
         # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
         rounded = [on_grid(stem, self.encoding.bits) for stem in stems]
         parts = dict(zip(self.job.kept, rounded, strict=True))
-        parts[RESIDUAL] = mixture - np.asarray(sum(rounded), np.float32)
+        parts[RESIDUAL] = mixture - sum(rounded)
         written = {part: parts[part] for part in self.job.outputs}
-        for part, audio in ((MIXTURE, mixture), *written.items()):
+        shown = {MIXTURE: heard} | {part: audio.astype(np.float32, copy=False) for part, audio in written.items()}
+        for part, audio in shown.items():
             self._meters[part].add(audio)
         if self._picture is not None:
-            self._picture.add({MIXTURE: mixture, **written})
+            self._picture.add(shown)
         self._writer.write(written)
 
     def finish(self) -> Extraction:
@@ -166,6 +173,7 @@ class Recording:
             levels={part: meter.read() for part, meter in self._meters.items()},
             presence=presence,
             picture=self.job.picture if written else None,
+            notes=list(self._notes),
         )
 
     def _likeness(self, stem: int) -> Callable[[Audio], float | None]:

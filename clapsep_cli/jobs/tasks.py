@@ -17,14 +17,17 @@ from clapsep_cli.query import Query
 class Options:
     """How recordings are read and written. `start` and `end` in seconds; `format` and `subtype` of `choose_encoding`.
 
-    `clip` is what happens over full scale (`Outputs`). `consistent` spreads what the stems leave of the mixture over
-    them. `presence` measures whether what was asked for is there; below `min_presence` nothing is written.
-    `batch` is the number of windows separated at once (0: as many as the device likes), `workers` that of the threads
-    that read and write.
+    `lenient` takes what there is of a recording that is cut short or damaged. `stream` is the number of the sound track
+    to take, from 1; None for the first. `clip` is what happens over full scale (`Outputs`). `consistent` spreads what
+    the stems leave of the mixture over them. `presence` measures whether what was asked for is there; below
+    `min_presence` nothing is written. `batch` is the number of windows separated at once (0: as many as the device
+    likes), `workers` that of the threads that read and write.
     """
 
     start: float = 0.0
     end: float | None = None
+    lenient: bool = False
+    stream: int | None = None
     format: str = "wav"
     subtype: str | None = None
     clip: Clip = "warn"
@@ -64,7 +67,8 @@ class Extraction:
     """What was made of one recording. `levels` by part, and of the mixture, in dB of full scale; `presence` by target.
 
     `clipped` counts the samples of each part that its format could not hold; `gain` is what all parts were multiplied
-    by so that they fit. `outputs` is empty where `presence` was too low to write anything.
+    by so that they fit. `outputs` is empty where `presence` was too low to write anything. `notes` tell of damage that
+    was passed over, and of sound tracks that were not taken.
     """
 
     mixture: Path
@@ -77,6 +81,7 @@ class Extraction:
     levels: dict[str, dict[str, float | None]]
     presence: dict[str, dict[str, float] | None] = field(default_factory=dict)
     picture: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def target(self) -> Path:

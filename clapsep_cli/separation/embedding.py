@@ -72,7 +72,7 @@ def _embed_shot(model: Model, shot: Shot) -> Tensor:
 
 def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
     try:
-        return read_mono(shot.path, rate, shot.start, shot.end)
+        return read_mono(shot.path, rate, shot.start, shot.end, shot.lenient, shot.stream)
     except AudioError as error:
         raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s is not to be had: {error}") from error
 

@@ -11,7 +11,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from clapsep_cli.audio.samples import Audio, check_finite
+from clapsep_cli.audio.samples import Audio, Samples, check_finite
 from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.query import TARGET, Query, Shot
 from clapsep_cli.store.checkpoint import Model
@@ -40,8 +40,9 @@ class Ear:
         self._channels = channels
         self._stream = soxr.ResampleStream(rate, rate_heard, channels, "float32", "HQ") if rate != rate_heard else None
 
-    def hear(self, block: Audio, last: bool = False) -> Audio:
-        """What is heard of the next block (float32 `[channels, samples]`), as far as it can be told by now."""
+    def hear(self, block: Samples, last: bool = False) -> Audio:
+        """What is heard of the next block (`[channels, samples]`), as far as it can be told by now; float32."""
+        block = block.astype(np.float32, copy=False)
         if self._stream is None:
             return block
         heard = self._stream.resample_chunk(np.ascontiguousarray(block.T), last=last)
@@ -56,20 +57,21 @@ class Passage:
 
     def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
         self._stream = model.separator.stream(wanted, rate, channels, model.device)
-        self._waiting = [np.zeros((channels, 0), np.float32)]  # the mixture whose stems are still to come
+        self._waiting: list[Samples] = [np.zeros((channels, 0), np.float32)]  # mixture whose stems are still to come
 
-    def push(self, block: Audio, heard: Audio, last: bool = False) -> list[Tensor]:
+    def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:
         """Take in a block and what is heard of it; returns the windows that are to be separated, in their order."""
         self._waiting.append(block)
-        return self._stream.push(block, heard, last)
+        return self._stream.push(block.astype(np.float32, copy=False), heard, last)
 
     def accept(self, result: Tensor) -> None:
         """Take in the result of the oldest window that has none yet."""
         self._stream.accept(result)
 
     @torch.inference_mode()
-    def pull(self) -> tuple[Audio, Audio]:
-        """What is final and was not pulled yet: the mixture `[channels, n]` and its stems `[stems, channels, n]`."""
+    def pull(self) -> tuple[Samples, Audio]:
+        """What is final and was not pulled yet: the mixture `[channels, n]`, as it came, and its stems, float32
+        `[stems, channels, n]`."""
         stems = self._stream.pull().cpu().numpy()
         if not stems.shape[2]:
             return self._waiting[0][:, :0], stems
@@ -79,8 +81,8 @@ class Passage:
 
 
 def stream(
-    model: Model, wanted: Any, blocks: Iterable[Audio], rate: int, channels: int
-) -> Iterator[tuple[Audio, Audio]]:
+    model: Model, wanted: Any, blocks: Iterable[Samples], rate: int, channels: int
+) -> Iterator[tuple[Samples, Audio]]:
     """Separate a recording that arrives in `blocks` (float32 `[channels, samples]` at `rate` Hz).
 
     `wanted` is from `Model.ask`. Yields pairs of mixture and stems (`[stems, channels, samples]`) that join to the
@@ -96,7 +98,7 @@ def stream(
             yield mixture, stems
 
 
-def _with_last(blocks: Iterable[Audio], end: Audio) -> Iterator[tuple[Audio, bool]]:
+def _with_last(blocks: Iterable[Samples], end: Audio) -> Iterator[tuple[Samples, bool]]:
     for block in blocks:
         yield block, False
     yield end, True
