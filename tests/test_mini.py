@@ -11,10 +11,12 @@ import soundfile
 import torch
 from conftest import TINY_MINI
 
-from clapsep_cli import Query, load_model, separate
+from clapsep_cli import Query, extract, load_model, separate
+from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.mini import Mini, band_matrix
+from clapsep_cli.query import Excerpt
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import Model
 
@@ -123,3 +125,27 @@ def test_a_short_shot_is_heard_with_silence_behind_it_as_in_training(tiny: Model
     halves = torch.randn(2, 160_000, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [0.1]])
     mean = torch.stack([tiny.audio.embed(half) for half in halves]).mean(0)
     torch.testing.assert_close(tiny.audio.embed(halves.flatten()), torch.nn.functional.normalize(mean, dim=0))
+
+
+def test_channels_that_cancel_are_present_like_those_that_agree(tmp_path: Path) -> None:
+    mixture, rate = soundfile.read(EXAMPLES / "mix.flac", dtype="float32")
+    model, scores = load_model("mini", "cpu"), []
+    for name, other in (("agree", mixture), ("cancel", -mixture)):
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([mixture, other], 1), rate, "FLOAT")
+        done = extract(tmp_path / f"{name}.wav", Query("dog barking", "rain"), model, options=Options(min_presence=0.0))
+        assert done.presence["target"] is not None
+        assert sorted(done.outputs) == ["residual", "target"]
+        scores.append(done.presence["target"]["score"])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-3) == pytest.approx(0.33, abs=0.05)
+
+
+def test_a_shot_whose_channels_cancel_is_heard_like_one_channel(tiny: Model, tmp_path: Path) -> None:
+    rate, sound = 16_000, 0.1 * np.random.default_rng(0).standard_normal(25 * 16_000).astype(np.float32)
+    both = np.stack([sound, -sound])
+    path = tmp_path / "shot.wav"
+    soundfile.write(path, both.T, rate, "FLOAT")
+    expected = tiny.ask([Query(pos_audio=[(sound, rate)])])
+    for shot in (path, (both, rate)):
+        torch.testing.assert_close(tiny.ask([Query(pos_audio=[shot])]), expected, rtol=0, atol=1e-4)
+    part = tiny.ask([Query(pos_audio=[(sound[: 5 * rate], rate)])])
+    torch.testing.assert_close(tiny.ask([Query(pos_audio=[Excerpt(path, 0, 5)])]), part, rtol=0, atol=1e-4)

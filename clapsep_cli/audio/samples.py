@@ -14,6 +14,7 @@ Audio = NDArray[np.float32]
 
 PEAK = 0.9  # to which what is over full scale is brought before a model hears it (paper IV-A)
 DROPPED_AT_ONCE = 2**16  # samples
+CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
 
 class Decoder(ABC):
@@ -53,6 +54,18 @@ def check_finite(audio: Audio, name: str, rate: int, offset: int = 0) -> None:
         channel, sample = min(np.argwhere(~np.isfinite(audio)).tolist(), key=lambda at: at[1])
         at = offset + sample
         raise AudioError(f"{name}: sample {at} ({at / rate:.3f} s) of channel {channel + 1} is not a finite number")
+
+
+def downmix(audio: Audio) -> Audio:
+    """What a model hears of `audio` (float32 `[channels, samples]`): the mean of its channels, float32 `[samples]`.
+
+    Where they cancel (a channel with its polarity reversed, say), it is the loudest channel instead.
+    """
+    mean = audio.mean(0)
+    energies = np.square(audio).sum(1)
+    if np.square(mean).sum() >= CANCELLED * energies.mean():
+        return np.asarray(mean, np.float32)
+    return np.asarray(audio[int(energies.argmax())], np.float32)
 
 
 def to_rate(mono: Audio, rate_in: int, rate_out: int) -> Audio:

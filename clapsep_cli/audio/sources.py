@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from clapsep_cli.audio import decoders, media
-from clapsep_cli.audio.samples import Audio, Decoder, check_finite, to_rate
+from clapsep_cli.audio.samples import Audio, Decoder, check_finite, downmix, to_rate
 from clapsep_cli.audio.wav import WavStream
 from clapsep_cli.errors import AudioError
 
 STDIN = Path("-")
 RATES_HZ = (8_000, 192_000)
 MAX_CHANNELS = 32
+HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
 SUFFIXES = decoders.SUFFIXES | media.SUFFIXES  # of recordings; some of them need a decoder that may not be here
 
 
@@ -138,9 +139,9 @@ def _open_file(path: Path) -> Decoder:
 
 
 def read_mono(path: Path, rate: int, start: float = 0.0, end: float | None = None) -> Audio:
-    """All of a recording, or of its part in seconds, as the mean of its channels at `rate` Hz, float32 `[samples]`."""
+    """All of a recording, or of its part in seconds, as a model hears it: its `downmix` at `rate` Hz, `[samples]`."""
     with Source(path, start, end) as source:
-        mono = np.concatenate([block.mean(0) for block in source.blocks(60)])
+        mono = np.concatenate([downmix(block) for block in source.blocks(HEARD_SECONDS)])
         return to_rate(mono, source.rate, rate)
 
 

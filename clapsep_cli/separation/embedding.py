@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clapsep_cli.audio.samples import Audio, check_finite, to_rate
+from clapsep_cli.audio.samples import Audio, check_finite, downmix, to_rate
 from clapsep_cli.audio.sources import read_mono, recordings
 from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.models.base import condition
@@ -59,7 +59,7 @@ def _embed_shot(model: Model, shot: Shot) -> Tensor:
     if isinstance(shot, tuple):
         samples, name = np.atleast_2d(np.asarray(shot[0], np.float32)), "a recording given as a query"
         check_finite(samples, name, shot[1])
-        mono = to_rate(samples.mean(0), shot[1], rate) if samples.size else np.zeros(0, np.float32)
+        mono = to_rate(downmix(samples), shot[1], rate) if samples.size else np.zeros(0, np.float32)
     elif isinstance(shot, Excerpt):
         name = f"{shot.path}, {shot.start:g}-{shot.end:g} s"
         mono = _read_excerpt(shot, rate)
