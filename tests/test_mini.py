@@ -144,8 +144,8 @@ def test_a_shot_whose_channels_cancel_is_heard_like_one_channel(tiny: Model, tmp
     both = np.stack([sound, -sound])
     path = tmp_path / "shot.wav"
     soundfile.write(path, both.T, rate, "FLOAT")
-    expected = tiny.ask([Query(pos_audio=[(sound, rate)])])
+    expected = tiny.ask([Query(pos_audio=[(sound, rate)])]).targets
     for shot in (path, (both, rate)):
-        torch.testing.assert_close(tiny.ask([Query(pos_audio=[shot])]), expected, rtol=0, atol=1e-4)
-    part = tiny.ask([Query(pos_audio=[(sound[: 5 * rate], rate)])])
-    torch.testing.assert_close(tiny.ask([Query(pos_audio=[Excerpt(path, 0, 5)])]), part, rtol=0, atol=1e-4)
+        torch.testing.assert_close(tiny.ask([Query(pos_audio=[shot])]).targets, expected, rtol=0, atol=1e-4)
+    part = tiny.ask([Query(pos_audio=[(sound[: 5 * rate], rate)])]).targets
+    torch.testing.assert_close(tiny.ask([Query(pos_audio=[Excerpt(path, 0, 5)])]).targets, part, rtol=0, atol=1e-4)

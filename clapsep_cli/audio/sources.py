@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from clapsep_cli.audio import decoders, media
-from clapsep_cli.audio.samples import Audio, Decoder, check_finite, downmix, to_rate
+from clapsep_cli.audio.samples import MAX_CHANNELS, Audio, Decoder, check_finite, downmix, to_rate
 from clapsep_cli.audio.wav import WavStream
 from clapsep_cli.errors import AudioError
 
 STDIN = Path("-")
 RATES_HZ = (8_000, 192_000)
-MAX_CHANNELS = 32
 HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
 SUFFIXES = decoders.SUFFIXES | media.SUFFIXES  # of recordings; some of them need a decoder that may not be here
 

@@ -157,7 +157,7 @@ class _Opened(ExitStack):
             return
         began = time.perf_counter()
         try:
-            results = self.model.infer([window for _, window in batch], batch[0][0].wanted)
+            results = self.model.infer([window for _, window in batch], batch[0][0].wanted, self.check)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise DeviceError(f"{self.model.device} has not the memory for a window; use -d cpu") from error
