@@ -69,7 +69,7 @@ class Fixed(MaskSeparator):
         return mixture
 
     def mask(self, features: Tensor, condition: Tensor) -> Tensor:
-        return self.value.expand(len(features), self.window // HOP + 1, N_FFT // 2 + 1)
+        return self.value.expand(max(len(features), len(condition)), self.window // HOP + 1, N_FFT // 2 + 1)
 
 
 class OneHot(TextEncoder):

@@ -30,7 +30,7 @@ from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import Destination
 from clapsep_cli.jobs.planning import Plan, lay_out, plan
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
-from clapsep_cli.models.base import Conditions, go_on
+from clapsep_cli.models.base import TARGETS_AT_ONCE, Conditions, go_on
 from clapsep_cli.store.checkpoint import Model
 
 DOG, RAIN = Query("dog"), Query("rain")
@@ -341,6 +341,38 @@ def test_once_stopped_what_was_done_stays_and_nothing_else(tmp_path: Path) -> No
         next(running)
     assert isinstance(first, Extraction)
     assert sorted(contents(tmp_path / "out")) == ["0.residual.wav", "0.target.wav"]
+
+
+def test_a_stop_does_not_wait_for_all_targets(tmp_path: Path) -> None:
+    item, stop, masked = record(tmp_path, "mix.wav", 4000), threading.Event(), []
+
+    class Many(Moody):
+        def mask(self, features: Tensor, condition: Tensor) -> Tensor:
+            masked.append(len(condition))
+            stop.set()
+            return super().mask(features, condition)
+
+    model, targets = Stub(Many()), {str(number): Query("x" * (number + 1)) for number in range(40)}
+    jobs = plan(lay_out([(item, targets)], destination=Destination(tmp_path / "out")), model).jobs
+    with pytest.raises(StoppedError):
+        next(run(jobs, model, stop=stop))
+    assert sum(masked) == TARGETS_AT_ONCE
+    assert contents(tmp_path / "out") == {}
+
+
+def test_each_text_and_each_shot_is_embedded_once_however_many_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, model, texts, shots = record(tmp_path, "mix.wav", 4000), Stub(Moody()), [], []
+    embed_text, embed_audio = model.text.embed, model.audio.embed
+    monkeypatch.setattr(model.text, "embed", lambda wanted: [texts.extend(wanted), embed_text(wanted)][1])
+    monkeypatch.setattr(model.audio, "embed", lambda audio: [shots.append(audio), embed_audio(audio)][1])
+    spoken = {f"t{number}": Query("x" * (number + 1)) for number in range(8)}
+    heard = {f"s{n}": Query(pos_audio=record(tmp_path, f"{n}.wav", seed=n).path) for n in range(4)}
+    spans = {"span": Query(pos_spans=(0.1, 0.2)), "samples": Query(pos_audio=(noise(90), 8000))}
+    extract(item.path, {**spoken, **heard, **spans}, model, tmp_path / "out")
+    assert sorted(texts) == sorted(query.pos[0] for query in spoken.values())
+    assert len(shots) == 6
 
 
 def test_whoever_goes_away_leaves_nothing_open(tmp_path: Path) -> None:

@@ -75,6 +75,27 @@ def test_parts_have_the_mixtures_shape_and_sum(rate: int, channels: int, samples
     np.testing.assert_allclose(result.target + result.residual, mixture, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("rate", [8000, 11_025, 32_000, 48_000, 96_000])
+def test_targets_share_the_mixture_at_every_rate_and_leave_nothing_negative(rate: int) -> None:
+    """Above the model's band, across windows, and for more targets than are masked at once."""
+    mixture = noise(2, 3 * rate + 17)
+    ramp = torch.linspace(0.9, 0.1, 513)
+    model = Stub(Fixed(ramp, window=32_000))
+    targets = {str(number): Query("x" * (number + 1)) for number in range(5)}
+    result = separate(mixture, rate, targets, model)
+    ramps = 5 * ramp.numpy()
+    left = np.fft.rfft(result.residual), np.fft.rfft(mixture)
+    hertz = np.fft.rfftfreq(mixture.shape[1], 1 / rate)
+    gain = 1 - np.minimum(1, np.interp(hertz, np.arange(513) * 31.25, ramps))
+    gain[hertz > 16_000] = 1 - np.minimum(1, ramps)[-64:].mean()
+    band = (hertz > 200) & (np.abs(hertz - 16_000) > 200)
+    ratio = (left[0] * left[1].conj()).real.mean(0)[band] / np.square(np.abs(left[1])).mean(0)[band]
+    assert ratio.min() > -0.02
+    np.testing.assert_allclose(ratio, gain[band], rtol=0, atol=0.12)
+    for stem in result.stems.values():
+        np.testing.assert_array_equal(stem, result.target)
+
+
 @settings(max_examples=15, deadline=None)
 @given(blocks=st.lists(st.integers(1, 30_000), min_size=1, max_size=12), rate=st.sampled_from([8000, 11025, 32000]))
 def test_blocks_do_not_matter(blocks: list[int], rate: int) -> None:
