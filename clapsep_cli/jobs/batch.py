@@ -125,7 +125,7 @@ class _Opened(ExitStack):
 
     def _open(self, job: Job) -> None:
         try:
-            recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result)
+            recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result, self.check)
         except (ClapsepError, OSError) as error:
             self._fail(job, error)
             return
