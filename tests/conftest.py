@@ -22,7 +22,7 @@ from torch import Tensor
 from clapsep_cli import registry
 from clapsep_cli.cli.app import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
-from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
+from clapsep_cli.models.base import AudioEncoder, Conditions, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import MODELS, HubFile, Remote, weights_folder
@@ -69,7 +69,7 @@ class Fixed(MaskSeparator):
         return mixture
 
     def mask(self, features: Tensor, condition: Tensor) -> Tensor:
-        return self.value.expand(len(features), self.window // HOP + 1, N_FFT // 2 + 1)
+        return self.value.expand(max(len(features), len(condition)), self.window // HOP + 1, N_FFT // 2 + 1)
 
 
 class OneHot(TextEncoder):
@@ -92,7 +92,7 @@ class Stub(Model):
         self.family, self.config, self.revision, self.dtype = "stub", None, "", torch.float32
         self.__dict__.update(separator=separator, text=OneHot(), audio=Mean(), identity="stub")
 
-    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Tensor:
+    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Conditions:
         return conditions(self, queries, range(len(queries)) if kept is None else kept)
 
     tells_likeness = True
@@ -103,7 +103,7 @@ class Stub(Model):
     def doubts(self, queries: Sequence[Query]) -> list[str]:
         return []
 
-    def likeness(self, wanted: Tensor, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
+    def likeness(self, wanted: Conditions, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
         return likeness(self, wanted, stem, mono, rate)
 
 

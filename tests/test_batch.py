@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import Destination
 from clapsep_cli.jobs.planning import Plan, lay_out, plan
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
+from clapsep_cli.models.base import TARGETS_AT_ONCE, Conditions, go_on
 from clapsep_cli.store.checkpoint import Model
 
 DOG, RAIN = Query("dog"), Query("rain")
@@ -129,11 +130,18 @@ def test_the_encoder_runs_once_a_window_for_all_targets(tmp_path: Path) -> None:
         assert sum(separator.encoded) == 9  # windows of 1 s, half a second apart
 
 
-def test_a_target_is_the_same_whether_others_are_asked_for_or_not(tmp_path: Path) -> None:
-    item = record(tmp_path, "mix.wav", samples=20_000)
-    alone = extract(item.path, {"dog": DOG}, Stub(Moody()), tmp_path / "alone").outputs["dog"]
-    beside = extract(item.path, {"cat": RAIN, "dog": DOG}, Stub(Moody()), tmp_path / "beside").outputs["dog"]
-    np.testing.assert_array_equal(soundfile.read(alone)[0], soundfile.read(beside)[0])
+def test_a_target_is_the_same_whether_others_are_written_or_not(tmp_path: Path) -> None:
+    item, model = record(tmp_path, "mix.wav", samples=20_000), Stub(Moody())
+    targets = {f"t{number}": Query("x" * (number + 1)) for number in range(6)}
+    for only in ((), ("t1", "t4"), ("t4",)):
+        destination = Destination(tmp_path / f"{len(only)}", only=only, residual=not only)
+        (done,) = run(plan(lay_out([(item, targets)], destination=destination), model).jobs, model)
+        assert isinstance(done, Extraction)
+        assert set(done.outputs) == (set(only) or {*targets, "residual"})
+    whole, some, one = (contents(tmp_path / str(number)) for number in (0, 2, 1))
+    # The headers name what was asked for, and that is not the same.
+    assert one["mix.t4.wav"][-30_000:] == some["mix.t4.wav"][-30_000:] == whole["mix.t4.wav"][-30_000:]
+    assert some["mix.t1.wav"][-30_000:] == whole["mix.t1.wav"][-30_000:]
 
 
 @pytest.mark.parametrize("batch", [2, 5, 64])
@@ -215,10 +223,10 @@ class Small(Moody):
         super().__init__()
         self.room = room
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         if len(windows) > self.room:
             raise torch.cuda.OutOfMemoryError
-        return super().infer(windows, wanted)
+        return super().infer(windows, wanted, check)
 
 
 def test_batches_shrink_to_what_the_device_has_memory_for(tmp_path: Path) -> None:
@@ -275,10 +283,10 @@ class Patient(Moody):
         super().__init__()
         self.read, self.written = threading.Semaphore(0), threading.Semaphore(0)
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         assert len(self.batches) != 0 or self.read.acquire(timeout=20)
         assert len(self.batches) != 2 or self.written.acquire(timeout=20)
-        return super().infer(windows, wanted)
+        return super().infer(windows, wanted, check)
 
 
 def test_reading_and_writing_go_on_while_the_model_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +341,38 @@ def test_once_stopped_what_was_done_stays_and_nothing_else(tmp_path: Path) -> No
         next(running)
     assert isinstance(first, Extraction)
     assert sorted(contents(tmp_path / "out")) == ["0.residual.wav", "0.target.wav"]
+
+
+def test_a_stop_does_not_wait_for_all_targets(tmp_path: Path) -> None:
+    item, stop, masked = record(tmp_path, "mix.wav", 4000), threading.Event(), []
+
+    class Many(Moody):
+        def mask(self, features: Tensor, condition: Tensor) -> Tensor:
+            masked.append(len(condition))
+            stop.set()
+            return super().mask(features, condition)
+
+    model, targets = Stub(Many()), {str(number): Query("x" * (number + 1)) for number in range(40)}
+    jobs = plan(lay_out([(item, targets)], destination=Destination(tmp_path / "out")), model).jobs
+    with pytest.raises(StoppedError):
+        next(run(jobs, model, stop=stop))
+    assert sum(masked) == TARGETS_AT_ONCE
+    assert contents(tmp_path / "out") == {}
+
+
+def test_each_text_and_each_shot_is_embedded_once_however_many_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, model, texts, shots = record(tmp_path, "mix.wav", 4000), Stub(Moody()), [], []
+    embed_text, embed_audio = model.text.embed, model.audio.embed
+    monkeypatch.setattr(model.text, "embed", lambda wanted: [texts.extend(wanted), embed_text(wanted)][1])
+    monkeypatch.setattr(model.audio, "embed", lambda audio: [shots.append(audio), embed_audio(audio)][1])
+    spoken = {f"t{number}": Query("x" * (number + 1)) for number in range(8)}
+    heard = {f"s{n}": Query(pos_audio=record(tmp_path, f"{n}.wav", seed=n).path) for n in range(4)}
+    spans = {"span": Query(pos_spans=(0.1, 0.2)), "samples": Query(pos_audio=(noise(90), 8000))}
+    extract(item.path, {**spoken, **heard, **spans}, model, tmp_path / "out")
+    assert sorted(texts) == sorted(query.pos[0] for query in spoken.values())
+    assert len(shots) == 6
 
 
 def test_whoever_goes_away_leaves_nothing_open(tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def test_conditions_are_those_of_the_pipeline(tiny: Model, folder: Path) -> None
     conditions = Conditions(tiny)
     conditions.know(f"the dog number {n}" for n in range(70))
     assert len(conditions.known) == 70
-    torch.testing.assert_close(conditions(query), tiny.ask([query]))
-    torch.testing.assert_close(conditions(Query(neg="rain")), tiny.ask([Query(neg="rain")]))
+    torch.testing.assert_close(conditions(query), tiny.ask([query]).targets)
+    torch.testing.assert_close(conditions(Query(neg="rain")), tiny.ask([Query(neg="rain")]).targets)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(half: Model, folder: Path, rows: list[Mixture], tmp_path: Path) -> None:

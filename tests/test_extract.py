@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import torch
 from conftest import Clapsep, Done, Fixed, Stub
 from recordings import Audio, names, noise, read
 from stand_ins import Moody
+from torch import Tensor
 
 from clapsep_cli.errors import ModelError
 from clapsep_cli.models.base import Separator
@@ -488,6 +490,34 @@ def test_presence_is_told_where_it_is_asked_for(clapsep: Clapsep, mix: Path, tin
     assert json.loads(clapsep(*common, "--json", "--no-presence", cwd=mix.parent).stdout)["presence"] == {}
 
 
+def test_min_presence_holds_for_each_of_several_targets(clapsep: Clapsep, tmp_path: Path) -> None:
+    """What is not there gets no file, and belongs to the rest: what is written adds up to the recording."""
+    shutil.copy(ROOT / "examples" / "mix.flac", tmp_path / "mix.flac")
+    common = ["extract", "mix.flac", "--model", "mini", "--min-presence", "0"]
+    two = [*common, "--target", "dog=dog barking", "--target", "violin=violin"]
+    done = clapsep(*two, "--json", cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["status"], told["absent"]) == (0, "done", ["violin"])
+    assert told["presence"]["violin"]["score"] < 0 < told["presence"]["dog"]["score"]
+    assert sorted(told["outputs"]) == ["dog", "residual"]
+    assert sorted(told["levels"]) == ["dog", "mixture", "residual"]
+    assert names(tmp_path) == ["mix.dog.wav", "mix.flac", "mix.residual.wav"]
+    parts = [read(tmp_path / f"mix.{part}.wav") for part in ("dog", "residual")]
+    np.testing.assert_array_equal(sum(parts), read(tmp_path / "mix.flac"))
+
+    said = clapsep(*two, "--overwrite", cwd=tmp_path).stdout
+    assert re.search(r"presence of violin: -0\.\d\d, probably not there \(.*\); not written", said)
+    assert re.search(r"presence of dog: 0\.\d\d \(likeness [^;]*\)$", said, re.MULTILINE)
+    # All of it is left where nothing was found, and only what was found is removed.
+    removed = clapsep(*two, "--remove", "-o", "removed", cwd=tmp_path)
+    assert removed.returncode == 0
+    np.testing.assert_array_equal(read(tmp_path / "removed" / "mix.residual.wav"), parts[1])
+    neither = ["--target", "violin=violin", "--target", "siren=siren", "-o", "neither", "--json"]
+    told = json.loads(clapsep(*common, *neither, cwd=tmp_path).stdout)
+    assert (told["status"], told["outputs"], told["absent"]) == ("absent", {}, ["violin", "siren"])
+    assert not (tmp_path / "neither").exists()
+
+
 def test_below_min_presence_nothing_is_written(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     common = ["extract", "mix.wav", "--pos", "dog", "--model", tiny_folder, "--json", "--min-presence"]
     told = json.loads(clapsep(*common, "9", "-o", "out", cwd=mix.parent).stdout)
@@ -713,28 +743,39 @@ def test_shots_of_a_folder_are_averaged(clapsep: Clapsep, mix: Path, tiny_folder
     assert np.abs(written[0] - written[2]).max() > 0
 
 
-def test_several_targets_each_leave_what_the_others_ask_for(stub: Callable[..., Done], mix: Path) -> None:
-    soundfile.write(mix.with_name("siren.wav"), noise(4000, 1, seed=9), RATE)
-    targets = ["--target", "dog=a dog", "--target", "siren=siren.wav", "--neg", "wind"]
-    runs = {
-        "mutual": targets,
-        "alone": [*targets, "--no-mutual"],
-        "dog": ["--pos", "a dog", "--neg", "wind", "--neg-audio", "siren.wav"],
-        "dog alone": ["--pos", "a dog", "--neg", "wind"],
-        "removed": [*targets, "--remove"],
-    }
-    written = {}
-    for folder, arguments in runs.items():
-        assert stub("mix.wav", "-o", folder, *arguments).returncode == 0
-        written |= {f"{folder}/{name}": read(mix.parent / folder / name) for name in names(mix.parent / folder)}
-    np.testing.assert_array_equal(written["mutual/mix.dog.wav"], written["dog/mix.target.wav"])
-    np.testing.assert_array_equal(written["alone/mix.dog.wav"], written["dog alone/mix.target.wav"])
-    assert np.abs(written["mutual/mix.dog.wav"] - written["alone/mix.dog.wav"]).max() > 1e-3
-    assert names(mix.parent / "removed") == ["mix.residual.wav"]
-    np.testing.assert_array_equal(written["removed/mix.residual.wav"], written["mutual/mix.residual.wav"])
-    for folder in ("mutual", "alone"):
-        total = sum(written[f"{folder}/mix.{part}.wav"] for part in ("dog", "siren", "residual"))
-        np.testing.assert_array_equal(total, read(mix))
+class TestTargets:
+    @pytest.fixture
+    def separator(self) -> Separator:
+        class Modest(Moody):
+            """Claims so little that targets have nothing to share."""
+
+            def mask(self, features: Tensor, condition: Tensor) -> Tensor:
+                return 0.3 * super().mask(features, condition)
+
+        return Modest()
+
+    def test_several_targets_each_leave_what_the_others_ask_for(self, stub: Callable[..., Done], mix: Path) -> None:
+        soundfile.write(mix.with_name("siren.wav"), noise(4000, 1, seed=9), RATE)
+        targets = ["--target", "dog=a dog", "--target", "siren=siren.wav", "--neg", "wind"]
+        runs = {
+            "mutual": targets,
+            "alone": [*targets, "--no-mutual"],
+            "dog": ["--pos", "a dog", "--neg", "wind", "--neg-audio", "siren.wav"],
+            "dog alone": ["--pos", "a dog", "--neg", "wind"],
+            "removed": [*targets, "--remove"],
+        }
+        written = {}
+        for folder, arguments in runs.items():
+            assert stub("mix.wav", "-o", folder, *arguments).returncode == 0
+            written |= {f"{folder}/{name}": read(mix.parent / folder / name) for name in names(mix.parent / folder)}
+        np.testing.assert_array_equal(written["mutual/mix.dog.wav"], written["dog/mix.target.wav"])
+        np.testing.assert_array_equal(written["alone/mix.dog.wav"], written["dog alone/mix.target.wav"])
+        assert np.abs(written["mutual/mix.dog.wav"] - written["alone/mix.dog.wav"]).max() > 1e-3
+        assert names(mix.parent / "removed") == ["mix.residual.wav"]
+        np.testing.assert_array_equal(written["removed/mix.residual.wav"], written["mutual/mix.residual.wav"])
+        for folder in ("mutual", "alone"):
+            total = sum(written[f"{folder}/mix.{part}.wav"] for part in ("dog", "siren", "residual"))
+            np.testing.assert_array_equal(total, read(mix))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

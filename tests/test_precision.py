@@ -91,7 +91,7 @@ def test_in_bfloat16_the_waveform_stays_near_float32(name: str, least_db: float,
         assert model.precision == {"high": "float32", "fast": "bfloat16"}[precision]
         assert isinstance(model.separator, MaskSeparator)
         nets.append(model.separator)
-    wanted = model.ask([Query(pos_audio=[EXAMPLES / "another-dog.flac"], neg_audio=[EXAMPLES / "rain.flac"])])
+    wanted = model.ask([Query(pos_audio=[EXAMPLES / "another-dog.flac"], neg_audio=[EXAMPLES / "rain.flac"])]).targets
     for file in ("mix", "rain"):
         heard = torch.from_numpy(read_mono(EXAMPLES / f"{file}.flac", RATE_HZ))[: nets[0].window]
         heard = F.pad(heard, (0, nets[0].window - len(heard)))[None]

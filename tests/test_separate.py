@@ -21,7 +21,7 @@ from clapsep_cli import Query, extract, load_model
 from clapsep_cli.cli.separate import parts, repeated
 from clapsep_cli.errors import UsageError
 from clapsep_cli.jobs.tasks import Options
-from clapsep_cli.models.base import Separator
+from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.models.tuss import Asked, Tuss
 from clapsep_cli.separation.prompting import prompts
@@ -259,7 +259,7 @@ class Bands(Separator):
         asked = wanted.prompts.tolist()
         return StemStream(self.window, [asked[at] for at in wanted.kept], rate, self.rate, channels, device)
 
-    def infer(self, windows: Tensor, wanted: Asked) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
         spectra = torch.fft.rfft(windows)
         low = torch.fft.irfft(spectra * (torch.fft.rfftfreq(windows.shape[1], 1 / RATE) < 1000), windows.shape[1])
         stems = torch.stack([low, windows - low], 1)

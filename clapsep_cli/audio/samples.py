@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from operator import index
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +20,9 @@ Samples = NDArray[np.floating[Any]]  # float64 holds 32-bit integers exactly, fl
 
 LARGEST = 2.0**50  # 301 dB over full scale; squares of such samples can still be added up in float32
 PEAK = 0.9  # to which what is over full scale is brought before a model hears it (paper IV-A)
+MAX_CHANNELS = 32
 DROPPED_AT_ONCE = 2**16  # samples
+CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
 
 class Decoder(ABC):
@@ -88,6 +92,63 @@ def check_finite(audio: Samples, name: str, rate: int, offset: int = 0) -> None:
         at, value = offset + sample, audio[channel, sample]
         what = f"is {value:.1e}, which is no audio" if np.isfinite(value) else "is not a finite number"
         raise AudioError(f"{name}: sample {at} ({at / rate:.3f} s) of channel {channel + 1} {what}")
+
+
+def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
+    """`audio` as float32 `[channels, samples]`, and its `rate` as an int; `name` stands for it in messages.
+
+    Args:
+        audio: `[samples]` or `[channels, samples]`, NumPy or torch, of real numbers. Integers are taken as PCM of their
+            width: full scale is ±1 for floats, −32768 to 32767 for int16.
+        rate: sample rate in Hz, a whole number.
+        name: what it is, e.g. "audio".
+
+    Raises:
+        AudioError: for another shape or type, no samples, a sample that is not a finite number, or an impossible rate.
+    """
+    if isinstance(audio, bytes | str | os.PathLike):
+        raise AudioError(f"{name}: is {audio!r}, not samples; to separate a file, use extract")
+    if callable(getattr(audio, "detach", None)):  # a tensor, perhaps on a GPU or of a type that NumPy does not know
+        audio = audio.detach().cpu()
+        audio = audio.float() if audio.is_floating_point() else audio
+    values = np.asarray(audio)
+    if values.dtype.kind not in "fi" and values.dtype != np.uint8:
+        raise AudioError(f"{name}: is of type {values.dtype}; use floats, or PCM as signed integers")
+    if values.ndim not in (1, 2) or not values.size:
+        raise AudioError(f"{name}: is [samples] or [channels, samples], at least one of each, not {list(values.shape)}")
+    if values.ndim == 2 and len(values) > MAX_CHANNELS:
+        raise AudioError(
+            f"{name}: is [channels, samples] with at most {MAX_CHANNELS} channels, not {list(values.shape)}; "
+            "transpose it if channels come last"
+        )
+    try:
+        whole = int(rate) if isinstance(rate, float | np.floating) and float(rate).is_integer() else index(rate)
+    except TypeError as error:
+        raise AudioError(f"{name}: has the rate {rate!r}; give a whole number of Hz, e.g. 44100") from error
+    if whole < 1:
+        raise AudioError(f"{name}: has the rate {whole} Hz; give one above 0, e.g. 44100")
+    samples = np.atleast_2d(_scaled(values))
+    check_finite(samples, name, whole)
+    return samples, whole
+
+
+def _scaled(values: NDArray[Any]) -> Audio:
+    if values.dtype.kind == "f":
+        return np.asarray(values, np.float32)
+    zero = 128 if values.dtype == np.uint8 else 0  # as WAV has it
+    return np.asarray((values.astype(np.float64) - zero) / 2.0 ** (8 * values.dtype.itemsize - 1), np.float32)
+
+
+def downmix(audio: Audio) -> Audio:
+    """What a model hears of `audio` (float32 `[channels, samples]`): the mean of its channels, float32 `[samples]`.
+
+    Where they cancel (a channel with its polarity reversed, say), it is the loudest channel instead.
+    """
+    mean = audio.mean(0)
+    energies = np.square(audio).sum(1)
+    if np.square(mean).sum() >= CANCELLED * energies.mean():
+        return np.asarray(mean, np.float32)
+    return np.asarray(audio[int(energies.argmax())], np.float32)
 
 
 def to_rate(mono: Audio, rate_in: int, rate_out: int) -> Audio:

@@ -12,13 +12,13 @@ from typing import BinaryIO
 import numpy as np
 
 from clapsep_cli.audio import decoders, media
-from clapsep_cli.audio.samples import Audio, Decoder, Samples, check_finite, to_rate
+from clapsep_cli.audio.samples import MAX_CHANNELS, Audio, Decoder, Samples, check_finite, downmix, to_rate
 from clapsep_cli.audio.wav import WavStream, is_wav
 from clapsep_cli.errors import AudioError
 
 STDIN = Path("-")
 RATES_HZ = (8_000, 1_000_000)
-MAX_CHANNELS = 32
+HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
 SUFFIXES = decoders.SUFFIXES | media.SUFFIXES  # of recordings; some of them need a decoder that may not be here
 
 
@@ -213,12 +213,12 @@ def read_mono(
     lenient: bool = False,
     stream: int | None = None,
 ) -> Audio:
-    """Read a recording, or its part from `start` to `end` in seconds, as the mean of its channels at `rate` Hz.
+    """Read a recording, or its part from `start` to `end` in seconds, as a model hears it: its `downmix` at `rate` Hz.
 
     Returns float32 `[samples]`. `lenient`, `stream` and what it raises are as in `Source`.
     """
     with Source(path, start, end, lenient, stream) as source:
-        mono = np.concatenate([block.mean(0, dtype=np.float32) for block in source.blocks(60)])
+        mono = np.concatenate([downmix(block) for block in source.blocks(HEARD_SECONDS)])
         return to_rate(mono, source.rate, rate)
 
 

@@ -213,6 +213,12 @@ class Outputs:
                 )
         self._done += max(audio.shape[1] for audio in parts.values())
 
+    def drop(self, part: str) -> None:
+        """Take back a part: it gets no file."""
+        self._parts.pop(part).discard()
+        if part in self._drafts:
+            self._drafts.pop(part).close()
+
     def commit(self) -> Written:
         """Finish all parts and give them their names. If one cannot get it, those that did lose it again."""
         gain = self._gain() if self._drafts else 1.0

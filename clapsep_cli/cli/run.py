@@ -248,12 +248,8 @@ class _Lines:
         if done.gain != 1:
             self._print(f"  all parts were lowered by {-20 * log10(done.gain):.2f} dB so that nothing clips")
         for target, score in done.presence.items():
-            told = (
-                "{score:.2f} (likeness {after:.2f}, of the mixture {before:.2f})".format(**score)
-                if score
-                else "unknown"
-            )
-            self._print(f"  presence of {target}: {told}")
+            left = "; not written" if target in done.absent else ""
+            self._print(f"  presence of {target}: {_presence(score)}{left}")
         if not done.outputs:
             self._print("  nothing written: below --min-presence")
         named = {**done.outputs, **({"picture": done.picture} if done.picture else {})}
@@ -271,6 +267,13 @@ class _Lines:
             self._print(f"{self.count} recordings: {', '.join([*told, *([f'{left} left'] if left else [])])}")
         if self.failures:
             note("\n  ".join([f"{len(self.failures)} of {self.count} files failed:", *self.failures]))
+
+
+def _presence(score: Mapping[str, float] | None) -> str:
+    if score is None:
+        return "unknown"
+    likely = ", probably not there" if score["score"] < 0 else ""
+    return "{score:.2f}{} (likeness {after:.2f}, of the mixture {before:.2f})".format(likely, **score)
 
 
 def _asked(targets: Mapping[str, Query]) -> str:

@@ -127,7 +127,7 @@ class _Opened(ExitStack):
 
     def _open(self, job: Job) -> None:
         try:
-            recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result)
+            recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result, self.check)
         except (ClapsepError, OSError) as error:
             self._fail(job, error)
             return
@@ -159,7 +159,7 @@ class _Opened(ExitStack):
             return
         began = time.perf_counter()
         try:
-            results = self.model.infer([window for _, window in batch], batch[0][0].wanted)
+            results = self.model.infer([window for _, window in batch], batch[0][0].wanted, self.check)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise DeviceError(f"{self.model.device} has not the memory for a window; use -d cpu") from error

@@ -18,7 +18,7 @@ from clapsep_cli.jobs.outputs import TEMPLATE, Destination, check_outputs, outpu
 from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
-from clapsep_cli.query import RESIDUAL, TARGET, Query
+from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
 
 Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
@@ -107,7 +107,8 @@ def _check(asked: Asked, options: Options, destination: Destination) -> None:
     except OutputError as error:
         raise UsageError(str(error)) from error
     for item, targets in {id(targets): (item, targets) for item, targets in asked}.values():
-        if options.min_presence is not None and not any(_positive(query) for query in targets.values()):
+        check_targets(targets)
+        if options.min_presence is not None and not all(_positive(query) for query in targets.values()):
             raise UsageError("--min-presence needs to know what to look for: give a positive query, e.g. --pos")
         if item.path == STDIN and any(query.pos_spans or query.neg_spans for query in targets.values()):
             raise UsageError("a span of the mixture needs a file: standard input can be read only once")
@@ -181,22 +182,40 @@ def _files(job: Job) -> dict[str, Path]:
 
 
 def extract(
-    mixture: Path,
+    mixture: str | Path,
     query: Query | Mapping[str, Query],
     model: Model,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     options: Options = Options(),
     progress: Progress = lambda job, done, total: None,
+    mutual: bool = True,
 ) -> Extraction:
     """Separate the file `mixture` into `{stem}.target.wav`, or a file for each name, and `{stem}.residual.wav`.
 
-    They go to `folder`, or beside it. Outputs have the input's rate, channels and length, and, unless `options` say
-    otherwise, its depth (at least 16 bit; float where the input is lossy or float). A run that fails leaves nothing
-    behind. Raises `AudioError`, `QueryError` and `OutputError`.
+    Outputs have the input's rate, channels and length, and, unless `options` say otherwise, its depth (at least 16 bit;
+    float where the input is lossy or float). A run that fails leaves nothing behind.
+
+    Args:
+        mixture: the recording.
+        query: what to extract, or several by name.
+        model: from `load_model`.
+        folder: where outputs go; beside the recording if not given.
+        options: how recordings are read and written.
+        progress: is told of the job, how many seconds of it are done, and how many it has.
+        mutual: whether each of several targets leaves what the others ask for.
+
+    Raises:
+        AudioError, QueryError, OutputError: where the recording, a query or an output cannot be used.
     """
-    targets = {TARGET: query} if isinstance(query, Query) else query
-    item = Input(mixture, Path(mixture.name))
-    todo = plan(lay_out([(item, targets)], options, Destination(folder)), model, options)
+    for name, value in (("mixture", mixture), *([("folder", folder)] if folder is not None else [])):
+        if not isinstance(value, str | Path):
+            raise AudioError(f"{name}: is the path of a file, not {type(value).__name__}; for arrays, use separate")
+    if not isinstance(model, Model):
+        raise UsageError(f"model: is what load_model returns, not {model!r}")
+    path = Path(mixture)
+    asked: Asked = [(Input(path, Path(path.name)), check_targets(query))]
+    destination = Destination(None if folder is None else Path(folder))
+    todo = plan(lay_out(asked, options, destination), model, options, mutual=mutual)
     (outcome,) = run(todo.jobs, model, options, progress)
     if isinstance(outcome, Failure):
         raise outcome.error

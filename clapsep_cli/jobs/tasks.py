@@ -19,9 +19,9 @@ class Options:
 
     `lenient` takes what there is of a recording that is cut short or damaged. `stream` is the number of the sound track
     to take, from 1; None for the first. `clip` is what happens over full scale (`Outputs`). `consistent` spreads what
-    the stems leave of the mixture over them. `presence` measures whether what was asked for is there; below
-    `min_presence` nothing is written. `batch` is the number of windows separated at once (0: as many as the device
-    likes), `workers` that of the threads that read and write.
+    the stems leave of the mixture over them. `presence` measures whether what was asked for is there; a target below
+    `min_presence` is not written, and nothing at all where all are. `batch` is the number of windows separated at once
+    (0: as many as the device likes), `workers` that of the threads that read and write.
     """
 
     start: float = 0.0
@@ -67,8 +67,9 @@ class Extraction:
     """What was made of one recording. `levels` by part, and of the mixture, in dB of full scale; `presence` by target.
 
     `clipped` counts the samples of each part that its format could not hold; `gain` is what all parts were multiplied
-    by so that they fit. `outputs` is empty where `presence` was too low to write anything. `notes` tell of damage that
-    was passed over, and of sound tracks that were not taken.
+    by so that they fit. `absent` names the targets whose `presence` was too low to write them; they belong to the
+    residual. Where all are, `outputs` is empty. `notes` tell of damage that was passed over, and of sound tracks that
+    were not taken.
     """
 
     mixture: Path
@@ -80,6 +81,7 @@ class Extraction:
     gain: float
     levels: dict[str, dict[str, float | None]]
     presence: dict[str, dict[str, float] | None] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
     picture: Path | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -6,7 +6,7 @@ is left out by the others; a second one, for each prompt alone, works out the ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.models.base import Separator
+from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.locoformer import Stack
 from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.stitch.stem_stream import StemStream
@@ -201,7 +201,7 @@ class Tuss(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def infer(self, windows: Tensor, wanted: Asked) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
         """Stems, float32 `[batch, stems, samples]`; all windows of a batch have one length."""
         with torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.separate(windows, wanted.prompts, wanted.kept)

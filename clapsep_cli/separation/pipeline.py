@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import soxr
 import torch
 from torch import Tensor
 
-from clapsep_cli.audio.samples import Audio, Samples, check_finite
-from clapsep_cli.errors import AudioError, QueryError
-from clapsep_cli.query import TARGET, Query, Shot
+from clapsep_cli.audio.samples import Audio, Samples, from_array
+from clapsep_cli.errors import AudioError, UsageError
+from clapsep_cli.query import Query, Shot, check_targets
 from clapsep_cli.store.checkpoint import Model
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
@@ -104,26 +105,39 @@ def _with_last(blocks: Iterable[Samples], end: Audio) -> Iterator[tuple[Samples,
     yield end, True
 
 
-def separate(audio: Audio, rate: int, query: Query | Mapping[str, Query], model: Model) -> Separation:
+def separate(
+    audio: Any, rate: int, query: Query | Mapping[str, Query], model: Model, mutual: bool = True
+) -> Separation:
     """Separate a recording in memory: one target, or one by each name.
 
-    `audio`: float32 `[samples]` or `[channels, samples]`, full scale ±1, at `rate` Hz. Raises `AudioError` for an empty
-    recording and for samples that are not finite numbers, and whatever `Model.ask` raises.
+    Args:
+        audio: `[samples]` or `[channels, samples]`, NumPy or torch, full scale ±1 (integers: that of their width).
+        rate: sample rate in Hz, a whole number.
+        query: what to extract, or several by name.
+        model: from `load_model`.
+        mutual: whether each of several targets leaves what the others ask for.
+
+    Raises:
+        AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.
+        QueryError: for a query that the model cannot understand.
     """
-    mixture = np.atleast_2d(np.asarray(audio, np.float32))
-    if mixture.ndim != 2 or not mixture.size:
-        raise AudioError(f"audio is [samples] or [channels, samples], at least one of each, not {list(audio.shape)}")
-    check_finite(mixture, "audio", rate)
+    mixture, rate = from_array(audio, rate, "audio")
+    if not isinstance(model, Model):
+        raise UsageError(f"model: is what load_model returns, not {model!r}")
+    shape = mixture.shape if np.ndim(audio) == 2 else mixture.shape[1:]
 
+    @cache  # one object for each span: so it is embedded once
     def excerpt(start: float, end: float) -> Shot:
-        return mixture[:, round(start * rate) : round(end * rate)], rate
+        stretch = mixture[:, round(start * rate) : round(end * rate)]
+        if not stretch.size:
+            raise AudioError(f"the audio ends at {mixture.shape[1] / rate:.2f} s: there is no {start:g}-{end:g} s")
+        return stretch, rate
 
-    targets = {TARGET: query} if isinstance(query, Query) else query
-    if not targets:
-        raise QueryError("no target: give a query, or one for each name")
-    wanted = model.ask([one.within(excerpt) for one in targets.values()])
+    targets = check_targets(query)
+    asked = model.apart(targets) if mutual else targets
+    wanted = model.ask([one.within(excerpt) for one in asked.values()])
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
     stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
-    shaped = dict(zip(targets, stems.reshape(len(stems), *np.shape(audio)), strict=True))
-    return Separation(shaped, np.asarray(audio, np.float32) - stems.sum(0).reshape(np.shape(audio)), rate)
+    residual = (mixture - stems.sum(0)).reshape(shape)
+    return Separation(dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)), residual, rate)

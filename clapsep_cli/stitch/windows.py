@@ -13,7 +13,6 @@ from torch import Tensor
 from clapsep_cli.dsp import HOP
 
 OVERLAP_FRAMES = 100  # 1 s over which neighbouring windows cross-fade
-CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
 
 class Stream(ABC):
@@ -78,18 +77,6 @@ class Windower:
     def _cut(self, start: int) -> tuple[int, NDArray[np.float32]]:
         piece = self.buffer[:, start - self.at :][:, : self.window]
         return start, np.pad(piece, ((0, 0), (0, self.window - piece.shape[1])))
-
-
-def downmix(window: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What a model hears of a window (`[channels, samples]`): the mean of its channels, `[samples]`.
-
-    Where they cancel (a channel with its polarity reversed, say), it is the loudest channel instead.
-    """
-    mean = window.mean(0)
-    energies = np.square(window).sum(1)
-    if np.square(mean).sum() >= CANCELLED * energies.mean():
-        return np.asarray(mean, np.float32)
-    return np.asarray(window[int(energies.argmax())], np.float32)
 
 
 class MaskTrack:

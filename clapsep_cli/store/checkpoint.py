@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, UsageError
 from clapsep_cli.files import digest
-from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
+from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder, go_on
 from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import FAMILIES, resolve
 from clapsep_cli.store.texts import CachedTexts
@@ -117,9 +117,12 @@ class Model:
         return cast("float | None", resolve(tell)(self, wanted, stem, mono, rate)) if tell else None
 
     @torch.inference_mode()
-    def infer(self, windows: Sequence[Tensor], wanted: Any) -> Tensor:
-        """Have windows (float32 `[window]` each) separated in one go; the results along the first axis."""
-        return self.separator.infer(torch.stack(list(windows)), wanted)
+    def infer(self, windows: Sequence[Tensor], wanted: Any, check: Callable[[], None] = go_on) -> Tensor:
+        """Have windows (float32 `[window]` each) separated in one go; the results along the first axis.
+
+        `check` raises where the user wants to stop (`Separator.infer`).
+        """
+        return self.separator.infer(torch.stack(list(windows)), wanted, check)
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
