@@ -63,10 +63,10 @@ def write(path: Path, audio: Audio, rate: int, encoding: Encoding, **options: ob
         outputs.commit()
 
 
-def refused(path: Path, **options: float) -> str:
+def refused(path: Path, block: float = 0.3, **options: float) -> str:
     """The one line that reading this file ends with."""
     with pytest.raises(AudioError) as caught, Source(path, **options) as source:  # type: ignore[arg-type]
-        for _ in source.blocks(0.3):
+        for _ in source.blocks(block):
             pass
     line = str(caught.value)
     assert "\n" not in line
@@ -148,6 +148,86 @@ def test_damage_in_the_middle_is_reported(recording: Callable[..., Path], suffix
     data[len(data) // 2 : len(data) // 2 + 600] = bytes(600)
     path.write_bytes(data)
     assert "damaged" in refused(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("share", [0.75, 0.995])
+def test_of_a_file_that_was_cut_short_what_there_is_can_be_taken(
+    recording: Callable[..., Path], suffix: str, share: float
+) -> None:
+    path = recording(suffix, 200_000)
+    whole, data = read(path), path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    if suffix == "alac.caf" and importlib.util.find_spec("av") is None:
+        return  # libsndfile cannot
+    with Source(path, lenient=True) as source:
+        got = np.concatenate(list(source.blocks(0.1)), 1)
+        assert any("took what there is" in note for note in source.notes)
+    assert share - 0.3 < got.shape[1] / whole.shape[1] <= share + 0.02
+    if suffix not in ("ogg", "opus", "mp3", "adpcm.wav"):
+        np.testing.assert_array_equal(got, whole[:, : got.shape[1]])
+
+
+@pytest.mark.parametrize("suffix", ["16.wav", "8.wav", "24.wav", "float.wav", "rf64", "aiff"])
+def test_what_follows_the_samples_has_to_be_chunks(recording: Callable[..., Path], suffix: str) -> None:
+    path = recording(suffix)
+    expected, data = read(path), path.read_bytes()
+    for harmless in (bytes(999), b"LIST" + struct.pack("<I", 4) + b"INFO"):
+        path.write_bytes(data + harmless)
+        np.testing.assert_array_equal(read(path), expected)
+    path.write_bytes(data + b"\1\2\xff\xfe\3" * 9)
+    assert "is followed by 45 bytes" in refused(path)
+    with Source(path, lenient=True) as source:
+        np.testing.assert_array_equal(np.concatenate(list(source.blocks(0.3)), 1), expected)
+        assert "is followed by 45 bytes" in source.notes[0]
+
+
+def test_a_header_of_many_chunks_does_not_hide_that_a_wav_is_cut(recording: Callable[..., Path]) -> None:
+    """libsndfile's log then ends before it comes to the samples."""
+    path = recording("16.wav")
+    expected, data = read(path), path.read_bytes()
+    many = b"".join(b"q%03d" % n + struct.pack("<I", 2) + b"zz" for n in range(100))
+    full = data[:36] + many + data[36:]
+    path.write_bytes(data[:4] + struct.pack("<I", len(full) - 8) + full[8:])
+    np.testing.assert_array_equal(read(path), expected)
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert "is cut short by 5000 of" in refused(path)
+
+
+def test_mp3s_with_junk_are_read_leniently(recording: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    path = recording("mp3")
+    expected, data = read(path), path.read_bytes()
+    with path.open("rb") as file:
+        stream = mpeg.scan(file, pytest.fail)
+    assert stream is not None
+    middle = stream.spans[0][0]
+    while middle < len(data) // 2:
+        frame = mpeg.read_frame(data[middle : middle + 4])
+        assert frame is not None
+        middle += frame.size
+    junk = b"this is no sound. " * 50
+    for name, content in (
+        ("is damaged after", data + junk),
+        ("is damaged after", data[:middle] + junk + data[middle:]),
+        ("is cut short", data[:-50]),
+    ):
+        path.write_bytes(content)
+        assert name in refused(path)
+        with Source(path, lenient=True) as source:
+            got = np.concatenate(list(source.blocks(0.3)), 1)
+            assert name in source.notes[0]
+        assert abs(got.shape[1] - expected.shape[1]) <= 2 * 1152
+        if name == "is damaged after":
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+    assert capfd.readouterr().err == ""
+
+
+def test_damage_in_a_flac_is_told_where_it_is(recording: Callable[..., Path]) -> None:
+    path = recording("flac")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(0.75 * len(data))])
+    line = refused(path, block=5.0)
+    assert "is damaged or cut short after 0.77 s, of 1.04 s; --lenient takes what there is" in line
 
 
 @pytest.mark.parametrize("suffix", ["ogg", "opus", "flac"])
@@ -268,6 +348,9 @@ def test_a_wav_that_was_never_finished_is_reported(recording: Callable[..., Path
     data[4:8] = data[40:44] = bytes(4)
     path.write_bytes(data)
     assert "was never finished" in refused(path)
+    with Source(path, lenient=True) as source:
+        assert np.concatenate(list(source.blocks(0.3)), 1).shape == (2, 50_000)
+        assert "was never finished" in source.notes[0]
 
 
 # Pipes
@@ -545,6 +628,38 @@ def test_samples_over_full_scale(tmp_path: Path, form: str) -> None:
     ):
         outputs.write(parts)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_rescaled_the_loudest_sample_fits_exactly(tmp_path: Path, bits: int) -> None:
+    for seed in range(60):
+        loud = noise(2000, 1, 0.5, seed)
+        loud[0, 777] = 2.5 + seed / 100
+        with Outputs({"a": tmp_path / "x.wav"}, 8000, 1, Encoding("wav", bits), "rescale", overwrite=True) as outputs:
+            outputs.write({"a": loud})
+            assert outputs.commit().clipped == {"a": 0}
+        peak = soundfile.read(tmp_path / "x.wav", dtype="int32")[0].max() >> (32 - bits)
+        assert 2 ** (bits - 1) - 2 <= peak < 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize(("channels", "speakers"), [(6, 0x3F), (6, 0x60F), (4, 0), (2, 0x600), (2, 0x3), (3, None)])
+@pytest.mark.parametrize("encoding", [Encoding("wav", 16), Encoding("wav", 24), Encoding("wav", 32), Encoding("wav")])
+def test_speakers_are_kept(tmp_path: Path, encoding: Encoding, channels: int, speakers: int | None) -> None:
+    path, audio = tmp_path / "mix.wav", on_grid(noise(5000, channels), encoding.bits)
+    write(path, audio, 48_000, encoding, speakers=speakers, tags=TAGS)
+    np.testing.assert_array_equal(read(path), audio)
+    extensible = soundfile.info(path).format == "WAVEX"
+    assert extensible == (speakers is not None and speakers != 0x3)
+    with path.open("rb") as stream, Source(path) as source:
+        piped = wav.WavStream(stream, "it", stream.read(12))
+        assert source.speakers == piped.speakers == (speakers if extensible else None)
+        np.testing.assert_array_equal(piped.read(5000), audio)
+
+
+def test_the_speakers_of_a_flac_are_those_of_its_format(tmp_path: Path) -> None:
+    write(tmp_path / "mix.flac", noise(5000, 6), 48_000, Encoding("flac", 16))
+    with Source(tmp_path / "mix.flac") as source:
+        assert source.speakers == 0x3F
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32])

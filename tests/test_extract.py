@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import media_files
 import numpy as np
 import pytest
 import soundfile
@@ -91,6 +92,75 @@ def test_a_part_of_a_recording(
     np.testing.assert_array_equal(sum(parts), read(mix)[round(first * RATE) : round(last * RATE)])
 
 
+def test_what_is_damaged_is_taken_leniently_with_a_warning(stub: Callable[..., Done], mix: Path) -> None:
+    whole = mix.read_bytes()
+    mix.write_bytes(whole[: len(whole) - RATE])
+    done = stub("mix.wav", "--pos", "dog")
+    assert done.returncode == 1
+    assert "--lenient takes what there is" in done.stderr
+    assert names(mix.parent) == ["mix.wav"]
+    done = stub("mix.wav", "--pos", "dog", "--lenient", "--json")
+    assert done.returncode == 0
+    assert "the last 0.25 s are missing; took what there is" in done.stderr
+    assert "the last 0.25 s are missing" in json.loads(done.stdout)["notes"][0]
+    assert len(read(mix.with_name("mix.target.wav"))) == 2.75 * RATE
+    for more in ([], ["--lenient"]):  # what is sound does not depend on it
+        assert stub("mix.wav", "--pos", "dog", "--skip-existing", *more).stdout.startswith("mix.wav: done before")
+
+
+def test_a_span_is_heard_on_the_sound_track_that_is_separated(
+    clapsep: Clapsep, tmp_path: Path, tiny_folder: Path
+) -> None:
+    pytest.importorskip("av")
+    tracks = [noise(2, 2 * RATE, seed=seed) for seed in range(2)]
+    media_files.encode(tmp_path / "film.mkv", tracks[0], RATE, "flac", further=tracks[1:])
+    soundfile.write(tmp_path / "alone.wav", np.rint(tracks[1].T * 2**15).astype(np.int16), RATE, "PCM_16")
+    asked = ["--pos-span", "0.5-1.5", "--model", tiny_folder]
+    assert clapsep("extract", "alone.wav", *asked, cwd=tmp_path).returncode == 0
+    done = clapsep("extract", "film.mkv", "--stream", "2", *asked, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("target", "residual"):
+        np.testing.assert_array_equal(read(tmp_path / f"film.{part}.wav"), read(tmp_path / f"alone.{part}.wav"))
+    done = clapsep("extract", "film.mkv", "--overwrite", *asked, cwd=tmp_path)
+    assert "film.mkv: has 2 sound tracks" in done.stderr
+    assert np.any(read(tmp_path / "film.target.wav") != read(tmp_path / "alone.target.wav"))
+    done = clapsep("extract", "alone.wav", "--stream", "2", "--overwrite", *asked, cwd=tmp_path)
+    assert (done.returncode, "has 1 sound track, so no --stream 2" in done.stderr) == (1, True)
+
+
+def test_anything_but_wav_on_stdin_is_read_too(mix: Path) -> None:
+    for form, subtype in (("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III")):
+        file = io.BytesIO()
+        soundfile.write(file, read(mix), RATE, subtype, format=form)
+        with stand_in(
+            "extract", "-", "-o", "-", "--pos", "dog", "-q", cwd=mix.parent, stdin=subprocess.PIPE
+        ) as process:
+            target, said = process.communicate(file.getvalue())
+        assert (process.returncode, said) == (0, b"")
+        assert soundfile.info(io.BytesIO(target)).frames == 3 * RATE
+
+
+def test_very_high_rates(stub: Callable[..., Done], mix: Path) -> None:
+    bats = 0.1 * np.random.default_rng(0).standard_normal((500_000, 1))
+    soundfile.write(mix.with_name("bats.wav"), bats, 1_000_000, "PCM_16")
+    assert stub("bats.wav", "--pos", "bat").returncode == 0
+    parts = [read(mix.with_name(f"bats.{part}.wav")) for part in ("target", "residual")]
+    np.testing.assert_array_equal(sum(parts), read(mix.with_name("bats.wav")))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--clip", "rescale"], ["--subtype", "pcm24"], ["--subtype", "float"]])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_integers_of_32_bits_add_up(stub: Callable[..., Done], mix: Path, channels: int, arguments: list[str]) -> None:
+    integers = np.random.default_rng(0).integers(-(2**29), 2**29, (3 * RATE, channels), dtype=np.int32)
+    soundfile.write(mix, integers, RATE, "PCM_32")
+    assert stub("mix.wav", "--pos", "dog", "--overwrite", *arguments).returncode == 0
+    parts = [mix.with_name(f"mix.{part}.wav") for part in ("target", "residual")]
+    off = np.abs(sum(read(part) for part in parts) * 2.0**31 - integers.reshape(read(mix).shape))
+    written = soundfile.info(parts[0]).subtype
+    assert off.max() <= {"PCM_32": 0, "PCM_24": 2**7, "FLOAT": 2**6}[written]
+    assert written == ("PCM_32" if "--subtype" not in arguments else "PCM_24" if "pcm24" in arguments else "FLOAT")
+
+
 @pytest.mark.parametrize(
     ("make", "code", "message"),
     [
@@ -102,6 +172,8 @@ def test_a_part_of_a_recording(
         (lambda: noise(3000, 32), 0, ""),
         (lambda: np.where(np.arange(5000) == 700, np.inf, 0.1)[:, None], 1, "sample 700 "),
         (lambda: np.where(np.arange(5000) == 4999, np.nan, 0.1)[:, None], 1, "sample 4999 "),
+        (lambda: 1e30 * noise(5000, 1), 1, "which is no audio"),
+        (lambda: 1e14 * noise(5000, 1), 0, ""),
         (lambda: np.zeros((0, 1)), 1, "no samples"),
     ],
 )
@@ -116,7 +188,8 @@ def test_odd_recordings_have_defined_results(
         assert names(tmp_path) == ["odd.wav"]
         return
     parts = [read(tmp_path / f"odd.{part}.wav") for part in ("target", "residual")]
-    np.testing.assert_allclose(sum(parts), read(tmp_path / "odd.wav"), rtol=0, atol=1e-6)
+    mixture = read(tmp_path / "odd.wav")
+    np.testing.assert_allclose(sum(parts), mixture, rtol=0, atol=1e-6 * max(1, np.abs(mixture).max()))
 
 
 def wav(audio: Audio, rate: int = RATE) -> bytes:

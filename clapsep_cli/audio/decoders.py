@@ -65,9 +65,10 @@ class SoundFileDecoder(Decoder):
             check_ogg(file, name, self.report)
             stream = mpeg.scan(file, self.report) if _may_be_mpeg(suffix, file) else None
             self._fed = Fed(file)
-            if stream is not None and (stream.stated != stream.frames or len(stream.spans) > 1):
+            if stream is not None and (stream.stated != stream.frames or self.notes):
                 size = sum(end - begin for begin, end in stream.spans)
-                note = mpeg.note_length(stream, size) if stream.layer == 3 else b""
+                true = stream.stated == stream.frames or stream.layer != 3
+                note = stream.note if true else mpeg.note_length(stream, size)
                 self._fed = Fed(file, stream.spans, note)
             self._file = _File(self._fed)
         except (soundfile.SoundFileError, OSError, ValueError) as error:

@@ -57,6 +57,7 @@ class Stream:
     """The frames of a file: where they are, how many there are, and what was noted in front of them."""
 
     spans: list[tuple[int, int]]  # bytes of sound, from and to; several where something else lies between
+    note: bytes  # the frame before them that has no sound, but a note of their number
     stated: int | None  # the number of frames noted, None if there is no note, or none in it
     frames: int
     head: bytes  # of a frame
@@ -81,21 +82,24 @@ def scan(file: BinaryIO, report: Report) -> Stream | None:
     begin: int | None = first
     while begin is not None:
         count, at = _walk(file, begin, end, kind)
-        frames += count
+        frames += count - (at > end)
         seconds = frames * kind.samples / kind.rate
         spans.append((begin, min(at, end)))
-        if at > end:
-            report(f"is cut short within its last frame, after {seconds - kind.samples / kind.rate:.2f} s")
+        if at > end and (stated is None or frames >= stated):
+            report(f"is cut short within its last frame, after {seconds:.2f} s")
         begin = None
         if at < end and not _zeros(file, at, end):
             if len(spans) == 1:
                 report(f"is damaged after {seconds:.2f} s, at byte {at} of {size}")
             begin = _find(file, at + 1, end)
     if stated is not None and frames < stated:
-        report(f"ends {(stated - frames) * kind.samples / kind.rate:.2f} s before its header says, it is cut short")
-    if noted:
-        spans[0] = first + kind.size, max(spans[0][1], first + kind.size)
-    return Stream(spans, stated, frames, content[:4], layer=kind.kind[1], samples=kind.samples)
+        missing = (stated - frames) * kind.samples / kind.rate
+        report(f"is cut short, the last {missing:.2f} s that its header states are missing")
+    sound = first + kind.size if noted else first
+    file.seek(first)
+    note = file.read(sound - first)
+    spans[0] = sound, max(spans[0][1], sound)
+    return Stream(spans, note, stated, frames, content[:4], layer=kind.kind[1], samples=kind.samples)
 
 
 def _walk(file: BinaryIO, at: int, end: int, kind: Frame) -> tuple[int, int]:

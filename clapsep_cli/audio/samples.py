@@ -90,7 +90,11 @@ def check_finite(audio: Samples, name: str, rate: int, offset: int = 0) -> None:
     if audio.size and not (audio.max() <= LARGEST and audio.min() >= -LARGEST):  # NaN is neither
         channel, sample = min(np.argwhere(~(np.abs(audio) <= LARGEST)).tolist(), key=lambda at: at[1])
         at, value = offset + sample, audio[channel, sample]
-        what = f"is {value:.1e}, which is no audio" if np.isfinite(value) else "is not a finite number"
+        what = (
+            f"is {value:.1e}, which is no audio: scale it to ±1 first"
+            if np.isfinite(value)
+            else "is not a finite number"
+        )
         raise AudioError(f"{name}: sample {at} ({at / rate:.3f} s) of channel {channel + 1} {what}")
 
 

@@ -42,7 +42,6 @@ def environment() -> dict[str, str]:
         "nvidia driver": _driver,
         "libsndfile": lambda: str(import_module("soundfile").__libsndfile_version__),
         **{name: _version_of(name) for name in PACKAGES},
-        "ffmpeg": _ffmpeg,
         "models": _models,
         "encodings": lambda: f"files {sys.getfilesystemencoding()}, stdout {getattr(sys.stdout, 'encoding', None)}",
         **{name: _variable(name) for name in VARIABLES if name in os.environ},
@@ -137,13 +136,6 @@ def _version_of(package: str) -> Callable[[], str]:
             return "not installed"
 
     return version
-
-
-def _ffmpeg() -> str:
-    found = re.match(r"ffmpeg version (\S+)", _output("ffmpeg", "-version"))
-    if found:
-        return f"{found[1]} in {shutil.which('ffmpeg')}"
-    return UNKNOWN if shutil.which("ffmpeg") else "not found"
 
 
 def _models() -> str:

@@ -178,12 +178,12 @@ class Recording:
         if writing is not None:
             self.result(writing)
 
-    def _store(self, mixture: Samples, stems: Audio) -> None:
+    def _store(self, mixture: Samples, stems: Samples) -> None:
         heard = mixture.astype(np.float32, copy=False)
         if self.options.consistent:
-            stems = stems + (heard - stems.sum(0)) / np.float32(len(stems))
+            stems = stems + (mixture - stems.sum(0)) / len(stems)
         for presence, stem in zip(self._presence.values(), stems, strict=False):
-            presence.add(heard, stem)
+            presence.add(heard, stem.astype(np.float32, copy=False))
         self._meters[MIXTURE].add(heard)
         # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
         rounded = np.stack([on_grid(stem, self.encoding.bits) for stem in stems])
