@@ -89,15 +89,18 @@ class Released:
         self.taken: set[str] = set()
         self.missing: list[str] = []
         self.misshapen: list[str] = []
+        self.not_finite: list[str] = []
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Tensor `name` as float32, or, where it is missing or not of `shape`, one without data in its place."""
+        """Tensor `name` as float32, or, where it is unusable, one without data in its place."""
         self.taken.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
             self.missing.append(name)
         elif tensor.shape != shape:
             self.misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
+        elif not bool(tensor.isfinite().all()):
+            self.not_finite.append(name)
         else:
             return tensor.float()
         return torch.empty(shape, device="meta")
@@ -107,7 +110,12 @@ class Released:
         extra = [name for name in self.tensors if name not in self.taken and not superfluous.match(name)]
         problems = [
             f"{kind}: {first_few(names)}"
-            for kind, names in (("missing", self.missing), ("misshapen", self.misshapen), ("unexpected", extra))
+            for kind, names in (
+                ("missing", self.missing),
+                ("misshapen", self.misshapen),
+                ("not finite", self.not_finite),
+                ("unexpected", extra),
+            )
             if names
         ]
         if problems:
