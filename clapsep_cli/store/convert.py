@@ -24,7 +24,6 @@ from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
 from clapsep_cli.store.checkpoint import read_tensors, save_part
 
-SAFE_GLOBALS_SINCE = (2, 6)  # PyTorch that allows constructors by the name that a pickle gives them
 NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
 LORA_RANK = 16
 LORA_SCALE = 1 / LORA_RANK  # alpha is 1
@@ -128,9 +127,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Only tensors, containers, numbers and the few constructors of NumPy scalars are allowed; a pickle that asks for
     anything else is refused before it is run. Raises `CheckpointError`.
     """
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < SAFE_GLOBALS_SINCE:
-        needed = ".".join(map(str, SAFE_GLOBALS_SINCE))
-        raise CheckpointError(f"{path}: to convert it takes PyTorch {needed} or newer, here is {torch.__version__}")
     scalar = np.float64(0).__reduce__()[0]
     scalars: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     allowed = [*scalars, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)), _codecs.encode]
