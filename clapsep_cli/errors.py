@@ -35,6 +35,12 @@ class DeviceError(ClapsepError):
     exit_code = 3
 
 
+class ExtraError(ClapsepError):
+    """A package of an optional extra is not installed."""
+
+    exit_code = 3
+
+
 class ModelError(ClapsepError):
     """A model is unknown or its files are not there."""
 

@@ -204,7 +204,7 @@ _ENTRIES = [
         name="mini",
         family="mini",
         licence="MIT",
-        about="bundled; small and fast, for the sounds it was trained on (weights/README.md)",
+        about="bundled; small and fast, for the sounds it was trained on",
     ),
     Entry(
         name="clapsep",

@@ -29,7 +29,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "models",
         [
-            {"attention", "base", "linear", "locoformer", "prompts"},
+            {"attention", "base", "locoformer", "prompts"},
             {"htsat", "mini", "tuss"},
             {"clapsep"},
             {"clap"},

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli.audio.samples import Audio
-from clapsep_cli.errors import OutputError, UsageError
+from clapsep_cli.errors import ExtraError, OutputError
 from clapsep_cli.jobs import plot
 from clapsep_cli.jobs.plot import BANDS, COLUMNS, Picture, _drawable, _ticks, check_installed
 
@@ -172,5 +172,5 @@ def test_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
     check_installed()
     monkeypatch.setitem(sys.modules, "librosa", None)
-    with pytest.raises(UsageError, match=r'takes librosa too: pip install "clapsep\[plot\]"'):
+    with pytest.raises(ExtraError, match=r'takes librosa too: pip install "clapsep\[plot\]"'):
         check_installed()

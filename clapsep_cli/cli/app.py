@@ -19,7 +19,7 @@ from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
 from clapsep_cli.cli.terminal import ModelDirOption, note
 from clapsep_cli.cli.train import train
-from clapsep_cli.errors import ClapsepError
+from clapsep_cli.errors import ClapsepError, ModelError
 from clapsep_cli.startup import prepare
 from clapsep_cli.version import __version__
 
@@ -71,9 +71,21 @@ def main() -> NoReturn:
     except OSError as error:  # what no part of the library expected: a folder that cannot be written, say
         note(f"{error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(FAILED) from None
+    except ImportError as error:  # a library that does not load: too little memory, or half an installation
+        note(f"{_first_line(error)}: is there enough memory, and is everything installed?")
+        raise SystemExit(ModelError.exit_code) from None
+    except (MemoryError, RuntimeError, SystemError) as error:  # the last is what a half imported library raises
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        note(f"out of memory ({_first_line(error)}): --jobs 1, --batch-size 1 and --model mini need the least")
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     raise SystemExit(0)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _untyped(command: Any) -> None:

@@ -54,7 +54,7 @@ def download(
 def convert(
     name: NameArgument,
     files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files, carried here.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", hidden=True)] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     quiet: QuietOption = False,
     _model_dir: ModelDirOption = None,
 ) -> None:
@@ -69,7 +69,7 @@ def convert(
 
 @models.command()
 def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Read all of a model, and downloads that were kept, and say whether they are sound."""
+    """Hash all files of a model, and downloads that were kept, and say whether they are sound."""
     from clapsep_cli.store.library import verify as verify_model
 
     for path in verify_model(name):

@@ -14,8 +14,9 @@ from typer.core import TyperCommand
 from clapsep_cli.cli.options import OUTPUT, Common, takes
 from clapsep_cli.cli.run import carry_out, find
 from clapsep_cli.cli.terminal import among
-from clapsep_cli.errors import UsageError
+from clapsep_cli.errors import DownloadError, UsageError
 from clapsep_cli.models.prompts import PROMPTS, TASKS
+from clapsep_cli.registry import BUNDLED
 
 PANEL = "Prompts"  # of --help
 LISTS = ("--prompts", "--only")
@@ -115,7 +116,13 @@ def separate(
     targets = {part: Query(pos=name) for part, name in named.items()}
     asked = [(item, targets) for item in find(inputs or [], common)]
     destination = Destination(only=chosen, residual=residual)
-    carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
+    try:
+        carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
+    except DownloadError as error:
+        if common.model:
+            raise
+        instead = f"without a network, --model {BUNDLED} takes any words: --prompts {' '.join(names)}"
+        raise DownloadError(f"{error}; {instead}") from error
 
 
 def parts(names: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio
-from clapsep_cli.errors import OutputError, UsageError
+from clapsep_cli.errors import ExtraError, OutputError
 from clapsep_cli.files import replacing
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ MISSING = "□"  # stands for letters that no font here has
 
 
 def check_installed() -> None:
-    """Raise `UsageError` unless what draws is installed; does not import it, which takes a second."""
+    """Raise `ExtraError` unless what draws is installed; does not import it, which takes a second."""
     missing = " and ".join(name for name in ("librosa", "matplotlib") if find_spec(name) is None)
     if missing:
-        raise UsageError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
+        raise ExtraError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
 
 
 class Picture:

@@ -48,7 +48,7 @@ class ClapTextEncoder(TextEncoder):
         self.token_type_embeddings = _embedding(1, width)
         self.norm = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
-            TransformerLayer(width, config.text_heads, config.text_feed_forward, "gelu")
+            TransformerLayer(width, config.text_heads, config.text_feed_forward, F.gelu)
             for _ in range(config.text_layers)
         )
         self.pooler = nn.Linear(width, width)

@@ -6,8 +6,9 @@ conditioned on the queries by FiLM; MaskNet turns the result and the 32 kHz spec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from clapsep_cli.models import htsat
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
-from clapsep_cli.models.linear import ActivatedLinear, pack
 
 BINS = N_FFT // 2 + 1
 
@@ -98,20 +98,21 @@ class CLAPSepConfig:
 class TransformerLayer(nn.Module):
     """Post-norm Transformer encoder layer, as in MaskNet (ReLU) and RoBERTa (GELU)."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, activation: Literal["relu", "gelu"]) -> None:
+    def __init__(self, width: int, heads: int, feed_forward: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.heads = heads
+        self.activation = activation
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
-        self.fc1 = ActivatedLinear(width, feed_forward, activation)
+        self.fc1 = nn.Linear(width, feed_forward)
         self.fc2 = nn.Linear(feed_forward, width)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """`x`: `[batch, tokens, width]`; `attended`: bool, true where a token may be attended to."""
         x = self.norm1(x + self.out(attend(self.qkv(x), self.heads, attended)))
-        return cast(Tensor, self.norm2(x + self.fc2(self.fc1(x))))
+        return cast(Tensor, self.norm2(x + self.fc2(self.activation(self.fc1(x)))))
 
 
 class FiLM(nn.Module):
@@ -214,7 +215,7 @@ class MaskNet(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.layers = nn.Sequential(
             *(
-                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, "relu")
+                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, torch.relu_)
                 for _ in range(config.mask_layers)
             )
         )
@@ -261,9 +262,7 @@ class CLAPSep(MaskSeparator):
         stacks = (self.encoder.layers, self.aggregator.layers, self.aggregator.skip, self.mask_net.layers)
         ends = self.aggregator.inverse_patch_embed.norm, self.mask_net.norm
         for part in (*(layer for stack in stacks for layer in stack), self.aggregator.film, *ends):
-            pack(part, dtype)
             part.to(dtype)
-        pack(self.mask_net, dtype)
         for part in (self.mask_net.input, self.mask_net.output):
             part.to(dtype)
         # As long as one tensor lies in a file that it was mapped from, all that was read of that stays in memory.

@@ -24,7 +24,6 @@ from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
 from clapsep_cli.store.checkpoint import read_tensors, save_part
 
-SAFE_GLOBALS_SINCE = (2, 6)  # PyTorch that allows constructors by the name that a pickle gives them
 NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
 LORA_RANK = 16
 LORA_SCALE = 1 / LORA_RANK  # alpha is 1
@@ -89,15 +88,18 @@ class Released:
         self.taken: set[str] = set()
         self.missing: list[str] = []
         self.misshapen: list[str] = []
+        self.not_finite: list[str] = []
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Tensor `name` as float32, or, where it is missing or not of `shape`, one without data in its place."""
+        """Tensor `name` as float32, or, where it is unusable, one without data in its place."""
         self.taken.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
             self.missing.append(name)
         elif tensor.shape != shape:
             self.misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
+        elif not bool(tensor.isfinite().all()):
+            self.not_finite.append(name)
         else:
             return tensor.float()
         return torch.empty(shape, device="meta")
@@ -107,7 +109,12 @@ class Released:
         extra = [name for name in self.tensors if name not in self.taken and not superfluous.match(name)]
         problems = [
             f"{kind}: {first_few(names)}"
-            for kind, names in (("missing", self.missing), ("misshapen", self.misshapen), ("unexpected", extra))
+            for kind, names in (
+                ("missing", self.missing),
+                ("misshapen", self.misshapen),
+                ("not finite", self.not_finite),
+                ("unexpected", extra),
+            )
             if names
         ]
         if problems:
@@ -120,9 +127,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Only tensors, containers, numbers and the few constructors of NumPy scalars are allowed; a pickle that asks for
     anything else is refused before it is run. Raises `CheckpointError`.
     """
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < SAFE_GLOBALS_SINCE:
-        needed = ".".join(map(str, SAFE_GLOBALS_SINCE))
-        raise CheckpointError(f"{path}: to convert it takes PyTorch {needed} or newer, here is {torch.__version__}")
     scalar = np.float64(0).__reduce__()[0]
     scalars: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     allowed = [*scalars, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)), _codecs.encode]

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
+from clapsep_cli.errors import CheckpointError, ModelError
 from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, resolve, weights_folder
 from clapsep_cli.store import hub
 from clapsep_cli.store.transfer import amount
@@ -25,7 +25,7 @@ from clapsep_cli.store.transfer import amount
 if TYPE_CHECKING:  # it imports torch, which listing and finding models do not need
     from clapsep_cli.store.checkpoint import Model
 
-SUMS = "SHA256SUMS"  # in a converted model's folder: the hashes of its files, as `sha256sum -c` reads them
+SUMS = "SHA256SUMS"  # in the folder of a bundled or converted model: the hashes of its files, for `sha256sum -c`
 
 Say = Callable[[str], None]  # is told, in a line, what the user should know
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
@@ -97,6 +97,8 @@ def install(
     Raises `DownloadError`, `CheckpointError`, `ModelError`.
     """
     entry = find(name)
+    if files and not entry.remotes:
+        raise ModelError(f"{name} comes with clapsep: there is nothing to convert")
     here = installed(entry)
     if here:
         if files:
@@ -174,43 +176,29 @@ def path_of(name: str) -> Path:
 
 
 def verify(name: str) -> list[Path]:
-    """Read all of a model that is here; the files that were found sound.
+    """Hash all files of a model that is here, and originals that were kept; return those files.
 
-    Its files are what they were when they were converted, every tensor is finite and fits the network; originals that
-    were kept are hashed again. Raises `CheckpointError`, `ModelError`, of damaged originals `DownloadError`.
+    The hashes are compared with `SHA256SUMS` in the model's folder. Raises `CheckpointError`, `ModelError`; of damaged
+    originals `DownloadError`.
     """
     entry, folder = find(name), path_of(name)
-    from clapsep_cli.store.checkpoint import Model, choose_device, read_metadata
-
-    sound = _check_sums(entry, folder) if entry.remotes else []
-    model = Model(name, folder, choose_device("cpu"))
-    for part in FAMILIES[entry.family].parts:
-        path = folder / f"{part}.safetensors"
-        if entry.remotes and read_metadata(path).get("pin") != pin(entry):
-            raise CheckpointError(f"{path}: is of another revision; {_again(entry)}")
-        for key, tensor in getattr(model, part).state_dict().items():
-            if not bool(tensor.isfinite().all()):
-                raise CheckpointError(f"{path}: {key} is not finite; {_again(entry)}")
-        sound += [path] if path not in sound else []
-    originals = [hub.verify(remote) for remote in entry.remotes]
-    return sound + [original.path for original in originals if original]
-
-
-def _check_sums(entry: Entry, folder: Path) -> list[Path]:
-    """The files of a converted model, which are what was written. Raises `CheckpointError`."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {folder / name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / SUMS}: cannot be read ({error}); {_again(entry)}") from error
-    for path, sha256 in sums.items():
-        if not path.is_file() or hub.digest(path) != sha256:
-            raise CheckpointError(f"{path}: is not what was written when it was converted; {_again(entry)}")
-    return list(sums)
+    sums = {folder / file: sha256 for sha256, _, file in (line.partition("  ") for line in lines)}
+    for path in dict.fromkeys((*(folder / f"{part}.safetensors" for part in FAMILIES[entry.family].parts), *sums)):
+        if not path.is_file() or hub.digest(path) != sums.get(path):
+            raise CheckpointError(f"{path}: is not what {SUMS} in its folder says; {_again(entry)}")
+    originals = [hub.verify(remote) for remote in entry.remotes]
+    return [*sums, *(original.path for original in originals if original)]
 
 
 def _again(entry: Entry) -> str:
-    return f"clapsep models rm {entry.name}, then clapsep models download {entry.name}"
+    """What to do about a damaged model."""
+    if entry.remotes:
+        return f"clapsep models rm {entry.name}, then clapsep models download {entry.name}"
+    return "it comes with clapsep: install clapsep again"
 
 
 def remove(name: str, say: Say = _nothing) -> list[Path]:
@@ -247,24 +235,23 @@ def load_model(
 ) -> Model:
     """Load a model by name or from a folder; without either, the best one that can be had.
 
-    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told so. A model that is
-    named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
+    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told why. A model that
+    is named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
     (bfloat16), or `auto` (see `checkpoint.choose_precision`). Raises `ModelError` where there
     is no such model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` for an absent device.
     """
-    from clapsep_cli.store.checkpoint import Model, choose_device
+    from clapsep_cli.store.checkpoint import Model, choose_device, native_bfloat16
 
     chosen = choose_device(device)
+    if precision == "fast" and not native_bfloat16(chosen):
+        say(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
     if model is None:
         instead = f"without it: --model {BUNDLED}, smaller and bundled"
         try:
             folder = install(PREFERRED, say=say, progress=progress, instead=instead)
             return Model(PREFERRED, folder, chosen, _text_cache(PREFERRED), precision)
-        except DownloadError:
-            say(
-                f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now "
-                f"(clapsep models download {PREFERRED} says why; --model {BUNDLED} leaves out this line)"
-            )
+        except (ModelError, OSError) as error:
+            say(f"using the small bundled model, {BUNDLED} (--model {BUNDLED}), without {PREFERRED}: {error}")
             return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, precision=precision)
     if isinstance(model, str) and model in MODELS:
         return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), precision)

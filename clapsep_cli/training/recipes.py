@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from clapsep_cli.errors import RecipeError
+from clapsep_cli.errors import ExtraError, RecipeError
 from clapsep_cli.models.tuss import LARGE
 from clapsep_cli.registry import resolve
 from clapsep_cli.training.record import flatten
@@ -134,7 +134,7 @@ def _reader(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise RecipeError(f"to read settings takes {error.name} too: pip install 'clapsep[train]'") from error
+        raise ExtraError(f"reading settings takes {error.name} too: pip install 'clapsep[train]'") from error
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, object]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
-from clapsep_cli.errors import DeviceError, ModelError, RecipeError
+from clapsep_cli.errors import DeviceError, ExtraError, RecipeError
 from clapsep_cli.training import record
 from clapsep_cli.training.pool import Store
 from clapsep_cli.training.sampling import ahead
@@ -235,7 +235,8 @@ def train(
     that writes.
 
     Raises `ManifestError` for what is wrong with the clips, all at once; `RecipeError` for settings that do not fit;
-    `CheckpointError` where `out` holds another run; `ModelError` for a model or a package that is missing.
+    `CheckpointError` where `out` holds another run; `ModelError` for a missing model, `ExtraError` for a missing
+    package.
     """
     hardware = hardware or Hardware()
     precision = hardware.precision or recipe.precision
@@ -247,7 +248,7 @@ def train(
         import_module("tensorboard")  # which the logger needs later
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of precisions and processes
     except ModuleNotFoundError as error:
-        raise ModelError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
+        raise ExtraError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
     corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling)
     recipe.check(corpus)
     record.check(out, recipe, corpus)
