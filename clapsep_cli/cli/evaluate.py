@@ -124,6 +124,10 @@ def evaluate(
     """
     if bool(shots) != bool(shots_csv):
         raise typer.BadParameter("--shots and --shots-csv go together: how many recordings, and which")
+    if overwrite and not report:
+        raise typer.BadParameter("--overwrite replaces a report: name it with --report")
+    if not text and not shots:
+        raise typer.BadParameter("--no-text leaves nothing to ask: give recordings with --shots and --shots-csv")
     sides, counts = _sides(queries), _counts(shots)
     from clapsep_cli.errors import OutputError
     from clapsep_cli.evaluation.evaluate import Plan, evaluate_into, settings

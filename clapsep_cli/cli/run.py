@@ -57,10 +57,11 @@ def _say(common: Common) -> Any:
     return (lambda line: None) if common.quiet else note
 
 
-def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool, **measured: Any) -> None:
+def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
     """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed.
 
-    Where it is `mutual`, each of several targets leaves what the others ask for. `measured` are more of the `Options`.
+    `mutual`: whether each of several targets leaves what the others ask for; None for yes, by default. `measured` are
+    more of the `Options`.
     """
     from clapsep_cli.jobs.outputs import TEMPLATE
     from clapsep_cli.jobs.planning import lay_out, plan
@@ -72,7 +73,11 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
     destination = replace(destination, folder=common.out, template=common.filename or TEMPLATE, picture=common.plot)
     jobs = lay_out(asked, options, destination, common.skip_existing)  # before a model is loaded, perhaps downloaded
     model = _load(common)
-    todo = plan(jobs, model, options, common.skip_existing, mutual)
+    if options.presence is None:
+        options = replace(options, presence=common.json and model.tells_likeness)
+    if mutual is not None and all(model.apart(job.targets) == job.targets for job in jobs):
+        raise UsageError(f"--mutual, --no-mutual: {model.name} always separates all targets together; leave it out")
+    todo = plan(jobs, model, options, common.skip_existing, mutual is not False)
     for doubt in _doubts(model, jobs):
         _say(common)(doubt)
     lines = _Lines(common, model, len(jobs))
@@ -116,7 +121,6 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
     for option, value, known in (("clip", common.clip, get_args(Clip)), ("progress", common.progress, PROGRESS)):
         if value not in known:
             raise UsageError(f"there is no --{option} {value!r}; there are {', '.join(known)}")
-    presence = measured.pop("presence", None)
     return Options(
         start=parse_time(common.start) if common.start is not None else 0.0,
         end=parse_time(common.end) if common.end is not None else None,
@@ -124,7 +128,6 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
         subtype=common.subtype,
         clip=common.clip,  # type: ignore[arg-type]
         overwrite=common.overwrite,
-        presence=common.json if presence is None else presence,
         batch=common.batch_size,
         workers=common.jobs,
         **measured,

@@ -115,7 +115,7 @@ def separate(
     targets = {part: Query(pos=name) for part, name in named.items()}
     asked = [(item, targets) for item in find(inputs or [], common)]
     destination = Destination(only=chosen, residual=residual)
-    carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
+    carry_out(asked, replace(common, model=common.model or DEFAULT), destination, None, consistent=consistent)
 
 
 def parts(names: Sequence[str]) -> dict[str, str]:

@@ -37,14 +37,15 @@ class Destination:
     """Where outputs go, and which parts of a recording become one.
 
     `folder`: None for beside each recording, `-` for stdout. `template` of `output_paths`. `only` names the targets
-    that are written, of all that are asked for; `residual` adds what they leave of the mixture, and with `remove` only
-    that is written. `picture` adds a picture of each recording.
+    that are written, of all that are asked for; `residual` adds what they leave of the mixture (None: unless the
+    output is stdout, which takes one part), and with `remove` only that is written. `picture` adds a picture of each
+    recording.
     """
 
     folder: Path | None = None
     template: str = TEMPLATE
     only: Sequence[str] = ()
-    residual: bool = True
+    residual: bool | None = None
     remove: bool = False
     picture: bool = False
 
@@ -53,7 +54,8 @@ class Destination:
         if self.remove:
             return [RESIDUAL]
         chosen = [name for name in targets if not self.only or name in self.only]
-        return [*chosen, *([RESIDUAL] if self.residual and self.folder != STDOUT else [])]
+        wanted = self.folder != STDOUT if self.residual is None else self.residual
+        return [*chosen, *([RESIDUAL] if wanted else [])]
 
 
 def safe_name(text: str, limit: int = QUERY_BYTES) -> str:

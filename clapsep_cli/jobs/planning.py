@@ -64,25 +64,30 @@ def lay_out(
 
 
 def plan(
-    jobs: Sequence[Job], model: Model, options: Options = Options(), skip: bool = False, mutual: bool = False
+    jobs: Sequence[Job],
+    model: Model,
+    options: Options = Options(),
+    skip: bool = False,
+    mutual: bool = False,
 ) -> Plan:
     """What of `jobs` is still to be done with `model`; `skip` those that are done.
 
     Done is a recording whose outputs were all written for the same targets, model and options. Where it is `mutual`,
     each of several targets leaves what the others ask for. Raises `UsageError` for what this model cannot do.
     """
-    if options.min_presence is not None and not model.tells_likeness:
-        raise UsageError(f"--min-presence: {model.name} cannot tell how alike sounds are; use another --model")
+    for option, given in (("--presence", options.presence), ("--min-presence", options.min_presence is not None)):
+        if given and not model.tells_likeness:
+            raise UsageError(f"{option}: {model.name} cannot tell how alike sounds are; use another --model")
     # One object for all recordings that share their targets: by that `run` tells what can be done in one go.
     apart = {id(job.targets): model.apart(job.targets) if mutual else job.targets for job in jobs}
     plan = Plan([], [], [])
     for job in jobs:
         job = replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
-        if options.overwrite or not skip:
-            plan.jobs.append(replace(job, overwrite=options.overwrite))
-        elif _is_done(job):
+        if skip and _is_done(job):
             plan.done.append(job)
+        elif options.overwrite or not skip:
+            plan.jobs.append(replace(job, overwrite=options.overwrite))
         elif (blocking := _in_the_way(job)) is not None:
             what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
             plan.blocked.append(Failure(job.input.path, OutputError(what)))
@@ -100,7 +105,9 @@ def _check(asked: Asked, options: Options, destination: Destination) -> None:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
     if options.min_presence is not None and not isfinite(options.min_presence):
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
-    if destination.remove and not destination.residual:
+    if options.presence is False and options.min_presence is not None:
+        raise UsageError("--min-presence tells the presence: use it without --no-presence")
+    if destination.remove and destination.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
         choose_encoding(options.format, options.subtype, _Typical())
@@ -124,7 +131,12 @@ def _check_stdout(asked: Asked, options: Options, destination: Destination, skip
         raise UsageError(f"-o - writes one part to standard output, not {', '.join(parts)}; use another -o")
     if options.format != "wav":
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
-    idle = {"--plot": destination.picture, "--filename": destination.template != TEMPLATE, "--skip-existing": skip}
+    idle = {
+        "--plot": destination.picture,
+        "--filename": destination.template != TEMPLATE,
+        "--skip-existing": skip,
+        "--overwrite": options.overwrite,
+    }
     for option in (option for option, given in idle.items() if given):
         raise UsageError(f"-o - makes no files, so {option} means nothing: leave it out, or use another -o")
 

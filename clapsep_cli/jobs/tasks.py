@@ -18,7 +18,8 @@ class Options:
     """How recordings are read and written. `start` and `end` in seconds; `format` and `subtype` of `choose_encoding`.
 
     `clip` is what happens over full scale (`Outputs`). `consistent` spreads what the stems leave of the mixture over
-    them. `presence` measures whether what was asked for is there; below `min_presence` nothing is written.
+    them. `presence` measures whether what was asked for is there (None: where `min_presence` takes it); below
+    `min_presence` nothing is written.
     `batch` is the number of windows separated at once (0: as many as the device likes), `workers` that of the threads
     that read and write.
     """
@@ -30,7 +31,7 @@ class Options:
     clip: Clip = "warn"
     overwrite: bool = False
     consistent: bool = False
-    presence: bool = False
+    presence: bool | None = None
     min_presence: float | None = None
     batch: int = 0
     workers: int = 2
