@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from conftest import Clapsep
 import clapsep_cli
 from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.cli.app import app
+from clapsep_cli.errors import ClapsepWarning
 from clapsep_cli.registry import MODELS
+from clapsep_cli.store import library
 from clapsep_cli.training.recipes import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +104,65 @@ def test_quiet_prints_nothing_and_out_is_made(clapsep: Clapsep, mix: Path, tiny_
     assert again.returncode == 1
     assert "--overwrite" in again.stderr
     assert clapsep(*arguments, "--overwrite", cwd=mix.parent).returncode == 0
+
+
+def test_quiet_prints_no_notes(
+    clapsep: Clapsep, mix: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """Of falling back to another model, of clipping, of what is left out, and of the library's warnings."""
+    soundfile.write(mix, 3 * np.random.default_rng(0).standard_normal(4000), 16_000, subtype="FLOAT")
+    load = library.load_model
+
+    def load_with_notes(*_: object, say: Callable[[str], None], **__: object) -> Any:
+        say("fell back")
+        warnings.warn("an odd query", ClapsepWarning, stacklevel=1)
+        warnings.warn("an odd query", ClapsepWarning, stacklevel=1)
+        return load(tiny_folder, "cpu", "high")
+
+    monkeypatch.setattr(library, "load_model", load_with_notes)
+    mix.with_name(f"{mix.stem}.target.wav").write_bytes(mix.read_bytes())
+    common = ["extract", mix.parent, "--pos", "dog", "--subtype", "pcm16", "-o", "out", "--overwrite"]
+    told = clapsep(*common, cwd=mix.parent).stderr
+    for note in ("fell back", "over full scale", "left out, as outputs", "clapsep: an odd query\n"):
+        assert told.count(note) >= 1, note
+    assert told.count("an odd query") == 1
+    quiet = clapsep(*common, "-q", cwd=mix.parent)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "closed", "code"),
+    [
+        ("--help", "2>&-", 0),
+        ("--help", ">&-", 1),
+        ("models path mini", ">&-", 1),
+        ("extract none.wav --pos dog", "2>&-", 1),
+        ("extract none.wav --pos dog", ">&- 2>&- <&-", 1),
+        ("extract mix.wav --pos dog -q", ">&- 2>&- <&-", 0),
+        ("extract mix.wav --pos dog", ">&-", 1),
+        ("extract mix.wav --pos dog -o -", ">&-", 1),
+    ],
+)
+def test_closed_streams(mix: Path, tiny_folder: Path, line: str, closed: str, code: int) -> None:
+    mix.rename(mix.with_name("mix.wav"))
+    model = f"--model '{tiny_folder}'" if "extract" in line else ""
+    script = f"'{sys.executable}' -W error -m clapsep_cli {line} {model} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", script],
+        cwd=mix.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if closed == ">&-":
+        assert "standard output" in done.stderr.splitlines()[-1]
+        assert "closed" in done.stderr.splitlines()[-1]
+    if "mix.wav" in line and "-o" not in line:
+        for part in ("target", "residual"):
+            assert soundfile.info(mix.with_name(f"mix.{part}.wav")).frames == 4000
 
 
 def test_audio_queries_from_files_and_folders(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:

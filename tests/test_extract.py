@@ -322,11 +322,10 @@ class TestClip:
         return read(mix)
 
     def test_warn(self, stub: Callable[..., Done], mix: Path, loud: Audio) -> None:
-        for quiet in ([], ["-q"]):
-            done = stub("mix.wav", "--pos", "dog", "--overwrite", *quiet)
-            assert done.returncode == 0
-            assert "mix.target.wav: " in done.stderr
-            assert "over full scale" in done.stderr
+        done = stub("mix.wav", "--pos", "dog")
+        assert done.returncode == 0
+        assert "mix.target.wav: " in done.stderr
+        assert "over full scale" in done.stderr
 
     def test_rescale(self, stub: Callable[..., Done], mix: Path, loud: Audio) -> None:
         done = stub("mix.wav", "--pos", "dog", "--clip", "rescale", "--json")
@@ -608,7 +607,7 @@ def test_killed_in_the_middle_and_resumed(many: Path, stub: Callable[..., Done])
     assert sum(before[name] == (many / "out" / name).stat().st_mtime_ns for name in before) >= len(before) - 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_once_it_finishes_the_window_and_leaves_no_debris(many: Path, number: int) -> None:
     with stand_in(*ALL, cwd=many, seconds=0.05) as process:
         until(lambda: len(finished(many / "out")) >= 4)

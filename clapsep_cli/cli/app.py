@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -17,10 +18,10 @@ from clapsep_cli.cli.extract import extract
 from clapsep_cli.cli.models import models
 from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
-from clapsep_cli.cli.terminal import ModelDirOption, note
+from clapsep_cli.cli.terminal import ModelDirOption, note, warnings_as_notes
 from clapsep_cli.cli.train import train
 from clapsep_cli.errors import ClapsepError
-from clapsep_cli.startup import prepare
+from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
 
 INTERRUPTED = 130
@@ -46,15 +47,20 @@ app.add_typer(models, name="models")
 def run() -> NoReturn:
     """`main`, as a process of its own: ends without the half second that an interpreter takes to put torch away."""
     prepare()
+    unprinted = replace_closed_streams()
     try:
         main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else FAILED
+    if unprinted is not None and unprinted.getvalue():
+        note("standard output is closed, so nothing could be printed there; > /dev/null discards it")
+        code = code or FAILED
     try:
         sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads on, or there is no room
+    except OSError:  # the reader has gone, or the disk is full
         code = code or FAILED
+    with suppress(OSError):  # a lost note is no failure
+        sys.stderr.flush()
     # Outputs are closed and named by now; what is left is memory, which the system takes back faster.
     os._exit(code)
 
@@ -64,7 +70,8 @@ def main() -> NoReturn:
     command = get_command(app)
     _untyped(command)
     try:
-        command(standalone_mode=True)
+        with warnings_as_notes():
+            command(standalone_mode=True)
     except ClapsepError as error:
         note(str(error))
         raise SystemExit(error.exit_code) from None

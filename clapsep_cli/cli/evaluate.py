@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, note, progress
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, notes, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -140,9 +140,10 @@ def evaluate(
     every = read_mixtures(listed)
     rows, kept = check_files(every, read_shots(shots_csv) if shots_csv else {}, audio, skip_missing)
     if len(rows) < len(every):
-        note(f"{listed}: {len(every) - len(rows)} of {len(every)} mixtures are left out, their recordings are missing")
+        left_out = f"{len(every) - len(rows)} of {len(every)} mixtures are left out"
+        notes(quiet)(f"{listed}: {left_out}, their recordings are missing")
     with downloads(quiet) as shown:
-        loaded = load_model(model, device, "high", say=note, progress=shown)
+        loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
     plan = Plan(sides, text, counts, bss)
     run = evaluate_into(out / SCORES, loaded, rows, audio, plan, kept) if out else None
     scores = _collect(run or evaluate_rows(loaded, rows, audio, plan, kept), len(rows), listed.name, quiet)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from clapsep_cli.cli.options import Common
-from clapsep_cli.cli.terminal import PROGRESS, Reporter, downloads, echo, note
+from clapsep_cli.cli.terminal import PROGRESS, Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, StoppedError, UsageError
 from clapsep_cli.startup import set_threads
 
@@ -45,16 +45,12 @@ def find(inputs: Sequence[str], common: Common) -> list[Input]:
         raise UsageError("no recordings: name files, folders, patterns or @list.txt")
     folder = None if common.out is None or _to_stdout(common) else common.out
     return expand(
-        inputs, common.recursive, folder, lambda path: read_software(path).startswith("clapsep "), _say(common)
+        inputs, common.recursive, folder, lambda path: read_software(path).startswith("clapsep "), notes(common.quiet)
     )
 
 
 def _to_stdout(common: Common) -> bool:
     return str(common.out) == "-"
-
-
-def _say(common: Common) -> Any:
-    return (lambda line: None) if common.quiet else note
 
 
 def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
@@ -79,7 +75,7 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
         raise UsageError(f"--mutual, --no-mutual: {model.name} always separates all targets together; leave it out")
     todo = plan(jobs, model, options, common.skip_existing, mutual is not False)
     for doubt in _doubts(model, jobs):
-        _say(common)(doubt)
+        notes(common.quiet)(doubt)
     lines = _Lines(common, model, len(jobs))
     if todo.jobs:
         lines.begin(jobs)
@@ -96,7 +92,7 @@ def _work(todo: Plan, model: Model, options: Options, common: Common, lines: _Li
         lines.failed(failure)
     try:
         with (
-            stoppable() as stop,
+            stoppable(common.quiet) as stop,
             Reporter(common.progress, common.quiet, len(todo.jobs)) as reporter,
             closing(run(todo.jobs, model, options, reporter.update, stop)) as outcomes,
         ):
@@ -139,7 +135,7 @@ def _load(common: Common) -> Model:
     from clapsep_cli.store.library import load_model
 
     with downloads(common.quiet) as shown:
-        model = load_model(common.model, common.device, common.precision, say=note, progress=shown)
+        model = load_model(common.model, common.device, common.precision, say=notes(common.quiet), progress=shown)
     if common.adapter:
         from clapsep_cli.store.adapters import apply
 
@@ -160,19 +156,27 @@ def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:
     return list(doubts)
 
 
+def _stops() -> list[signal.Signals]:
+    """The signals that stop a run. SIGHUP, which a closed terminal sends, stays ignored under nohup."""
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
+    return stops
+
+
 @contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts."""
+def stoppable(quiet: bool) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        with suppress(RuntimeError):  # it came while something else was being printed
-            note("stopping after the windows at hand; once more to stop at once")
+        with suppress(RuntimeError, OSError):  # it came while something else was being printed, or nothing can be
+            notes(quiet)("stopping after the windows at hand; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in _stops()}
     try:
         yield stop
     finally:
@@ -189,7 +193,7 @@ class _Lines:
 
     def __init__(self, common: Common, model: Model, count: int) -> None:
         self.json, self.model, self.count = common.json, model, count
-        self.silent = common.quiet and not common.json
+        self.silent, self.say = common.quiet and not common.json, notes(common.quiet)
         self.piped = _to_stdout(common)
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -232,7 +236,8 @@ class _Lines:
         for part, count in done.clipped.items():
             if count:
                 were = "samples were" if count > 1 else "sample was"
-                note(f"{_named(done.outputs[part], 'output')}: {count} {were} over full scale and clipped; see --clip")
+                name = _named(done.outputs[part], "output")
+                self.say(f"{name}: {count} {were} over full scale and clipped; see --clip")
         if self.json:
             facts = done.as_json()
             self._object(facts.pop("mixture"), "done" if done.outputs else "absent", **facts)

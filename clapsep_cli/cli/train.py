@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
-from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, notes
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
@@ -163,11 +163,11 @@ def _recipe(
         if preset is None:
             preset = recipes.DEFAULT
             if init:
-                preset = recipes.preset_of(load_model(init, "cpu", say=note, progress=shown).family, init)
+                preset = recipes.preset_of(load_model(init, "cpu", say=notes(quiet), progress=shown).family, init)
         overrides = [recipes.read_settings(config)] if config else []
         recipe = recipes.build(preset, *overrides, *map(recipes.parse_setting, settings), given)
         if recipe.needs:
-            load_model(recipe.needs, "cpu", say=note, progress=shown)
+            load_model(recipe.needs, "cpu", say=notes(quiet), progress=shown)
     return recipe
 
 
