@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -232,6 +233,27 @@ def test_one_bad_file_does_not_stop_the_rest(clapsep: Clapsep, mix: Path, tiny_f
     assert "bad.wav: " in done.stderr
     assert "1 of 2 files failed" in done.stderr
     assert mix.with_name(f"{mix.stem}.target.wav").exists()
+
+
+def test_one_name_that_leads_nowhere_does_not_stop_the_rest(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    """Neither as an argument, nor in a pattern, a list or a manifest."""
+    (mix.parent / "link.wav").symlink_to("nowhere")
+    (mix.parent / "list.txt").write_text(f"none.wav\n{mix.name}\n")
+    (mix.parent / "jobs.csv").write_text(f"file,pos\nnone.wav,dog\n{mix.name},dog\n")
+    for names, missing in (
+        ([mix, "none.wav"], "none.wav: no such file"),
+        (["*.wav"], "link.wav: no such file"),
+        (["empty/*.wav", mix], "nothing matches"),
+        (["@list.txt"], "line 1: none.wav: no such file"),
+        (["--manifest", "jobs.csv"], "line 2: no such file none.wav"),
+    ):
+        query = [] if "--manifest" in names else ["--pos", "dog"]
+        arguments = ["extract", *names, *query, "--model", tiny_folder, "-o", "out", "--json", "--overwrite"]
+        done = clapsep(*arguments, cwd=mix.parent)
+        assert done.returncode == 1
+        assert missing in done.stderr
+        told = [json.loads(line) for line in done.stdout.splitlines()]
+        assert sorted(one["status"] for one in told) == ["done", "failed"]
 
 
 def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:

@@ -82,6 +82,9 @@ def plan(
     apart = {id(job.targets): model.apart(job.targets) if mutual else job.targets for job in jobs}
     plan = Plan([], [], [])
     for job in jobs:
+        if job.input.fault:
+            plan.blocked.append(Failure(job.input.path, job.input.fault))
+            continue
         job = replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
         if skip and _is_done(job):
@@ -142,6 +145,8 @@ def _check_stdout(asked: Asked, options: Options, destination: Destination, skip
 
 
 def _job(item: Input, targets: Mapping[str, Query], options: Options, destination: Destination) -> Job:
+    if item.fault:
+        return Job(item, targets, {}, [])
     parts = destination.parts(list(targets))
     whole = options.consistent or RESIDUAL in parts  # it takes all targets to know what they leave
     kept = [name for name in targets if whole or name in parts]
@@ -152,7 +157,8 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, destinatio
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
     outputs = output_paths(item, parts, folder, destination.template, options.format, words)
-    picture = output_paths(item, ["plot"], folder, "{stem}.{ext}", "png")["plot"] if destination.picture else None
+    name = "{name}.{ext}" if "{name}" in destination.template else "{stem}.{ext}"
+    picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.picture else None
     return Job(item, targets, outputs, kept, picture=picture)
 
 
