@@ -502,6 +502,25 @@ def test_below_min_presence_nothing_is_written(clapsep: Clapsep, mix: Path, tiny
     assert json.loads(clapsep(*common, "-9", "--overwrite", cwd=mix.parent).stdout)["status"] == "absent"
 
 
+def test_recordings_without_the_target_are_skipped_too(
+    stub: Callable[..., Done], library_of_sounds: Path, separator: Moody
+) -> None:
+    common = ["-r", "in", "--pos", "dog", "--min-presence", "9", "--json", "--skip-existing"]
+    for where in (["-o", "out"], []):
+        first = stub(*common, *where)
+        assert [json.loads(line)["status"] for line in first.stdout.splitlines()] == ["absent"] * 4
+        worked = len(separator.batches)
+        again = stub(*common, *where)
+        told = [json.loads(line) for line in again.stdout.splitlines()]
+        assert [(one["status"], one["outputs"]) for one in told] == [("skipped", {})] * 4
+        assert len(separator.batches) == worked
+        assert "done" in stub(*common, *where, "--min-presence", "-9").stdout, "the marker is of another setting"
+    assert len(list((library_of_sounds / "out" / "_clapsep").rglob("*.json"))) == 4
+    (library_of_sounds / "in" / "犬.flac").touch()
+    changed = [json.loads(line)["status"] for line in stub(*common, "-o", "out").stdout.splitlines()]
+    assert sorted(changed) == ["absent", *["skipped"] * 3]
+
+
 def test_progress_for_programs(stub: Callable[..., Done], library_of_sounds: Path) -> None:
     (library_of_sounds / "in" / "bad.wav").write_bytes(b"RIFF")
     done = stub("-r", "in", "--pos", "dog", "-o", "out", "--progress", "json")

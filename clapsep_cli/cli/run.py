@@ -222,7 +222,7 @@ class _Lines:
         if self.json:
             self._object(job.input.path, "skipped", outputs={part: str(path) for part, path in job.outputs.items()})
         elif self.count < 2:  # of many, it is enough to know the number
-            self._print(f"{job.input.path}: done before")
+            self._print(f"{job.input.path}: done before{'' if job.outputs else ', without what was asked for'}")
 
     def failed(self, failure: Failure) -> None:
         self.outcomes[FAULTY] += 1

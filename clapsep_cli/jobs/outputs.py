@@ -18,6 +18,7 @@ from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import Input, folded
 from clapsep_cli.query import RESIDUAL
 
+MARKS = "_clapsep"  # the folder below the outputs for markers of recordings without outputs
 TEMPLATE = "{stem}.{part}.{ext}"
 FIELDS = ("stem", "name", "part", "ext", "query")
 NAME_BYTES = 224  # systems take 255; files that are still being written have some more in their names
@@ -65,7 +66,7 @@ def safe_name(text: str, limit: int = QUERY_BYTES) -> str:
     """
     letters = (letter if _is_safe(letter) else " " for letter in unicodedata.normalize("NFC", text))
     name = "_".join("".join(letters).split()).lstrip(".-_~").rstrip("._") or "_"
-    return _shortened(f"_{name}" if DEVICES.match(name) else name, limit)
+    return shortened(f"_{name}" if DEVICES.match(name) else name, limit)
 
 
 def _is_safe(letter: str) -> bool:
@@ -77,7 +78,8 @@ def _bytes(name: str) -> bytes:
     return name.encode("utf-8", "surrogatepass")  # names that are not UTF-8 have lone surrogates in Python
 
 
-def _shortened(name: str, limit: int) -> str:
+def shortened(name: str, limit: int) -> str:
+    """`name` in at most `limit` bytes; a longer one keeps its beginning, and a hash stands for the rest."""
     encoded = _bytes(name)
     if len(encoded) <= limit:
         return name
@@ -132,7 +134,7 @@ def _filled(template: str, below: Path, values: Mapping[str, str]) -> Path:
     filled = template.format(**own, **values)
     excess = max(len(_bytes(name)) for name in filled.split("/")) - NAME_BYTES
     if excess > 0:
-        own = {field: _shortened(text, max(0, len(_bytes(text)) - excess)) for field, text in own.items()}
+        own = {field: shortened(text, max(0, len(_bytes(text)) - excess)) for field, text in own.items()}
         filled = template.format(**own, **values)
     names = filled.split("/")
     if any(len(_bytes(name)) > NAME_BYTES for name in names):

@@ -14,7 +14,7 @@ from clapsep_cli.errors import AudioError, OutputError, UsageError
 from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
-from clapsep_cli.jobs.outputs import TEMPLATE, Destination, check_outputs, output_paths
+from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, Destination, check_outputs, output_paths
 from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
@@ -57,7 +57,7 @@ def lay_out(
     _check(asked, options, destination)
     if destination.folder == STDOUT:
         _check_stdout(asked, options, destination, skip)
-    jobs = [_job(item, targets, options, destination) for item, targets in asked]
+    jobs = [_job(item, targets, options, destination, skip) for item, targets in asked]
     if destination.folder != STDOUT:
         check_outputs([(job.input, _files(job)) for job in jobs], options.overwrite, skip)
     return jobs
@@ -87,7 +87,9 @@ def plan(
             continue
         job = replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
-        if skip and _is_done(job):
+        if skip and job.marker and is_there(job.marker):
+            plan.done.append(replace(job, outputs={}, picture=None))
+        elif skip and _is_done(job):
             plan.done.append(job)
         elif options.overwrite or not skip:
             plan.jobs.append(replace(job, overwrite=options.overwrite))
@@ -96,7 +98,9 @@ def plan(
             plan.blocked.append(Failure(job.input.path, OutputError(what)))
         else:  # what is there of it is its own
             plan.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
-    clear_unfinished(path for job in jobs for path in job.outputs.values())
+    clear_unfinished(
+        path for job in plan.jobs for path in (*job.outputs.values(), *([job.marker] if job.marker else []))
+    )
     return plan
 
 
@@ -144,7 +148,7 @@ def _check_stdout(asked: Asked, options: Options, destination: Destination, skip
         raise UsageError(f"-o - makes no files, so {option} means nothing: leave it out, or use another -o")
 
 
-def _job(item: Input, targets: Mapping[str, Query], options: Options, destination: Destination) -> Job:
+def _job(item: Input, targets: Mapping[str, Query], options: Options, destination: Destination, skip: bool) -> Job:
     if item.fault:
         return Job(item, targets, {}, [])
     parts = destination.parts(list(targets))
@@ -159,7 +163,8 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, destinatio
     outputs = output_paths(item, parts, folder, destination.template, options.format, words)
     name = "{name}.{ext}" if "{name}" in destination.template else "{stem}.{ext}"
     picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.picture else None
-    return Job(item, targets, outputs, kept, picture=picture)
+    marks = (item.path.parent if folder is None else folder) / MARKS / ("." if folder is None else item.below.parent)
+    return Job(item, targets, outputs, kept, picture=picture, marks=marks if skip else None)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:

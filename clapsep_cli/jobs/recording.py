@@ -17,6 +17,7 @@ from clapsep_cli.audio.samples import Audio, on_grid
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import Outputs, Written
 from clapsep_cli.jobs.plot import Picture
+from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.separation.levels import Meter, Presence
@@ -151,6 +152,8 @@ class Recording:
             self._wait()
             presence = {name: one.read(self._likeness(stem)) for stem, (name, one) in enumerate(self._presence.items())}
             written = self._is_present(presence)
+            if self.job.marker and not written:
+                mark_absent(self.job.marker, presence)
             result = self._writer.commit() if written else Written({}, 1.0)
             if self._picture is not None and self.job.picture is not None and written:
                 title = "; ".join(query.describe() for query in self.job.targets.values())

@@ -10,6 +10,7 @@ from typing import Any
 from clapsep_cli.audio.writers import Clip
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.jobs.inputs import Input
+from clapsep_cli.jobs.resume import marker_path
 from clapsep_cli.query import Query
 
 
@@ -43,7 +44,8 @@ class Job:
 
     `targets` are asked for together; `outputs` names those that are written, and perhaps "residual", and `kept` those
     that have to be computed for it. `key` marks the outputs as made for all this; `picture` is where a picture of the
-    parts goes. `overwrite` allows to replace what is there.
+    parts goes. `overwrite` allows to replace what is there. `marks` is the folder that remembers recordings in which no
+    target was found, where they are to be skipped.
     """
 
     input: Input
@@ -53,6 +55,12 @@ class Job:
     key: str = ""
     picture: Path | None = None
     overwrite: bool = False
+    marks: Path | None = None
+
+    @property
+    def marker(self) -> Path | None:
+        """The file that says that no target was found in the recording, for the same queries, model and options."""
+        return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
 
     @property
     def has_spans(self) -> bool:
