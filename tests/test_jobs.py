@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -250,14 +251,33 @@ def test_manifest(tree: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b'file;pos;neg\na.wav;"dog; puppy";rain, heavy\n',
+        b"file\tpos\tneg\na.wav\tdog; puppy\train, heavy\n",
+        'file;pos;neg\r\na.wav;"dog; puppy";rain, heavy\r\n'.encode("utf-8-sig"),
+        "file\tpos\tneg\r\na.wav\tdog; puppy\train, heavy\r\n".encode("utf-16"),
+    ],
+)
+def test_manifests_as_spreadsheets_write_them(
+    tree: Callable[..., None], content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree("a.wav")
+    Path("jobs.csv").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    for path in (Path("jobs.csv"), Path("-")):
+        (job,) = read_jobs(path)
+        assert (job.input.path, job.pos, job.neg) == (Path("a.wav"), ("dog", "puppy"), ("rain, heavy",))
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"pos,neg\ndog,rain\n", "no column file; it has: pos,neg"),
         (b"file\na.wav\n", "no column with a query"),
         (b"file,pos,negs\na.wav,dog,rain\n", "unknown column 'negs'; the columns are file,pos,"),
         (b"file,pos,pos\na.wav,dog,rain\n", "more than one column 'pos'"),
-        (b"file;pos\na.wav;dog\n", "not separated by commas"),
-        (b"file\tpos\na.wav\tdog\n", "not separated by commas"),
+        (b"file;pos\na.wav;dog;rain\n", "line 2: more cells than columns; put texts with semicolons in quotes"),
         (b"file,pos\n", "no rows"),
         (b"", "no column file"),
         (b"file,pos\na.wav,dog,rain\n", "line 2: more cells than columns"),

@@ -14,7 +14,7 @@ from clapsep_cli.audio.sources import STDIN, SUFFIXES
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError
 from clapsep_cli.files import is_there, path_in
 from clapsep_cli.query import RESIDUAL, TARGET
-from clapsep_cli.tables import check_faults
+from clapsep_cli.tables import check_faults, decoded
 
 MAGIC = re.compile(r"[*?\[]")
 
@@ -219,9 +219,7 @@ def _named_in_list(argument: str, folder: Path, recursive: bool, say: Say) -> li
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        # What PowerShell writes with ">" is UTF-16, and says so by its first two bytes.
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return decoded(path.read_bytes())  # UTF-16 is what PowerShell writes with ">"
     except OSError as error:
         raise ManifestError(f"{path}: this list cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:

@@ -98,9 +98,8 @@ def plan(
             plan.blocked.append(Failure(job.input.path, OutputError(what)))
         else:  # what is there of it is its own
             plan.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
-    clear_unfinished(
-        path for job in plan.jobs for path in (*job.outputs.values(), *([job.marker] if job.marker else []))
-    )
+    clear_unfinished(path for job in jobs for path in job.outputs.values())
+    clear_unfinished(job.marker for job in plan.jobs if job.marker)
     return plan
 
 
