@@ -166,6 +166,29 @@ def test_closed_streams(mix: Path, tiny_folder: Path, line: str, closed: str, co
             assert soundfile.info(mix.with_name(f"mix.{part}.wav")).frames == 4000
 
 
+def test_a_deleted_folder_and_a_huge_query_take_a_line(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    (mix.parent / "gone").mkdir()
+    script = f"rmdir ../gone; '{sys.executable}' -m clapsep_cli extract '{mix}' --pos dog --model '{tiny_folder}'"
+    run = {"cwd": mix.parent / "gone", "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": 60}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, **run)  # type: ignore[call-overload]
+    assert done.returncode == 1
+    assert done.stderr == "clapsep: the current folder does not exist any more; cd into another one\n"
+    for query in (["--pos", "q" * 100_000], ["--target", "q" * 100_000], ["--pos-span", "q" * 100_000]):
+        told = clapsep("extract", mix, *query, "--model", tiny_folder, cwd=mix.parent)
+        assert len(told.stdout + told.stderr) < 1500
+
+
+def test_the_environment_names_the_model_and_the_device(
+    clapsep: Clapsep, mix: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLAPSEP_MODEL", str(tiny_folder))
+    assert clapsep("extract", mix, "--pos", "dog", cwd=mix.parent).stdout.startswith(f"{tiny_folder.name} on ")
+    monkeypatch.setenv("CLAPSEP_DEVICE", "gpu")
+    refused = clapsep("extract", mix, "--pos", "dog", "--overwrite", cwd=mix.parent)
+    assert (refused.returncode, "no device 'gpu'" in refused.stderr) == (3, True)
+    assert clapsep("extract", mix, "--pos", "dog", "--overwrite", "-d", "cpu", cwd=mix.parent).returncode == 0
+
+
 def test_audio_queries_from_files_and_folders(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     shots = mix.parent / "shots"
     shots.mkdir()
@@ -296,15 +319,14 @@ def test_pictures_are_refused_before_anything_is_done(
 
 
 @pytest.mark.parametrize("columns", [50, 60, 80, 200])
-@pytest.mark.parametrize("command", ["extract", "separate", "evaluate"])
+@pytest.mark.parametrize("command", ["extract", "separate", "evaluate", "train"])
 def test_help_names_every_option_in_full_however_narrow(columns: int, command: str, tmp_path: Path) -> None:
     shown = process(command, "--help", cwd=tmp_path, COLUMNS=str(columns)).stdout
     whole: Any = typer.main.get_command(app)
     options = {option for parameter in whole.commands[command].params for option in parameter.opts if "--" in option}
     assert not [option for option in options if not re.search(rf"{option}(?![\w-])", shown)]
     assert max(map(len, shown.splitlines())) <= columns
-    assert "bool" not in shown
-    assert "list[" not in shown
+    assert not re.findall(r"<[a-z]|bool|list\[|range", shown)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -68,7 +69,7 @@ def run() -> NoReturn:
 def main() -> NoReturn:
     """Run the command; a user's mistake ends with one line on stderr, never with a traceback."""
     command = get_command(app)
-    _untyped(command)
+    _simplify_help(command)
     try:
         with warnings_as_notes():
             command(standalone_mode=True)
@@ -83,13 +84,13 @@ def main() -> NoReturn:
     raise SystemExit(0)
 
 
-def _untyped(command: Any) -> None:
-    """Have --help tell no type of a flag (`--overwrite <bool>` would take a value) and of an argument."""
+def _simplify_help(command: Any) -> None:
+    """Have --help show no type of a flag (`--overwrite <bool>` would take a value) or of an argument."""
     for parameter in command.get_params(command.context_class(command)):
         if isinstance(parameter, TyperArgument) or parameter.is_flag:
             parameter.display_type_rich = lambda ctx: None
     for nested in getattr(command, "commands", {}).values():
-        _untyped(nested)
+        _simplify_help(nested)
 
 
 def _version(wanted: bool) -> None:
@@ -104,7 +105,10 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    try:
+        Path.cwd()
+    except OSError as error:  # with which no relative name means anything, and torch ends the process
+        raise ClapsepError("the current folder does not exist any more; cd into another one") from error
 
 
 @app.command()

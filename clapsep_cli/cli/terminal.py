@@ -41,6 +41,7 @@ def model_option(panel: str | None = None) -> Any:
     return typer.Option(
         "--model",
         metavar="NAME|PATH",
+        envvar="CLAPSEP_MODEL",
         autocompletion=among(*MODELS),
         rich_help_panel=panel,
         help="A model by name or folder; by default the best there is.",
@@ -53,6 +54,7 @@ def device_option(panel: str | None = None) -> Any:
         "--device",
         "-d",
         metavar="NAME",
+        envvar="CLAPSEP_DEVICE",
         autocompletion=among(*DEVICES),
         rich_help_panel=panel,
         help="auto, cpu, cuda, cuda:N or mps.",
@@ -95,6 +97,7 @@ ModelDirOption = Annotated[
 ]
 
 
+LINE_LETTERS = 1000  # of a note at most
 PROGRESS = ("auto", "json", "none")
 NAME_LETTERS = 40  # of a recording's name beside its bar
 
@@ -116,8 +119,10 @@ def echo(line: str, stream: TextIO) -> None:
 
 
 def note(line: str) -> None:
-    """Print a line on stderr."""
-    echo(f"clapsep: {line}", sys.stderr)
+    """Print on stderr; of a line that is very long, by a text of the user's for instance, the beginning and the end."""
+    half = LINE_LETTERS // 2
+    lines = (one if len(one) <= LINE_LETTERS else f"{one[:half]} … {one[-half:]}" for one in line.split("\n"))
+    echo("clapsep: " + "\n".join(lines), sys.stderr)
 
 
 def notes(quiet: bool) -> Callable[[str], None]:

@@ -72,20 +72,30 @@ TextOption = Annotated[
 ParaphrasesOption = Annotated[
     str | None, typer.Option("--paraphrases", metavar="CSV", help="mini: further captions by label: label,captions.")
 ]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="mini: steps of the separator.")]
-AudioStepsOption = Annotated[int | None, typer.Option("--audio-steps", min=1, help="mini: steps of the audio encoder.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="mini: steps of the separator.")]
+AudioStepsOption = Annotated[
+    int | None, typer.Option("--audio-steps", metavar="N", min=1, help="mini: steps of the audio encoder.")
+]
 EpochsOption = Annotated[
     int | None,
-    typer.Option("--epochs", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."),
+    typer.Option(
+        "--epochs", metavar="N", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."
+    ),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Everything drawn at random follows from it; 0.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Everything drawn at random follows from it; 0.")
+]
 AcceleratorOption = Annotated[
     str,
-    typer.Option("--accelerator", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
+    typer.Option("--accelerator", metavar="NAME", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
 ]
 DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
-NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start this on each, by torchrun or SLURM.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="bf16-mixed or 32-true; the preset's if not given.")]
+NodesOption = Annotated[
+    int, typer.Option("--nodes", metavar="N", min=1, help="Machines; start this on each, by torchrun or SLURM.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", metavar="NAME", help="bf16-mixed or 32-true; the preset's if not given.")
+]
 
 
 def train(
