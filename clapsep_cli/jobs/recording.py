@@ -81,7 +81,7 @@ class Recording:
                 self.job.overwrite,
             )
         )
-        self._picture = Picture(source.rate) if self.job.picture else None
+        self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
         self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
         watched = self.model.tells_likeness and (self.options.presence or self.options.min_presence is not None)
         self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
