@@ -293,6 +293,12 @@ def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
     done = process("extract", mix, *query, "-o", ".", cwd=empty, PYTHONPATH=str(installed), HOME=str(empty))
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list(empty.iterdir())) == 2
+    shown = process("demo", cwd=empty, PYTHONPATH=str(installed), HOME=str(empty))
+    gains = [float(gain) for gain in re.findall(r" SI-SDRi against the clean dog: ([+-][\d.]+) dB", shown.stdout)]
+    assert (shown.returncode, shown.stderr, len(gains)) == (0, "", 2)
+    assert min(gains) > 5
+    assert wheel.stat().st_size < 40e6
+    assert sum(path.stat().st_size for path in (installed / "clapsep_cli" / "examples").iterdir()) <= 2e6
 
 
 def test_an_interrupted_run_leaves_nothing_behind(
@@ -354,6 +360,7 @@ def test_a_shell_completes(words: str, completions: list[str], tmp_path: Path) -
 
 def test_readme_and_help_name_the_same_options() -> None:
     readme = re.sub(r"ffmpeg [^|]*\|", "|", (ROOT / "README.md").read_text())  # which has options of its own
+    readme = re.sub(r"^(?:pip|pipx|uv) .*$", "", readme, flags=re.M)  # likewise
     command: Any = typer.main.get_command(app)
     commands = {"clapsep": command, **dict(_commands(command.commands))}
     options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}

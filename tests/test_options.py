@@ -84,6 +84,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--residual": ("mix.wav --prompts dog rain", "--residual"),
         "--consistent": ("mix.wav --prompts dog rain", "--consistent"),
     },
+    "demo": {"--out": ("", "-o somewhere")},
     "train": {
         "--manifest": ("", "--manifest mine.csv"),
         "--out": ("mine.csv", "-o out"),

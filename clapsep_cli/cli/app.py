@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperArgument
 from typer.main import get_command
 
+from clapsep_cli.cli.demo import demo
 from clapsep_cli.cli.evaluate import evaluate, mixtures
 from clapsep_cli.cli.extract import extract
 from clapsep_cli.cli.models import models
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
+app.command()(demo)
 app.command()(train)
 app.command()(evaluate)
 app.add_typer(mixtures, name="mixtures")
