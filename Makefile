@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-cpus test-lowest check bench fuzz golden clean
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/clapsep demo -o examples/out
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q

@@ -65,6 +65,10 @@ class ManifestError(ClapsepError):
     """A training or evaluation manifest cannot be used as it stands."""
 
 
+class ClapsepWarning(UserWarning):
+    """A result may differ from what the user expects. The command prints it as a note."""
+
+
 class StoppedError(ClapsepError):
     """The user stopped the work; nothing that was finished is lost."""
 

@@ -275,6 +275,13 @@ def weights_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "weights"
 
 
+def examples_folder() -> Path:
+    """Where the example recordings lie, likewise."""
+    package = Path(__file__).parent
+    installed = package / "examples"
+    return installed if installed.is_dir() else package.parent / "examples"
+
+
 def home() -> Path:
     """Where clapsep keeps converted models and records: CLAPSEP_HOME, or a folder in the platform's user cache."""
     own = os.environ.get("CLAPSEP_HOME")

@@ -358,8 +358,8 @@ def test_depth_and_format(stub: Callable[..., Done], mix: Path, depth: str, argu
         (["--start", "2", "--end", "1"], 2, "--end is 1 s"),
         (["--min-presence", "nan"], 2, "--min-presence"),
         (["--min-presence", "0.1", "--pos", "", "--neg", "rain"], 2, "--pos"),
-        (["--filename", "{stem}.{ext}"], 1, "{part}"),
-        (["--filename", "../{stem}.{part}.{ext}"], 1, "leads out"),
+        (["--filename", "{stem}.{ext}"], 2, "{part}"),
+        (["--filename", "../{stem}.{part}.{ext}"], 2, "leads out"),
         (["--query-audio", "none.wav"], 1, "none.wav: no such file"),
         (["--neg-audio", "empty"], 1, "empty: no recordings"),
         (["-o", "taken"], 1, "exists already"),
@@ -397,11 +397,10 @@ class TestClip:
         return read(mix)
 
     def test_warn(self, stub: Callable[..., Done], mix: Path, loud: Audio) -> None:
-        for quiet in ([], ["-q"]):
-            done = stub("mix.wav", "--pos", "dog", "--overwrite", *quiet)
-            assert done.returncode == 0
-            assert "mix.target.wav: " in done.stderr
-            assert "over full scale" in done.stderr
+        done = stub("mix.wav", "--pos", "dog")
+        assert done.returncode == 0
+        assert "mix.target.wav: " in done.stderr
+        assert "over full scale" in done.stderr
 
     def test_rescale(self, stub: Callable[..., Done], mix: Path, loud: Audio) -> None:
         done = stub("mix.wav", "--pos", "dog", "--clip", "rescale", "--json")
@@ -606,6 +605,26 @@ def test_below_min_presence_nothing_is_written(clapsep: Clapsep, mix: Path, tiny
     assert json.loads(clapsep(*common, "-9", "--overwrite", cwd=mix.parent).stdout)["status"] == "absent"
 
 
+def test_recordings_without_the_target_are_skipped_too(
+    stub: Callable[..., Done], library_of_sounds: Path, separator: Moody
+) -> None:
+    common = ["-r", "in", "--pos", "dog", "--min-presence", "9", "--json", "--skip-existing"]
+    for where in (["-o", "out"], []):
+        first = stub(*common, *where)
+        assert [json.loads(line)["status"] for line in first.stdout.splitlines()] == ["absent"] * 4
+        worked = len(separator.batches)
+        again = stub(*common, *where)
+        told = [json.loads(line) for line in again.stdout.splitlines()]
+        assert [(one["status"], one["outputs"]) for one in told] == [("skipped", {})] * 4
+        assert len(separator.batches) == worked
+    assert len(list((library_of_sounds / "out" / "_clapsep").rglob("*.json"))) == 4
+    (library_of_sounds / "in" / "犬.flac").touch()
+    changed = [json.loads(line)["status"] for line in stub(*common, "-o", "out").stdout.splitlines()]
+    assert sorted(changed) == ["absent", *["skipped"] * 3]
+    other = stub(*common, "-o", "out", "--min-presence", "-9").stdout.splitlines()
+    assert [json.loads(line)["status"] for line in other] == ["done"] * 4, "markers are of another setting"
+
+
 def test_progress_for_programs(stub: Callable[..., Done], library_of_sounds: Path) -> None:
     (library_of_sounds / "in" / "bad.wav").write_bytes(b"RIFF")
     done = stub("-r", "in", "--pos", "dog", "-o", "out", "--progress", "json")
@@ -711,7 +730,7 @@ def test_killed_in_the_middle_and_resumed(many: Path, stub: Callable[..., Done])
     assert sum(before[name] == (many / "out" / name).stat().st_mtime_ns for name in before) >= len(before) - 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_once_it_finishes_the_window_and_leaves_no_debris(many: Path, number: int) -> None:
     with stand_in(*ALL, cwd=many, seconds=0.05) as process:
         until(lambda: len(finished(many / "out")) >= 4)

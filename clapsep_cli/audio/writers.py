@@ -176,6 +176,8 @@ class Outputs:
     def _begin(self, part: str, path: Path) -> None:
         later = self._clip == "rescale" and not self._exact
         if path == STDOUT:
+            if getattr(sys.stdout, "buffer", None) is None:
+                raise OutputError("standard output: is closed")
             if sys.stdout.isatty():
                 raise OutputError("standard output is a terminal; redirect it to a file or a program")
             self._parts[part] = Part(path, self._form)

@@ -20,7 +20,16 @@ UNKNOWN = "unknown"
 PACKAGES = ("numpy", "soundfile", "soxr", "safetensors", "tokenizers", "huggingface_hub", "av", "librosa", "matplotlib")
 # By name: whatever else is set on the machine, secrets among it, stays there.
 VARIABLES = (
-    *("CLAPSEP_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"),
+    *(
+        "CLAPSEP_HOME",
+        "CLAPSEP_MODEL",
+        "CLAPSEP_DEVICE",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_ENDPOINT",
+        "HF_HUB_OFFLINE",
+        "CUDA_VISIBLE_DEVICES",
+    ),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTORCH_ENABLE_MPS_FALLBACK"),
 )
 REASON_LETTERS = 120

@@ -53,15 +53,15 @@ def extract(
         _query("--neg-span", metavar="FROM-TO", help="A stretch of the recording that sounds like what to leave."),
     ] = None,
     alpha: Annotated[
-        float, _query("--alpha", metavar="X", help="Weight of audio beside text of the same side, 0 to 1.")
-    ] = 0.5,
+        float | None, _query("--alpha", metavar="X", help="Weight of audio beside text of the same side, 0 to 1 (0.5).")
+    ] = None,
     target: Annotated[
         list[str] | None,
         _query("--target", metavar="NAME=QUERY", help="One of several targets: a text, or a recording like it."),
     ] = None,
     mutual: Annotated[
-        bool, _query("--mutual/--no-mutual", help="Let each target leave what the other targets ask for.")
-    ] = True,
+        bool | None, _query("--mutual/--no-mutual", help="Let each target leave what the other targets ask for.")
+    ] = None,
     manifest: Annotated[
         Path | None,
         _query("--manifest", metavar="CSV", help="Recordings with queries: file, pos, neg, query_audio, neg_audio."),
@@ -74,8 +74,8 @@ def extract(
         _query("--min-presence", metavar="X", help="Write nothing where the presence is below; 0 is a good start."),
     ] = None,
     residual: Annotated[
-        bool, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write what is left.")
-    ] = True,
+        bool | None, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write what is left.")
+    ] = None,
     remove: Annotated[
         bool, typer.Option("--remove", rich_help_panel=OUTPUT, help="Write what is left alone, without the target.")
     ] = False,
@@ -86,7 +86,7 @@ def extract(
     """
     from clapsep_cli.jobs.outputs import Destination
     from clapsep_cli.jobs.targets import parse_targets
-    from clapsep_cli.query import Query
+    from clapsep_cli.query import DEFAULT_ALPHA, Query
     from clapsep_cli.times import parse_span
 
     sides: dict[str, Any] = {
@@ -94,7 +94,7 @@ def extract(
         "neg": neg or (),
         "pos_audio": query_audio or (),
         "neg_audio": neg_audio or (),
-        "alpha": alpha,
+        "alpha": DEFAULT_ALPHA if alpha is None else alpha,
         "pos_spans": [parse_span(span) for span in pos_span or ()],
         "neg_spans": [parse_span(span) for span in neg_span or ()],
     }
@@ -104,7 +104,7 @@ def extract(
                 "--target says itself what to keep: use it without --pos, --query-audio, --pos-span and --manifest"
             )
         named = parse_targets(target)
-        left = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans")}
+        left = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
         queries = {
             name: Query(pos_audio=[wish], **left) if isinstance(wish, Path) else Query(pos=wish, **left)
             for name, wish in named.items()
@@ -112,8 +112,23 @@ def extract(
     else:
         queries = {}
     asked = _asked(inputs or [], manifest, queries, sides, common)
+    if mutual is not None and len(queries) < 2:
+        raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
+    if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
+        raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
     destination = Destination(residual=residual, remove=remove)
     carry_out(asked, common, destination, mutual, presence=presence, min_presence=min_presence)
+
+
+def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
+    """Whether any side of any target has text and audio, so that their weight matters."""
+    from clapsep_cli.query import mutual
+
+    return any(
+        getattr(query, side) and (getattr(query, f"{side}_audio") or getattr(query, f"{side}_spans"))
+        for query in (mutual(targets) if are_mutual else targets).values()
+        for side in ("pos", "neg")
+    )
 
 
 def _asked(
@@ -126,8 +141,9 @@ def _asked(
     if manifest is None:
         wanted = targets or {TARGET: Query(**sides)}
         return [(item, wanted) for item in find(inputs, common)]
-    if inputs:
-        raise UsageError(f"{manifest} names the recordings: give either a manifest or recordings")
+    if inputs or common.recursive:
+        given = "recordings" if inputs else "--recursive"
+        raise UsageError(f"{manifest} names the recordings: give either a manifest or {given}")
     asked: list[tuple[Input, Mapping[str, Query]]] = []
     known: dict[Query, Mapping[str, Query]] = {}  # recordings that share their queries are separated together
     for row in read_jobs(manifest):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note, notes
 from clapsep_cli.registry import MODELS
 
 models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
@@ -45,7 +45,7 @@ def download(
     from clapsep_cli.store.library import install
 
     with downloads(quiet) as progress:
-        folder = install(name, keep_original=keep_original, say=note, progress=progress)
+        folder = install(name, keep_original=keep_original, say=notes(quiet), progress=progress)
     if not quiet:
         typer.echo(folder)
 
@@ -62,7 +62,7 @@ def convert(
     from clapsep_cli.store.library import install
 
     # A parser gives an option one value: further files behind --from arrive as arguments.
-    folder = install(name, [*files, *(more or [])], say=note)
+    folder = install(name, [*files, *(more or [])], say=notes(quiet))
     if not quiet:
         typer.echo(folder)
 

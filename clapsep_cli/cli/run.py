@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from clapsep_cli.cli.options import Common
-from clapsep_cli.cli.terminal import PROGRESS, Reporter, downloads, echo, note
+from clapsep_cli.cli.terminal import PROGRESS, Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, StoppedError, UsageError
 from clapsep_cli.startup import set_threads
 
@@ -45,7 +45,7 @@ def find(inputs: Sequence[str], common: Common) -> list[Input]:
         raise UsageError("no recordings: name files, folders, patterns or @list.txt")
     folder = None if common.out is None or _to_stdout(common) else common.out
     return expand(
-        inputs, common.recursive, folder, lambda path: read_software(path).startswith("clapsep "), _say(common)
+        inputs, common.recursive, folder, lambda path: read_software(path).startswith("clapsep "), notes(common.quiet)
     )
 
 
@@ -53,14 +53,11 @@ def _to_stdout(common: Common) -> bool:
     return str(common.out) == "-"
 
 
-def _say(common: Common) -> Any:
-    return (lambda line: None) if common.quiet else note
-
-
-def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool, **measured: Any) -> None:
+def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
     """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed.
 
-    Where it is `mutual`, each of several targets leaves what the others ask for. `measured` are more of the `Options`.
+    `mutual`: whether each of several targets leaves what the others ask for; None for yes, by default. `measured` are
+    more of the `Options`.
     """
     from clapsep_cli.jobs.outputs import TEMPLATE
     from clapsep_cli.jobs.planning import lay_out, plan
@@ -72,9 +69,13 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
     destination = replace(destination, folder=common.out, template=common.filename or TEMPLATE, picture=common.plot)
     jobs = lay_out(asked, options, destination, common.skip_existing)  # before a model is loaded, perhaps downloaded
     model = _load(common)
-    todo = plan(jobs, model, options, common.skip_existing, mutual)
+    if options.presence is None:
+        options = replace(options, presence=common.json and model.tells_likeness)
+    if mutual is not None and all(model.apart(job.targets) == job.targets for job in jobs):
+        raise UsageError(f"--mutual, --no-mutual: {model.name} always separates all targets together; leave it out")
+    todo = plan(jobs, model, options, common.skip_existing, mutual is not False)
     for doubt in _doubts(model, jobs):
-        _say(common)(doubt)
+        notes(common.quiet)(doubt)
     lines = _Lines(common, model, len(jobs))
     if todo.jobs:
         lines.begin(jobs)
@@ -91,7 +92,7 @@ def _work(todo: Plan, model: Model, options: Options, common: Common, lines: _Li
         lines.failed(failure)
     try:
         with (
-            stoppable() as stop,
+            stoppable(common.quiet) as stop,
             Reporter(common.progress, common.quiet, len(todo.jobs)) as reporter,
             closing(run(todo.jobs, model, options, reporter.update, stop)) as outcomes,
         ):
@@ -116,7 +117,6 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
     for option, value, known in (("clip", common.clip, get_args(Clip)), ("progress", common.progress, PROGRESS)):
         if value not in known:
             raise UsageError(f"there is no --{option} {value!r}; there are {', '.join(known)}")
-    presence = measured.pop("presence", None)
     return Options(
         start=parse_time(common.start) if common.start is not None else 0.0,
         end=parse_time(common.end) if common.end is not None else None,
@@ -126,7 +126,6 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
         subtype=common.subtype,
         clip=common.clip,  # type: ignore[arg-type]
         overwrite=common.overwrite,
-        presence=common.json if presence is None else presence,
         batch=common.batch_size,
         workers=common.jobs,
         **measured,
@@ -138,7 +137,7 @@ def _load(common: Common) -> Model:
     from clapsep_cli.store.library import load_model
 
     with downloads(common.quiet) as shown:
-        model = load_model(common.model, common.device, common.precision, say=note, progress=shown)
+        model = load_model(common.model, common.device, common.precision, say=notes(common.quiet), progress=shown)
     if common.adapter:
         from clapsep_cli.store.adapters import apply
 
@@ -159,19 +158,27 @@ def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:
     return list(doubts)
 
 
+def _stops() -> list[signal.Signals]:
+    """The signals that stop a run. SIGHUP, which a closed terminal sends, stays ignored under nohup."""
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
+    return stops
+
+
 @contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts."""
+def stoppable(quiet: bool) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        with suppress(RuntimeError):  # it came while something else was being printed
-            note("stopping after the windows at hand; once more to stop at once")
+        with suppress(RuntimeError, OSError):  # it came while something else was being printed, or nothing can be
+            notes(quiet)("stopping after the windows at hand; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in _stops()}
     try:
         yield stop
     finally:
@@ -188,8 +195,7 @@ class _Lines:
 
     def __init__(self, common: Common, model: Model, count: int) -> None:
         self.json, self.model, self.count = common.json, model, count
-        self.silent = common.quiet and not common.json
-        self.say = _say(common)
+        self.silent, self.say = common.quiet and not common.json, notes(common.quiet)
         self.piped = _to_stdout(common)
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -218,7 +224,7 @@ class _Lines:
         if self.json:
             self._object(job.input.path, "skipped", outputs={part: str(path) for part, path in job.outputs.items()})
         elif self.count < 2:  # of many, it is enough to know the number
-            self._print(f"{job.input.path}: done before")
+            self._print(f"{job.input.path}: done before{'' if job.outputs else ', without what was asked for'}")
 
     def failed(self, failure: Failure) -> None:
         self.outcomes[FAULTY] += 1
@@ -234,7 +240,8 @@ class _Lines:
         for part, count in done.clipped.items():
             if count:
                 were = "samples were" if count > 1 else "sample was"
-                note(f"{_named(done.outputs[part], 'output')}: {count} {were} over full scale and clipped; see --clip")
+                name = _named(done.outputs[part], "output")
+                self.say(f"{name}: {count} {were} over full scale and clipped; see --clip")
         if self.json:
             facts = done.as_json()
             self._object(facts.pop("mixture"), "done" if done.outputs else "absent", **facts)

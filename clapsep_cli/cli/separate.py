@@ -117,7 +117,7 @@ def separate(
     asked = [(item, targets) for item in find(inputs or [], common)]
     destination = Destination(only=chosen, residual=residual)
     try:
-        carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
+        carry_out(asked, replace(common, model=common.model or DEFAULT), destination, None, consistent=consistent)
     except DownloadError as error:
         if common.model:
             raise

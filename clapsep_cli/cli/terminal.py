@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
+from clapsep_cli.errors import ClapsepWarning
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def model_option(panel: str | None = None) -> Any:
     return typer.Option(
         "--model",
         metavar="NAME|PATH",
+        envvar="CLAPSEP_MODEL",
         autocompletion=among(*MODELS),
         rich_help_panel=panel,
         help="A model by name or folder; by default the best there is.",
@@ -51,15 +54,23 @@ def device_option(panel: str | None = None) -> Any:
         "--device",
         "-d",
         metavar="NAME",
+        envvar="CLAPSEP_DEVICE",
         autocompletion=among(*DEVICES),
         rich_help_panel=panel,
         help="auto, cpu, cuda, cuda:N or mps.",
     )
 
 
+def silence(quiet: bool) -> bool:
+    """Drop the library's warnings from now on if `quiet`."""
+    if quiet:
+        warnings.simplefilter("ignore", ClapsepWarning)
+    return quiet
+
+
 def quiet_option(panel: str | None = None) -> Any:
     """`--quiet`, likewise."""
-    return typer.Option("--quiet", "-q", rich_help_panel=panel, help="Print nothing but errors.")
+    return typer.Option("--quiet", "-q", callback=silence, rich_help_panel=panel, help="Print nothing but errors.")
 
 
 ModelOption = Annotated[str | None, model_option()]
@@ -86,6 +97,7 @@ ModelDirOption = Annotated[
 ]
 
 
+LINE_LETTERS = 1000  # of a note at most
 PROGRESS = ("auto", "json", "none")
 NAME_LETTERS = 40  # of a recording's name beside its bar
 
@@ -99,12 +111,41 @@ def plain(text: str) -> str:
 def echo(line: str, stream: TextIO) -> None:
     """Print a line, whatever is in it and whatever the stream can show."""
     encoding = stream.encoding or "utf-8"
-    typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    try:
+        typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    except OSError:  # the reader has gone, or the terminal; a lost note is no failure
+        if stream is not sys.stderr:
+            raise
 
 
 def note(line: str) -> None:
-    """Tell the user something, on stderr."""
-    echo(f"clapsep: {line}", sys.stderr)
+    """Print on stderr; of a line that is very long, by a text of the user's for instance, the beginning and the end."""
+    half = LINE_LETTERS // 2
+    lines = (one if len(one) <= LINE_LETTERS else f"{one[:half]} … {one[-half:]}" for one in line.split("\n"))
+    echo("clapsep: " + "\n".join(lines), sys.stderr)
+
+
+def notes(quiet: bool) -> Callable[[str], None]:
+    """`note`, or nothing if `quiet`: for everything that is no error."""
+    return (lambda line: None) if quiet else note
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print the library's warnings on stderr as notes, each once."""
+    with warnings.catch_warnings():
+        others, shown = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, ClapsepWarning):
+                others(message, category, *place, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                note(str(message))
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", ClapsepWarning)
+        yield
 
 
 def progress(quiet: bool, *, transfer: bool = False) -> Progress | _NoProgress:
@@ -217,7 +258,7 @@ class Reporter:
         return f"{self.seconds / max(1e-6, time.monotonic() - self.began):.0f} × real time"
 
     def _say(self, event: str, path: Path, **facts: object) -> None:
-        typer.echo(json.dumps({"event": event, "input": str(path), **facts}), err=True)
+        echo(json.dumps({"event": event, "input": str(path), **facts}), sys.stderr)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
-from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, notes
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
@@ -72,20 +72,30 @@ TextOption = Annotated[
 ParaphrasesOption = Annotated[
     str | None, typer.Option("--paraphrases", metavar="CSV", help="mini: further captions by label: label,captions.")
 ]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="mini: steps of the separator.")]
-AudioStepsOption = Annotated[int | None, typer.Option("--audio-steps", min=1, help="mini: steps of the audio encoder.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="mini: steps of the separator.")]
+AudioStepsOption = Annotated[
+    int | None, typer.Option("--audio-steps", metavar="N", min=1, help="mini: steps of the audio encoder.")
+]
 EpochsOption = Annotated[
     int | None,
-    typer.Option("--epochs", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."),
+    typer.Option(
+        "--epochs", metavar="N", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."
+    ),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Everything drawn at random follows from it; 0.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Everything drawn at random follows from it; 0.")
+]
 AcceleratorOption = Annotated[
     str,
-    typer.Option("--accelerator", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
+    typer.Option("--accelerator", metavar="NAME", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
 ]
 DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
-NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start this on each, by torchrun or SLURM.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="bf16-mixed or 32-true; the preset's if not given.")]
+NodesOption = Annotated[
+    int, typer.Option("--nodes", metavar="N", min=1, help="Machines; start this on each, by torchrun or SLURM.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", metavar="NAME", help="bf16-mixed or 32-true; the preset's if not given.")
+]
 
 
 def train(
@@ -163,11 +173,11 @@ def _recipe(
         if preset is None:
             preset = recipes.DEFAULT
             if init:
-                preset = recipes.preset_of(load_model(init, "cpu", say=note, progress=shown).family, init)
+                preset = recipes.preset_of(load_model(init, "cpu", say=notes(quiet), progress=shown).family, init)
         overrides = [recipes.read_settings(config)] if config else []
         recipe = recipes.build(preset, *overrides, *map(recipes.parse_setting, settings), given)
         if recipe.needs:
-            load_model(recipe.needs, "cpu", say=note, progress=shown)
+            load_model(recipe.needs, "cpu", say=notes(quiet), progress=shown)
     return recipe
 
 

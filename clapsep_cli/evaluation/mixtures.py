@@ -94,10 +94,12 @@ def labelled_clips(source: Path, split: str | None = None) -> tuple[list[Clip], 
     `ManifestError`.
     """
     if source.is_dir():
+        if split is not None:
+            raise ManifestError(f"{source}: a folder has no splits; use --split with a manifest")
         files = sorted(p for p in source.glob("*/**/*") if p.suffix.lower() in SUFFIXES and p.is_file())
         labels = [file.relative_to(source).parts[0] for file in files]
         clips = [
-            Clip(file, label, (f"the sound of {label.replace('_', ' ')}",), split or "")
+            Clip(file, label, (f"the sound of {label.replace('_', ' ')}",), "")
             for file, label in zip(files, labels, strict=True)
         ]
         if not clips:

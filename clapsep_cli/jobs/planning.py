@@ -14,9 +14,9 @@ from clapsep_cli.errors import AudioError, OutputError, UsageError
 from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
-from clapsep_cli.jobs.outputs import TEMPLATE, Destination, check_outputs, output_paths
+from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, Destination, check_outputs, output_paths
 from clapsep_cli.jobs.plot import check_installed
-from clapsep_cli.jobs.resume import finished, in_the_way, signature
+from clapsep_cli.jobs.resume import finished, in_the_way, read_absent, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
 from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
@@ -57,38 +57,47 @@ def lay_out(
     _check(asked, options, destination)
     if destination.folder == STDOUT:
         _check_stdout(asked, options, destination, skip)
-    jobs = [_job(item, targets, options, destination) for item, targets in asked]
+    jobs = [_job(item, targets, options, destination, skip) for item, targets in asked]
     if destination.folder != STDOUT:
         check_outputs([(job.input, _files(job)) for job in jobs], options.overwrite, skip)
     return jobs
 
 
 def plan(
-    jobs: Sequence[Job], model: Model, options: Options = Options(), skip: bool = False, mutual: bool = False
+    jobs: Sequence[Job],
+    model: Model,
+    options: Options = Options(),
+    skip: bool = False,
+    mutual: bool = False,
 ) -> Plan:
     """What of `jobs` is still to be done with `model`; `skip` those that are done.
 
     Done is a recording whose outputs were all written for the same targets, model and options. Where it is `mutual`,
     each of several targets leaves what the others ask for. Raises `UsageError` for what this model cannot do.
     """
-    if options.min_presence is not None and not model.tells_likeness:
-        raise UsageError(f"--min-presence: {model.name} cannot tell how alike sounds are; use another --model")
+    for option, given in (("--presence", options.presence), ("--min-presence", options.min_presence is not None)):
+        if given and not model.tells_likeness:
+            raise UsageError(f"{option}: {model.name} cannot tell how alike sounds are; use another --model")
     # One object for all recordings that share their targets: by that `run` tells what can be done in one go.
     apart = {id(job.targets): model.apart(job.targets) if mutual else job.targets for job in jobs}
     plan = Plan([], [], [])
     for job in jobs:
+        if job.input.fault:
+            plan.blocked.append(Failure(job.input.path, job.input.fault))
+            continue
         job = replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
-        if options.overwrite or not skip:
+        if skip and (done := _as_done(job)) is not None:
+            plan.done.append(done)
+        elif options.overwrite or not skip:
             plan.jobs.append(replace(job, overwrite=options.overwrite))
-        elif _is_done(job):
-            plan.done.append(job)
         elif (blocking := _in_the_way(job)) is not None:
             what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
             plan.blocked.append(Failure(job.input.path, OutputError(what)))
         else:  # what is there of it is its own
             plan.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
     clear_unfinished(path for job in jobs for path in job.outputs.values())
+    clear_unfinished(job.marker for job in plan.jobs if job.marker)
     return plan
 
 
@@ -100,7 +109,9 @@ def _check(asked: Asked, options: Options, destination: Destination) -> None:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
     if options.min_presence is not None and not isfinite(options.min_presence):
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
-    if destination.remove and not destination.residual:
+    if options.presence is False and options.min_presence is not None:
+        raise UsageError("--min-presence tells the presence: use it without --no-presence")
+    if destination.remove and destination.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
         choose_encoding(options.format, options.subtype, _Typical())
@@ -125,12 +136,19 @@ def _check_stdout(asked: Asked, options: Options, destination: Destination, skip
         raise UsageError(f"-o - writes one part to standard output, not {', '.join(parts)}; use another -o")
     if options.format != "wav":
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
-    idle = {"--plot": destination.picture, "--filename": destination.template != TEMPLATE, "--skip-existing": skip}
+    idle = {
+        "--plot": destination.picture,
+        "--filename": destination.template != TEMPLATE,
+        "--skip-existing": skip,
+        "--overwrite": options.overwrite,
+    }
     for option in (option for option, given in idle.items() if given):
         raise UsageError(f"-o - makes no files, so {option} means nothing: leave it out, or use another -o")
 
 
-def _job(item: Input, targets: Mapping[str, Query], options: Options, destination: Destination) -> Job:
+def _job(item: Input, targets: Mapping[str, Query], options: Options, destination: Destination, skip: bool) -> Job:
+    if item.fault:
+        return Job(item, targets, {}, [])
     parts = destination.parts(list(targets))
     whole = options.consistent or RESIDUAL in parts  # it takes all targets to know what they leave
     kept = [name for name in targets if whole or name in parts]
@@ -141,8 +159,10 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, destinatio
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
     outputs = output_paths(item, parts, folder, destination.template, options.format, words)
-    picture = output_paths(item, ["plot"], folder, "{stem}.{ext}", "png")["plot"] if destination.picture else None
-    return Job(item, targets, outputs, kept, picture=picture)
+    name = "{name}.{ext}" if "{name}" in destination.template else "{stem}.{ext}"
+    picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.picture else None
+    marks = (item.path.parent if folder is None else folder) / MARKS / ("." if folder is None else item.below.parent)
+    return Job(item, targets, outputs, kept, picture=picture, marks=marks if skip else None)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
@@ -153,10 +173,16 @@ def _key(job: Job, model: Model, options: Options) -> str:
     return signature(job.input.path, job.targets, model.identity, {**decisive, "precision": model.precision})
 
 
-def _is_done(job: Job) -> bool:
+def _as_done(job: Job) -> Job | None:
+    """Return `job` with the outputs that an earlier run finished, or None where there is still work to do."""
     if not job.key:
-        return False
-    return finished(job.outputs.values(), job.key, read_software) and (job.picture is None or job.picture.exists())
+        return None
+    absent = read_absent(job.marker) if job.marker else []
+    if absent and set(job.kept) <= set(absent):
+        return replace(job, outputs={}, picture=None)
+    job = replace(job, outputs={part: path for part, path in job.outputs.items() if part not in absent})
+    finished_all = finished(job.outputs.values(), job.key, read_software)
+    return job if finished_all and (job.picture is None or job.picture.exists()) else None
 
 
 def _in_the_way(job: Job) -> Path | None:

@@ -20,6 +20,7 @@ from clapsep_cli.audio.samples import Audio, Samples, on_grid
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
 from clapsep_cli.jobs.plot import Picture
+from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.separation.levels import Meter, Presence
@@ -124,7 +125,7 @@ class Recording:
                 source.speakers,
             )
         )
-        self._picture = Picture(source.rate) if self.job.picture else None
+        self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
         self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
         watched = self.model.tells_likeness and (self.options.presence or self._decides)
         self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
@@ -214,6 +215,8 @@ class Recording:
                 presence[name] = one.read(self._likeness(stem))
             absent = self._absent(presence)
             written = len(absent) < len(self.job.kept)
+            if self.job.marker and absent:
+                mark_absent(self.job.marker, absent, presence)
             result = self._commit(absent) if written else Written({}, 1.0)
         outputs = {part: path for part, path in self.job.outputs.items() if written and part not in absent}
         measured = outputs if self._draft is not None else self.job.outputs

@@ -10,6 +10,7 @@ from typing import Any
 from clapsep_cli.audio.writers import Clip
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.jobs.inputs import Input
+from clapsep_cli.jobs.resume import marker_path
 from clapsep_cli.query import Query
 
 
@@ -19,8 +20,8 @@ class Options:
 
     `lenient` takes what there is of a recording that is cut short or damaged. `stream` is the number of the sound track
     to take, from 1; None for the first. `clip` is what happens over full scale (`Outputs`). `consistent` spreads what
-    the stems leave of the mixture over them. `presence` measures whether what was asked for is there; a target below
-    `min_presence` is not written, and nothing at all where all are. `batch` is the number of windows separated at once
+    the stems leave of the mixture over them. `presence` measures whether what was asked for is there (None: where `min_presence` needs
+    it); a target below `min_presence` is not written, and nothing at all where all are. `batch` is the number of windows separated at once
     (0: as many as the device likes), `workers` that of the threads that read and write.
     """
 
@@ -33,7 +34,7 @@ class Options:
     clip: Clip = "warn"
     overwrite: bool = False
     consistent: bool = False
-    presence: bool = False
+    presence: bool | None = None
     min_presence: float | None = None
     batch: int = 0
     workers: int = 2
@@ -45,7 +46,8 @@ class Job:
 
     `targets` are asked for together; `outputs` names those that are written, and perhaps "residual", and `kept` those
     that have to be computed for it. `key` marks the outputs as made for all this; `picture` is where a picture of the
-    parts goes. `overwrite` allows to replace what is there.
+    parts goes. `overwrite` allows to replace what is there. `marks` is the folder that remembers recordings in which no
+    target was found, where they are to be skipped.
     """
 
     input: Input
@@ -55,6 +57,12 @@ class Job:
     key: str = ""
     picture: Path | None = None
     overwrite: bool = False
+    marks: Path | None = None
+
+    @property
+    def marker(self) -> Path | None:
+        """The file that says that no target was found in the recording, for the same queries, model and options."""
+        return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
 
     @property
     def has_spans(self) -> bool:
