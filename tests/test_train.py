@@ -19,6 +19,7 @@ from clapsep_cli.data import read_corpus
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import load_part, read_metadata, read_tensors
+from clapsep_cli.store.whole import copy
 from clapsep_cli.training.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.mini import AudioTask, MiniRecipe, SeparatorTask, Stage
 from clapsep_cli.training.pool import MemoryPool
@@ -181,6 +182,28 @@ def test_what_a_run_leaves(manifest: Path, straight: tuple[Path, list[Report]]) 
     assert losses == {r.step: r.figures["loss"] for r in reports if r.stage == "separator"}
     assert {row[2] for row in rows} == {"figure", "loss", "accuracy", "lr", "both", "positive", "shot"}
     assert len(list((folder / "tensorboard").rglob("events.out.tfevents.*"))) == 2
+
+
+def test_files_of_a_run_follow_the_umask_and_are_its_own(straight: tuple[Path, list[Report]], tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    mode = (tmp_path / "any").stat().st_mode
+
+    files = [path for path in straight[0].iterdir() if path.is_file()]
+    assert len(files) >= 7
+    assert {path.name for path in files if path.stat().st_mode != mode} == set()
+    assert not [path.name for path in files if path.stat().st_nlink > 1]
+
+
+def test_a_link_to_an_installed_model_becomes_a_copy(tmp_path: Path) -> None:
+    """Runs of older versions were links."""
+    installed, place = tmp_path / "installed", tmp_path / "run"
+    installed.write_text("a")
+    place.hardlink_to(installed)
+    copy(installed, place)
+    place.write_text("b")
+    assert installed.read_text() == "a"
+    copy(installed, place)
+    assert place.read_text() == "b"
 
 
 def test_another_configuration_or_other_clips_are_refused(
