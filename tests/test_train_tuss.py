@@ -267,9 +267,9 @@ def test_presets_are_those_of_the_released_models() -> None:
     [
         ({"tuss.width": 20}, "tuss-medium.tuss: not a TUSS size, it must hold that groups divide the width"),
         ({"tuss.prompts": ["speech", "sfx", "musicbg", "dog"]}, "nothing is known of how to mix dog"),
-        ({"mixing.summed": [0.5, 0.4]}, "shares that add up to 1"),
-        ({"mixing.counts": [0]}, "numbers of prompts"),
-        ({"epoch_steps": 0}, "are 1 or more"),
+        ({"mixing.summed": [0.5, 0.4]}, "mixing.summed: should add up to 1; the sum is 0.9"),
+        ({"mixing.counts": [0]}, "mixing.counts.0 should be greater than 0"),
+        ({"epoch_steps": 0}, "epoch_steps should be greater than 0"),
     ],
 )
 def test_settings_that_are_wrong(manifest: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:

@@ -158,14 +158,15 @@ def _recipe(
     """The preset with all that overrides it. The model that it starts from is there afterwards."""
     from clapsep_cli.store.library import load_model
     from clapsep_cli.training import recipes
+    from clapsep_cli.training.settings import parse_setting, read_settings
 
     with downloads(quiet) as shown:
         if preset is None:
             preset = recipes.DEFAULT
             if init:
                 preset = recipes.preset_of(load_model(init, "cpu", say=note, progress=shown).family, init)
-        overrides = [recipes.read_settings(config)] if config else []
-        recipe = recipes.build(preset, *overrides, *map(recipes.parse_setting, settings), given)
+        overrides = [read_settings(config)] if config else []
+        recipe = recipes.build(preset, *overrides, *map(parse_setting, settings), given)
         if recipe.needs:
             load_model(recipe.needs, "cpu", say=note, progress=shown)
     return recipe

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,14 +24,14 @@ from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import BUNDLED, weights_folder
 from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
-from clapsep_cli.store.whole import link, save_whole
+from clapsep_cli.store.whole import copy, save_whole
 from clapsep_cli.training.augment import disguise, equaliser, levelled, seeded
 from clapsep_cli.training.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.objective import BandStatistics, separation_loss, statistics
 from clapsep_cli.training.pool import Pool, open_pool
-from clapsep_cli.training.record import flatten
 from clapsep_cli.training.sampling import Draw, Sampler
 from clapsep_cli.training.schedules import Trapezoid
+from clapsep_cli.training.settings import Share, flatten, settings
 from clapsep_cli.training.task import Plan, Task, Weights
 from clapsep_cli.training.train import Clock, Recipe, Report, Run
 from clapsep_cli.training.validation import Case, cases, improvements
@@ -42,15 +43,15 @@ SHOTS = "shots.safetensors"
 TEXT_FILES = ("text.safetensors", "tokenizer.json")
 
 
-@dataclass(frozen=True)
+@settings
 class Stage:
     """How long and how fast one network is trained."""
 
-    steps: int
-    batch: int
-    lr: float
-    warmup: int = 200
-    decay: float = 0.3  # the learning rate falls to zero over this last share of the steps
+    steps: PositiveInt
+    batch: PositiveInt
+    lr: NonNegativeFloat
+    warmup: NonNegativeInt = 200
+    decay: Share = 0.3  # the learning rate falls to zero over this last share of the steps
 
     def plan(self, recipe: MiniRecipe, weight_decay: float, ema: float = 0.0) -> Plan:
         """How the stage is trained: its steps, its batch, its learning rate."""
@@ -67,7 +68,7 @@ class Stage:
         )
 
 
-@dataclass(frozen=True)
+@settings
 class MiniRecipe(Recipe):
     """`text`: a folder with a text encoder, the bundled one if empty. `init`: a mini model's folder, or its name, whose
     encoders are taken as they are and whose separator is trained further. `paraphrases`: a CSV `label,captions`."""
@@ -80,14 +81,14 @@ class MiniRecipe(Recipe):
     draw: Draw = Draw()
     audio: Stage = Stage(steps=3000, batch=48, lr=2e-3)
     separator: Stage = Stage(steps=6000, batch=32, lr=1e-3)
-    temperature: float = 0.07  # of the audio encoder's softmax over captions
+    temperature: PositiveFloat = 0.07  # of the audio encoder's softmax over captions
     mixing: Mixing = Mixing()
-    eq_db: float = 4.0  # standard deviation of the random equaliser at its control points
+    eq_db: NonNegativeFloat = 4.0  # standard deviation of the random equaliser at its control points
     optimiser: Literal["muon", "adamw"] = "muon"
-    ema: float = 0.999
-    weight_decay: float = 0.01
-    validate_every: int = 1000
-    validation_mixtures: int = 48
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    weight_decay: NonNegativeFloat = 0.01
+    validate_every: PositiveInt = 1000
+    validation_mixtures: NonNegativeInt = 48
     mini: MiniConfig = field(default_factory=MiniConfig)
 
     @property
@@ -98,6 +99,13 @@ class MiniRecipe(Recipe):
         return bundled if chosen in ("", BUNDLED) else Path(chosen)
 
     def check(self, corpus: Corpus) -> None:
+        try:
+            with torch.device("meta"):
+                window = Mini(self.mini).window * MiniAudio(self.mini).window
+        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+            raise RecipeError(f"mini.mini: a network cannot have these sizes ({error})") from error
+        if window < 1:
+            raise RecipeError(f"mini.mini.seconds should be greater than 0, not {self.mini.seconds}")
         if self.init and (self.source / "separator.safetensors").is_file():
             config = Model(self.init, self.source, torch.device("cpu")).config
             if not isinstance(config, MiniConfig):
@@ -122,7 +130,7 @@ class MiniRecipe(Recipe):
     def train(self, run: Run) -> None:
         if run.leads:
             for name in (*TEXT_FILES, *(["audio.safetensors"] if self.init else [])):
-                link(self.source / name, run.folder / name)
+                copy(self.source / name, run.folder / name)
         run.fabric.barrier()
         encoder = load_part(run.folder, "text", "mini", self.mini).to(run.device)
         pool = open_pool(run.corpus, self.store)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
@@ -25,6 +26,7 @@ from clapsep_cli.errors import DeviceError, ModelError, RecipeError
 from clapsep_cli.training import record
 from clapsep_cli.training.pool import Store
 from clapsep_cli.training.sampling import ahead
+from clapsep_cli.training.settings import Seed, Workers, settings
 from clapsep_cli.training.state import Training
 from clapsep_cli.training.task import Plan, Task, Weights
 
@@ -64,7 +66,7 @@ class Hardware:
     precision: str = ""  # the recipe's if empty
 
 
-@dataclass(frozen=True)
+@settings
 class Recipe(ABC):
     """What every recipe can be set to. `free`: names of settings that a resumed run may change. `use`: the command
     that uses the model in a `{folder}`."""
@@ -72,13 +74,13 @@ class Recipe(ABC):
     free: ClassVar[frozenset[str]] = frozenset({"report_every", "save_every", "workers"})
     use: ClassVar[str] = 'clapsep extract --model {folder} MIX --pos "…"'
 
-    seed: int = 0
-    precision: str = "bf16-mixed"
-    min_clips: int = 1  # of a label; fewer are taken for a mistake
+    seed: Seed = 0
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    min_clips: PositiveInt = 1  # of a label; fewer are taken for a mistake
     store: Store = "auto"  # where clips are held
-    workers: int = 1  # threads that decode, on each device
-    report_every: int = 50
-    save_every: int = 250
+    workers: Workers = 1  # threads that decode, on each device
+    report_every: PositiveInt = 50  # steps
+    save_every: PositiveInt = 250  # steps
 
     @property
     def needs(self) -> str:
