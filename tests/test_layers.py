@@ -71,9 +71,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "cli",
         [
             {"environment", "terminal"},
-            {"evaluate", "models", "options", "train"},
+            {"evaluate", "models", "options"},
             {"run"},
-            {"extract", "separate"},
+            {"extract", "separate", "train"},
             {"app"},
         ],
     ),

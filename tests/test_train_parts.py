@@ -371,10 +371,10 @@ def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
     paper = recipes.build("clapsep-hybrid")
     assert (paper.lr, paper.lr_floor, paper.lr_factor, paper.stale_epochs) == (1e-4, 5e-6, 0.3, 5)
     assert (paper.lora_rank, paper.lora_alpha, paper.valence, paper.clip) == (16, 1.0, (0.25, 0.25, 0.5), 5.0)
-    assert (paper.epochs, paper.precision, paper.snr_weight, paper.queries) == (150, "bf16-mixed", 0.9, "hybrid")
+    assert (paper.epochs, paper.precision, paper.snr_weight, paper.queries) == (150, "auto", 0.9, "hybrid")
     dotted = recipes.build("mini", *map(parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "text=a b"]))
     assert (dotted.separator.lr, dotted.draw.hard, dotted.text) == (0.5, 0.25, "a b")
-    assert dotted.separator.batch == 32
+    assert dotted.audio == MiniRecipe().audio
     assert recipes.preset_of("clapsep") == "clapsep-hybrid"
     assert recipes.preset_of("mini") == "mini"
 

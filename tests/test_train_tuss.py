@@ -253,7 +253,7 @@ def test_presets_are_those_of_the_released_models() -> None:
     assert (medium.tuss, medium.batch, medium.epsilon, medium.lr) == (MEDIUM, 4, 1e-8, 1e-3)
     assert (large.tuss, large.batch, large.epsilon, large.lr) == (LARGE, 2, 1e-4, 1e-3)
     assert (medium.epochs, medium.epoch_steps, medium.warmup, medium.clip) == (150, 2500, 10_000, 5.0)
-    assert (medium.precision, medium.weight_decay, medium.average) == ("bf16-mixed", 0.01, 5)
+    assert (medium.precision, medium.weight_decay, medium.average) == ("auto", 0.01, 5)
     assert recipes.preset_of("tuss") == recipes.preset_of("tuss", "runs/mine") == "tuss-medium"
     assert recipes.preset_of("tuss", "tuss-large") == "tuss-large"
     # A size that only all settings together make.

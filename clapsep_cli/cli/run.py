@@ -91,7 +91,7 @@ def _work(todo: Plan, model: Model, options: Options, common: Common, lines: _Li
         lines.failed(failure)
     try:
         with (
-            stoppable() as stop,
+            stoppable(common.quiet) as stop,
             Reporter(common.progress, common.quiet, len(todo.jobs)) as reporter,
             closing(run(todo.jobs, model, options, reporter.update, stop)) as outcomes,
         ):
@@ -157,9 +157,17 @@ def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:
     return list(doubts)
 
 
+def _stops() -> list[signal.Signals]:
+    """The signals that stop a run. SIGHUP, which a closed terminal sends, stays ignored under nohup."""
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
+    return stops
+
+
 @contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts."""
+def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -167,9 +175,10 @@ def stoppable() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
         with suppress(RuntimeError):  # it came while something else was being printed
-            note("stopping after the windows at hand; once more to stop at once")
+            if not quiet:
+                note(f"{said}; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in _stops()}
     try:
         yield stop
     finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
+from clapsep_cli.cli.run import stoppable
 from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, note
 from clapsep_cli.registry import MODELS
 
@@ -85,7 +86,9 @@ AcceleratorOption = Annotated[
 ]
 DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start this on each, by torchrun or SLURM.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="bf16-mixed or 32-true; the preset's if not given.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="bf16-mixed or 32-true; by default bf16-mixed where it is native.")
+]
 
 
 def train(
@@ -138,7 +141,8 @@ def train(
     startup.keep_memory()
     folder = out or Path("runs") / listed.stem
     hardware = Hardware(accelerator, devices, nodes, precision)
-    leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware)
+    with stoppable(quiet, "stopping after this step; its state is saved") as stop:
+        leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware, stop)
     if leads and not quiet:
         typer.echo(f"done: {recipe.use.format(folder=folder)}")
         for adapter in sorted(folder.glob("adapter.safetensors")):
@@ -173,10 +177,17 @@ def _recipe(
 
 
 def _print(report: Report) -> None:
+    from clapsep_cli.training.train import ESTIMATE
+
+    if report.stage == ESTIMATE:
+        stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in report.figures.items())
+        typer.echo(f"about {_duration(report.seconds_left)} in all: {stages}")
+        return
     figures = "  ".join(f"{name} {value:.4g}" for name, value in report.figures.items())
     measure = f"{report.measure}: " if report.measure else ""
     left = "" if math.isnan(report.seconds_left) else f"  {_duration(report.seconds_left)} left"
-    typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}")
+    text = f"  {report.text}" if report.text else ""
+    typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}{text}")
 
 
 def _duration(seconds: float) -> str:

@@ -33,10 +33,12 @@ from clapsep_cli.training.sampling import Draw, Sampler
 from clapsep_cli.training.schedules import Trapezoid
 from clapsep_cli.training.settings import Share, flatten, settings
 from clapsep_cli.training.task import Plan, Task, Weights
-from clapsep_cli.training.train import Clock, Recipe, Report, Run
+from clapsep_cli.training.train import ESTIMATE, Clock, Recipe, Report, Run
 from clapsep_cli.training.validation import Case, cases, improvements
 
 ENDS = ("stem", "head", "fine", "out")  # the layers that begin and end a network, which Muon is not for
+FEWEST_STEPS, MOST_STEPS = 200, 6000  # of the separator, where they are not set
+BATCH, FEW_CLIPS_BATCH = 32, 8  # likewise
 AUDIO_VIEWS = 4  # embeddings kept per clip, each of another stretch and augmentation
 AUDIO_WEIGHT_DECAY = 0.05
 SHOTS = "shots.safetensors"
@@ -47,11 +49,16 @@ TEXT_FILES = ("text.safetensors", "tokenizer.json")
 class Stage:
     """How long and how fast one network is trained."""
 
-    steps: PositiveInt
-    batch: PositiveInt
     lr: NonNegativeFloat
+    steps: NonNegativeInt = 0  # by the size of the data if 0
+    batch: NonNegativeInt = 0  # likewise
     warmup: NonNegativeInt = 200
     decay: Share = 0.3  # the learning rate falls to zero over this last share of the steps
+
+    def suited(self, steps: int, batch: int) -> Stage:
+        """With so many `steps` of such a `batch`, unless they are set, and no longer a warm-up than suits them."""
+        warmup = self.warmup if self.steps else min(self.warmup, steps // 10)
+        return replace(self, steps=self.steps or steps, batch=self.batch or batch, warmup=warmup)
 
     def plan(self, recipe: MiniRecipe, weight_decay: float, ema: float = 0.0) -> Plan:
         """How the stage is trained: its steps, its batch, its learning rate."""
@@ -73,14 +80,18 @@ class MiniRecipe(Recipe):
     """`text`: a folder with a text encoder, the bundled one if empty. `init`: a mini model's folder, or its name, whose
     encoders are taken as they are and whose separator is trained further. `paraphrases`: a CSV `label,captions`."""
 
-    free: ClassVar[frozenset[str]] = Recipe.free | {"validate_every", "audio.steps", "separator.steps", "audio.decay"}
+    free: ClassVar[frozenset[str]] = Recipe.free | {
+        "validate_every",
+        *(f"{stage}.{name}" for stage in ("audio", "separator") for name in ("steps", "warmup")),
+        "audio.decay",
+    }
 
     text: str = ""
     init: str = ""
     paraphrases: str = ""
     draw: Draw = Draw()
-    audio: Stage = Stage(steps=3000, batch=48, lr=2e-3)
-    separator: Stage = Stage(steps=6000, batch=32, lr=1e-3)
+    audio: Stage = Stage(lr=2e-3)
+    separator: Stage = Stage(lr=1e-3)
     temperature: PositiveFloat = 0.07  # of the audio encoder's softmax over captions
     mixing: Mixing = Mixing()
     eq_db: NonNegativeFloat = 4.0  # standard deviation of the random equaliser at its control points
@@ -97,6 +108,15 @@ class MiniRecipe(Recipe):
         bundled = weights_folder() / BUNDLED
         chosen = self.init or self.text
         return bundled if chosen in ("", BUNDLED) else Path(chosen)
+
+    def suited(self, corpus: Corpus) -> MiniRecipe:
+        """A step of the separator for each stretch of the clips, within limits, and half as many of the encoder."""
+        # The bundled model's 7 hours in 6,000 clips get the most of both.
+        stretches = sum(max(1.0, corpus.seconds[index] / self.draw.seconds) for index in corpus.train)
+        steps = round(min(max(stretches, FEWEST_STEPS), MOST_STEPS))
+        batch = BATCH if steps > FEWEST_STEPS else FEW_CLIPS_BATCH
+        audio, separator = self.audio.suited(steps // 2, batch * 3 // 2), self.separator.suited(steps, batch)
+        return replace(self, audio=audio, separator=separator)
 
     def check(self, corpus: Corpus) -> None:
         try:
@@ -135,6 +155,7 @@ class MiniRecipe(Recipe):
         encoder = load_part(run.folder, "text", "mini", self.mini).to(run.device)
         pool = open_pool(run.corpus, self.store)
         texts = Texts(encoder, run.corpus.clips, read_paraphrases(Path(self.paraphrases)) if self.paraphrases else {})
+        estimate(run, self, pool, texts)
         if not self.init:
             train_audio(run, self, pool, texts)
         audio = load_part(run.folder, "audio", "mini", self.mini).to(run.device)
@@ -202,6 +223,24 @@ class AudioTask(MiniTask):
         save_part(self.folder, "audio", "mini", self.recipe.mini, _half(weights), steps=str(self.plan.steps))
 
 
+def audio_task(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> AudioTask:
+    """The audio encoder's task, which draws labels more evenly than the separator's, and none that are alike."""
+    draw = replace(recipe.draw, label_power=0.5, hard=0.0)
+    sampler = Sampler(pool, draw, recipe.seed + 1, run.corpus.train)
+    return AudioTask(recipe, sampler, texts, run.folder, run.device)
+
+
+def estimate(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> None:
+    """Tell how long all stages will take, by two steps of each."""
+    views = {index: torch.zeros(AUDIO_VIEWS, recipe.mini.dim) for index in run.corpus.train}  # stand in for shots
+    queries, sampler = Queries(pool, texts, views, recipe.mixing), Sampler(pool, recipe.draw, 0, run.corpus.train)
+    stages: list[tuple[Task, Stage]] = [(SeparatorTask(recipe, sampler, queries, [], run), recipe.separator)]
+    if not (run.folder / "audio.safetensors").exists():
+        stages.insert(0, (audio_task(run, recipe, pool, texts), recipe.audio))
+    seconds = {f"{task.name} ({stage.steps} steps)": run.rehearse(task) for task, stage in stages}
+    run.tell(Report(ESTIMATE, 0, sum(stage.steps for _, stage in stages), seconds, sum(seconds.values())))
+
+
 def train_audio(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> None:
     """Leave an audio encoder in the run's folder that was trained for `recipe.audio.steps`."""
     path = run.folder / "audio.safetensors"
@@ -210,9 +249,7 @@ def train_audio(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> None:
         return
     if had and not (run.folder / AudioTask.state).exists():
         raise CheckpointError(f"{path}: was trained for {had} steps and cannot go on from there: set audio.steps={had}")
-    draw = replace(recipe.draw, label_power=0.5, hard=0.0)
-    sampler = Sampler(pool, draw, recipe.seed + 1, run.corpus.train)
-    run.fit(AudioTask(recipe, sampler, texts, run.folder, run.device))
+    run.fit(audio_task(run, recipe, pool, texts))
 
 
 @torch.no_grad()
@@ -228,6 +265,7 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
         clock = Clock()
         for view in range(AUDIO_VIEWS):
             for start in range(0, len(among), 32):
+                run.check_stop()
                 few = among[start : start + 32]
                 placed = [sampler.place(i, np.random.default_rng((recipe.seed, view, i))) for i in few]
                 power = dsp.power(dsp.spectrum(torch.from_numpy(np.stack(placed)).to(run.device)))

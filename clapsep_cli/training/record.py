@@ -47,6 +47,13 @@ def check(folder: Path, recipe: Any, corpus: Corpus) -> None:
         )
 
 
+def precision(folder: Path) -> str:
+    """Return the precision of the run in `folder` so far, or "" if there is none."""
+    path = folder / RECORD
+    calls = json.loads(path.read_text(encoding="utf-8"))["calls"] if path.exists() else []
+    return str(calls[-1].get("precision", "")) if calls else ""
+
+
 def write(folder: Path, recipe: Any, corpus: Corpus, hardware: Mapping[str, object]) -> None:
     """Write `run.json`: all settings, the data's digest, and for each call what it ran on, from which revision of the
     code, with which packages."""
