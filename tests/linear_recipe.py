@@ -6,8 +6,8 @@ As a script: `linear_recipe.py MANIFEST OUT DEVICES`.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ from clapsep_cli.training.objective import waveform_loss
 from clapsep_cli.training.pool import MemoryPool
 from clapsep_cli.training.sampling import Draw, Sampler
 from clapsep_cli.training.schedules import Trapezoid
+from clapsep_cli.training.settings import settings
 from clapsep_cli.training.task import Plan, Task, Weights
 from clapsep_cli.training.train import Hardware, Recipe, Run, train
 
 
-@dataclass(frozen=True)
+@settings
 class LinearRecipe(Recipe):
-    precision: str = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     report_every: int = 1
     accumulate: int = 1
 

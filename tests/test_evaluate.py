@@ -264,6 +264,17 @@ def test_missing_recordings_are_named_or_left_out(folder: Path, rows: list[Mixtu
         check_files([lost], {}, folder, skip=True)
 
 
+def test_captions_of_a_folder_have_the_papers_prefix_or_another(clapsep: Clapsep, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(f"file,label\n{folder}/dog/0.wav,dog\n")
+    for prefix, expected in (("", "church bell"), ("a recording of", "a recording of church bell")):
+        made = clapsep("mixtures", "make", folder, "--prefix", prefix, "--overwrite", cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+        rows = read_mixtures(tmp_path / "mixtures.csv")
+        assert {row.label: row.positive_caption for row in rows}["church_bell"] == expected
+    refused = clapsep("mixtures", "make", "m.csv", "--prefix", "", "--overwrite", cwd=tmp_path)
+    assert (refused.returncode, "--prefix is for" in refused.stderr) == (2, True)
+
+
 def test_the_commands_from_a_folder_to_scores(
     clapsep: Clapsep, folder: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import load_part
 from clapsep_cli.training import recipes
 from clapsep_cli.training.augment import equaliser, levelled, masked, seeded, stripes
+from clapsep_cli.training.clapsep import ClapsepRecipe
 from clapsep_cli.training.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.mini import MiniRecipe
 from clapsep_cli.training.muon import Muon, orthogonal
@@ -32,6 +33,7 @@ from clapsep_cli.training.objective import separation_loss, si_snr, snr, statist
 from clapsep_cli.training.pool import DiskPool, MemoryPool, Pool, open_pool
 from clapsep_cli.training.sampling import Draw, Sampler, ahead
 from clapsep_cli.training.schedules import Plateau, Trapezoid
+from clapsep_cli.training.settings import parse_setting, read_settings
 from clapsep_cli.training.validation import choose
 
 
@@ -363,16 +365,16 @@ def test_validation_takes_every_label_before_one_twice(pool: Pool) -> None:
 def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("lr: 3e-4\nspeeds: [1]\n")
     (tmp_path / "c.toml").write_text("lr = 3e-4\nspeeds = [1]\n")
-    built = [recipes.build("clapsep-text", recipes.read_settings(tmp_path / name)) for name in ("c.yaml", "c.toml")]
+    built = [recipes.build("clapsep-text", read_settings(tmp_path / name)) for name in ("c.yaml", "c.toml")]
     assert built[0] == built[1]
     assert (built[0].lr, built[0].speeds, built[0].queries, built[0].batch) == (3e-4, (1.0,), "text", 32)
     paper = recipes.build("clapsep-hybrid")
     assert (paper.lr, paper.lr_floor, paper.lr_factor, paper.stale_epochs) == (1e-4, 5e-6, 0.3, 5)
     assert (paper.lora_rank, paper.lora_alpha, paper.valence, paper.clip) == (16, 1.0, (0.25, 0.25, 0.5), 5.0)
-    assert (paper.epochs, paper.precision, paper.snr_weight, paper.queries) == (150, "bf16-mixed", 0.9, "hybrid")
-    dotted = recipes.build("mini", *map(recipes.parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "text=a b"]))
+    assert (paper.epochs, paper.precision, paper.snr_weight, paper.queries) == (150, "auto", 0.9, "hybrid")
+    dotted = recipes.build("mini", *map(parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "text=a b"]))
     assert (dotted.separator.lr, dotted.draw.hard, dotted.text) == (0.5, 0.25, "a b")
-    assert dotted.separator.batch == 32
+    assert dotted.audio == MiniRecipe().audio
     assert recipes.preset_of("clapsep") == "clapsep-hybrid"
     assert recipes.preset_of("mini") == "mini"
 
@@ -386,13 +388,27 @@ def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
         ("mini", {"hard": 1.0}, "mini has no setting 'hard'; did you mean 'draw.hard'?"),
         ("mini", {"separator": 3}, "mini.separator has settings of its own: steps, batch, lr"),
         ("mini", {"epochs": 3}, "mini has no setting 'epochs'"),
-        ("mini", {"ema": "much"}, "mini.ema takes a number, not 'much'"),
-        ("mini", {"seed": 1.5}, "mini.seed takes a whole number, not 1.5"),
-        ("mini", {"seed": True}, "mini.seed takes a whole number, not True"),
-        ("clapsep-hybrid", {"lora_only": 1}, "lora_only takes true or false, not 1"),
-        ("clapsep-hybrid", {"encoder": "lara"}, "encoder is one of lora, frozen, scratch, none, not 'lara'"),
-        ("clapsep-hybrid", {"valence": [1, 0]}, "valence is a list of 3, not [1, 0]"),
+        ("mini", {"ema": "much"}, "mini.ema should be a valid number, not 'much'"),
+        ("mini", {"seed": 1.5}, "mini.seed should be a valid integer, not 1.5"),
+        ("mini", {"seed": True}, "mini.seed should be a valid integer, not True"),
+        ("clapsep-hybrid", {"lora_only": 1}, "lora_only should be a valid boolean, not 1"),
+        ("clapsep-hybrid", {"encoder": "lara"}, "encoder should be 'lora', 'frozen', 'scratch' or 'none', not 'lara'"),
+        ("clapsep-hybrid", {"valence": [1, 0]}, "valence should have at least 3 items, not 2"),
+        ("clapsep-hybrid", {"valence": [0.5, 0.5, 0.5]}, "valence: should add up to 1; the sum is 1.5"),
+        ("clapsep-hybrid", {"speeds": []}, "speeds should have at least 1 item, not 0"),
         ("clapsep-hybrid", {"free": 1}, "no setting 'free'"),
+        ("mini", {"mini.hiden": 1}, "mini.mini has no setting 'hiden'; did you mean 'hidden'?"),
+        ("mini", {"report_every": 0}, "report_every should be greater than 0, not 0"),
+        ("mini", {"save_every": 0}, "save_every should be greater than 0, not 0"),
+        ("mini", {"workers": 0}, "workers should be greater than or equal to 1, not 0"),
+        ("mini", {"draw.seconds": 0}, "draw.seconds should be greater than or equal to 0.05, not 0"),
+        ("mini", {"draw.snr_limit": -1}, "draw.snr_limit should be greater than or equal to 0, not -1"),
+        ("mini", {"draw.snr_std": math.nan}, "draw.snr_std should be a finite number, not nan"),
+        ("mini", {"ema": 2}, "ema should be less than 1, not 2"),
+        ("mini", {"seed": -1}, "seed should be greater than or equal to 0, not -1"),
+        ("tuss-medium", {"mixing.counts": [0]}, "mixing.counts.0 should be greater than 0, not 0"),
+        ("tuss-medium", {"tuss.width": 20}, "tuss-medium.tuss: not a TUSS size"),
+        ("mini", {"ema": 2, "audio.batch": "x"}, "mini: 2 faults\n  mini.audio.batch should be a valid integer"),
     ],
 )
 def test_settings_that_are_wrong(preset: str, values: dict[str, object], message: str) -> None:
@@ -401,18 +417,25 @@ def test_settings_that_are_wrong(preset: str, values: dict[str, object], message
     assert message in str(raised.value)
 
 
+def test_shares_that_miss_one_by_rounding_are_scaled() -> None:
+    thirds = recipes.build("clapsep-hybrid", {"valence": [0.3333333] * 3})
+    assert isinstance(thirds, ClapsepRecipe)
+    np.random.default_rng(0).choice(3, p=thirds.valence)  # which is strict about the sum
+    assert replace(thirds, epochs=1).valence == thirds.valence  # a resumed run must find the same settings
+
+
 def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("lr = = 3")
     (tmp_path / "b.yaml").write_text("a: [")
     (tmp_path / "c.yml").write_text("just text")
     for name in ("a.toml", "b.yaml", "c.yml", "none.toml"):
         with pytest.raises(RecipeError, match=name):
-            recipes.read_settings(tmp_path / name)
+            read_settings(tmp_path / name)
     with pytest.raises(RecipeError, match="write key=value"):
-        recipes.parse_setting("lr")
-    assert recipes.parse_setting("a.b=") == {"a.b": ""}
+        parse_setting("lr")
+    assert parse_setting("a.b=") == {"a.b": ""}
     assert isinstance(recipes.build("mini"), MiniRecipe)
-    assert math.isclose(recipes.build("mini", {"separator.lr": "1e-4"}).separator.lr, 1e-4)
+    assert recipes.build("mini", {"separator.lr": 1}).separator.lr == 1.0
 
 
 @settings(max_examples=20)

@@ -253,7 +253,7 @@ def test_presets_are_those_of_the_released_models() -> None:
     assert (medium.tuss, medium.batch, medium.epsilon, medium.lr) == (MEDIUM, 4, 1e-8, 1e-3)
     assert (large.tuss, large.batch, large.epsilon, large.lr) == (LARGE, 2, 1e-4, 1e-3)
     assert (medium.epochs, medium.epoch_steps, medium.warmup, medium.clip) == (150, 2500, 10_000, 5.0)
-    assert (medium.precision, medium.weight_decay, medium.average) == ("bf16-mixed", 0.01, 5)
+    assert (medium.precision, medium.weight_decay, medium.average) == ("auto", 0.01, 5)
     assert recipes.preset_of("tuss") == recipes.preset_of("tuss", "runs/mine") == "tuss-medium"
     assert recipes.preset_of("tuss", "tuss-large") == "tuss-large"
     # A size that only all settings together make.
@@ -267,9 +267,9 @@ def test_presets_are_those_of_the_released_models() -> None:
     [
         ({"tuss.width": 20}, "tuss-medium.tuss: not a TUSS size, it must hold that groups divide the width"),
         ({"tuss.prompts": ["speech", "sfx", "musicbg", "dog"]}, "nothing is known of how to mix dog"),
-        ({"mixing.summed": [0.5, 0.4]}, "shares that add up to 1"),
-        ({"mixing.counts": [0]}, "numbers of prompts"),
-        ({"epoch_steps": 0}, "are 1 or more"),
+        ({"mixing.summed": [0.5, 0.4]}, "mixing.summed: should add up to 1; the sum is 0.9"),
+        ({"mixing.counts": [0]}, "mixing.counts.0 should be greater than 0"),
+        ({"epoch_steps": 0}, "epoch_steps should be greater than 0"),
     ],
 )
 def test_settings_that_are_wrong(manifest: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:

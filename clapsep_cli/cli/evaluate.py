@@ -48,6 +48,9 @@ def make(
     split: Annotated[
         str | None, typer.Option("--split", metavar="NAME", help="Take clips of this split of the manifest alone.")
     ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", metavar="TEXT", help='Before the labels of a folder; "the sound of".')
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Everything drawn at random follows from it.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing list.")] = False,
     quiet: QuietOption = False,
@@ -57,13 +60,23 @@ def make(
     With --shots, FILE.shots.csv lists the clips kept for queries.
     """
     from clapsep_cli.errors import OutputError
-    from clapsep_cli.evaluation.mixtures import labelled_clips, make_mixtures, set_aside, write_mixtures, write_shots
+    from clapsep_cli.evaluation.mixtures import (
+        PREFIX,
+        labelled_clips,
+        make_mixtures,
+        set_aside,
+        write_mixtures,
+        write_shots,
+    )
+
+    if prefix is not None and not source.is_dir():
+        raise typer.BadParameter("--prefix is for the labels of a folder; a manifest has captions")
 
     shots_out = out.with_suffix(".shots.csv")
     for path in (out, *([shots_out] if shots else [])):
         if path.exists() and not overwrite:
             raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another file")
-    clips, root = labelled_clips(source, split)
+    clips, root = labelled_clips(source, split, PREFIX if prefix is None else prefix)
     targets, kept = set_aside(clips, shots, seed)
     rows = make_mixtures(targets, root, seed, per_label, per_clip, kept if shots else None)
     if shots:

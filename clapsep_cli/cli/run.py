@@ -167,7 +167,7 @@ def _stops() -> list[signal.Signals]:
 
 
 @contextmanager
-def stoppable(quiet: bool) -> Iterator[threading.Event]:
+def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> Iterator[threading.Event]:
     """An event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
     stop = threading.Event()
 
@@ -176,7 +176,7 @@ def stoppable(quiet: bool) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
         with suppress(RuntimeError, OSError):  # it came while something else was being printed, or nothing can be
-            notes(quiet)("stopping after the windows at hand; once more to stop at once")
+            notes(quiet)(f"{said}; once more to stop at once")
 
     before = {number: signal.signal(number, ask) for number in _stops()}
     try:

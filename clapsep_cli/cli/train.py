@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
+from clapsep_cli.cli.run import stoppable
 from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, notes
 from clapsep_cli.registry import MODELS
 
@@ -94,7 +95,7 @@ NodesOption = Annotated[
     int, typer.Option("--nodes", metavar="N", min=1, help="Machines; start this on each, by torchrun or SLURM.")
 ]
 PrecisionOption = Annotated[
-    str, typer.Option("--precision", metavar="NAME", help="bf16-mixed or 32-true; the preset's if not given.")
+    str, typer.Option("--precision", metavar="NAME", help="bf16-mixed or 32-true; by default bf16-mixed where native.")
 ]
 
 
@@ -148,7 +149,8 @@ def train(
     startup.keep_memory()
     folder = out or Path("runs") / listed.stem
     hardware = Hardware(accelerator, devices, nodes, precision)
-    leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware)
+    with stoppable(quiet, "stopping after this step; its state is saved") as stop:
+        leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware, stop)
     if leads and not quiet:
         typer.echo(f"done: {recipe.use.format(folder=folder)}")
         for adapter in sorted(folder.glob("adapter.safetensors")):
@@ -168,24 +170,32 @@ def _recipe(
     """The preset with all that overrides it. The model that it starts from is there afterwards."""
     from clapsep_cli.store.library import load_model
     from clapsep_cli.training import recipes
+    from clapsep_cli.training.settings import parse_setting, read_settings
 
     with downloads(quiet) as shown:
         if preset is None:
             preset = recipes.DEFAULT
             if init:
                 preset = recipes.preset_of(load_model(init, "cpu", say=notes(quiet), progress=shown).family, init)
-        overrides = [recipes.read_settings(config)] if config else []
-        recipe = recipes.build(preset, *overrides, *map(recipes.parse_setting, settings), given)
+        overrides = [read_settings(config)] if config else []
+        recipe = recipes.build(preset, *overrides, *map(parse_setting, settings), given)
         if recipe.needs:
             load_model(recipe.needs, "cpu", say=notes(quiet), progress=shown)
     return recipe
 
 
 def _print(report: Report) -> None:
+    from clapsep_cli.training.train import ESTIMATE
+
+    if report.stage == ESTIMATE:
+        stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in report.figures.items())
+        typer.echo(f"about {_duration(report.seconds_left)} in all: {stages}")
+        return
     figures = "  ".join(f"{name} {value:.4g}" for name, value in report.figures.items())
     measure = f"{report.measure}: " if report.measure else ""
     left = "" if math.isnan(report.seconds_left) else f"  {_duration(report.seconds_left)} left"
-    typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}")
+    text = f"  {report.text}" if report.text else ""
+    typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}{text}")
 
 
 def _duration(seconds: float) -> str:

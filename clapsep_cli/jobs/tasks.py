@@ -20,9 +20,10 @@ class Options:
 
     `lenient` takes what there is of a recording that is cut short or damaged. `stream` is the number of the sound track
     to take, from 1; None for the first. `clip` is what happens over full scale (`Outputs`). `consistent` spreads what
-    the stems leave of the mixture over them. `presence` measures whether what was asked for is there (None: where `min_presence` needs
-    it); a target below `min_presence` is not written, and nothing at all where all are. `batch` is the number of windows separated at once
-    (0: as many as the device likes), `workers` that of the threads that read and write.
+    the stems leave of the mixture over them. `presence` measures whether what was asked for is there (None: where
+    `min_presence` needs it); a target below `min_presence` is not written, and nothing at all where all are. `batch` is
+    the number of windows separated at once (0: as many as the device likes), `workers` that of the threads that read
+    and write.
     """
 
     start: float = 0.0

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,13 +25,14 @@ from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig, Features
 from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
-from clapsep_cli.store.whole import link
+from clapsep_cli.store.whole import copy
 from clapsep_cli.training.augment import levelled, masked, seeded, stripes
 from clapsep_cli.training.conditions import embed_all
 from clapsep_cli.training.objective import waveform_loss
 from clapsep_cli.training.pool import Pool, open_pool
 from clapsep_cli.training.record import settings_of
 from clapsep_cli.training.schedules import Plateau
+from clapsep_cli.training.settings import Share, Shares, Workers, settings
 from clapsep_cli.training.task import Plan, Task, Weights
 from clapsep_cli.training.train import Recipe, Run
 from clapsep_cli.training.validation import Case, cases, improvements
@@ -40,7 +42,7 @@ TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: width below which a stripe of fr
 TRIES = 1000  # at drawing a clip that sounds unlike another
 
 
-@dataclass(frozen=True)
+@settings
 class ClapsepRecipe(Recipe):
     """`base`: the model whose CLAP is used, by name or folder. `init`: one whose separator is trained further, with its
     CLAP; if empty, the separator's encoder starts as CLAP's and its decoder from scratch.
@@ -52,30 +54,33 @@ class ClapsepRecipe(Recipe):
 
     free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
 
-    min_clips: int = 2
-    workers: int = 4
-    save_every: int = 500
+    min_clips: PositiveInt = 2
+    workers: Workers = 4
+    save_every: PositiveInt = 500
     base: str = "clapsep"
     init: str = ""
     encoder: Literal["lora", "frozen", "scratch", "none"] = "lora"
     lora_only: bool = False  # the decoder stays as it is
-    lora_rank: int = 16
-    lora_alpha: float = 1.0
+    lora_rank: PositiveInt = 16
+    lora_alpha: PositiveFloat = 1.0
     queries: Literal["hybrid", "text", "audio"] = "hybrid"
-    valence: tuple[float, float, float] = (0.25, 0.25, 0.5)
-    speeds: tuple[float, ...] = (0.9, 1.1)  # at one of which a query shot is played
+    valence: Annotated[Shares, Field(min_length=3, max_length=3)] = (0.25, 0.25, 0.5)
+    speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(min_length=1)] = (
+        0.9,
+        1.1,
+    )  # at one of which a query shot is played
     spec_augment: bool = True  # of query shots
-    snr_weight: float = 0.9  # λ of Eq. 14
-    epochs: int = 150  # in each of which every clip is a target once
-    batch: int = 32
-    accumulate: int = 1  # parts of a device's batch that are computed one after the other
-    lr: float = 1e-4
-    lr_floor: float = 5e-6
-    lr_factor: float = 0.3
-    stale_epochs: int = 5  # without improvement, until the learning rate is lowered
-    weight_decay: float = 0.01
-    clip: float = 5.0  # norm of the gradient
-    validation_mixtures: int = 100
+    snr_weight: Share = 0.9  # λ of Eq. 14
+    epochs: PositiveInt = 150  # in each of which every clip is a target once
+    batch: PositiveInt = 32
+    accumulate: PositiveInt = 1  # parts of a device's batch that are computed one after the other
+    lr: NonNegativeFloat = 1e-4
+    lr_floor: NonNegativeFloat = 5e-6
+    lr_factor: Share = 0.3
+    stale_epochs: PositiveInt = 5  # without improvement, until the learning rate is lowered
+    weight_decay: NonNegativeFloat = 0.01
+    clip: PositiveFloat = 5.0  # norm of the gradient
+    validation_mixtures: NonNegativeInt = 100
 
     @property
     def needs(self) -> str:
@@ -84,10 +89,6 @@ class ClapsepRecipe(Recipe):
     def check(self, corpus: Corpus) -> None:
         if self.lora_only and not (self.init and self.encoder == "lora"):
             raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
-        if not self.speeds:
-            raise RecipeError("speeds is a list of at least one, e.g. [1.0]")
-        if abs(sum(self.valence) - 1) > 1e-6 or min(self.valence) < 0:
-            raise RecipeError(f"valence is three shares that add up to 1, not {self.valence}")
         model = self.model(torch.device("cpu"))
         if not isinstance(model.config, CLAPSepConfig):
             raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains CLAPSep models")
@@ -100,7 +101,7 @@ class ClapsepRecipe(Recipe):
         model, pool = self.model(run.device), open_pool(run.corpus, self.store)
         if run.leads:
             for name in ("text.safetensors", "audio.safetensors", "tokenizer.json"):
-                link(model.folder / name, run.folder / name)
+                copy(model.folder / name, run.folder / name)
         net = build(self, model)
         captions = sorted({c for i in run.corpus.train for c in run.corpus.clips[i].captions})
         embedded = embed_all(model.text, captions)

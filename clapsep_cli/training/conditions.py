@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,19 +17,20 @@ from clapsep_cli.errors import ManifestError, QueryError
 from clapsep_cli.models.base import TextEncoder, condition
 from clapsep_cli.training.pool import Pool
 from clapsep_cli.training.sampling import Sampler
+from clapsep_cli.training.settings import Share, settings
 
 AT_ONCE = 64  # texts
 
 
-@dataclass(frozen=True)
+@settings
 class Mixing:
     """How the conditions of examples are drawn."""
 
-    noise: float = 0.25  # length of the random vector added to an embedding
-    text_only: float = 0.4  # share of the examples whose queries are text alone
-    audio_only: float = 0.25  # … audio alone; the rest mixes both with α ~ U(0, 1) (Eq. 3)
-    shots: int = 1  # at most so many shots are averaged
-    absent: float = 0.03  # share of the examples whose positive query is for something not there
+    noise: NonNegativeFloat = 0.25  # length of the random vector added to an embedding
+    text_only: Share = 0.4  # share of the examples whose queries are text alone
+    audio_only: Share = 0.25  # … audio alone; the rest mixes both with α ~ U(0, 1) (Eq. 3)
+    shots: PositiveInt = 1  # at most so many shots are averaged
+    absent: Share = 0.03  # share of the examples whose positive query is for something not there
 
 
 def embed_all(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,34 +24,41 @@ from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import BUNDLED, weights_folder
 from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
-from clapsep_cli.store.whole import link, save_whole
+from clapsep_cli.store.whole import copy, save_whole
 from clapsep_cli.training.augment import disguise, equaliser, levelled, seeded
 from clapsep_cli.training.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.objective import BandStatistics, separation_loss, statistics
 from clapsep_cli.training.pool import Pool, open_pool
-from clapsep_cli.training.record import flatten
 from clapsep_cli.training.sampling import Draw, Sampler
 from clapsep_cli.training.schedules import Trapezoid
+from clapsep_cli.training.settings import Share, flatten, settings
 from clapsep_cli.training.task import Plan, Task, Weights
-from clapsep_cli.training.train import Clock, Recipe, Report, Run
+from clapsep_cli.training.train import ESTIMATE, Clock, Recipe, Report, Run
 from clapsep_cli.training.validation import Case, cases, improvements
 
 ENDS = ("stem", "head", "fine", "out")  # the layers that begin and end a network, which Muon is not for
+FEWEST_STEPS, MOST_STEPS = 200, 6000  # of the separator, where they are not set
+BATCH, FEW_CLIPS_BATCH = 32, 8  # likewise
 AUDIO_VIEWS = 4  # embeddings kept per clip, each of another stretch and augmentation
 AUDIO_WEIGHT_DECAY = 0.05
 SHOTS = "shots.safetensors"
 TEXT_FILES = ("text.safetensors", "tokenizer.json")
 
 
-@dataclass(frozen=True)
+@settings
 class Stage:
     """How long and how fast one network is trained."""
 
-    steps: int
-    batch: int
-    lr: float
-    warmup: int = 200
-    decay: float = 0.3  # the learning rate falls to zero over this last share of the steps
+    lr: NonNegativeFloat
+    steps: NonNegativeInt = 0  # by the size of the data if 0
+    batch: NonNegativeInt = 0  # likewise
+    warmup: NonNegativeInt = 200
+    decay: Share = 0.3  # the learning rate falls to zero over this last share of the steps
+
+    def suited(self, steps: int, batch: int) -> Stage:
+        """With so many `steps` of such a `batch`, unless they are set, and no longer a warm-up than suits them."""
+        warmup = self.warmup if self.steps else min(self.warmup, steps // 10)
+        return replace(self, steps=self.steps or steps, batch=self.batch or batch, warmup=warmup)
 
     def plan(self, recipe: MiniRecipe, weight_decay: float, ema: float = 0.0) -> Plan:
         """How the stage is trained: its steps, its batch, its learning rate."""
@@ -67,27 +75,31 @@ class Stage:
         )
 
 
-@dataclass(frozen=True)
+@settings
 class MiniRecipe(Recipe):
     """`text`: a folder with a text encoder, the bundled one if empty. `init`: a mini model's folder, or its name, whose
     encoders are taken as they are and whose separator is trained further. `paraphrases`: a CSV `label,captions`."""
 
-    free: ClassVar[frozenset[str]] = Recipe.free | {"validate_every", "audio.steps", "separator.steps", "audio.decay"}
+    free: ClassVar[frozenset[str]] = Recipe.free | {
+        "validate_every",
+        *(f"{stage}.{name}" for stage in ("audio", "separator") for name in ("steps", "warmup")),
+        "audio.decay",
+    }
 
     text: str = ""
     init: str = ""
     paraphrases: str = ""
     draw: Draw = Draw()
-    audio: Stage = Stage(steps=3000, batch=48, lr=2e-3)
-    separator: Stage = Stage(steps=6000, batch=32, lr=1e-3)
-    temperature: float = 0.07  # of the audio encoder's softmax over captions
+    audio: Stage = Stage(lr=2e-3)
+    separator: Stage = Stage(lr=1e-3)
+    temperature: PositiveFloat = 0.07  # of the audio encoder's softmax over captions
     mixing: Mixing = Mixing()
-    eq_db: float = 4.0  # standard deviation of the random equaliser at its control points
+    eq_db: NonNegativeFloat = 4.0  # standard deviation of the random equaliser at its control points
     optimiser: Literal["muon", "adamw"] = "muon"
-    ema: float = 0.999
-    weight_decay: float = 0.01
-    validate_every: int = 1000
-    validation_mixtures: int = 48
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    weight_decay: NonNegativeFloat = 0.01
+    validate_every: PositiveInt = 1000
+    validation_mixtures: NonNegativeInt = 48
     mini: MiniConfig = field(default_factory=MiniConfig)
 
     @property
@@ -97,7 +109,23 @@ class MiniRecipe(Recipe):
         chosen = self.init or self.text
         return bundled if chosen in ("", BUNDLED) else Path(chosen)
 
+    def suited(self, corpus: Corpus) -> MiniRecipe:
+        """A step of the separator for each stretch of the clips, within limits, and half as many of the encoder."""
+        # The bundled model's 7 hours in 6,000 clips get the most of both.
+        stretches = sum(max(1.0, corpus.seconds[index] / self.draw.seconds) for index in corpus.train)
+        steps = round(min(max(stretches, FEWEST_STEPS), MOST_STEPS))
+        batch = BATCH if steps > FEWEST_STEPS else FEW_CLIPS_BATCH
+        audio, separator = self.audio.suited(steps // 2, batch * 3 // 2), self.separator.suited(steps, batch)
+        return replace(self, audio=audio, separator=separator)
+
     def check(self, corpus: Corpus) -> None:
+        try:
+            with torch.device("meta"):
+                window = Mini(self.mini).window * MiniAudio(self.mini).window
+        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+            raise RecipeError(f"mini.mini: a network cannot have these sizes ({error})") from error
+        if window < 1:
+            raise RecipeError(f"mini.mini.seconds should be greater than 0, not {self.mini.seconds}")
         if self.init and (self.source / "separator.safetensors").is_file():
             config = Model(self.init, self.source, torch.device("cpu")).config
             if not isinstance(config, MiniConfig):
@@ -122,11 +150,12 @@ class MiniRecipe(Recipe):
     def train(self, run: Run) -> None:
         if run.leads:
             for name in (*TEXT_FILES, *(["audio.safetensors"] if self.init else [])):
-                link(self.source / name, run.folder / name)
+                copy(self.source / name, run.folder / name)
         run.fabric.barrier()
         encoder = load_part(run.folder, "text", "mini", self.mini).to(run.device)
         pool = open_pool(run.corpus, self.store)
         texts = Texts(encoder, run.corpus.clips, read_paraphrases(Path(self.paraphrases)) if self.paraphrases else {})
+        estimate(run, self, pool, texts)
         if not self.init:
             train_audio(run, self, pool, texts)
         audio = load_part(run.folder, "audio", "mini", self.mini).to(run.device)
@@ -194,6 +223,24 @@ class AudioTask(MiniTask):
         save_part(self.folder, "audio", "mini", self.recipe.mini, _half(weights), steps=str(self.plan.steps))
 
 
+def audio_task(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> AudioTask:
+    """The audio encoder's task, which draws labels more evenly than the separator's, and none that are alike."""
+    draw = replace(recipe.draw, label_power=0.5, hard=0.0)
+    sampler = Sampler(pool, draw, recipe.seed + 1, run.corpus.train)
+    return AudioTask(recipe, sampler, texts, run.folder, run.device)
+
+
+def estimate(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> None:
+    """Tell how long all stages will take, by two steps of each."""
+    views = {index: torch.zeros(AUDIO_VIEWS, recipe.mini.dim) for index in run.corpus.train}  # stand in for shots
+    queries, sampler = Queries(pool, texts, views, recipe.mixing), Sampler(pool, recipe.draw, 0, run.corpus.train)
+    stages: list[tuple[Task, Stage]] = [(SeparatorTask(recipe, sampler, queries, [], run), recipe.separator)]
+    if not (run.folder / "audio.safetensors").exists():
+        stages.insert(0, (audio_task(run, recipe, pool, texts), recipe.audio))
+    seconds = {f"{task.name} ({stage.steps} steps)": run.rehearse(task) for task, stage in stages}
+    run.tell(Report(ESTIMATE, 0, sum(stage.steps for _, stage in stages), seconds, sum(seconds.values())))
+
+
 def train_audio(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> None:
     """Leave an audio encoder in the run's folder that was trained for `recipe.audio.steps`."""
     path = run.folder / "audio.safetensors"
@@ -202,9 +249,7 @@ def train_audio(run: Run, recipe: MiniRecipe, pool: Pool, texts: Texts) -> None:
         return
     if had and not (run.folder / AudioTask.state).exists():
         raise CheckpointError(f"{path}: was trained for {had} steps and cannot go on from there: set audio.steps={had}")
-    draw = replace(recipe.draw, label_power=0.5, hard=0.0)
-    sampler = Sampler(pool, draw, recipe.seed + 1, run.corpus.train)
-    run.fit(AudioTask(recipe, sampler, texts, run.folder, run.device))
+    run.fit(audio_task(run, recipe, pool, texts))
 
 
 @torch.no_grad()
@@ -220,6 +265,7 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
         clock = Clock()
         for view in range(AUDIO_VIEWS):
             for start in range(0, len(among), 32):
+                run.check_stop()
                 few = among[start : start + 32]
                 placed = [sampler.place(i, np.random.default_rng((recipe.seed, view, i))) for i in few]
                 power = dsp.power(dsp.spectrum(torch.from_numpy(np.stack(placed)).to(run.device)))

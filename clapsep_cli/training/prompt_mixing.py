@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
 
 from clapsep_cli.audio.samples import Audio, to_rate
 from clapsep_cli.errors import ManifestError
 from clapsep_cli.models.prompts import COUNTS, PROMPTS, STEMS, draw, drawable, indices
 from clapsep_cli.training.pool import Pool
+from clapsep_cli.training.settings import Share, Shares, settings
 
 RATE_HZ = 48_000
 TRIES = 10  # stretches of a clip that are tried before the loudest of it is looked for
@@ -24,13 +26,13 @@ INGREDIENTS = {"sfxbg": ("sfx",), "musicbg": STEMS}
 QUIETEST_DB = {prompt: -20.0 if prompt in ("sfx", "sfxbg", "musicbg") else -10.0 for prompt in PROMPTS}
 
 
-@dataclass(frozen=True)
+@settings
 class PromptMixing:
     """How mixtures are made, by default as for the released models."""
 
-    counts: tuple[int, ...] = COUNTS  # of prompts, equally often
-    recorded: float = 0.75  # share of backgrounds that are recordings; the others are summed …
-    summed: tuple[float, ...] = (0.1, 0.4, 0.4, 0.1)  # … from one clip, from two, and so on, in these shares
+    counts: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = COUNTS  # of prompts, equally often
+    recorded: Share = 0.75  # share of backgrounds that are recordings; the others are summed …
+    summed: Shares = (0.1, 0.4, 0.4, 0.1)  # … from one clip, from two, and so on, in these shares
 
 
 class PromptMixer:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from clapsep_cli.data import Corpus
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.files import replacing
+from clapsep_cli.training.settings import flatten
 from clapsep_cli.version import __version__
 
 PACKAGES = ("torch", "numpy", "lightning-fabric", "peft", "safetensors", "soundfile", "soxr", "tokenizers")
@@ -45,6 +45,13 @@ def check(folder: Path, recipe: Any, corpus: Corpus) -> None:
         raise CheckpointError(
             f"{folder}: holds a run on other clips than {corpus.manifest} lists now; use another --out"
         )
+
+
+def precision(folder: Path) -> str:
+    """Return the precision of the run in `folder` so far, or "" if there is none."""
+    path = folder / RECORD
+    calls = json.loads(path.read_text(encoding="utf-8"))["calls"] if path.exists() else []
+    return str(calls[-1].get("precision", "")) if calls else ""
 
 
 def write(folder: Path, recipe: Any, corpus: Corpus, hardware: Mapping[str, object]) -> None:
@@ -79,16 +86,6 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The settings of a tree of dataclasses by dotted name."""
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from flatten(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, value
 
 
 def settings_of(recipe: Any) -> dict[str, Any]:

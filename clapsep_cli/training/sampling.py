@@ -6,37 +6,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
 from clapsep_cli.training.pool import Pool
+from clapsep_cli.training.settings import Share, settings
 
 TRIES = 50  # at drawing a label, before all of them are looked through
 
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
+@settings
 class Draw:
     """How training examples are drawn. Lengths in seconds, gains in dB."""
 
-    seconds: float = 5.0
-    label_power: float = 0.7  # a label of n clips is drawn as often as min(n, cap) ** power
-    label_cap: int = 80
-    hard: float = 0.0  # share of the interferers that are drawn among the labels nearest to the target's …
-    hard_labels: int = 8  # … which are so many
-    snr_std: float = 3.0
-    snr_limit: float = 8.0
-    speed: float = 0.15  # speed is perturbed by up to this fraction …
-    speed_share: float = 0.4  # … in this share of the clips
+    seconds: Annotated[float, Field(ge=0.05, le=60)] = 5.0
+    label_power: NonNegativeFloat = 0.7  # a label of n clips is drawn as often as min(n, cap) ** power
+    label_cap: PositiveInt = 80
+    hard: Share = 0.0  # share of the interferers that are drawn among the labels nearest to the target's …
+    hard_labels: PositiveInt = 8  # … which are so many
+    snr_std: NonNegativeFloat = 3.0
+    snr_limit: NonNegativeFloat = 8.0
+    speed: Annotated[float, Field(ge=0, le=0.5)] = 0.15  # speed is perturbed by up to this fraction …
+    speed_share: Share = 0.4  # … in this share of the clips
 
 
 class Pairs(NamedTuple):

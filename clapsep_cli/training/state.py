@@ -29,11 +29,12 @@ class Means:
         self.sums: dict[str, float] = {}
         self.steps = 0
 
-    def add(self, sums: Mapping[str, float], steps: int) -> None:
-        """Take in sums over so many steps, by name."""
-        self.steps += steps
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def add(self, figures: Mapping[str, Sequence[float]]) -> None:
+        """Add the values of some steps, by name; one by one, so that it does not matter when this is done."""
+        self.steps += max(map(len, figures.values()), default=0)
+        for name, values in figures.items():
+            for value in values:
+                self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
         """The means since the last time, by name."""
@@ -69,8 +70,7 @@ class Training:
         self.step = 0
         self.history: list[float] = []  # the validation figure that counts
         self.means = {"report": Means(), "validate": Means()}  # of figures, since either was last done
-        self._sums: dict[str, Tensor] = {}  # of figures, on the device, since they were last collected
-        self._summed = 0
+        self._figures: dict[str, list[Tensor]] = {}  # of each step, on the device, since they were last collected
         trained = {name: p for name, p in task.net.named_parameters() if p.requires_grad}
         buffers = [name for name in task.net.state_dict() if name not in dict(task.net.named_parameters())]
         self.kept = {*trained, *buffers}
@@ -102,6 +102,7 @@ class Training:
             optimiser.zero_grad()
             for group in optimiser.param_groups:
                 group["lr"] = rate
+        sums: dict[str, Tensor] = {}
         for at, (rows, drawn) in enumerate(parts, 1):
             with torch.no_grad():
                 prepared = self.task.prepare(self.fabric.to_device(drawn), self.step, rows)
@@ -109,12 +110,13 @@ class Training:
                 figures = self.module(partial(self.task.loss, prepared))
                 self.fabric.backward(figures["loss"] / len(parts))
             for name, value in figures.items():
-                self._sums[name] = self._sums.get(name, 0) + value.detach().float() / len(parts)
+                sums[name] = sums.get(name, 0) + value.detach().float() / len(parts)
+        for name, value in sums.items():
+            self._figures.setdefault(name, []).append(value)
         for optimiser in self.optimisers:
             self.fabric.clip_gradients(self.module, optimiser, max_norm=self.task.plan.clip, error_if_nonfinite=False)
             optimiser.step()
         self.step += 1
-        self._summed += 1
         self._update_average()
 
     def collect(self) -> None:
@@ -122,16 +124,18 @@ class Training:
 
         Raises `RecipeError` where the loss is no longer a number.
         """
-        means = {name: self.fabric.all_reduce(value, reduce_op="mean") for name, value in self._sums.items()}
-        sums = {name: float(cast(Tensor, value)) for name, value in means.items()}
-        if not all(map(math.isfinite, sums.values())):
+        figures: dict[str, list[float]] = {
+            name: cast(Tensor, self.fabric.all_reduce(torch.stack(values), reduce_op="mean")).tolist()
+            for name, values in self._figures.items()
+        }
+        if not all(math.isfinite(value) for values in figures.values() for value in values):
             raise RecipeError(
                 f"the loss is not finite after step {self.step} of the {self.task.name}; what was saved before is "
                 "kept; try a lower learning rate, under another --out"
             )
         for kept in self.means.values():
-            kept.add(sums, self._summed)
-        self._sums, self._summed = {}, 0
+            kept.add(figures)
+        self._figures = {}
 
     def _update_average(self) -> None:
         keep = min(self.task.plan.ema, (1 + self.step) / (10 + self.step))
@@ -198,7 +202,7 @@ class Training:
                 optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
             self.step, self.history = int(notes["step"]), json.loads(notes.get("history", "[]"))
             for name, (sums, steps) in json.loads(notes.get("means", "{}")).items():
-                self.means[name].add(sums, steps)
+                self.means[name].sums, self.means[name].steps = sums, steps
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path}: was written by a run of another configuration; use another --out"

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
-from clapsep_cli.errors import DeviceError, ExtraError, RecipeError
+from clapsep_cli.errors import DeviceError, ExtraError, RecipeError, StoppedError
+from clapsep_cli.store.checkpoint import choose_precision
+from clapsep_cli.store.whole import read_notes
 from clapsep_cli.training import record
 from clapsep_cli.training.pool import Store
 from clapsep_cli.training.sampling import ahead
+from clapsep_cli.training.settings import Seed, Workers, settings
 from clapsep_cli.training.state import Training
 from clapsep_cli.training.task import Plan, Task, Weights
 
@@ -32,15 +38,19 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true", "bf16-mixed": "bf16-mixed"}
+SILENT_SECONDS = 10.0  # after which a run says how far it is, also between two reports
+AGREED_EVERY = 10  # steps after which several processes ask each other whether to stop
+ESTIMATE = "estimate"
 
 
 @dataclass(frozen=True)
 class Report:
     """What a run says of itself while it goes on.
 
-    `figures` are means since the last report: the loss in dB, and so on; of the stage "validation", means of `measure`
-    by kind of query or by set. `seconds_left` counts to the end of the stage. What comes before the first step are
-    stages, too: the clips that were read, and the like.
+    `figures` are means since the last report, such as the loss in dB; in the stage "validation", means of `measure` by
+    kind of query or by set; in the stage "estimate", the seconds that each stage will take. A report without figures
+    only says that the run goes on. `seconds_left` counts to the end of the stage; in an estimate, to that of all
+    stages. `text`: more to be said.
     """
 
     stage: str
@@ -49,6 +59,7 @@ class Report:
     figures: Mapping[str, float]
     seconds_left: float = math.nan
     measure: str = ""
+    text: str = ""
 
 
 Listener = Callable[[Report], None]
@@ -64,21 +75,21 @@ class Hardware:
     precision: str = ""  # the recipe's if empty
 
 
-@dataclass(frozen=True)
+@settings
 class Recipe(ABC):
     """What every recipe can be set to. `free`: names of settings that a resumed run may change. `use`: the command
     that uses the model in a `{folder}`."""
 
-    free: ClassVar[frozenset[str]] = frozenset({"report_every", "save_every", "workers"})
+    free: ClassVar[frozenset[str]] = frozenset({"precision", "report_every", "save_every", "workers"})
     use: ClassVar[str] = 'clapsep extract --model {folder} MIX --pos "…"'
 
-    seed: int = 0
-    precision: str = "bf16-mixed"
-    min_clips: int = 1  # of a label; fewer are taken for a mistake
+    seed: Seed = 0
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"  # bfloat16 where the device has it natively
+    min_clips: PositiveInt = 1  # of a label; fewer are taken for a mistake
     store: Store = "auto"  # where clips are held
-    workers: int = 1  # threads that decode, on each device
-    report_every: int = 50
-    save_every: int = 250
+    workers: Workers = 1  # threads that decode, on each device
+    report_every: PositiveInt = 50  # steps
+    save_every: PositiveInt = 250  # steps
 
     @property
     def needs(self) -> str:
@@ -89,6 +100,10 @@ class Recipe(ABC):
     def labelling(self) -> Labelling:
         """How a manifest is to say what its clips are of."""
         return LABELS
+
+    def suited(self, corpus: Corpus) -> Recipe:
+        """Return the recipe with all that depends on the size of `corpus` and was not set."""
+        return self
 
     @abstractmethod
     def check(self, corpus: Corpus) -> None:
@@ -101,12 +116,14 @@ class Recipe(ABC):
 
 @dataclass
 class Run:
-    """A corpus, a folder, and the devices to train on. `leads`: in the one process that writes and reports."""
+    """A corpus, a folder, and the devices to train on. `leads`: in the one process that writes and reports. Once `stop`
+    is set, the state is saved after the step at hand, and `StoppedError` raised."""
 
     fabric: Fabric
     folder: Path
     corpus: Corpus
     listen: Listener
+    stop: threading.Event = field(default_factory=threading.Event)
 
     @property
     def device(self) -> torch.device:
@@ -124,45 +141,93 @@ class Run:
             self.listen(report)
 
     def fit(self, task: Task) -> Weights:
-        """Train until the plan's steps, from wherever the state in the folder stands; the weights at the end."""
+        """Train until the plan's steps, from wherever the state in the folder stands; the weights at the end.
+
+        Raises `StoppedError` where it was stopped before; the state is saved then.
+        """
         plan, training = task.plan, Training(task, self.fabric, self.folder / task.state)
         training.resume()
-        parts, clock = self._rows(plan), Clock(training.step)
+        task.ready()
+        clock = Clock(training.step)
         log = record.Log(self.folder, task.name, training.step) if self.leads else None
+        try:
+            for drawn in self._drawn(task, training.step):
+                rate = plan.schedule.rate(training.step, training.history)
+                training.advance(drawn, rate)
+                report, validate, save = map(partial(_due, training.step, plan.steps), plan.every)
+                report, stop = report or training.step == 1, self._stopped(training.step)
+                if report or validate or save or stop:
+                    training.collect()
+                left = clock.seconds_left(training.step, plan.steps)
+                if report:
+                    speed = plan.batch / clock.seconds_a_step(training.step)
+                    figures = {**training.means["report"].take(), "lr": rate, "examples/s": speed}
+                    self._tell(Report(task.name, training.step, plan.steps, figures, left), log, clock)
+                elif clock.silent > SILENT_SECONDS:
+                    self._tell(Report(task.name, training.step, plan.steps, {}, left), None, clock)
+                if validate:
+                    with clock.stopped():
+                        figures = dict(self._validate(training))
+                    if figures:
+                        told = Report("validation", training.step, plan.steps, figures, left, task.measure)
+                        self._tell(told, log, clock)
+                if (save or stop) and self.leads:
+                    training.save()
+                if stop:
+                    raise StoppedError(
+                        f"stopped after step {training.step} of {plan.steps} of the {task.name}; its state is saved in "
+                        f"{self.folder}, and the same command goes on from there"
+                    )
+        finally:
+            if log:
+                log.close()
+        if self.leads and not (plan.keep_best and training.history):
+            task.write(training.weights())
+        self.fabric.barrier()
+        return training.weights()
+
+    def rehearse(self, task: Task) -> float:
+        """Seconds that `task` will take from where its state stands, by the second of two steps. It is spent then."""
+        training = Training(task, self.fabric, self.folder / task.state)
+        done = int(read_notes(training.path)["step"]) if training.path.exists() else 0
+        task.ready()
+        began = time.monotonic()
+        for drawn in islice(self._drawn(task, 0), 2):
+            self.check_stop()
+            clock = time.monotonic()
+            training.advance(drawn, 0.0)
+            training.collect()
+            began = clock
+        return (time.monotonic() - began) * max(0, task.plan.steps - done)
+
+    def check_stop(self) -> None:
+        """Raise `StoppedError` where the run is to stop and has nothing to save, unless other processes wait for it."""
+        if self.stop.is_set() and self.fabric.world_size == 1:
+            raise StoppedError(f"stopped; the same command goes on from what is in {self.folder}")
+
+    def _stopped(self, step: int) -> bool:
+        """Whether to stop after `step`, in all processes alike."""
+        if self.fabric.world_size == 1:
+            return self.stop.is_set()
+        if step % AGREED_EVERY:
+            return False
+        asked = torch.tensor(float(self.stop.is_set()), device=self.device)
+        return bool(cast(Tensor, self.fabric.all_reduce(asked, reduce_op="sum")) > 0)
+
+    def _drawn(self, task: Task, first: int) -> Iterator[list[tuple[range, Any]]]:
+        """What is drawn for this process's rows of each step, in parts, from step `first` on."""
+        parts = self._rows(task.plan)
 
         def draw(step: int) -> list[tuple[range, Any]]:
             return [(rows, self._pinned(task.draw(step, rows))) for rows in parts]
 
-        def tell(stage: str, figures: Mapping[str, float]) -> None:
-            if log:
-                log.add(training.step, figures)
-                left = clock.seconds_left(training.step, plan.steps)
-                measure = task.measure if stage == "validation" else ""
-                self.tell(Report(stage, training.step, plan.steps, figures, left, measure))
+        return ahead(draw, range(first, task.plan.steps), task.plan.workers)
 
-        task.ready()
-        for drawn in ahead(draw, range(training.step, plan.steps), plan.workers):
-            rate = plan.schedule.rate(training.step, training.history)
-            training.advance(drawn, rate)
-            report, validate, save = map(partial(_due, training.step, plan.steps), plan.every)
-            if report or validate or save:
-                training.collect()
-            if report:
-                speed = plan.batch / clock.seconds_a_step(training.step)
-                tell(task.name, {**training.means["report"].take(), "lr": rate, "examples/s": speed})
-            if validate:
-                with clock.stopped():
-                    figures = self._validate(training)
-                if figures:
-                    tell("validation", figures)
-            if save and self.leads:
-                training.save()
-        if self.leads and not (plan.keep_best and training.history):
-            task.write(training.weights())
+    def _tell(self, report: Report, log: record.Log | None, clock: Clock) -> None:
+        clock.told = time.monotonic()
         if log:
-            log.close()
-        self.fabric.barrier()
-        return training.weights()
+            log.add(report.step, report.figures)
+        self.tell(report)
 
     def _validate(self, training: Training) -> Mapping[str, float]:
         """Validate in the leading process, and let all of them know; keep the best weights where that is the plan."""
@@ -201,7 +266,13 @@ class Clock:
     """Time per step since a run went on, without what it spent on other things. In seconds."""
 
     def __init__(self, step: int = 0) -> None:
-        self.step, self.began = step, time.monotonic()
+        self.step = step
+        self.began = self.told = time.monotonic()
+
+    @property
+    def silent(self) -> float:
+        """For how long nothing was told."""
+        return time.monotonic() - self.told
 
     def seconds_a_step(self, step: int) -> float:
         """On average, at the end of `step`."""
@@ -225,47 +296,76 @@ def train(
     recipe: Recipe,
     listen: Listener = lambda report: None,
     hardware: Hardware | None = None,
+    stop: threading.Event | None = None,
 ) -> bool:
     """Train by `recipe` on the clips that `manifest` lists, and leave a model in the folder `out`.
 
-    `manifest`: a CSV `file,label[,captions,split]`; clips whose split is not "train" are only validated on. `recipe`:
-    from `recipes.build`, or one of the classes in `mini`, `clapsep` and `tuss`; it says what labels
-    there may be. A run that was stopped goes on from `out`; what it would have drawn does not change. `listen` hears
-    how it goes. With several devices, Fabric starts this program once for each; True is returned in the one process
-    that writes.
+    A run that was stopped goes on from `out`; what it would have drawn does not change.
 
-    Raises `ManifestError` for what is wrong with the clips, all at once; `RecipeError` for settings that do not fit;
-    `CheckpointError` where `out` holds another run; `ModelError` for a missing model, `ExtraError` for a missing
-    package.
+    Args:
+        manifest: a CSV `file,label[,captions,split]`; clips whose split is not "train" are only validated on.
+        out: the run's folder.
+        recipe: from `recipes.build`, or one of the classes in `mini`, `clapsep` and `tuss`; it says what labels there
+            may be.
+        listen: is called with each report.
+        hardware: the devices; with several, Fabric starts this program once for each.
+        stop: an event that, once set, stops the run after the step at hand; its state is saved.
+
+    Returns:
+        True in the one process that writes.
+
+    Raises:
+        ManifestError: what is wrong with the clips, all at once.
+        RecipeError: settings that do not fit.
+        CheckpointError: `out` holds another run.
+        ModelError: a model is missing.
+        ExtraError: a package is missing.
+        StoppedError: `stop` was set.
     """
     hardware = hardware or Hardware()
-    precision = hardware.precision or recipe.precision
-    if precision not in PRECISIONS:
-        raise RecipeError(f"no precision {precision!r}: use {' or '.join(PRECISIONS)}")
+    if hardware.precision and hardware.precision not in PRECISIONS:
+        raise RecipeError(f"no precision {hardware.precision!r}: use {' or '.join(PRECISIONS)}")
     try:
-        from lightning_fabric import Fabric
-
-        import_module("tensorboard")  # which the logger needs later
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of precisions and processes
+        for package in ("lightning_fabric", "tensorboard"):  # the logger needs the latter
+            import_module(package)
     except ModuleNotFoundError as error:
         raise ExtraError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
     corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling)
+    recipe = recipe.suited(corpus)
     recipe.check(corpus)
     record.check(out, recipe, corpus)
-    try:
-        devices = hardware.devices if hardware.devices == "auto" else int(hardware.devices)
-        fabric = Fabric(
-            accelerator=hardware.accelerator, devices=devices, num_nodes=hardware.nodes, precision=PRECISIONS[precision]
-        )
-        fabric.launch()
-    except (ValueError, RuntimeError) as error:  # Fabric's own words for what is not there
-        raise DeviceError(f"cannot train there: {' '.join(str(error).split())}") from error
-    run = Run(fabric, out, corpus, listen)
+    asked = next(name for name in (hardware.precision, recipe.precision) if name)
+    before = record.precision(out) if asked == "auto" else ""
+    fabric, precision = _fabric(hardware, before or asked)
+    run = Run(fabric, out, corpus, listen, stop or threading.Event())
     if run.leads:
         out.mkdir(parents=True, exist_ok=True)
         on = {"accelerator": fabric.device.type, "devices": fabric.world_size, "precision": precision}
         record.write(out, recipe, corpus, {"nodes": hardware.nodes, **on})
-    run.tell(Report("clips read", len(corpus.clips), len(corpus.clips), {"hours": corpus.hours}))
+    why = " (as it began)" if before else " (no native bfloat16)" if asked == "auto" and precision == "32-true" else ""
+    text = f"on {fabric.device}, {precision}{why}"
+    run.tell(Report("clips read", len(corpus.clips), len(corpus.clips), {"hours": corpus.hours}, text=text))
     fabric.barrier()
     recipe.train(run)
     return run.leads
+
+
+def _fabric(hardware: Hardware, precision: str) -> tuple[Fabric, str]:
+    """Launch Fabric; "auto" becomes bfloat16 where the device has it natively, and float32 where it would be slower.
+
+    Raises `DeviceError` for devices that are not there.
+    """
+    from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of precisions and processes
+    try:
+        devices = hardware.devices if hardware.devices == "auto" else int(hardware.devices)
+        build = partial(Fabric, accelerator=hardware.accelerator, devices=devices, num_nodes=hardware.nodes)
+        if precision == "auto":
+            native = choose_precision("auto", build().device) == torch.bfloat16
+            precision = "bf16-mixed" if native else "32-true"
+        fabric = build(precision=PRECISIONS[precision])
+        fabric.launch()
+    except (ValueError, RuntimeError) as error:  # Fabric's own words for what is not there
+        raise DeviceError(f"cannot train there: {' '.join(str(error).split())}") from error
+    return fabric, precision

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from clapsep_cli.data import TRAIN, Corpus, Labelling
@@ -23,6 +23,7 @@ from clapsep_cli.training.pool import DiskPool, Pool, open_pool
 from clapsep_cli.training.prompt_mixing import PromptMixer, PromptMixing, check_audible
 from clapsep_cli.training.sampling import ahead
 from clapsep_cli.training.schedules import Plateau
+from clapsep_cli.training.settings import Share, Workers, settings
 from clapsep_cli.training.task import Plan, Task, Weights
 from clapsep_cli.training.train import Recipe, Run
 from clapsep_cli.training.validation import SEED
@@ -30,7 +31,7 @@ from clapsep_cli.training.validation import SEED
 FAMILY = "tuss"
 
 
-@dataclass(frozen=True)
+@settings
 class TussRecipe(Recipe):
     """`init`: a TUSS to go on from, by name or folder, which decides the size and the prompts; if empty, one of the
     size `tuss` is trained from scratch. Clips are heard in stretches of its window.
@@ -42,25 +43,25 @@ class TussRecipe(Recipe):
     free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
     use: ClassVar[str] = "clapsep separate --model {folder} MIX --prompts NAME..."
 
-    workers: int = 4
-    save_every: int = 500
+    workers: Workers = 4
+    save_every: PositiveInt = 500
     init: str = ""
     tuss: TussConfig = MEDIUM
     mixing: PromptMixing = PromptMixing()
-    epochs: int = 150
-    epoch_steps: int = 2500
-    batch: int = 4
-    accumulate: int = 1  # parts of a device's batch that are computed one after the other
-    lr: float = 1e-3
-    warmup: int = 10_000  # steps
-    lr_factor: float = 0.5
-    lr_epochs: int = 75  # before which the learning rate is not lowered
-    stale_epochs: int = 5  # without improvement, until it is
-    weight_decay: float = 0.01
-    epsilon: float = 1e-8  # of AdamW
-    clip: float = 5.0  # norm of the gradient
-    average: int = 5  # of how many of the best epochs the weights are averaged
-    validation_mixtures: int = 100  # of each set
+    epochs: PositiveInt = 150
+    epoch_steps: PositiveInt = 2500
+    batch: PositiveInt = 4
+    accumulate: PositiveInt = 1  # parts of a device's batch that are computed one after the other
+    lr: NonNegativeFloat = 1e-3
+    warmup: NonNegativeInt = 10_000  # steps
+    lr_factor: Share = 0.5
+    lr_epochs: NonNegativeInt = 75  # before which the learning rate is not lowered
+    stale_epochs: PositiveInt = 5  # without improvement, until it is
+    weight_decay: NonNegativeFloat = 0.01
+    epsilon: PositiveFloat = 1e-8  # of AdamW
+    clip: PositiveFloat = 5.0  # norm of the gradient
+    average: PositiveInt = 5  # of how many of the best epochs the weights are averaged
+    validation_mixtures: NonNegativeInt = 100  # of each set
 
     @property
     def needs(self) -> str:
@@ -86,13 +87,6 @@ class TussRecipe(Recipe):
         unknown = [prompt for prompt in self.size.prompts if prompt not in PROMPTS]
         if unknown:
             raise RecipeError(f"nothing is known of how to mix {', '.join(unknown)}; prompts are {', '.join(PROMPTS)}")
-        shares = self.mixing.summed
-        if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise RecipeError(f"mixing.summed is shares that add up to 1, not {list(shares)}")
-        if not self.mixing.counts or min(self.mixing.counts) < 1:
-            raise RecipeError(f"mixing.counts is numbers of prompts, not {list(self.mixing.counts)}")
-        if min(self.epochs, self.epoch_steps, self.average) < 1:
-            raise RecipeError("epochs, epoch_steps and average are 1 or more")
         pool = DiskPool(corpus, rate=None)
         self.mixers(pool, corpus)
         check_audible(pool)
