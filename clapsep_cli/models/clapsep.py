@@ -23,14 +23,27 @@ BINS = N_FFT // 2 + 1
 
 
 @dataclass(frozen=True)
-class CLAPSepConfig:
+class TextSize:
+    """Size of CLAP's text tower; the defaults are the released size."""
+
+    dim: int = 512  # of one query embedding; the condition of CLAPSep has twice as many numbers
+    vocabulary: int = 50_265
+    text_tokens: int = 77  # to which a text is cut, with its <s> and </s>
+    text_positions: int = 514
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    text_feed_forward: int = 3072
+
+
+@dataclass(frozen=True)
+class CLAPSepConfig(TextSize):
     """Size of a separator and of the CLAP towers it was made with; the defaults are the released size.
 
     Raises `ValueError` where the numbers do not fit together.
     """
 
     window: int = 320_000  # samples at 32 kHz that the networks see at once
-    dim: int = 512  # of one query embedding; the condition has twice as many numbers
 
     mels: int = 64
     image: int = 256  # rows and columns of the folded log-mel spectrogram
@@ -43,14 +56,6 @@ class CLAPSepConfig:
     mask_layers: int = 3
     mask_heads: int = 8
     mask_feed_forward: int = 2560
-
-    vocabulary: int = 50_265
-    text_tokens: int = 77  # to which a text is cut, with its <s> and </s>
-    text_positions: int = 514
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    text_feed_forward: int = 3072
 
     def __post_init__(self) -> None:
         frames = self.image * self.image // self.mels

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
-from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
+from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig, TextSize
 from clapsep_cli.store.checkpoint import read_tensors, save_part
 
 NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
@@ -169,8 +169,13 @@ def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig |
     if clap is None or tuned is None:
         lacking = "LAION-CLAP's music_audioset_epoch_15_esc_90.14.pt" if clap is None else "CLAPSep's best_model.ckpt"
         raise CheckpointError(f"a CLAPSep model takes two checkpoints, and {lacking} is not among the files given")
-    for part, tensors in convert(clap, tuned, config).items():
-        save_part(folder, part, "clapsep", config, tensors, **notes)
+    write_parts(folder, "clapsep", config, convert(clap, tuned, config), **notes)
+
+
+def write_parts(folder: Path, family: str, config: Any, parts: Mapping[str, Mapping[str, Tensor]], **notes: str) -> None:
+    """Write the `parts` of a model, state dicts by name, to `folder`; read each back. Raises `CheckpointError`."""
+    for part, tensors in parts.items():
+        save_part(folder, part, family, config, tensors, **notes)
         written = read_tensors(folder / f"{part}.safetensors")
         wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
         if wrong:
@@ -191,29 +196,37 @@ def convert(
     config = config or CLAPSepConfig()
     towers, decoder = Released("LAION-CLAP", clap), Released("CLAPSep", tuned)
     with torch.device("meta"):
-        separator, text, audio = CLAPSep(config), ClapTextEncoder(config, None), ClapAudioEncoder(config)
+        separator, audio = CLAPSep(config), ClapAudioEncoder(config)
 
     encoder_part = {
         name: _merged(_released(name, _ENCODER), shape, towers, decoder)
-        for name, shape in _shapes(separator)
+        for name, shape in needed(separator)
         if name.startswith("encoder.")
     }
     decoder_part = {
         name: decoder.take(_released(name, _DECODER), shape)
-        for name, shape in _shapes(separator)
+        for name, shape in needed(separator)
         if not name.startswith("encoder.")
     }
     state_dicts = {
         "separator": encoder_part | decoder_part,
-        "text": {name: _text_tensor(name, shape, towers) for name, shape in _shapes(text)},
-        "audio": {name: towers.take(_released(name, _AUDIO), shape) for name, shape in _shapes(audio)},
+        "text": convert_text(towers, config),
+        "audio": {name: towers.take(_released(name, _AUDIO), shape) for name, shape in needed(audio)},
     }
     towers.check(_SUPERFLUOUS_CLAP)
     decoder.check(_SUPERFLUOUS_TUNED)
     return state_dicts
 
 
-def _shapes(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
+def convert_text(clap: Released, config: TextSize) -> dict[str, Tensor]:
+    """State dict of `ClapTextEncoder`, from the tensors of a CLAP by their released names."""
+    with torch.device("meta"):
+        text = ClapTextEncoder(config, None)
+    return {name: _text_tensor(name, shape, clap) for name, shape in needed(text)}
+
+
+def needed(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of the tensors that `module` needs."""
     for name, tensor in module.state_dict().items():
         if not name.endswith("num_batches_tracked"):  # plays no part, with a fixed momentum
             yield name, tensor.shape
