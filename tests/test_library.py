@@ -404,6 +404,20 @@ def test_convert_command(home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_too_little_memory_for_torch_is_one_line(tmp_path: Path) -> None:
+    """At 300 MB of address space its library cannot be mapped."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (300_000_000,) * 2); "
+    limited += "from clapsep_cli.cli.app import main; main()"
+    path = tmp_path / "mix.wav"
+    soundfile.write(path, np.zeros(8000), 8000)
+    command = [sys.executable, "-c", limited, "extract", str(path), "--pos", "dog", "--model", "mini"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("clapsep: ")
+    assert (done.stderr.count("\n"), "is there enough memory" in done.stderr) == (1, True)
+
+
 EXTRACT = """
 import json, sys
 from dataclasses import replace
