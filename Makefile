@@ -23,7 +23,7 @@ test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
 		-e . pytest hypothesis
-	$(VENV)-lowest/bin/python -m pytest -q tests/test_mini.py tests/test_library.py tests/test_web_client.py
+	$(VENV)-lowest/bin/python -m pytest -q tests/test_mini.py tests/test_library.py tests/test_download.py
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -71,15 +71,10 @@ SHORT = 12  # digits of a hash that name a folder or a revision
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(ABC):
-    """A file to download, pinned by its `size` in bytes and its SHA-256 in hex. Each kind says where it lies.
-
-    Where `disputed`, reports of the hash disagree: then the hash that the host itself states for what is pinned
-    decides, and what was accepted is recorded.
-    """
+    """A file to download, pinned by its `size` in bytes and its SHA-256 in hex. Each kind says where it lies."""
 
     size: int
     sha256: str
-    disputed: bool = False
 
     @property
     @abstractmethod
@@ -106,15 +101,13 @@ class Remote(ABC):
     def pinned(self) -> tuple[str | int, ...]:
         """All that makes it another file if it changes."""
 
-    @property
-    @abstractmethod
-    def key(self) -> str:
-        """A name for files that belong to it, unlike that of any other remote."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class HubFile(Remote):
-    """A file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit."""
+    """A file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit.
+
+    The hash that the Hub states for that revision is believed, too: the revision is what is pinned.
+    """
 
     repo: str
     repo_type: str
@@ -142,10 +135,6 @@ class HubFile(Remote):
     def pinned(self) -> tuple[str | int, ...]:
         return self.repo, self.revision, self.path, self.size
 
-    @property
-    def key(self) -> str:
-        return "--".join((self.repo_type, self.repo, self.path, self.revision[:SHORT])).replace("/", "--")
-
 
 @dataclass(frozen=True, kw_only=True)
 class WebFile(Remote):
@@ -172,10 +161,6 @@ class WebFile(Remote):
     @property
     def pinned(self) -> tuple[str | int, ...]:
         return self.sha256, self.size
-
-    @property
-    def key(self) -> str:
-        return f"web--{self.sha256[:SHORT]}--{self.name}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +212,6 @@ _ENTRIES = [
                 path="model/best_model.ckpt",
                 size=177_818_986,
                 sha256="6fcc8dbcd7174af86266cf16b4105eced0802352762f81dbfefdce29af3dba04",
-                disputed=True,
             ),
         ),
     ),

@@ -25,9 +25,9 @@ from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.models.base import AudioEncoder, Conditions, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.query import Query, mutual
-from clapsep_cli.registry import MODELS, HubFile, Remote, weights_folder
+from clapsep_cli.registry import MODELS, HubFile, weights_folder
 from clapsep_cli.separation.embedding import conditions, likeness
-from clapsep_cli.store import hub
+from clapsep_cli.store import download
 from clapsep_cli.store.checkpoint import Model, save_part
 from clapsep_cli.store.library import load_model
 
@@ -157,14 +157,14 @@ def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
     fetched: list[str] = []
 
-    def fetch(remote: Remote, progress: hub.Progress | None = None, say: hub.Say | None = None) -> hub.Fetched:
+    def bring(remote: Any, folder: Path, progress: download.Progress | None) -> Path:
         fetched.append(remote.name)
         if progress:
             progress(remote.size, remote.size)
-        return hub.Fetched(tmp_path / "served" / remote.name, remote.size, remote.sha256, hub.PINNED, downloaded=True)
+        return Path(shutil.copy(tmp_path / "served" / remote.name, folder))
 
-    monkeypatch.setattr(hub, "fetch", fetch)
-    monkeypatch.setattr(hub, "to_download", lambda remote: remote.size)
+    monkeypatch.setattr(download, "_from_hub", bring)
+    monkeypatch.setattr(download, "ask", lambda remote: None)
     return fetched
 
 

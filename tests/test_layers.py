@@ -38,9 +38,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "store",
         [
-            {"texts", "transfer", "whole"},
-            {"checkpoint", "hub_client", "web_client"},
-            {"adapters", "convert", "hub"},
+            {"download", "texts", "whole"},
+            {"checkpoint"},
+            {"adapters", "convert"},
             {"convert_tuss", "library"},
         ],
     ),

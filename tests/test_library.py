@@ -28,10 +28,10 @@ from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.models.base import TextEncoder
 from clapsep_cli.query import Query
 from clapsep_cli.registry import MODELS, HubFile, WebFile
-from clapsep_cli.store import checkpoint, hub, library
+from clapsep_cli.store import checkpoint, download, library
 from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
+from clapsep_cli.store.download import amount
 from clapsep_cli.store.texts import CachedTexts
-from clapsep_cli.store.transfer import amount
 
 LICENCE = "LAION-CLAP CC0; the separator's weights state none (its code: MIT)"
 
@@ -46,7 +46,7 @@ def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home
     size, instead = amount(MODELS["clapsep"].download_bytes), "; without it: --model mini, smaller and bundled"
     assert said == [f"downloading clapsep: {size}; licence: {LICENCE}{instead}"]
     assert [file for file, _, _ in seen] == served == ["clap.pt", "clapsep.ckpt"]
-    assert not list((tmp_path / "served").iterdir()), "originals are deleted after conversion"
+    assert not list((home / "downloads").iterdir()), "originals are deleted after conversion"
     assert library.load_model(None, "cpu").name == "clapsep"
     assert len(served) == 2
     notes = read_metadata(model.folder / "text.safetensors")
@@ -63,9 +63,20 @@ def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home
     }
 
 
-def test_originals_can_be_kept(served: list[str], tmp_path: Path) -> None:
-    library.install("clapsep", keep_original=True)
-    assert len(list((tmp_path / "served").iterdir())) == 2
+def test_originals_can_be_kept(served: list[str], home: Path) -> None:
+    folder = library.install("clapsep", keep_original=True)
+    assert len(list((home / "downloads").iterdir())) == 2
+    sound = set(library.verify("clapsep"))
+    originals = set((home / "downloads").glob("*/*")) - set((home / "downloads").glob("*/SHA256SUMS"))
+    assert originals < sound
+    flip(min(originals))
+    with pytest.raises(CheckpointError, match=re.escape(f"delete {min(originals).parent}")):
+        library.verify("clapsep")
+    shutil.rmtree(folder)
+    with pytest.raises(DownloadError, match=r"is damaged: .* it was deleted, run the command again"):
+        library.install("clapsep")
+    assert library.install("clapsep") == folder
+    assert len(served) == 3
 
 
 def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +86,7 @@ def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkey
         def fails(remote: object, error: Exception = error) -> int:
             raise error
 
-        monkeypatch.setattr(hub, "to_download", fails)
+        monkeypatch.setattr(download, "to_download", fails)
         said: list[str] = []
         assert library.load_model(None, "cpu", say=said.append).name == "mini"
         assert said == [f"using the small bundled model, mini (--model mini), without clapsep: {error}"]
@@ -273,7 +284,9 @@ def test_a_home_that_cannot_be_written_serves_what_is_there(
     assert library.verify("clapsep")
     assert library.path_of("clapsep") == folder
     monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=MODELS["clapsep"].remotes[:1]))
-    with pytest.raises(DownloadError, match=r"cannot write to .* \(Read-only file system\): set CLAPSEP_HOME"):
+    with pytest.raises(
+        DownloadError, match=r"cannot write to .* \(Read-only file system\): free space there, or set CLAPSEP_HOME"
+    ):
         library.install("clapsep")
 
 
@@ -286,7 +299,7 @@ def test_what_is_pinned_is_pinned() -> None:
             assert re.fullmatch(r"[0-9a-f]{40}", remote.revision)
         if isinstance(remote, WebFile):
             assert re.fullmatch(r"https://[^?#]+/[0-9a-f]{40}/[^?#]+", remote.url)
-    assert len({remote.key for remote in remotes}) == len(remotes)
+    assert len({remote.sha256[:12] for remote in remotes}) == len(remotes)  # their folders
     assert len({library.pin(entry) for entry in MODELS.values()}) == len(MODELS)
     for entry in MODELS.values():
         assert entry.licence
@@ -389,6 +402,20 @@ def test_convert_command(home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
     failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
     assert failed.returncode == 3
     assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_too_little_memory_for_torch_is_one_line(tmp_path: Path) -> None:
+    """At 300 MB of address space its library cannot be mapped."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (300_000_000,) * 2); "
+    limited += "from clapsep_cli.cli.app import main; main()"
+    path = tmp_path / "mix.wav"
+    soundfile.write(path, np.zeros(8000), 8000)
+    command = [sys.executable, "-c", limited, "extract", str(path), "--pos", "dog", "--model", "mini"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("clapsep: ")
+    assert (done.stderr.count("\n"), "is there enough memory" in done.stderr) == (1, True)
 
 
 EXTRACT = """

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from conftest import Clapsep, Done, Stub
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import Audio, names, noise, read
@@ -198,6 +199,24 @@ def test_any_words_with_a_model_that_takes_them(clapsep: Clapsep, mix: Path, tin
     assert clapsep(*alone, cwd=mix.parent).returncode == 0
     rain, target = read(mix.with_name("mix.rain.wav")), read(mix.with_name("mix.target.wav"))
     np.testing.assert_allclose(rain, target, rtol=0, atol=2**-15)
+
+
+def test_a_model_of_queries_refuses_equal_prompts(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    failed = clapsep("separate", "mix.wav", "--prompts", "dog", "dog", "--model", tiny_folder, cwd=mix.parent)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert "dog and dog-2 ask" in failed.stderr
+    assert "for the same sound: name it once" in failed.stderr
+
+
+def test_without_a_network_separate_says_what_works(
+    clapsep: Clapsep, mix: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    failed = clapsep("separate", "mix.wav", "--prompts", "speech", "sfxbg", cwd=mix.parent)
+    assert failed.returncode == 3
+    assert failed.stderr.endswith("; without a network, --model mini takes any words: --prompts speech sfxbg\n")
+    named = clapsep("separate", "mix.wav", "--task", "music", "--model", "tuss-medium", cwd=mix.parent)
+    assert (named.returncode, "--model mini" in named.stderr) == (3, False)
 
 
 def test_many_recordings_and_going_on(run: Callable[..., Done], mix: Path) -> None:

@@ -414,13 +414,13 @@ def test_training_learns(manifest: Path, tmp_path: Path) -> None:
         save_every=1000,
     )
     reports: list[Report] = []
-    on = fabric.Fabric(accelerator="cpu", devices=1, precision="32-true")  # rounds alike on all processors
+    on = fabric.Fabric(accelerator="cpu", devices=1, precision="32-true")
     on.launch()
     going = Run(on, tmp_path, corpus, reports.append)
     queries = Queries(pool, texts, views, recipe.mixing)
     going.fit(SeparatorTask(recipe, Sampler(pool, recipe.draw, 0, corpus.train), queries, [], going))
     losses = [r.figures["loss"] for r in reports if r.stage == "separator"]
-    assert losses[-1] < losses[0] - 2.0
+    assert losses[-1] < losses[0] - 1.0  # 1.5 to 3, by how a processor rounds; without learning, ±0.4
 
 
 def test_the_audio_encoder_learns_its_captions(manifest: Path, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def list_models(
     _model_dir: ModelDirOption = None,
 ) -> None:
     """List all models, and where those that are here lie."""
+    from clapsep_cli.store.download import amount
     from clapsep_cli.store.library import statuses
-    from clapsep_cli.store.transfer import amount
 
     if as_json:
         typer.echo(json.dumps([status.as_json() for status in statuses()], indent=2))

@@ -169,18 +169,18 @@ def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig |
     if clap is None or tuned is None:
         lacking = "LAION-CLAP's music_audioset_epoch_15_esc_90.14.pt" if clap is None else "CLAPSep's best_model.ckpt"
         raise CheckpointError(f"a CLAPSep model takes two checkpoints, and {lacking} is not among the files given")
-    write_parts(folder, "clapsep", config, convert(clap, tuned, config), **notes)
+    for part, tensors in convert(clap, tuned, config).items():
+        write_part(folder, part, "clapsep", config, tensors, **notes)
 
 
-def write_parts(folder: Path, family: str, config: Any, parts: Mapping[str, Mapping[str, Tensor]], **notes: str) -> None:
-    """Write the `parts` of a model, state dicts by name, to `folder`; read each back. Raises `CheckpointError`."""
-    for part, tensors in parts.items():
-        save_part(folder, part, family, config, tensors, **notes)
-        written = read_tensors(folder / f"{part}.safetensors")
-        wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
-        if wrong:
-            damage = f"is not what was written ({first_few(wrong)}); is the disk sound?"
-            raise CheckpointError(f"{folder / part}.safetensors: {damage}")
+def write_part(folder: Path, part: str, family: str, config: Any, tensors: Mapping[str, Tensor], **notes: str) -> None:
+    """Write a part as `save_part` does, read it back and compare. Raises `CheckpointError`, `ModelError`."""
+    save_part(folder, part, family, config, tensors, **notes)
+    path = folder / f"{part}.safetensors"
+    written = read_tensors(path)
+    wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
+    if wrong:
+        raise CheckpointError(f"{path}: is not what was written ({first_few(wrong)}); is the disk sound?")
 
 
 def convert(

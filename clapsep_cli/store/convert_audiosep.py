@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig
-from clapsep_cli.store.convert import Released, convert_text, first_few, needed, read_checkpoint, write_parts
+from clapsep_cli.store.convert import Released, convert_text, first_few, needed, read_checkpoint, write_part
 
 SEPARATOR, CLAP = "ss_model.", "query_encoder.model."
 
@@ -34,7 +34,8 @@ def convert_audiosep(files: Sequence[Path], folder: Path, config: AudioSepConfig
     if len(files) != 1:
         raise CheckpointError(f"an AudioSep model takes one checkpoint, not {len(files)}")
     config = config or AudioSepConfig()
-    write_parts(folder, "audiosep", config, convert(read_checkpoint(files[0]), config), **notes)
+    for part, tensors in convert(read_checkpoint(files[0]), config).items():
+        write_part(folder, part, "audiosep", config, tensors, **notes)
 
 
 def convert(tensors: Mapping[str, Tensor], config: AudioSepConfig) -> dict[str, dict[str, Tensor]]:

@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING
 
 from clapsep_cli.errors import CheckpointError, ModelError
 from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, resolve, weights_folder
-from clapsep_cli.store import hub
-from clapsep_cli.store.transfer import amount
+from clapsep_cli.store import download
+from clapsep_cli.store.download import SUMS, amount
 
 if TYPE_CHECKING:  # it imports torch, which listing and finding models do not need
     from clapsep_cli.store.checkpoint import Model
-
-SUMS = "SHA256SUMS"  # in the folder of a bundled or converted model: the hashes of its files, for `sha256sum -c`
 
 Say = Callable[[str], None]  # is told, in a line, what the user should know
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
@@ -104,33 +102,33 @@ def install(
         if files:
             say(f"{name} is here already, so the files were not read; to replace it: clapsep models rm {name}")
         return here
-    with hub.lock(entry.name, say):
+    with download.lock(entry.name, say):
         here = installed(entry)
         if here:  # by the process that this one waited for
             return here
         if files:
             return _convert(entry, files, _given(entry, files, say))
-        size = sum(hub.to_download(remote) for remote in entry.remotes)
+        size = sum(download.to_download(remote) for remote in entry.remotes)
         if size:
             say("; ".join(filter(None, (f"downloading {name}: {amount(size)}", f"licence: {entry.licence}", instead))))
-        fetched = [hub.fetch(remote, partial(progress, remote.name), say) for remote in entry.remotes]
+        fetched = [download.fetch(remote, partial(progress, remote.name)) for remote in entry.remotes]
         sources = {file.path.name: {"sha256": file.sha256, "source": file.source} for file in fetched}
         folder = _convert(entry, [file.path for file in fetched], sources)
         if not keep_original:
-            for original in fetched:
-                hub.discard(original)
+            for remote in entry.remotes:
+                download.clear(remote)
         return folder
 
 
 def _given(entry: Entry, files: Sequence[Path], say: Say) -> _Sources:
     """The hashes of files that somebody carried here; `say` is told of those that are not the pinned ones."""
     pinned = {remote.sha256 for remote in entry.remotes}
-    hashes = {file: hub.digest(file) for file in files}
+    hashes = {file: download.digest(file) for file in files}
     for file, sha256 in hashes.items():
         if sha256 not in pinned:
             say(f"{file} is not the released file that is pinned here (SHA-256 {sha256})")
     return {
-        file.name: {"sha256": sha256, "source": hub.PINNED if sha256 in pinned else "given by hand"}
+        file.name: {"sha256": sha256, "source": download.PINNED if sha256 in pinned else "given by hand"}
         for file, sha256 in hashes.items()
     }
 
@@ -145,8 +143,7 @@ def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
         notes = {"revision": _revision(entry), "pin": pin(entry), "sources": json.dumps(sources)}
         resolve(FAMILIES[entry.family].convert)(files, unfinished, **notes)
         write_tokenizer(entry, unfinished)
-        sums = "".join(f"{hub.digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir()))
-        (unfinished / SUMS).write_text(sums, encoding="utf-8")
+        download.write_sums(unfinished, {file.name: download.digest(file) for file in sorted(unfinished.iterdir())})
         unfinished.replace(folder)
     except OSError as error:
         raise ModelError(f"{folder}: the converted model cannot be written ({error.strerror or error})") from error
@@ -178,20 +175,26 @@ def path_of(name: str) -> Path:
 def verify(name: str) -> list[Path]:
     """Hash all files of a model that is here, and originals that were kept; return those files.
 
-    The hashes are compared with `SHA256SUMS` in the model's folder. Raises `CheckpointError`, `ModelError`; of damaged
-    originals `DownloadError`.
+    The hashes are compared with `SHA256SUMS` beside the files. Raises `CheckpointError`, `ModelError`.
     """
     entry, folder = find(name), path_of(name)
+    sound = _check_sums(folder, [f"{part}.safetensors" for part in FAMILIES[entry.family].parts], _again(entry))
+    for remote in entry.remotes:
+        original = download.find(remote)
+        sound += _check_sums(original.parent, [remote.name], f"delete {original.parent}") if original else []
+    return sound
+
+
+def _check_sums(folder: Path, needed: Sequence[str], advice: str) -> list[Path]:
+    """The files of `folder` that its `SHA256SUMS` names, all sound, those `needed` among them."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = download.read_sums(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / SUMS}: cannot be read ({error}); {_again(entry)}") from error
-    sums = {folder / file: sha256 for sha256, _, file in (line.partition("  ") for line in lines)}
-    for path in dict.fromkeys((*(folder / f"{part}.safetensors" for part in FAMILIES[entry.family].parts), *sums)):
-        if not path.is_file() or hub.digest(path) != sums.get(path):
-            raise CheckpointError(f"{path}: is not what {SUMS} in its folder says; {_again(entry)}")
-    originals = [hub.verify(remote) for remote in entry.remotes]
-    return [*sums, *(original.path for original in originals if original)]
+        raise CheckpointError(f"{folder / SUMS}: cannot be read ({error}); {advice}") from error
+    for name in dict.fromkeys((*needed, *sums)):
+        if not (folder / name).is_file() or download.digest(folder / name) != sums.get(name):
+            raise CheckpointError(f"{folder / name}: is not what {SUMS} in its folder says; {advice}")
+    return [folder / name for name in sums]
 
 
 def _again(entry: Entry) -> str:
@@ -210,14 +213,14 @@ def remove(name: str, say: Say = _nothing) -> list[Path]:
     if not entry.remotes:
         raise ModelError(f"{name} comes with clapsep and cannot be removed")
     of_any_pin = re.compile(rf"\.?{re.escape(name)}-[0-9a-f]{{{SHORT}}}(\.partial)?")
-    with hub.lock(entry.name, say):
+    with download.lock(entry.name, say):
         models, texts = home() / "models", _text_cache(name)
         kept = sorted(p for p in models.iterdir() if of_any_pin.fullmatch(p.name)) if models.is_dir() else []
         kept += [texts] if texts and texts.is_dir() else []
         try:
             for folder in kept:
                 shutil.rmtree(folder)
-            removed = kept + [file for remote in entry.remotes for file in hub.clear(remote)]
+            removed = kept + [file for remote in entry.remotes for file in download.clear(remote)]
         except OSError as error:
             raise ModelError(f"{error.filename or home()}: cannot be deleted ({error.strerror or error})") from error
     if not removed:
