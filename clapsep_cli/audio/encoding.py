@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from clapsep_cli.audio.decoders import TAGS, reason
+from clapsep_cli.audio.decoders import OGG_ORDER, TAGS, reason
 from clapsep_cli.audio.samples import Audio, Samples, quantise
 from clapsep_cli.audio.wav import WavWriter
 from clapsep_cli.errors import OutputError
@@ -202,6 +202,8 @@ class SoundFileEncoder(Encoder):
         else:
             integers, clipped = quantise(audio, self._bits)
             samples = integers << (32 - self._bits)
+        if self._file.format == "OGG" and len(samples) in OGG_ORDER:
+            samples = samples[np.argsort(OGG_ORDER[len(samples)])]
         try:
             for at in range(0, samples.shape[1], PIECE):
                 self._file.write(np.ascontiguousarray(samples[:, at : at + PIECE].T))
