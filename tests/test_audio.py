@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -452,7 +453,7 @@ def test_stdout_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(receiving)
     with io.TextIOWrapper(os.fdopen(sending, "wb", buffering=0)) as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        with pytest.raises(OutputError, match="nobody reads on"):
+        with pytest.raises(OutputError, match="the output pipe was closed"):
             write(STDOUT, noise(30_000), 44_100, Encoding("wav", 16))
     monkeypatch.undo()
     with pytest.raises(OutputError, match="WAV alone"):
@@ -654,6 +655,26 @@ def test_speakers_are_kept(tmp_path: Path, encoding: Encoding, channels: int, sp
         piped = wav.WavStream(stream, "it", stream.read(12))
         assert source.speakers == piped.speakers == (speakers if extensible else None)
         np.testing.assert_array_equal(piped.read(5000), audio)
+
+
+@needs_av
+@pytest.mark.parametrize("form", ["ogg", "opus", "flac"])
+@pytest.mark.parametrize("channels", [3, 5, 6, 7, 8])
+def test_channels_keep_their_speakers_in_formats_of_another_order(tmp_path: Path, form: str, channels: int) -> None:
+    path, time = tmp_path / f"mix.{form}", np.arange(48_000) / 48_000
+    tones = [30 + 20 * n for n in range(channels)]  # which are low enough for a subwoofer
+    audio = np.stack([0.1 * np.sin(2 * np.pi * tone * time) for tone in tones]).astype(np.float32)
+    write(path, audio, 48_000, Encoding(form, 16 if form == "flac" else None))
+
+    def heard(audio: Audio) -> list[int]:
+        return [int(np.abs(np.fft.rfft(channel[:48_000], 48_000)).argmax()) for channel in audio]
+
+    assert heard(read(path)) == tones
+    with Source(path) as source:
+        speakers = source.speakers
+    with path.open("rb") as file, contextlib.closing(media.AvDecoder(file, "it")) as decoder:
+        assert heard(np.asarray(decoder.read(48_000))) == tones
+        assert decoder.speakers in (speakers, 0x60F, 0x607)  # its "side" is our "back"
 
 
 def test_the_speakers_of_a_flac_are_those_of_its_format(tmp_path: Path) -> None:

@@ -32,7 +32,16 @@ NO_LENGTH = 2**62  # libsndfile says at least that of a FLAC that does not state
 READ_AHEAD_BYTES = 2**16  # by which a FLAC may go on behind its last sample, with tags
 MALFORMED = 3  # libsndfile's number for a file of a known format that it cannot make sense of
 SPEAKERS = re.compile(r"^ *Channel Mask *: 0x([0-9A-F]+)", re.MULTILINE)  # in libsndfile's log
-FLAC_SPEAKERS = (0x4, 0x3, 0x7, 0x33, 0x37, 0x3F, 0x70F, 0x63F)  # by number of channels (RFC 9639, 9.1.3)
+# Of FLAC (RFC 9639, 9.1.3) and Ogg, by number of channels.
+USUAL_SPEAKERS = (0x4, 0x3, 0x7, 0x33, 0x37, 0x3F, 0x70F, 0x63F)
+# Where Ogg has the channels of WAV and FLAC, by their number (Vorbis I, 4.3.9). libsndfile leaves that to its callers.
+OGG_ORDER = {
+    3: [0, 2, 1],
+    5: [0, 2, 1, 3, 4],
+    6: [0, 2, 1, 5, 3, 4],
+    7: [0, 2, 1, 6, 5, 3, 4],
+    8: [0, 2, 1, 7, 5, 6, 3, 4],
+}
 
 
 class UnknownFormatError(AudioError):
@@ -83,8 +92,8 @@ class SoundFileDecoder(Decoder):
         self.tags = {name: text for name in TAGS if (text := getattr(self._file, name))}
 
     def _read_speakers(self) -> int | None:
-        if self._file.format == "FLAC" and self.channels <= len(FLAC_SPEAKERS):
-            return FLAC_SPEAKERS[self.channels - 1]
+        if self._file.format in ("FLAC", "OGG") and self.channels <= len(USUAL_SPEAKERS):
+            return USUAL_SPEAKERS[self.channels - 1]
         mask = SPEAKERS.search(self._file.extra_info)
         return int(mask[1], 16) if mask else None
 
@@ -109,6 +118,8 @@ class SoundFileDecoder(Decoder):
             self.report(f"is damaged or cut short after {seconds(self._done, self.rate)}{rest}")
         elif len(block) < samples:
             self._check_end()
+        if self._file.format == "OGG" and self.channels in OGG_ORDER:
+            block = block[:, OGG_ORDER[self.channels]]
         return np.ascontiguousarray(block.T)
 
     def _check_end(self) -> None:

@@ -90,8 +90,6 @@ class AvDecoder(Decoder):
             self.report(f"is cut short by {stated - size} of {stated} bytes")
 
     def _begin(self, number: int | None) -> None:
-        from av import AudioResampler
-
         track, whole = self._choose(number), self._container.duration
         codec: AudioCodecContext | None = track.codec_context
         if codec is None or codec.format is None:
@@ -100,11 +98,12 @@ class AvDecoder(Decoder):
             codec.options = {"err_detect": STRICT}
         self.tags = _tags({**track.metadata, **self._container.metadata})
         self.bits = _bits(codec)
+        self._type = np.float64 if self.bits == 32 else np.float32
         own = float(track.duration * track.time_base) if track.duration and track.time_base else None
         alone = len(self._container.streams.audio) == len(self._container.streams)
         container = whole / 1e6 if whole and alone else None
         self._stated = _stated(self._container.format.name, track.metadata, own, container)
-        self._parts = self._decode(track, AudioResampler("dblp" if self.bits == 32 else "fltp"))
+        self._parts = self._decode(track)
         self._waiting = next(self._parts, None)
         if self._waiting is None:
             raise AudioError(f"{self.name}: has no samples")
@@ -120,20 +119,30 @@ class AvDecoder(Decoder):
             self.notes.append(f"{self.name}: has {len(tracks)} sound tracks ({listed}); took 1, see --stream")
         return tracks[(number or 1) - 1]
 
-    def _decode(self, track: AudioStream, resampler: AudioResampler) -> Iterator[Samples]:
+    def _decode(self, track: AudioStream) -> Iterator[Samples]:
         self._damaged = False
+        resampler = None
         try:
             for packet in self._container.demux(track):
                 if packet.is_corrupt:
                     self._damage("a packet is corrupt")
                 for frame in self._frames(packet):
-                    if not self._done and not self.rate:  # the first frame knows better than the container
+                    if resampler is None:  # the first frame knows better than the container
                         self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
                         self.speakers = _speakers(frame.layout)
+                        resampler = self._resampler()
                     for part in resampler.resample(frame):
-                        yield np.asarray(part.to_ndarray(), np.float64 if self.bits == 32 else np.float32)
+                        block: Samples = np.asarray(part.to_ndarray(), self._type)
+                        yield block if len(block) == self.channels else block.reshape(-1, self.channels).T
         except (self._error, ValueError) as error:
             self._damage(_cause(error))
+
+    def _resampler(self) -> AudioResampler:
+        from av import AudioResampler
+
+        kind = "dbl" if self.bits == 32 else "flt"
+        # By channel it is faster, but PyAV crashes at 8 and more.
+        return AudioResampler(f"{kind}p" if self.channels < 8 else kind)
 
     def _frames(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
         try:
@@ -151,7 +160,7 @@ class AvDecoder(Decoder):
             self.report(f"is damaged after {seconds(self._done, self.rate or 1)} ({why})")
 
     def read(self, samples: int) -> Samples:
-        held, got = [np.zeros((self.channels, 0), np.float64 if self.bits == 32 else np.float32)], 0
+        held, got = [np.zeros((self.channels, 0), self._type)], 0
         while got < samples and self._waiting is not None:
             held.append(self._waiting[:, : samples - got])
             got += held[-1].shape[1]
@@ -162,7 +171,7 @@ class AvDecoder(Decoder):
             raise self._fed.error
         if got < samples:
             self._check_length()
-        return np.concatenate(held, 1)
+        return np.ascontiguousarray(np.concatenate(held, 1))
 
     def _check_length(self) -> None:
         missing = (self._stated or 0) - self._done / self.rate

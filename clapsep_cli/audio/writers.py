@@ -1,4 +1,4 @@
-"""Outputs: the parts of a recording, written together, and only there once all of them are whole."""
+"""Writes the parts of a recording together; none is there before all of them are whole."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FOLDERS = Lock()  # so that no folder is made for one output while the failure 
 
 @dataclass(frozen=True)
 class Written:
-    """What was done to the samples: how many of each part were clipped, and the gain that all of them got."""
+    """The number of clipped samples by part, and the gain that all parts got."""
 
     clipped: dict[str, int]
     gain: float
@@ -43,7 +43,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Form:
-    """What all parts of a recording share: `rate` in Hz, `tags` by libsndfile's names, the mask of `speakers`."""
+    """The settings that all parts of a recording share, as `Outputs` takes them."""
 
     encoding: Encoding
     rate: int
@@ -53,7 +53,7 @@ class Form:
 
 
 class Part:
-    """One file under way, under a temporary name beside `path`; on stdout for `-`. Raises `OutputError`."""
+    """One output being written: a file under a temporary name beside `path`, or stdout. Raises `OutputError`."""
 
     def __init__(self, path: Path, form: Form) -> None:
         self.path, self.name, self.clipped = path, "standard output" if path == STDOUT else str(path), 0
@@ -75,7 +75,7 @@ class Part:
                 raise
 
     def write(self, audio: Samples) -> int:
-        """Append `[channels, samples]`; how many of them were clipped."""
+        """Append `[channels, samples]`; returns how many samples were clipped."""
         with _reported(self.name, "writing failed"):
             clipped = self._encoder.write(audio)
         self.clipped += clipped
@@ -89,7 +89,7 @@ class Part:
                 self._stream.close()
 
     def place(self, overwrite: bool) -> list[Path]:
-        """Give the finished file its name; that name, if there was no file of it before."""
+        """Rename the finished file; returns its path if it is new, nothing if it replaced a file."""
         if self.temporary is None:
             return []
         with _reported(self.name, "cannot be written"):
@@ -125,18 +125,27 @@ class Part:
 
 
 class Outputs:
-    """The parts of one recording, written side by side.
+    """Writes the parts of one recording side by side.
 
-    `paths` by part: files of which none is there before `commit`, and all of them are afterwards; `-` is a WAV to
-    stdout. `rate` in Hz. `tags` and `software` are stored where the encoding has a place for them (`read_software`).
+    Use it as a context manager and end with `commit`; without that nothing remains, not even new folders. Samples
+    change by the rounding to the encoding's steps, and by `clip` alone.
 
-    `clip` says what happens to samples over full scale, unless the encoding is float: they are clipped and counted
-    ("warn"); are an `OutputError` ("error"); or all parts get the one gain with which the loudest fits ("rescale"),
-    for which they are kept in nameless files until `commit`. Nothing else ever changes a value beyond the rounding to
-    the encoding's steps.
+    Args:
+        paths: of the files, by part; `-` is a WAV to stdout.
+        rate: in Hz.
+        channels: their number.
+        encoding: the format and depth of all parts.
+        clip: for samples over full scale, unless the encoding is float: "warn" clips and counts them, "error" raises
+            `OutputError`, "rescale" applies to all parts the one gain with which the loudest sample fits. For this they
+            are kept in nameless files until `commit`.
+        tags: by libsndfile's names, stored where the format has a place for them.
+        software: stored likewise, see `read_software`.
+        overwrite: replace existing files.
+        speakers: mask of speaker positions that a WAV gets; None for the usual ones.
 
-    Left without `commit`, nothing remains, not even the folders made. Raises `OutputError` for an output that is
-    there already, unless `overwrite`, and for what cannot be written; `ValueError` for a `software` over 100 bytes.
+    Raises:
+        OutputError: an output exists and `overwrite` is not set, or it cannot be written.
+        ValueError: `software` has more than 100 bytes.
     """
 
     def __init__(
@@ -222,7 +231,7 @@ class Outputs:
             self._drafts.pop(part).close()
 
     def commit(self) -> Written:
-        """Finish all parts and give them their names. If one cannot get it, those that did lose it again."""
+        """Finish all parts and rename them to their paths. If one fails, the others are removed again."""
         gain = self._gain() if self._drafts else 1.0
         for part, draft in self._drafts.items():
             with _reported(self._parts[part].name, "writing failed"):
@@ -242,7 +251,7 @@ class Outputs:
         return Written({part: writer.clipped for part, writer in self._parts.items()}, gain)
 
     def _gain(self) -> float:
-        """The gain with which the loudest sample of all parts fits the encoding; 1 if it does anyway."""
+        """Return the gain with which the loudest sample of all parts fits the encoding; 1 if it does anyway."""
         bits, (least, most) = self._form.encoding.bits, self._range
         if bits is None:
             return 1 / max(1.0, -least, most)
@@ -270,7 +279,7 @@ class Outputs:
 
 
 def read_software(path: Path) -> str:
-    """The `software` that an output was written with; "" for a file that has none, or is none."""
+    """Return the `software` that an output was written with; "" for a file that has none, or is no recording."""
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             return LIBSNDFILE.sub("", file.software)
@@ -280,11 +289,11 @@ def read_software(path: Path) -> str:
 
 @contextmanager
 def _reported(name: str, what: str) -> Iterator[None]:
-    """Turn what the system or libsndfile raises into one line."""
+    """Raise `OutputError` for errors of the system or of libsndfile."""
     try:
         yield
     except BrokenPipeError as error:
-        raise OutputError(f"{name}: nobody reads on") from error
+        raise OutputError(f"{name}: the output pipe was closed") from error
     except OSError as error:
         full = "; make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OutputError(f"{name}: {what} ({reason(error)}){full}") from error
@@ -298,7 +307,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Make `folder`; which folders that took, outermost first."""
+    """Make `folder`; returns the folders that are new, outermost first."""
     missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
