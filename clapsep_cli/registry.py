@@ -49,6 +49,7 @@ FAMILIES = {
         config="clapsep_cli.models.mini:MiniConfig",
         separator="clapsep_cli.models.mini:Mini",
         ask="clapsep_cli.separation.embedding:conditions",
+        doubts="clapsep_cli.separation.embedding:doubts",
         likeness="clapsep_cli.separation.embedding:likeness",
         near_in_bfloat16=False,
         text="clapsep_cli.models.mini:MiniText",

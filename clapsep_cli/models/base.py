@@ -106,6 +106,10 @@ class TextEncoder(nn.Module, ABC):
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed each text: float32 `[len(texts), dim]`, rows of length 1."""
 
+    def unknown(self, text: str) -> dict[str, str | None]:
+        """The words of a text that count for nothing, each with a known one of similar spelling. Here: none."""
+        return {}
+
 
 class AudioEncoder(nn.Module, ABC):
     """`rate` is the sample rate, in Hz, of the audio it hears."""

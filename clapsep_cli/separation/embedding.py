@@ -48,6 +48,20 @@ def _key(shot: Shot) -> Hashable:
     return id(shot) if isinstance(shot, tuple) else shot
 
 
+def doubts(model: Model, queries: Sequence[Query]) -> list[str]:
+    """Words of `queries` that the model does not know, and so leaves out: a line for each.
+
+    Raises `QueryError` for a text of such words alone.
+    """
+    lines = []
+    for text in dict.fromkeys(text for query in queries for text in (*query.pos, *query.neg)):
+        model.text.embed([text])
+        for word, near in model.text.unknown(text).items():
+            meant = f"; did you mean {near!r}?" if near else ""
+            lines.append(f"{text!r}: the model {model.name} does not know {word!r} and leaves it out{meant}")
+    return lines
+
+
 def joined(texts: Sequence[Tensor], shots: Sequence[Tensor], alpha: float) -> Tensor | None:
     """One side of a query, `[1, dim]`, of the embeddings of its texts and of its shots, `[dim]` each (paper, Eq. 3)."""
     # Means of unit vectors, not scaled to length 1 again: so were the released weights trained.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -117,7 +118,8 @@ def separate(
 
     Raises:
         AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.
-        QueryError: for a query that the model cannot understand.
+        QueryError: for a query that the model cannot understand. Where it does but may go wrong, as with a word that it
+            does not know, there is a warning.
     """
     mixture, rate = from_array(audio, rate, "audio")
     if not isinstance(model, Model):
@@ -134,6 +136,8 @@ def separate(
     targets = check_targets(query)
     asked = model.apart(targets) if mutual else targets
     wanted = model.ask([one.within(excerpt) for one in asked.values()])
+    for doubt in model.doubts(list(asked.values())):
+        warnings.warn(doubt, stacklevel=2)
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
     stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
