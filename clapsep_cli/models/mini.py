@@ -250,7 +250,7 @@ class MiniText(base.TextEncoder):
         return not whole and not (len(word) == 1 and word.isascii())
 
     def _nearest(self, word: str) -> str | None:
-        """The known word of the most similar spelling; among equals with the same first letter, then the most frequent."""
+        """The known word of the most similar spelling; of equals the same first letter, then the most frequent."""
         ends = {other for other in self._vocabulary if other[0] == word[0] or other[-1] == word[-1]}
         close = [other for other in ends if abs(len(other) - len(word)) <= 2]
 

@@ -14,6 +14,7 @@ from clapsep_cli.audio.sources import read_mono, recordings
 from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.models.base import Conditions, condition
 from clapsep_cli.query import Excerpt, Query, Shot
+from clapsep_cli.stitch.masking import MaskedRecording
 from clapsep_cli.store.checkpoint import Model
 
 
@@ -41,6 +42,11 @@ def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> C
         )
         rows.append(condition(positive, negative))
     return Conditions(torch.cat(rows), tuple(kept))
+
+
+def stream(model: Model, wanted: Conditions, rate: int, channels: int) -> MaskedRecording:
+    """A recording of `channels` at `rate` Hz, to be masked."""
+    return MaskedRecording(model.separator.window, len(wanted.kept), rate, channels, model.device)
 
 
 def _key(shot: Shot) -> Hashable:

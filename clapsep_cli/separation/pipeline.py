@@ -16,6 +16,7 @@ from torch import Tensor
 from clapsep_cli.audio.samples import Audio, from_array
 from clapsep_cli.errors import AudioError, UsageError
 from clapsep_cli.query import Query, Shot, check_targets
+from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
@@ -57,7 +58,7 @@ class Passage:
     """
 
     def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
-        self._stream = model.separator.stream(wanted, rate, channels, model.device)
+        self._stream: Stream = model.stream(wanted, rate, channels)
         self._waiting = [np.zeros((channels, 0), np.float32)]  # the mixture whose stems are still to come
 
     def push(self, block: Audio, heard: Audio, last: bool = False) -> list[Tensor]:
