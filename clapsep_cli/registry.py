@@ -19,6 +19,7 @@ class Family:
     config: str
     separator: str  # made from the config
     ask: str  # makes, of a model, queries and which of them are kept, what the separator is asked for
+    stream: str  # makes, of a model, what it is asked for, a rate and channels, what joins its results to a recording
     as_set: bool = False  # hears all that it is asked for at once, so that no target has to be told what to leave
     doubts: str = ""  # says, of a model and queries, why they may go wrong though they can be asked
     likeness: str = ""  # how alike a recording is to what a stem is asked for
@@ -39,6 +40,7 @@ FAMILIES = {
         config="clapsep_cli.models.clapsep:CLAPSepConfig",
         separator="clapsep_cli.models.clapsep:CLAPSep",
         ask="clapsep_cli.separation.embedding:conditions",
+        stream="clapsep_cli.separation.embedding:stream",
         likeness="clapsep_cli.separation.embedding:likeness",
         text="clapsep_cli.models.clap:ClapTextEncoder",
         audio="clapsep_cli.models.clap:ClapAudioEncoder",
@@ -49,6 +51,8 @@ FAMILIES = {
         config="clapsep_cli.models.mini:MiniConfig",
         separator="clapsep_cli.models.mini:Mini",
         ask="clapsep_cli.separation.embedding:conditions",
+        stream="clapsep_cli.separation.embedding:stream",
+        doubts="clapsep_cli.separation.embedding:doubts",
         likeness="clapsep_cli.separation.embedding:likeness",
         near_in_bfloat16=False,
         text="clapsep_cli.models.mini:MiniText",
@@ -58,6 +62,7 @@ FAMILIES = {
         config="clapsep_cli.models.tuss:TussConfig",
         separator="clapsep_cli.models.tuss:Tuss",
         ask="clapsep_cli.separation.prompting:prompts",
+        stream="clapsep_cli.separation.prompting:stream",
         as_set=True,
         doubts="clapsep_cli.separation.prompting:doubts",
         near_in_bfloat16=False,

@@ -26,7 +26,8 @@ from clapsep_cli.models.base import AudioEncoder, Conditions, MaskSeparator, Sep
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import MODELS, HubFile, weights_folder
-from clapsep_cli.separation.embedding import conditions, likeness
+from clapsep_cli.separation.embedding import conditions, likeness, stream
+from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store import download
 from clapsep_cli.store.checkpoint import Model, save_part
 from clapsep_cli.store.library import load_model
@@ -95,6 +96,9 @@ class Stub(Model):
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Conditions:
         return conditions(self, queries, range(len(queries)) if kept is None else kept)
+
+    def stream(self, wanted: Conditions, rate: int, channels: int) -> Stream:
+        return stream(self, wanted, rate, channels)
 
     tells_likeness = True
 

@@ -835,6 +835,15 @@ def test_shots_of_a_folder_are_averaged(clapsep: Clapsep, mix: Path, tiny_folder
     assert np.abs(written[0] - written[2]).max() > 0
 
 
+def test_words_that_the_model_does_not_know_are_noted(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    common = ["extract", "mix.wav", "--pos", "dgo barking", "--neg", "rain", "--model", tiny_folder, "--overwrite"]
+    done = clapsep(*common, cwd=mix.parent)
+    assert done.returncode == 0
+    assert "does not know 'dgo' and leaves it out; did you mean 'dog'?" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert clapsep(*common, "-q", cwd=mix.parent).stderr == ""
+
+
 class TestTargets:
     @pytest.fixture
     def separator(self) -> Separator:

@@ -25,7 +25,6 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"writers"},
         ],
     ),
-    ("stitch", [{"stems", "windows"}, {"masking", "stem_stream"}]),
     (
         "models",
         [
@@ -44,6 +43,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"convert_tuss", "library"},
         ],
     ),
+    ("stitch", [{"stems", "windows"}, {"masking", "stem_stream"}]),
     ("separation", [{"embedding", "levels", "pipeline", "prompting"}]),
     (
         "jobs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import TINY_MINI
 from numpy.typing import NDArray
 
 from clapsep_cli import Query, extract, load_model, separate
+from clapsep_cli.errors import QueryError
 from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import condition
@@ -48,6 +50,55 @@ def test_embeddings_have_length_1_and_depend_on_their_own_text_alone(tiny: Model
         embedded = tiny.audio.embed(torch.randn(samples, generator=torch.Generator().manual_seed(0)))
         assert embedded.shape == (TINY_MINI.dim,)
         assert embedded.norm() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("the sound of rain", "rain"),
+        ("A recording of a dog barking.", "dog barking"),
+        ("sounds of the sea", "sea"),
+        ("the noise of an engine", "engine"),
+        ("rain sounds", "rain"),
+        ("white noise", "white noise"),
+        ("noise", "Noise!"),
+        ("the sound", "the sound"),
+        ("hammering and construction", "hammering construction"),
+    ],
+)
+def test_words_that_say_nothing_of_a_sound_count_for_nothing(said: str, meant: str, tiny: Model) -> None:
+    first, second = tiny.text.embed([said, meant])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    noise, white = tiny.text.embed(["noise", "white noise"])
+    assert first.norm() == pytest.approx(1)
+    assert float(noise @ white) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("dgo barking", {"dgo": "dog"}),
+        ("the xylophne of a cat", {"xylophne": "xylophone"}),
+        ("barkng dog, raein", {"barkng": "barking", "raein": "rain"}),
+        ("犬 barking qwxzz", {"犬": None, "qwxzz": None}),
+        ("a dog's bark, 2 × I", {}),
+    ],
+)
+def test_unknown_words_are_named_with_the_nearest_known(text: str, unknown: dict[str, str | None], tiny: Model) -> None:
+    assert tiny.text.unknown(text) == unknown
+    mixture = 0.1 * np.random.default_rng(0).standard_normal(9000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        separate(mixture, 16_000, Query("rain", text), tiny)
+    assert [str(warning.message).split("does not know ")[1].split(" ")[0] for warning in caught] == [
+        repr(word) for word in unknown
+    ]
+    assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_a_query_of_unknown_words_alone_is_refused_with_what_may_be_meant(tiny: Model) -> None:
+    with pytest.raises(QueryError, match=r"knows no word of the query 'dgo': did you mean 'dog'\?"):
+        tiny.ask([Query("dgo")])
 
 
 def test_all_of_a_long_shot_counts(tiny: Model) -> None:

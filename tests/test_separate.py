@@ -25,7 +25,7 @@ from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.models.tuss import Asked, Tuss
-from clapsep_cli.separation.prompting import prompts
+from clapsep_cli.separation.prompting import prompts, stream
 from clapsep_cli.stitch.stem_stream import StemStream
 from clapsep_cli.store import library
 from clapsep_cli.store.checkpoint import Model, save_part
@@ -195,10 +195,13 @@ def test_any_words_with_a_model_that_takes_them(clapsep: Clapsep, mix: Path, tin
     stems = ["mix.dog_barking.wav", "mix.rain.wav", "mix.residual.wav"]
     assert names(mix.parent) == sorted([*stems, "mix.wav"])
     np.testing.assert_array_equal(sum(read(mix.with_name(name)) for name in stems), read(mix))
-    alone = ["extract", "mix.wav", "--pos", "rain", "--neg", "dog barking", "--no-residual", "--model", tiny_folder]
-    assert clapsep(*alone, cwd=mix.parent).returncode == 0
-    rain, target = read(mix.with_name("mix.rain.wav")), read(mix.with_name("mix.target.wav"))
-    np.testing.assert_allclose(rain, target, rtol=0, atol=2**-15)
+    targets = ["--target", "dog=dog barking", "--target", "rain=rain", "-o", "targets", "--model", tiny_folder]
+    assert clapsep("extract", "mix.wav", *targets, cwd=mix.parent).returncode == 0
+    only = [*arguments[:3], "--only", "rain", "-o", "only", "--model", tiny_folder]
+    assert clapsep("separate", "mix.wav", *only, cwd=mix.parent).returncode == 0
+    for folder in ("targets", "only"):
+        np.testing.assert_array_equal(read(mix.parent / folder / "mix.rain.wav"), read(mix.with_name("mix.rain.wav")))
+    assert names(mix.parent / "only") == ["mix.rain.wav"]
 
 
 def test_a_model_of_queries_refuses_equal_prompts(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
@@ -274,10 +277,6 @@ class Bands(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         pass
 
-    def stream(self, wanted: Asked, rate: int, channels: int, device: torch.device) -> StemStream:
-        asked = wanted.prompts.tolist()
-        return StemStream(self.window, [asked[at] for at in wanted.kept], rate, self.rate, channels, device)
-
     def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
         spectra = torch.fft.rfft(windows)
         low = torch.fft.irfft(spectra * (torch.fft.rfftfreq(windows.shape[1], 1 / RATE) < 1000), windows.shape[1])
@@ -296,6 +295,9 @@ class Twins(Stub):
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Asked:  # type: ignore[override]
         return Asked(torch.tensor([0, 0]), (0, 1))
+
+    def stream(self, wanted: Asked, rate: int, channels: int) -> StemStream:  # type: ignore[override]
+        return stream(self, wanted, rate, channels)
 
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
         return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import isfinite
@@ -243,6 +244,8 @@ def extract(
     destination = Destination(None if folder is None else Path(folder))
     todo = plan(lay_out(asked, options, destination), model, options, mutual=mutual)
     (outcome,) = run(todo.jobs, model, options, progress)
+    for doubt in model.doubts(list(todo.jobs[0].targets.values())):
+        warnings.warn(doubt, stacklevel=2)
     if isinstance(outcome, Failure):
         raise outcome.error
     return outcome

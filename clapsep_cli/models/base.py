@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.stitch.masking import MaskedRecording
-from clapsep_cli.stitch.windows import Stream
-
 # Targets of a window that are masked together: more make tensors so large that the system maps their memory anew for
 # every operation (40 targets of mini on one core: 4.3 s, 2.9 s by fours).
 TARGETS_AT_ONCE = 4
@@ -46,14 +43,11 @@ class Separator(nn.Module, ABC):
 
     @abstractmethod
     def infer(self, windows: Tensor, wanted: Any, check: Callable[[], None] = go_on) -> Tensor:
-        """What is `wanted` in `windows` (float32 `[batch, window]`): float32 `[batch, …]`, for `Stream.accept`.
+        """What is `wanted` in `windows` (float32 `[batch, window]`): float32 `[batch, …]`, of which the family's stream
+        makes stems.
 
         `check` is called between parts of the work, where these are many; what it raises ends it.
         """
-
-    @abstractmethod
-    def stream(self, wanted: Any, rate: int, channels: int, device: torch.device) -> Stream:
-        """A recording of `channels` at `rate` Hz, ready to be pushed."""
 
 
 class MaskSeparator(Separator):
@@ -95,9 +89,6 @@ class MaskSeparator(Separator):
         assert total is not None, "there is a target"
         return torch.stack([kept[at] for at in wanted.kept]).div_(total.clamp_(min=1))
 
-    def stream(self, wanted: Conditions, rate: int, channels: int, device: torch.device) -> Stream:
-        return MaskedRecording(self.window, len(wanted.kept), rate, channels, device)
-
 
 class TextEncoder(nn.Module, ABC):
     """Embeds texts, in the space in which an `AudioEncoder` embeds recordings."""
@@ -105,6 +96,10 @@ class TextEncoder(nn.Module, ABC):
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed each text: float32 `[len(texts), dim]`, rows of length 1."""
+
+    def unknown(self, text: str) -> dict[str, str | None]:
+        """The words of a text that count for nothing, each with a known one of similar spelling. Here: none."""
+        return {}
 
 
 class AudioEncoder(nn.Module, ABC):

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.locoformer import Stack
 from clapsep_cli.models.prompts import PROMPTS
-from clapsep_cli.stitch.stem_stream import StemStream
-from clapsep_cli.stitch.windows import Stream
 
 RATE_HZ = 48_000
 N_FFT = 2048  # samples, window and transform alike
@@ -205,10 +203,6 @@ class Tuss(Separator):
         """Stems, float32 `[batch, stems, samples]`; all windows of a batch have one length."""
         with torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.separate(windows, wanted.prompts, wanted.kept)
-
-    def stream(self, wanted: Asked, rate: int, channels: int, device: torch.device) -> Stream:
-        prompts = wanted.prompts.tolist()
-        return StemStream(self.window, [prompts[at] for at in wanted.kept], rate, self.rate, channels, device)
 
     def separate(self, audio: Tensor, prompts: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """One stem for each prompt that is kept, in that order: float32 `[batch, stems, samples]`.

@@ -14,6 +14,7 @@ from clapsep_cli.audio.sources import read_mono, recordings
 from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.models.base import Conditions, condition
 from clapsep_cli.query import Excerpt, Query, Shot
+from clapsep_cli.stitch.masking import MaskedRecording
 from clapsep_cli.store.checkpoint import Model
 
 
@@ -43,9 +44,28 @@ def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> C
     return Conditions(torch.cat(rows), tuple(kept))
 
 
+def stream(model: Model, wanted: Conditions, rate: int, channels: int) -> MaskedRecording:
+    """A recording of `channels` at `rate` Hz, to be masked."""
+    return MaskedRecording(model.separator.window, len(wanted.kept), rate, channels, model.device)
+
+
 def _key(shot: Shot) -> Hashable:
     """What tells a shot from others. Targets that leave one another's sounds hold the very same arrays."""
     return id(shot) if isinstance(shot, tuple) else shot
+
+
+def doubts(model: Model, queries: Sequence[Query]) -> list[str]:
+    """Words of `queries` that the model does not know, and so leaves out: a line for each.
+
+    Raises `QueryError` for a text of such words alone.
+    """
+    lines = []
+    for text in dict.fromkeys(text for query in queries for text in (*query.pos, *query.neg)):
+        model.text.embed([text])
+        for word, near in model.text.unknown(text).items():
+            meant = f"; did you mean {near!r}?" if near else ""
+            lines.append(f"{text!r}: the model {model.name} does not know {word!r} and leaves it out{meant}")
+    return lines
 
 
 def joined(texts: Sequence[Tensor], shots: Sequence[Tensor], alpha: float) -> Tensor | None:

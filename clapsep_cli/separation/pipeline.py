@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from torch import Tensor
 from clapsep_cli.audio.samples import Audio, Samples, from_array
 from clapsep_cli.errors import AudioError, UsageError
 from clapsep_cli.query import Query, Shot, check_targets
+from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
@@ -57,7 +59,7 @@ class Passage:
     """
 
     def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
-        self._stream = model.separator.stream(wanted, rate, channels, model.device)
+        self._stream: Stream = model.stream(wanted, rate, channels)
         self._waiting: list[Samples] = [np.zeros((channels, 0), np.float32)]  # mixture whose stems are still to come
 
     def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:
@@ -119,7 +121,8 @@ def separate(
 
     Raises:
         AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.
-        QueryError: for a query that the model cannot understand.
+        QueryError: for a query that the model cannot understand. Where it does but may go wrong, as with a word that it
+            does not know, there is a warning.
     """
     mixture, rate = from_array(audio, rate, "audio")
     if not isinstance(model, Model):
@@ -136,6 +139,8 @@ def separate(
     targets = check_targets(query)
     asked = model.apart(targets) if mutual else targets
     wanted = model.ask([one.within(excerpt) for one in asked.values()])
+    for doubt in model.doubts(list(asked.values())):
+        warnings.warn(doubt, stacklevel=2)
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
     stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)

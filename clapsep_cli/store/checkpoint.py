@@ -97,6 +97,10 @@ class Model:
         """
         return resolve(FAMILIES[self.family].ask)(self, queries, range(len(queries)) if kept is None else kept)
 
+    def stream(self, wanted: Any, rate: int, channels: int) -> Any:
+        """What joins the separator's results to the stems of a recording: a `stitch.windows.Stream` of the family."""
+        return resolve(FAMILIES[self.family].stream)(self, wanted, rate, channels)
+
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
         """The targets as they are to be asked for, so that each leaves what the others ask for.
 
