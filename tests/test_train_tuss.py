@@ -299,9 +299,10 @@ def test_from_the_command_to_stems(manifest: Path, clapsep: Clapsep, tmp_path: P
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("clips read ")
-    assert lines[1].startswith("separator 2/2  loss ")
-    assert lines[2].startswith("validation 2/2  SNR in dB, up to 30: mean of sets ")
-    assert lines[3] == "done: clapsep separate --model runs/x MIX --prompts NAME..."
+    assert lines[1].startswith("separator 1/2  loss ")
+    assert lines[2].startswith("separator 2/2  loss ")
+    assert lines[3].startswith("validation 2/2  SNR in dB, up to 30: mean of sets ")
+    assert lines[4] == "done: clapsep separate --model runs/x MIX --prompts NAME..."
     mix = manifest.parent / "train-sfx0.flac"
     done = clapsep("separate", mix, "--model", "runs/x", "--prompts", "speech", "sfx", "-o", "stems", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
