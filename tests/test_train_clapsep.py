@@ -22,8 +22,8 @@ from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata, read_tensors
 from clapsep_cli.store.convert import convert_clapsep
 from clapsep_cli.store.library import write_tokenizer
-from clapsep_cli.training.clapsep import ClapsepRecipe, ClapsepTask, Draws, build
-from clapsep_cli.training.train import Report, Run, train
+from clapsep_cli.training.loop.train import Report, Run, train
+from clapsep_cli.training.recipes.clapsep import ClapsepRecipe, ClapsepTask, Draws, build
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 pytest.importorskip("peft", reason="LoRA takes the packages of clapsep[train]")

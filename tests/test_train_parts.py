@@ -23,18 +23,18 @@ from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.mini import MiniText, band_matrix
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import load_part
-from clapsep_cli.training import recipes
-from clapsep_cli.training.augment import equaliser, levelled, masked, seeded, stripes
-from clapsep_cli.training.clapsep import ClapsepRecipe
-from clapsep_cli.training.conditions import Mixing, Queries, Texts
-from clapsep_cli.training.mini import MiniRecipe
-from clapsep_cli.training.muon import Muon, orthogonal
-from clapsep_cli.training.objective import separation_loss, si_snr, snr, statistics, waveform_loss
-from clapsep_cli.training.pool import DiskPool, MemoryPool, Pool, open_pool
-from clapsep_cli.training.sampling import Draw, Sampler, ahead
-from clapsep_cli.training.schedules import Plateau, Trapezoid
-from clapsep_cli.training.settings import parse_setting, read_settings
-from clapsep_cli.training.validation import choose
+from clapsep_cli.training.loop.muon import Muon, orthogonal
+from clapsep_cli.training.loop.pool import DiskPool, MemoryPool, Pool, open_pool
+from clapsep_cli.training.loop.sampling import Draw, Sampler, ahead
+from clapsep_cli.training.loop.schedules import Plateau, Trapezoid
+from clapsep_cli.training.loop.settings import parse_setting, read_settings
+from clapsep_cli.training.recipes import presets
+from clapsep_cli.training.recipes.augment import equaliser, levelled, masked, seeded, stripes
+from clapsep_cli.training.recipes.clapsep import ClapsepRecipe
+from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
+from clapsep_cli.training.recipes.mini import MiniRecipe
+from clapsep_cli.training.recipes.objective import separation_loss, si_snr, snr, statistics, waveform_loss
+from clapsep_cli.training.recipes.validation import choose
 
 
 @pytest.fixture(scope="module")
@@ -365,18 +365,18 @@ def test_validation_takes_every_label_before_one_twice(pool: Pool) -> None:
 def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("lr: 3e-4\nspeeds: [1]\n")
     (tmp_path / "c.toml").write_text("lr = 3e-4\nspeeds = [1]\n")
-    built = [recipes.build("clapsep-text", read_settings(tmp_path / name)) for name in ("c.yaml", "c.toml")]
+    built = [presets.build("clapsep-text", read_settings(tmp_path / name)) for name in ("c.yaml", "c.toml")]
     assert built[0] == built[1]
     assert (built[0].lr, built[0].speeds, built[0].queries, built[0].batch) == (3e-4, (1.0,), "text", 32)
-    paper = recipes.build("clapsep-hybrid")
+    paper = presets.build("clapsep-hybrid")
     assert (paper.lr, paper.lr_floor, paper.lr_factor, paper.stale_epochs) == (1e-4, 5e-6, 0.3, 5)
     assert (paper.lora_rank, paper.lora_alpha, paper.valence, paper.clip) == (16, 1.0, (0.25, 0.25, 0.5), 5.0)
     assert (paper.epochs, paper.precision, paper.snr_weight, paper.queries) == (150, "auto", 0.9, "hybrid")
-    dotted = recipes.build("mini", *map(parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "text=a b"]))
+    dotted = presets.build("mini", *map(parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "text=a b"]))
     assert (dotted.separator.lr, dotted.draw.hard, dotted.text) == (0.5, 0.25, "a b")
     assert dotted.audio == MiniRecipe().audio
-    assert recipes.preset_of("clapsep") == "clapsep-hybrid"
-    assert recipes.preset_of("mini") == "mini"
+    assert presets.preset_of("clapsep") == "clapsep-hybrid"
+    assert presets.preset_of("mini") == "mini"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
         ("mini", {"seperator.lr": 1.0}, "mini has no setting 'seperator'; did you mean 'separator'?"),
         ("mini", {"separator": {"lrr": 1.0}}, "mini.separator has no setting 'lrr'; did you mean 'lr'?"),
         ("mini", {"hard": 1.0}, "mini has no setting 'hard'; did you mean 'draw.hard'?"),
-        ("mini", {"separator": 3}, "mini.separator has settings of its own: steps, batch, lr"),
+        ("mini", {"separator": 3}, "mini.separator has settings of its own: lr, steps, batch"),
         ("mini", {"epochs": 3}, "mini has no setting 'epochs'"),
         ("mini", {"ema": "much"}, "mini.ema should be a valid number, not 'much'"),
         ("mini", {"seed": 1.5}, "mini.seed should be a valid integer, not 1.5"),
@@ -413,12 +413,12 @@ def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
 )
 def test_settings_that_are_wrong(preset: str, values: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError) as raised:
-        recipes.build(preset, values)
+        presets.build(preset, values)
     assert message in str(raised.value)
 
 
 def test_shares_that_miss_one_by_rounding_are_scaled() -> None:
-    thirds = recipes.build("clapsep-hybrid", {"valence": [0.3333333] * 3})
+    thirds = presets.build("clapsep-hybrid", {"valence": [0.3333333] * 3})
     assert isinstance(thirds, ClapsepRecipe)
     np.random.default_rng(0).choice(3, p=thirds.valence)  # which is strict about the sum
     assert replace(thirds, epochs=1).valence == thirds.valence  # a resumed run must find the same settings
@@ -434,8 +434,8 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="write key=value"):
         parse_setting("lr")
     assert parse_setting("a.b=") == {"a.b": ""}
-    assert isinstance(recipes.build("mini"), MiniRecipe)
-    assert recipes.build("mini", {"separator.lr": 1}).separator.lr == 1.0
+    assert isinstance(presets.build("mini"), MiniRecipe)
+    assert presets.build("mini", {"separator.lr": 1}).separator.lr == 1.0
 
 
 @settings(max_examples=20)

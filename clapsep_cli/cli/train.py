@@ -16,7 +16,7 @@ from clapsep_cli.registry import MODELS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from clapsep_cli.training.train import Recipe, Report
+    from clapsep_cli.training.loop.train import Recipe, Report
 
 ManifestArgument = Annotated[
     Path | None,
@@ -143,8 +143,8 @@ def train(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     recipe = _recipe(preset, init, config, settings or [], given, quiet)
-    from clapsep_cli.training.train import Hardware
-    from clapsep_cli.training.train import train as train_model
+    from clapsep_cli.training.loop.train import Hardware
+    from clapsep_cli.training.loop.train import train as train_model
 
     startup.keep_memory()
     folder = out or Path("runs") / listed.stem
@@ -169,23 +169,23 @@ def _recipe(
 ) -> Recipe:
     """The preset with all that overrides it. The model that it starts from is there afterwards."""
     from clapsep_cli.store.library import load_model
-    from clapsep_cli.training import recipes
-    from clapsep_cli.training.settings import parse_setting, read_settings
+    from clapsep_cli.training.loop.settings import parse_setting, read_settings
+    from clapsep_cli.training.recipes import presets
 
     with downloads(quiet) as shown:
         if preset is None:
-            preset = recipes.DEFAULT
+            preset = presets.DEFAULT
             if init:
-                preset = recipes.preset_of(load_model(init, "cpu", say=notes(quiet), progress=shown).family, init)
+                preset = presets.preset_of(load_model(init, "cpu", say=notes(quiet), progress=shown).family, init)
         overrides = [read_settings(config)] if config else []
-        recipe = recipes.build(preset, *overrides, *map(parse_setting, settings), given)
+        recipe = presets.build(preset, *overrides, *map(parse_setting, settings), given)
         if recipe.needs:
             load_model(recipe.needs, "cpu", say=notes(quiet), progress=shown)
     return recipe
 
 
 def _print(report: Report) -> None:
-    from clapsep_cli.training.train import ESTIMATE
+    from clapsep_cli.training.loop.train import ESTIMATE
 
     if report.stage == ESTIMATE:
         stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in report.figures.items())

@@ -15,7 +15,7 @@ from typing import Any
 from clapsep_cli.data import Corpus
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.files import replacing
-from clapsep_cli.training.settings import flatten
+from clapsep_cli.training.loop.settings import flatten
 from clapsep_cli.version import __version__
 
 PACKAGES = ("torch", "numpy", "lightning-fabric", "peft", "safetensors", "soundfile", "soxr", "tokenizers")
@@ -102,7 +102,7 @@ def _version(package: str) -> str | None:
 
 def _revision() -> str | None:
     """The commit of the checkout that the code runs from, with "+" where files differ from it; None elsewhere."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     try:

@@ -26,16 +26,16 @@ from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
 from clapsep_cli.store.whole import copy
-from clapsep_cli.training.augment import levelled, masked, seeded, stripes
-from clapsep_cli.training.conditions import embed_all
-from clapsep_cli.training.objective import waveform_loss
-from clapsep_cli.training.pool import Pool, open_pool
-from clapsep_cli.training.record import settings_of
-from clapsep_cli.training.schedules import Plateau
-from clapsep_cli.training.settings import Share, Shares, Workers, settings
-from clapsep_cli.training.task import Plan, Task, Weights
-from clapsep_cli.training.train import Recipe, Run
-from clapsep_cli.training.validation import Case, cases, improvements
+from clapsep_cli.training.loop.pool import Pool, open_pool
+from clapsep_cli.training.loop.record import settings_of
+from clapsep_cli.training.loop.schedules import Plateau
+from clapsep_cli.training.loop.settings import Share, Shares, Workers, settings
+from clapsep_cli.training.loop.task import Plan, Task, Weights
+from clapsep_cli.training.loop.train import Recipe, Run
+from clapsep_cli.training.recipes.augment import levelled, masked, seeded, stripes
+from clapsep_cli.training.recipes.conditions import embed_all
+from clapsep_cli.training.recipes.objective import waveform_loss
+from clapsep_cli.training.recipes.validation import Case, cases, improvements
 
 ADAPTER = "adapter.safetensors"
 TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: width below which a stripe of frames, or of mel bins, is (IV-B)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from clapsep_cli.errors import CheckpointError, RecipeError
 from clapsep_cli.store.checkpoint import read_tensors
 from clapsep_cli.store.whole import read_notes, save_whole
-from clapsep_cli.training.muon import Muon
-from clapsep_cli.training.task import Task, Weights
+from clapsep_cli.training.loop.muon import Muon
+from clapsep_cli.training.loop.task import Task, Weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from clapsep_cli.errors import RecipeError
 from clapsep_cli.models.tuss import LARGE
 from clapsep_cli.registry import resolve
-from clapsep_cli.training.settings import merged, nearest, nested, validated
-from clapsep_cli.training.train import Recipe
+from clapsep_cli.training.loop.settings import merged, nearest, nested, validated
+from clapsep_cli.training.loop.train import Recipe
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,21 @@ class Preset:
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
+RECIPES = "clapsep_cli.training.recipes"
 PRESETS = {
-    "mini": Preset("clapsep_cli.training.mini:MiniRecipe", "mini", "a small model like the bundled one, on a CPU"),
+    "mini": Preset(f"{RECIPES}.mini:MiniRecipe", "mini", "a small model like the bundled one, on a CPU"),
     "clapsep-hybrid": Preset(
-        "clapsep_cli.training.clapsep:ClapsepRecipe", "clapsep", "the paper's, queried by text, audio or both"
+        f"{RECIPES}.clapsep:ClapsepRecipe", "clapsep", "the paper's, queried by text, audio or both"
     ),
     "clapsep-text": Preset(
-        "clapsep_cli.training.clapsep:ClapsepRecipe",
+        f"{RECIPES}.clapsep:ClapsepRecipe",
         "clapsep",
         "the paper's, queried by text alone",
         {"queries": "text"},
     ),
-    "tuss-medium": Preset("clapsep_cli.training.tuss:TussRecipe", "tuss", "as the released TUSS, by prompts"),
+    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe", "tuss", "as the released TUSS, by prompts"),
     "tuss-large": Preset(
-        "clapsep_cli.training.tuss:TussRecipe",
+        f"{RECIPES}.tuss:TussRecipe",
         "tuss",
         "3.4 times the weights",
         {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4},

@@ -17,8 +17,8 @@ from torch import Tensor
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
-from clapsep_cli.training.pool import Pool
-from clapsep_cli.training.settings import Share, settings
+from clapsep_cli.training.loop.pool import Pool
+from clapsep_cli.training.loop.settings import Share, settings
 
 TRIES = 50  # at drawing a label, before all of them are looked through
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clapsep_cli.training.schedules import Schedule
+from clapsep_cli.training.loop.schedules import Schedule
 
 Weights = Mapping[str, Tensor]
 

@@ -27,12 +27,12 @@ from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
 from clapsep_cli.errors import DeviceError, ExtraError, RecipeError, StoppedError
 from clapsep_cli.store.checkpoint import choose_precision
 from clapsep_cli.store.whole import read_notes
-from clapsep_cli.training import record
-from clapsep_cli.training.pool import Store
-from clapsep_cli.training.sampling import ahead
-from clapsep_cli.training.settings import Seed, Workers, settings
-from clapsep_cli.training.state import Training
-from clapsep_cli.training.task import Plan, Task, Weights
+from clapsep_cli.training.loop import record
+from clapsep_cli.training.loop.pool import Store
+from clapsep_cli.training.loop.sampling import ahead
+from clapsep_cli.training.loop.settings import Seed, Workers, settings
+from clapsep_cli.training.loop.state import Training
+from clapsep_cli.training.loop.task import Plan, Task, Weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -305,7 +305,7 @@ def train(
     Args:
         manifest: a CSV `file,label[,captions,split]`; clips whose split is not "train" are only validated on.
         out: the run's folder.
-        recipe: from `recipes.build`, or one of the classes in `mini`, `clapsep` and `tuss`; it says what labels there
+        recipe: from `presets.build`, or one of the classes in `mini`, `clapsep` and `tuss`; it says what labels there
             may be.
         listen: is called with each report.
         hardware: the devices; with several, Fabric starts this program once for each.

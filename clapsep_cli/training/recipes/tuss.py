@@ -18,15 +18,15 @@ from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig
 from clapsep_cli.store.checkpoint import load_part, save_part
 from clapsep_cli.store.library import load_model
-from clapsep_cli.training.objective_tuss import source_losses
-from clapsep_cli.training.pool import DiskPool, Pool, open_pool
-from clapsep_cli.training.prompt_mixing import PromptMixer, PromptMixing, check_audible
-from clapsep_cli.training.sampling import ahead
-from clapsep_cli.training.schedules import Plateau
-from clapsep_cli.training.settings import Share, Workers, settings
-from clapsep_cli.training.task import Plan, Task, Weights
-from clapsep_cli.training.train import Recipe, Run
-from clapsep_cli.training.validation import SEED
+from clapsep_cli.training.loop.pool import DiskPool, Pool, open_pool
+from clapsep_cli.training.loop.sampling import ahead
+from clapsep_cli.training.loop.schedules import Plateau
+from clapsep_cli.training.loop.settings import Share, Workers, settings
+from clapsep_cli.training.loop.task import Plan, Task, Weights
+from clapsep_cli.training.loop.train import Recipe, Run
+from clapsep_cli.training.recipes.objective_tuss import source_losses
+from clapsep_cli.training.recipes.prompt_mixing import PromptMixer, PromptMixing, check_audible
+from clapsep_cli.training.recipes.validation import SEED
 
 FAMILY = "tuss"
 

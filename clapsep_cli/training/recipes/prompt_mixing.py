@@ -14,8 +14,8 @@ from pydantic import Field, PositiveInt
 from clapsep_cli.audio.samples import Audio, to_rate
 from clapsep_cli.errors import ManifestError
 from clapsep_cli.models.prompts import COUNTS, PROMPTS, STEMS, draw, drawable, indices
-from clapsep_cli.training.pool import Pool
-from clapsep_cli.training.settings import Share, Shares, settings
+from clapsep_cli.training.loop.pool import Pool
+from clapsep_cli.training.loop.settings import Share, Shares, settings
 
 RATE_HZ = 48_000
 TRIES = 10  # stretches of a clip that are tried before the loudest of it is looked for

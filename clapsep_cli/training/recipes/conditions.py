@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from clapsep_cli.data import Clip
 from clapsep_cli.errors import ManifestError, QueryError
 from clapsep_cli.models.base import TextEncoder, condition
-from clapsep_cli.training.pool import Pool
-from clapsep_cli.training.sampling import Sampler
-from clapsep_cli.training.settings import Share, settings
+from clapsep_cli.training.loop.pool import Pool
+from clapsep_cli.training.loop.sampling import Sampler
+from clapsep_cli.training.loop.settings import Share, settings
 
 AT_ONCE = 64  # texts
 

@@ -13,9 +13,9 @@ from clapsep_cli import dsp
 from clapsep_cli.audio.samples import to_rate
 from clapsep_cli.data import fit
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, TextEncoder, condition
-from clapsep_cli.training.augment import levelled
-from clapsep_cli.training.objective import si_snr
-from clapsep_cli.training.pool import Pool
+from clapsep_cli.training.loop.pool import Pool
+from clapsep_cli.training.recipes.augment import levelled
+from clapsep_cli.training.recipes.objective import si_snr
 
 SEED = 1
 

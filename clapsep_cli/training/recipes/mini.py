@@ -25,16 +25,16 @@ from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import BUNDLED, weights_folder
 from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
 from clapsep_cli.store.whole import copy, save_whole
-from clapsep_cli.training.augment import disguise, equaliser, levelled, seeded
-from clapsep_cli.training.conditions import Mixing, Queries, Texts
-from clapsep_cli.training.objective import BandStatistics, separation_loss, statistics
-from clapsep_cli.training.pool import Pool, open_pool
-from clapsep_cli.training.sampling import Draw, Sampler
-from clapsep_cli.training.schedules import Trapezoid
-from clapsep_cli.training.settings import Share, flatten, settings
-from clapsep_cli.training.task import Plan, Task, Weights
-from clapsep_cli.training.train import ESTIMATE, Clock, Recipe, Report, Run
-from clapsep_cli.training.validation import Case, cases, improvements
+from clapsep_cli.training.loop.pool import Pool, open_pool
+from clapsep_cli.training.loop.sampling import Draw, Sampler
+from clapsep_cli.training.loop.schedules import Trapezoid
+from clapsep_cli.training.loop.settings import Share, flatten, settings
+from clapsep_cli.training.loop.task import Plan, Task, Weights
+from clapsep_cli.training.loop.train import ESTIMATE, Clock, Recipe, Report, Run
+from clapsep_cli.training.recipes.augment import disguise, equaliser, levelled, seeded
+from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
+from clapsep_cli.training.recipes.objective import BandStatistics, separation_loss, statistics
+from clapsep_cli.training.recipes.validation import Case, cases, improvements
 
 ENDS = ("stem", "head", "fine", "out")  # the layers that begin and end a network, which Muon is not for
 FEWEST_STEPS, MOST_STEPS = 200, 6000  # of the separator, where they are not set
