@@ -66,7 +66,7 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
     options = _options(common, measured)
     if _to_stdout(common) and common.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
-    destination = replace(destination, folder=common.out, template=common.filename or TEMPLATE, picture=common.plot)
+    destination = replace(destination, folder=common.out, filename=common.filename or TEMPLATE, plot=common.plot)
     jobs = lay_out(asked, options, destination, common.skip_existing)  # before a model is loaded, perhaps downloaded
     model = _load(common)
     if options.presence is None:
@@ -124,8 +124,8 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
         subtype=common.subtype,
         clip=common.clip,  # type: ignore[arg-type]
         overwrite=common.overwrite,
-        batch=common.batch_size,
-        workers=common.jobs,
+        batch_size=common.batch_size,
+        jobs=common.jobs,
         **measured,
     )
 

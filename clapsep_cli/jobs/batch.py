@@ -67,11 +67,11 @@ class _Opened(ExitStack):
     def __init__(self, model: Model, options: Options, stop: threading.Event) -> None:
         super().__init__()
         self.model, self.options, self.stop = model, options, stop
-        self.at_once = options.batch  # windows; 0 until the device was asked
+        self.at_once = options.batch_size  # windows; 0 until the device was asked
         self.recordings: list[Recording] = []
         self.failures: list[Failure] = []  # that nobody was told of yet
         self.asked: dict[tuple[int, tuple[str, ...]], tuple[Job, Any]] = {}
-        self.io = ThreadPoolExecutor(max(1, options.workers), thread_name_prefix="clapsep-io")
+        self.io = ThreadPoolExecutor(max(1, options.jobs), thread_name_prefix="clapsep-io")
         self.callback(self._close)
 
     def _close(self) -> None:

@@ -22,7 +22,7 @@ from clapsep_cli.query import RESIDUAL, TARGET, Query
 from clapsep_cli.store.checkpoint import Model
 
 Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
-NOT_IN_THE_RESULT = {"overwrite", "batch", "workers", "presence"}  # of the options
+NOT_IN_THE_RESULT = {"overwrite", "batch_size", "jobs", "presence"}  # of the options
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def plan(
 
 def _check(asked: Asked, options: Options, destination: Destination) -> None:
     """Raise `UsageError` for wishes that do not go together, `AudioError` for files they miss."""
-    if destination.picture:
+    if destination.plot:
         check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
@@ -138,8 +138,8 @@ def _check_stdout(asked: Asked, options: Options, destination: Destination, skip
     if options.format != "wav":
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
     idle = {
-        "--plot": destination.picture,
-        "--filename": destination.template != TEMPLATE,
+        "--plot": destination.plot,
+        "--filename": destination.filename != TEMPLATE,
         "--skip-existing": skip,
         "--overwrite": options.overwrite,
     }
@@ -159,9 +159,9 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, destinatio
     words = " ".join(
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
-    outputs = output_paths(item, parts, folder, destination.template, options.format, words)
-    name = "{name}.{ext}" if "{name}" in destination.template else "{stem}.{ext}"
-    picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.picture else None
+    outputs = output_paths(item, parts, folder, destination.filename, options.format, words)
+    name = "{name}.{ext}" if "{name}" in destination.filename else "{stem}.{ext}"
+    picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.plot else None
     marks = (item.path.parent if folder is None else folder) / MARKS / ("." if folder is None else item.below.parent)
     return Job(item, targets, outputs, kept, picture=picture, marks=marks if skip else None)
 

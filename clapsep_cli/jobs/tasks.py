@@ -21,7 +21,7 @@ class Options:
     `clip` is what happens over full scale (`Outputs`). `consistent` spreads what the stems leave of the mixture over
     them. `presence` measures whether what was asked for is there (None: where `min_presence` takes it); below
     `min_presence` nothing is written.
-    `batch` is the number of windows separated at once (0: as many as the device likes), `workers` that of the threads
+    `batch_size` is the number of windows separated at once (0: as many as the device likes), `jobs` that of the threads
     that read and write.
     """
 
@@ -34,8 +34,8 @@ class Options:
     consistent: bool = False
     presence: bool | None = None
     min_presence: float | None = None
-    batch: int = 0
-    workers: int = 2
+    batch_size: int = 0
+    jobs: int = 2
 
 
 @dataclass(frozen=True)
