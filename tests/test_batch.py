@@ -28,7 +28,7 @@ from clapsep_cli.jobs import recording
 from clapsep_cli.jobs.batch import MAX_OPEN, run
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import Destination
-from clapsep_cli.jobs.planning import Plan, lay_out, plan
+from clapsep_cli.jobs.planning import Todo, lay_out, plan
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
 from clapsep_cli.store.checkpoint import Model
 
@@ -53,7 +53,7 @@ def planned(
     options: Options = Options(),
     destination: Destination = Destination(),
     skip: bool = False,
-) -> Plan:
+) -> Todo:
     shared = {query: {"target": query} for _, query in items}
     return plan(lay_out([(item, shared[q]) for item, q in items], options, destination, skip), model, options, skip)
 
@@ -385,7 +385,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def again(folder: Path, model: Model | None = None, query: Query = DOG, **options: object) -> Plan:
+def again(folder: Path, model: Model | None = None, query: Query = DOG, **options: object) -> Todo:
     items = [(Input(path, Path(path.name)), query) for path in sorted((folder / "in").iterdir())]
     destination = Destination(folder / "out", plot=bool(options.pop("picture", False)))
     model, chosen = model or Stub(Moody()), Options(**options)  # type: ignore[arg-type]

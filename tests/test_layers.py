@@ -49,7 +49,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "jobs",
         [
             {"inputs", "plot"},
-            {"manifest", "outputs", "resume", "tasks"},
+            {"manifest", "outputs"},
+            {"resume"},
+            {"tasks"},
             {"recording", "targets"},
             {"batch"},
             {"planning"},
@@ -74,6 +76,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"evaluate", "models", "options", "train"},
             {"run"},
             {"extract", "separate"},
+            {"demo"},
             {"app"},
         ],
     ),

@@ -1,4 +1,4 @@
-"""What all commands share: their common options, and what they say on stderr while they work."""
+"""What all commands share: common options, notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model_option(panel: str | None = None) -> Any:
         envvar="CLAPSEP_MODEL",
         autocompletion=among(*MODELS),
         rich_help_panel=panel,
-        help="A model by name or folder; by default the best there is.",
+        help="A model by name or folder; by default the best available.",
     )
 
 
@@ -92,7 +92,7 @@ ModelDirOption = Annotated[
         metavar="DIR",
         callback=use_home,
         expose_value=False,
-        help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
+        help="Folder of the models; like the variable CLAPSEP_HOME.",
     ),
 ]
 

@@ -37,9 +37,9 @@ Paths = Mapping[str, Path]  # of the outputs of one input, by part
 class Destination:
     """Where outputs go, and which parts of a recording become one.
 
-    `folder`: None for beside each recording, `-` for stdout. `filename` is the `template` of `output_paths`. `only` names the targets
-    that are written, of all that are asked for; `residual` adds what they leave of the mixture (None: unless the
-    output is stdout, which takes one part), and with `remove` only that is written. `plot` adds a picture of each
+    `folder`: None for beside each recording, `-` for stdout. `filename` is the `template` of `output_paths`. `only`
+    names the targets that are written; all if it is empty. `residual` adds what they leave of the mixture (None: unless
+    the output is stdout, which takes one part); with `remove` nothing else is written. `plot` adds a picture of each
     recording.
     """
 

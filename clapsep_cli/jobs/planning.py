@@ -1,4 +1,4 @@
-"""From what a user asks for to jobs: which parts of which recordings go where, and what is done already."""
+"""Makes jobs from requests: which parts of which recordings go where, and which are done already."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, Destination, check_outputs, output_paths
 from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
+from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.query import RESIDUAL, TARGET, Query
 from clapsep_cli.store.checkpoint import Model
 
-Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
+Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 NOT_IN_THE_RESULT = {"overwrite", "batch_size", "jobs", "presence"}  # of the options
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`jobs` to be done, those `done` before, and recordings that must not be: other outputs are in their place."""
+class Todo:
+    """`jobs` to run, those `done` by an earlier run, and the recordings that cannot be processed (`blocked`)."""
 
     jobs: list[Job]
     done: list[Job]
@@ -36,7 +36,7 @@ class Plan:
 
 @dataclass
 class _Typical:
-    """Stands for a recording of which nothing is known."""
+    """Placeholder used to validate format options before a recording is opened."""
 
     rate: int = 44_100
     channels: int = 1
@@ -44,15 +44,15 @@ class _Typical:
 
 
 def lay_out(
-    asked: Asked,
+    asked: Requests,
     options: Options = Options(),
     destination: Destination = Destination(),
     skip: bool = False,
 ) -> list[Job]:
-    """A job for each recording that is `asked` for with its targets by name, as far as no model is needed to tell.
+    """Make a job for each recording with its targets by name, and check all that needs no model.
 
-    Raises `UsageError` for wishes that do not go together, `OutputError` where outputs would meet each other, or exist
-    and are neither to be replaced nor to be skipped, `AudioError` for a recording to be like that is not there.
+    Raises `UsageError` for options that contradict each other, `AudioError` for a query recording that does not exist,
+    and `OutputError` where two outputs have the same path or one exists and is neither replaced nor skipped.
     """
     _check(asked, options, destination)
     if destination.folder == STDOUT:
@@ -69,8 +69,8 @@ def plan(
     options: Options = Options(),
     skip: bool = False,
     mutual: bool = False,
-) -> Plan:
-    """What of `jobs` is still to be done with `model`; `skip` those that are done.
+) -> Todo:
+    """Sort `jobs` into those to run with `model` and those already done; with `skip`, the latter are skipped.
 
     Done is a recording whose outputs were all written for the same targets, model and options. Where it is `mutual`,
     each of several targets leaves what the others ask for. Raises `UsageError` for what this model cannot do.
@@ -80,31 +80,31 @@ def plan(
             raise UsageError(f"{option}: {model.name} cannot tell how alike sounds are; use another --model")
     # One object for all recordings that share their targets: by that `run` tells what can be done in one go.
     apart = {id(job.targets): model.apart(job.targets) if mutual else job.targets for job in jobs}
-    plan = Plan([], [], [])
+    todo = Todo([], [], [])
     for job in jobs:
         if job.input.fault:
-            plan.blocked.append(Failure(job.input.path, job.input.fault))
+            todo.blocked.append(Failure(job.input.path, job.input.fault))
             continue
         job = replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
         if skip and job.marker and is_there(job.marker):
-            plan.done.append(replace(job, outputs={}, picture=None))
+            todo.done.append(replace(job, outputs={}, picture=None))
         elif skip and _is_done(job):
-            plan.done.append(job)
+            todo.done.append(job)
         elif options.overwrite or not skip:
-            plan.jobs.append(replace(job, overwrite=options.overwrite))
+            todo.jobs.append(replace(job, overwrite=options.overwrite))
         elif (blocking := _in_the_way(job)) is not None:
             what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
-            plan.blocked.append(Failure(job.input.path, OutputError(what)))
+            todo.blocked.append(Failure(job.input.path, OutputError(what)))
         else:  # what is there of it is its own
-            plan.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
+            todo.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
     clear_unfinished(path for job in jobs for path in job.outputs.values())
-    clear_unfinished(job.marker for job in plan.jobs if job.marker)
-    return plan
+    clear_unfinished(job.marker for job in todo.jobs if job.marker)
+    return todo
 
 
-def _check(asked: Asked, options: Options, destination: Destination) -> None:
-    """Raise `UsageError` for wishes that do not go together, `AudioError` for files they miss."""
+def _check(asked: Requests, options: Options, destination: Destination) -> None:
+    """Raise `UsageError` for options that contradict each other, `AudioError` for query files that do not exist."""
     if destination.plot:
         check_installed()
     if options.end is not None and options.end <= options.start:
@@ -129,7 +129,7 @@ def _check(asked: Asked, options: Options, destination: Destination) -> None:
                 raise AudioError(f"{path}: no such file")
 
 
-def _check_stdout(asked: Asked, options: Options, destination: Destination, skip: bool) -> None:
+def _check_stdout(asked: Requests, options: Options, destination: Destination, skip: bool) -> None:
     if len(asked) > 1:
         raise UsageError(f"-o - writes one recording to standard output, not {len(asked)}; use another -o")
     parts = destination.parts(list(asked[0][1]))
@@ -167,7 +167,7 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, destinatio
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
-    """What marks outputs as made for this; "" where a recording cannot be known again."""
+    """The key that outputs of this job carry; "" for standard input, which cannot be recognised again."""
     if job.input.path == STDIN:
         return ""
     decisive = {f.name: str(getattr(options, f.name)) for f in fields(options) if f.name not in NOT_IN_THE_RESULT}
@@ -189,7 +189,7 @@ def _in_the_way(job: Job) -> Path | None:
 
 
 def _shots(query: Query) -> list[Path]:
-    """The recordings that say what is asked for."""
+    """The recordings of a query."""
     shots = [Path(shot) for shot in (*query.pos_audio, *query.neg_audio) if isinstance(shot, str | Path)]
     return [file for shot in shots for file in recordings(shot)]
 
@@ -208,7 +208,7 @@ def extract(
     model: Model,
     folder: Path | None = None,
     options: Options = Options(),
-    progress: Progress = lambda job, done, total: None,
+    progress: JobProgress = lambda job, done, total: None,
 ) -> Extraction:
     """Separate the file `mixture` into `{stem}.target.wav`, or a file for each name, and `{stem}.residual.wav`.
 

@@ -107,4 +107,6 @@ class Failure:
     error: ClapsepError
 
 
-Progress = Callable[[Job, float, float], None]  # is told how many seconds of a recording are done, and how many it has
+JobProgress = Callable[
+    [Job, float, float], None
+]  # is told how many seconds of a recording are done, and how many it has
