@@ -14,7 +14,7 @@ class AudioError(ClapsepError):
 
 
 class UsageError(ClapsepError):
-    """What is asked for does not go together, or is nothing that there is."""
+    """Options contradict each other or have an unknown value."""
 
     exit_code = 2
 

@@ -49,7 +49,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "jobs",
         [
             {"inputs", "plot"},
-            {"manifest", "outputs", "resume", "tasks"},
+            {"manifest", "outputs"},
+            {"resume"},
+            {"tasks"},
             {"recording", "targets"},
             {"batch"},
             {"planning"},
@@ -82,6 +84,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"evaluate", "models", "options"},
             {"run"},
             {"extract", "separate", "train"},
+            {"demo"},
             {"app"},
         ],
     ),

@@ -327,7 +327,7 @@ def test_equal_prompts_keep_their_sources_over_windows_and_channels(
     sounds = two_sounds(8 * rate, rate)
     soundfile.write(tmp_path / "mix.wav", sounds.sum(0), rate, "FLOAT")
     targets = {"sfx": Query("sfx"), "sfx-2": Query("sfx")}
-    done = extract(tmp_path / "mix.wav", targets, Twins(Bands(2, flips)), options=Options(batch=batch))
+    done = extract(tmp_path / "mix.wav", targets, Twins(Bands(2, flips)), options=Options(batch_size=batch))
     stems = [read(done.outputs[name]) for name in targets]
     if flips(0, 0):
         stems.reverse()

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, notes, progress
+from clapsep_cli.cli.terminal import (
+    DeviceOption,
+    ModelDirOption,
+    ModelOption,
+    QuietOption,
+    downloads,
+    notes,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -184,7 +192,7 @@ def evaluate(
 
 def _collect(run: Iterable[Sequence[Score]], total: int, name: str, quiet: bool) -> list[Score]:
     scores: list[Score] = []
-    with progress(quiet) as bars:
+    with progress_bars(quiet) as bars:
         task = bars.add_task(name, total=total)
         for of_mixture in run:
             scores += of_mixture

@@ -1,4 +1,4 @@
-"""What `extract` and `separate` share: from what is asked for to one run, and from what comes of it to lines."""
+"""Runs the jobs of `extract` and `separate`, and prints the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from clapsep_cli.startup import set_threads
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.outputs import Destination
-    from clapsep_cli.jobs.planning import Asked, Plan
+    from clapsep_cli.jobs.planning import Requests, Todo
     from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model
@@ -53,8 +53,8 @@ def _to_stdout(common: Common) -> bool:
     return str(common.out) == "-"
 
 
-def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
-    """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed.
+def carry_out(asked: Requests, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
+    """Separate the recordings, print the results, and raise `typer.Exit` if anything failed.
 
     `mutual`: whether each of several targets leaves what the others ask for; None for yes, by default. `measured` are
     more of the `Options`.
@@ -66,7 +66,7 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
     options = _options(common, measured)
     if _to_stdout(common) and common.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
-    destination = replace(destination, folder=common.out, template=common.filename or TEMPLATE, picture=common.plot)
+    destination = replace(destination, folder=common.out, filename=common.filename or TEMPLATE, plot=common.plot)
     jobs = lay_out(asked, options, destination, common.skip_existing)  # before a model is loaded, perhaps downloaded
     model = _load(common)
     if options.presence is None:
@@ -82,7 +82,7 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
     _work(todo, model, options, common, lines)
 
 
-def _work(todo: Plan, model: Model, options: Options, common: Common, lines: _Lines) -> None:
+def _work(todo: Todo, model: Model, options: Options, common: Common, lines: _Lines) -> None:
     from clapsep_cli.jobs.batch import run
     from clapsep_cli.jobs.tasks import Failure
 
@@ -126,8 +126,8 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
         subtype=common.subtype,
         clip=common.clip,  # type: ignore[arg-type]
         overwrite=common.overwrite,
-        batch=common.batch_size,
-        workers=common.jobs,
+        batch_size=common.batch_size,
+        jobs=common.jobs,
         **measured,
     )
 
@@ -146,7 +146,7 @@ def _load(common: Common) -> Model:
 
 
 def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:
-    """Why what is asked for may go wrong. Raises `QueryError` where it is the same for all and cannot be asked."""
+    """Reasons why results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
     sets = {id(job.targets): job.targets for job in jobs}.values()
     doubts: dict[str, None] = {}  # a set that keeps its order
     for targets in sets:
@@ -191,7 +191,7 @@ def _named(path: Path, stream: str) -> str:
 
 
 class _Lines:
-    """What is printed of a run of `count` recordings: for people, or as JSON; on stderr if stdout carries audio."""
+    """Prints a run of `count` recordings: for people, or as JSON; on stderr if stdout carries audio."""
 
     def __init__(self, common: Common, model: Model, count: int) -> None:
         self.json, self.model, self.count = common.json, model, count
@@ -205,12 +205,12 @@ class _Lines:
             echo(line, sys.stderr if self.piped else sys.stdout)
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """Say with what is separated, and what is asked for."""
+        """Print the model, the device and the queries."""
         if self.json:
             return
         revision = f" ({self.model.revision})" if self.model.revision else ""
         sets = {id(job.targets): job.targets for job in jobs}
-        asked = _asked(jobs[0].targets) if len(sets) == 1 else "queries of their own"
+        asked = _described(jobs[0].targets) if len(sets) == 1 else "queries of their own"
         asked = textwrap.shorten(asked, HEADER_LETTERS, placeholder=" …")
         self._print(f"{self.model.name}{revision} on {self.model.device}, {self.model.precision}: {asked}")
 
@@ -265,7 +265,7 @@ class _Lines:
             self._print(f"  {part:{width}}  {_named(path, 'output')}")
 
     def end(self) -> None:
-        """Sum up what became of several recordings, and repeat why some failed."""
+        """Print a summary of several recordings, with the reasons of those that failed."""
         if self.count < 2:
             return
         left = self.count - sum(self.outcomes.values())
@@ -283,6 +283,6 @@ def _presence(score: Mapping[str, float] | None) -> str:
     return "{score:.2f}{} (likeness {after:.2f}, of the mixture {before:.2f})".format(likely, **score)
 
 
-def _asked(targets: Mapping[str, Query]) -> str:
+def _described(targets: Mapping[str, Query]) -> str:
     single = list(targets) == ["target"]
     return "; ".join(query.describe() if single else f"{name}: {query.describe()}" for name, query in targets.items())

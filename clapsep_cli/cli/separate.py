@@ -1,4 +1,4 @@
-"""`clapsep separate`: a recording into as many parts as there are prompts."""
+"""`clapsep separate`: separates a recording into one part for each prompt."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def separate(
             metavar="NAME...",
             rich_help_panel=PANEL,
             autocompletion=among(*PROMPTS),
-            help="All that there is; repeat equal sounds.",
+            help="All sounds in the recording; repeat equal ones.",
         ),
     ] = None,
     task: Annotated[
@@ -83,14 +83,10 @@ def separate(
             help="Write only these of the parts.",
         ),
     ] = None,
-    residual: Annotated[
-        bool, typer.Option("--residual", rich_help_panel=OUTPUT, help="Also write what the parts leave.")
-    ] = False,
+    residual: Annotated[bool, typer.Option("--residual", rich_help_panel=OUTPUT, help="Also write the rest.")] = False,
     consistent: Annotated[
         bool,
-        typer.Option(
-            "--consistent", rich_help_panel=OUTPUT, help="Spread what the parts leave over them, so that they add up."
-        ),
+        typer.Option("--consistent", rich_help_panel=OUTPUT, help="Add the rest to the parts, so that they add up."),
     ] = False,
 ) -> None:
     """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.

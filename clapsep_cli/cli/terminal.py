@@ -1,4 +1,4 @@
-"""What all commands share: their common options, and what they say on stderr while they work."""
+"""What all commands share: common options, notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -44,7 +44,7 @@ def model_option(panel: str | None = None) -> Any:
         envvar="CLAPSEP_MODEL",
         autocompletion=among(*MODELS),
         rich_help_panel=panel,
-        help="A model by name or folder; by default the best there is.",
+        help="A model by name or folder; by default the best available.",
     )
 
 
@@ -92,7 +92,7 @@ ModelDirOption = Annotated[
         metavar="DIR",
         callback=use_home,
         expose_value=False,
-        help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
+        help="Folder of the models; like the variable CLAPSEP_HOME.",
     ),
 ]
 
@@ -148,51 +148,28 @@ def warnings_as_notes() -> Iterator[None]:
         yield
 
 
-def progress(quiet: bool, *, transfer: bool = False) -> Progress | _NoProgress:
-    """Progress bars on stderr, if somebody is there to see them; of a `transfer` in bytes and their rate."""
-    if quiet or not sys.stderr.isatty():
-        return _NoProgress()
-    from rich import progress as bars
+def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:
+    """Progress bars on stderr, disabled if `quiet` or without a terminal; of a `transfer` in bytes and their rate."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import Progress
 
-    measure = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if transfer else ()
-    described = bars.TextColumn("{task.description}", markup=False)
-    columns = (described, bars.BarColumn(), *measure, bars.TimeRemainingColumn())
-    # Lines that are printed meanwhile go above the bars; but what a file or a pipe is to get is left alone.
-    aside = sys.stdout.isatty()
-    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=aside)
-
-
-class _NoProgress:
-    """Stands in for rich's bars where there is no terminal, and saves their import."""
-
-    def __enter__(self) -> _NoProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def add_task(self, description: str, *, total: float | None) -> TaskID:
-        return cast("TaskID", 0)
-
-    def update(
-        self, task: TaskID, *, completed: float, total: float | None = None, description: str | None = None
-    ) -> None:
-        pass
-
-    def remove_task(self, task: TaskID) -> None:
-        pass
-
-    def advance(self, task: TaskID, advance: float = 1) -> None:
-        pass
+    measure = (progress.DownloadColumn(), progress.TransferSpeedColumn()) if transfer else ()
+    described = progress.TextColumn("{task.description}", markup=False)
+    return progress.Progress(
+        *(described, progress.BarColumn(), *measure, progress.TimeRemainingColumn()),
+        console=Console(stderr=True),
+        transient=True,
+        # Lines that are printed meanwhile go above the bars, but what a file or a pipe gets is left alone.
+        redirect_stdout=sys.stdout.isatty(),
+        disable=quiet or not sys.stderr.isatty(),
+    )
 
 
 @contextmanager
 def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr for each file that is downloaded while it lasts."""
     tasks: dict[str, TaskID] = {}
-    with progress(quiet, transfer=True) as bars:
+    with progress_bars(quiet, transfer=True) as bars:
 
         def update(file: str, done: int, total: int) -> None:
             if file not in tasks:
@@ -212,7 +189,7 @@ class Reporter:
         self.json, self.count, self.finished = how == "json" and not quiet, count, 0
         self.open: dict[Path, _Under] = {}
         self.seconds = 0.0  # that are separated, of all recordings
-        self.bars = progress(quiet or how != "auto")
+        self.bars = progress_bars(quiet or how != "auto")
         self.all: TaskID | None = None
 
     def __enter__(self) -> Reporter:

@@ -37,18 +37,18 @@ Paths = Mapping[str, Path]  # of the outputs of one input, by part
 class Destination:
     """Where outputs go, and which parts of a recording become one.
 
-    `folder`: None for beside each recording, `-` for stdout. `template` of `output_paths`. `only` names the targets
-    that are written, of all that are asked for; `residual` adds what they leave of the mixture (None: unless the
-    output is stdout, which takes one part), and with `remove` only that is written. `picture` adds a picture of each
+    `folder`: None for beside each recording, `-` for stdout. `filename` is the `template` of `output_paths`. `only`
+    names the targets that are written; all if it is empty. `residual` adds what they leave of the mixture (None: unless
+    the output is stdout, which takes one part); with `remove` nothing else is written. `plot` adds a picture of each
     recording.
     """
 
     folder: Path | None = None
-    template: str = TEMPLATE
+    filename: str = TEMPLATE
     only: Sequence[str] = ()
     residual: bool | None = None
     remove: bool = False
-    picture: bool = False
+    plot: bool = False
 
     def parts(self, targets: Sequence[str]) -> list[str]:
         """The parts that are written of a recording with these targets."""

@@ -1,4 +1,4 @@
-"""From what a user asks for to jobs: which parts of which recordings go where, and what is done already."""
+"""Makes jobs from requests: which parts of which recordings go where, and which are done already."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.sources import STDIN, recordings
 from clapsep_cli.audio.writers import STDOUT, read_software
-from clapsep_cli.errors import AudioError, OutputError, UsageError
+from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
 from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, Destination, check_outputs, output_paths
 from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, read_absent, signature
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
+from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
 
-Asked = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
-NOT_IN_THE_RESULT = {"overwrite", "batch", "workers", "presence", "lenient"}  # of the options
+Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
+NOT_IN_THE_RESULT = {"overwrite", "batch_size", "jobs", "presence", "lenient"}  # of the options
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`jobs` to be done, those `done` before, and recordings that must not be: other outputs are in their place."""
+class Todo:
+    """`jobs` to run, those `done` by an earlier run, and the recordings that cannot be processed (`blocked`)."""
 
     jobs: list[Job]
     done: list[Job]
@@ -37,7 +37,7 @@ class Plan:
 
 @dataclass
 class _Typical:
-    """Stands for a recording of which nothing is known."""
+    """Placeholder used to validate format options before a recording is opened."""
 
     rate: int = 44_100
     channels: int = 1
@@ -45,15 +45,15 @@ class _Typical:
 
 
 def lay_out(
-    asked: Asked,
+    asked: Requests,
     options: Options = Options(),
     destination: Destination = Destination(),
     skip: bool = False,
 ) -> list[Job]:
-    """A job for each recording that is `asked` for with its targets by name, as far as no model is needed to tell.
+    """Make a job for each recording with its targets by name, and check all that needs no model.
 
-    Raises `UsageError` for wishes that do not go together, `OutputError` where outputs would meet each other, or exist
-    and are neither to be replaced nor to be skipped, `AudioError` for a recording to be like that is not there.
+    Raises `UsageError` for options that contradict each other, `AudioError` for a query recording that does not exist,
+    and `OutputError` where two outputs have the same path or one exists and is neither replaced nor skipped.
     """
     _check(asked, options, destination)
     if destination.folder == STDOUT:
@@ -70,8 +70,8 @@ def plan(
     options: Options = Options(),
     skip: bool = False,
     mutual: bool = False,
-) -> Plan:
-    """What of `jobs` is still to be done with `model`; `skip` those that are done.
+) -> Todo:
+    """Sort `jobs` into those to run with `model` and those already done; with `skip`, the latter are skipped.
 
     Done is a recording whose outputs were all written for the same targets, model and options. Where it is `mutual`,
     each of several targets leaves what the others ask for. Raises `UsageError` for what this model cannot do.
@@ -81,30 +81,30 @@ def plan(
             raise UsageError(f"{option}: {model.name} cannot tell how alike sounds are; use another --model")
     # One object for all recordings that share their targets: by that `run` tells what can be done in one go.
     apart = {id(job.targets): model.apart(job.targets) if mutual else job.targets for job in jobs}
-    plan = Plan([], [], [])
+    todo = Todo([], [], [])
     for job in jobs:
         if job.input.fault:
-            plan.blocked.append(Failure(job.input.path, job.input.fault))
+            todo.blocked.append(Failure(job.input.path, job.input.fault))
             continue
         job = replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
         if skip and (done := _as_done(job)) is not None:
-            plan.done.append(done)
+            todo.done.append(done)
         elif options.overwrite or not skip:
-            plan.jobs.append(replace(job, overwrite=options.overwrite))
+            todo.jobs.append(replace(job, overwrite=options.overwrite))
         elif (blocking := _in_the_way(job)) is not None:
             what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
-            plan.blocked.append(Failure(job.input.path, OutputError(what)))
+            todo.blocked.append(Failure(job.input.path, OutputError(what)))
         else:  # what is there of it is its own
-            plan.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
+            todo.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
     clear_unfinished(path for job in jobs for path in job.outputs.values())
-    clear_unfinished(job.marker for job in plan.jobs if job.marker)
-    return plan
+    clear_unfinished(job.marker for job in todo.jobs if job.marker)
+    return todo
 
 
-def _check(asked: Asked, options: Options, destination: Destination) -> None:
-    """Raise `UsageError` for wishes that do not go together, `AudioError` for files they miss."""
-    if destination.picture:
+def _check(asked: Requests, options: Options, destination: Destination) -> None:
+    """Raise `UsageError` for options that contradict each other, `AudioError` for query files that do not exist."""
+    if destination.plot:
         check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
@@ -129,7 +129,7 @@ def _check(asked: Asked, options: Options, destination: Destination) -> None:
                 raise AudioError(f"{path}: no such file")
 
 
-def _check_stdout(asked: Asked, options: Options, destination: Destination, skip: bool) -> None:
+def _check_stdout(asked: Requests, options: Options, destination: Destination, skip: bool) -> None:
     if len(asked) > 1:
         raise UsageError(f"-o - writes one recording to standard output, not {len(asked)}; use another -o")
     parts = destination.parts(list(asked[0][1]))
@@ -138,8 +138,8 @@ def _check_stdout(asked: Asked, options: Options, destination: Destination, skip
     if options.format != "wav":
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
     idle = {
-        "--plot": destination.picture,
-        "--filename": destination.template != TEMPLATE,
+        "--plot": destination.plot,
+        "--filename": destination.filename != TEMPLATE,
         "--skip-existing": skip,
         "--overwrite": options.overwrite,
     }
@@ -159,15 +159,15 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, destinatio
     words = " ".join(
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
-    outputs = output_paths(item, parts, folder, destination.template, options.format, words)
-    name = "{name}.{ext}" if "{name}" in destination.template else "{stem}.{ext}"
-    picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.picture else None
+    outputs = output_paths(item, parts, folder, destination.filename, options.format, words)
+    name = "{name}.{ext}" if "{name}" in destination.filename else "{stem}.{ext}"
+    picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.plot else None
     marks = (item.path.parent if folder is None else folder) / MARKS / ("." if folder is None else item.below.parent)
     return Job(item, targets, outputs, kept, picture=picture, marks=marks if skip else None)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
-    """What marks outputs as made for this; "" where a recording cannot be known again."""
+    """The key that outputs of this job carry; "" for standard input, which cannot be recognised again."""
     if job.input.path == STDIN:
         return ""
     decisive = {f.name: str(getattr(options, f.name)) for f in fields(options) if f.name not in NOT_IN_THE_RESULT}
@@ -195,7 +195,7 @@ def _in_the_way(job: Job) -> Path | None:
 
 
 def _shots(query: Query) -> list[Path]:
-    """The recordings that say what is asked for."""
+    """The recordings of a query."""
     shots = [Path(shot) for shot in (*query.pos_audio, *query.neg_audio) if isinstance(shot, str | Path)]
     return [file for shot in shots for file in recordings(shot)]
 
@@ -214,7 +214,7 @@ def extract(
     model: Model,
     folder: str | Path | None = None,
     options: Options = Options(),
-    progress: Progress = lambda job, done, total: None,
+    progress: JobProgress = lambda job, done, total: None,
     mutual: bool = True,
 ) -> Extraction:
     """Separate the file `mixture` into `{stem}.target.wav`, or a file for each name, and `{stem}.residual.wav`.
@@ -240,12 +240,12 @@ def extract(
     if not isinstance(model, Model):
         raise UsageError(f"model: is what load_model returns, not {model!r}")
     path = Path(mixture)
-    asked: Asked = [(Input(path, Path(path.name)), check_targets(query))]
+    requests: Requests = [(Input(path, Path(path.name)), check_targets(query))]
     destination = Destination(None if folder is None else Path(folder))
-    todo = plan(lay_out(asked, options, destination), model, options, mutual=mutual)
+    todo = plan(lay_out(requests, options, destination), model, options, mutual=mutual)
     (outcome,) = run(todo.jobs, model, options, progress)
     for doubt in model.doubts(list(todo.jobs[0].targets.values())):
-        warnings.warn(doubt, stacklevel=2)
+        warnings.warn(doubt, ClapsepWarning, stacklevel=2)
     if isinstance(outcome, Failure):
         raise outcome.error
     return outcome

@@ -21,9 +21,9 @@ class Options:
     `lenient` takes what there is of a recording that is cut short or damaged. `stream` is the number of the sound track
     to take, from 1; None for the first. `clip` is what happens over full scale (`Outputs`). `consistent` spreads what
     the stems leave of the mixture over them. `presence` measures whether what was asked for is there (None: where
-    `min_presence` needs it); a target below `min_presence` is not written, and nothing at all where all are. `batch` is
-    the number of windows separated at once (0: as many as the device likes), `workers` that of the threads that read
-    and write.
+    `min_presence` needs it); a target below `min_presence` is not written, and nothing at all where all are.
+    `batch_size` is the number of windows separated at once (0: as many as the device likes), `jobs` that of the
+    threads that read and write.
     """
 
     start: float = 0.0
@@ -37,8 +37,8 @@ class Options:
     consistent: bool = False
     presence: bool | None = None
     min_presence: float | None = None
-    batch: int = 0
-    workers: int = 2
+    batch_size: int = 0
+    jobs: int = 2
 
 
 @dataclass(frozen=True)
@@ -114,4 +114,6 @@ class Failure:
     error: ClapsepError
 
 
-Progress = Callable[[Job, float, float], None]  # is told how many seconds of a recording are done, and how many it has
+JobProgress = Callable[
+    [Job, float, float], None
+]  # is told how many seconds of a recording are done, and how many it has

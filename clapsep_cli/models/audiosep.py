@@ -54,7 +54,7 @@ class AudioSepConfig(TextSize):
 
 
 def spectrum(x: Tensor) -> Tensor:
-    """Complex STFT of float32 `[batch, samples]`, 1025 samples or more: 2048-point periodic Hann, reflected at the ends.
+    """Complex STFT of float32 `[batch, samples]`, at least 1025: 2048-point periodic Hann, reflected at the ends.
 
     Returns complex64 `[batch, samples // 320 + 1 frames, 1025 bins]`.
     """
@@ -64,7 +64,9 @@ def spectrum(x: Tensor) -> Tensor:
 
 def waveform(spec: Tensor, samples: int) -> Tensor:
     """Inverse of `spectrum`: float32 `[batch, samples]`."""
-    return torch.istft(spec.transpose(1, 2), N_FFT, HOP, window=torch.hann_window(N_FFT, device=spec.device), length=samples)
+    return torch.istft(
+        spec.transpose(1, 2), N_FFT, HOP, window=torch.hann_window(N_FFT, device=spec.device), length=samples
+    )
 
 
 class AudioSep(Separator):
@@ -82,8 +84,7 @@ class AudioSep(Separator):
         self.norm = BinNorm(N_FFT // 2 + 1, momentum=MOMENTUM)
         self.stem = nn.Conv2d(1, widths[0], 1)
         self.encoders = nn.ModuleList(
-            Encoder(into, out, cell, dim)
-            for into, out, cell in zip((widths[0], *widths), widths, cells, strict=False)
+            Encoder(into, out, cell, dim) for into, out, cell in zip((widths[0], *widths), widths, cells, strict=False)
         )
         self.bottleneck = ResidualBlock(widths[-1], widths[-1], dim)
         self.decoders = nn.ModuleList(
@@ -107,7 +108,7 @@ class AudioSep(Separator):
         raise NotImplementedError
 
     def forward(self, audio: Tensor, condition: Tensor) -> Tensor:
-        """What `condition` (`[batch, dim]`) asks for in `audio`, float32 `[batch, samples]`, of any length and level."""
+        """What `condition` (`[batch, dim]`) asks for in `audio`, float32 `[batch, samples]` of any length and level."""
         samples = audio.shape[1]
         spec = spectrum(F.pad(audio, (0, max(0, FEWEST - samples))))
         return waveform(self.mask(self.hear(spec), condition)[:, : spec.shape[1]] * spec, samples)

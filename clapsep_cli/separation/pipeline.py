@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clapsep_cli.audio.samples import Audio, Samples, from_array
-from clapsep_cli.errors import AudioError, UsageError
+from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
 from clapsep_cli.query import Query, Shot, check_targets
 from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
@@ -140,7 +140,7 @@ def separate(
     asked = model.apart(targets) if mutual else targets
     wanted = model.ask([one.within(excerpt) for one in asked.values()])
     for doubt in model.doubts(list(asked.values())):
-        warnings.warn(doubt, stacklevel=2)
+        warnings.warn(doubt, ClapsepWarning, stacklevel=2)
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
     stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)

@@ -1,4 +1,4 @@
-"""From the released AudioSep checkpoint to our separator and text tower; strict like `convert`, which reads the file."""
+"""Converts the released AudioSep checkpoint to our separator and text tower, strictly; `convert` reads the file."""
 
 from __future__ import annotations
 
