@@ -25,14 +25,14 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"writers"},
         ],
     ),
-    ("stitch", [{"stems", "windows"}, {"masking", "stem_stream"}]),
+    ("stitch", [{"stems", "windows"}, {"complex_masks", "masking", "stem_stream"}]),
     (
         "models",
         [
-            {"attention", "base", "linear", "locoformer", "prompts"},
-            {"htsat", "mini", "tuss"},
+            {"attention", "base", "convolution", "linear", "locoformer", "prompts"},
+            {"htsat", "mini", "resunet", "tuss"},
             {"clapsep"},
-            {"clap"},
+            {"audiosep", "clap"},
         ],
     ),
     (
@@ -41,7 +41,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"texts", "transfer", "whole"},
             {"checkpoint", "hub_client", "web_client"},
             {"adapters", "convert", "hub"},
-            {"convert_tuss", "library"},
+            {"convert_audiosep", "convert_tuss", "library"},
         ],
     ),
     ("separation", [{"embedding", "levels", "pipeline", "prompting"}]),

@@ -168,7 +168,9 @@ def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig |
     write_parts(folder, "clapsep", config, convert(clap, tuned, config), **notes)
 
 
-def write_parts(folder: Path, family: str, config: Any, parts: Mapping[str, Mapping[str, Tensor]], **notes: str) -> None:
+def write_parts(
+    folder: Path, family: str, config: Any, parts: Mapping[str, Mapping[str, Tensor]], **notes: str
+) -> None:
     """Write the `parts` of a model, state dicts by name, to `folder`; read each back. Raises `CheckpointError`."""
     for part, tensors in parts.items():
         save_part(folder, part, family, config, tensors, **notes)
