@@ -12,10 +12,10 @@ N_FFT, HOP = 2048, 320
 
 
 class PlainAudioSep:
-    """`tensors` by their released names, without `ss_model.`; as many blocks and channels as they have."""
+    """`tensors` by their released names, without `ss_model.`; of so many `levels`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], levels: int = 6) -> None:
+        self.tensors, self.levels = tensors, levels
         self.stages: dict[str, Tensor] = {}
 
     def separate(self, audio: Tensor, condition: Tensor) -> Tensor:
@@ -35,15 +35,15 @@ class PlainAudioSep:
         """`[batch, 1, frames, bins]` to `[batch, 3, frames, bins]`, both padded and short of the last bin."""
         x = self._norm(magnitude.transpose(1, 3), "base.bn0").transpose(1, 3)
         self.stages["bn0"] = x
-        x = F.pad(x, (0, -1, 0, -x.shape[2] % 32))
+        x = F.pad(x, (0, -1, 0, -x.shape[2] % 2 ** (self.levels - 1)))
         x = self.stages["pre_conv"] = self._conv(x, "base.pre_conv")
         kept = []
-        for k in range(1, 7):
+        for k in range(1, self.levels + 1):
             x = self.stages[f"encoder{k}"] = self._block(x, f"encoder_block{k}", "conv_block1", condition)
             kept.append(x)
-            x = F.avg_pool2d(x, (1 if k == 6 else 2, 2))
+            x = F.avg_pool2d(x, (1 if k == self.levels else 2, 2))
         x = self.stages["bottleneck"] = self._block(x, "conv_block7a", "conv_block1", condition)
-        for k in range(1, 7):
+        for k in range(1, self.levels + 1):
             h = self._active(x, f"base.decoder_block{k}.bn1", f"film.decoder_block{k}->beta1", condition)
             weight = self.tensors[f"base.decoder_block{k}.conv1.weight"]
             h = F.conv_transpose2d(h, weight, stride=weight.shape[2:])

@@ -28,10 +28,10 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "models",
         [
-            {"attention", "base", "locoformer", "prompts"},
-            {"htsat", "mini", "tuss"},
+            {"attention", "base", "convolution", "locoformer", "prompts"},
+            {"htsat", "mini", "resunet", "tuss"},
             {"clapsep"},
-            {"clap"},
+            {"audiosep", "clap"},
         ],
     ),
     (
@@ -40,10 +40,10 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"download", "texts", "whole"},
             {"checkpoint"},
             {"adapters", "convert"},
-            {"convert_tuss", "library"},
+            {"convert_audiosep", "convert_tuss", "library"},
         ],
     ),
-    ("stitch", [{"stems", "windows"}, {"masking", "stem_stream"}]),
+    ("stitch", [{"stems", "windows"}, {"complex_masks", "masking", "stem_stream"}]),
     ("separation", [{"embedding", "levels", "pipeline", "prompting"}]),
     (
         "jobs",

@@ -17,6 +17,7 @@ from clapsep_cli.models.base import Separator
 from clapsep_cli.models.clapsep import TextSize
 from clapsep_cli.models.htsat import BinNorm
 from clapsep_cli.models.resunet import MOMENTUM, Decoder, Encoder, ResidualBlock
+from clapsep_cli.stitch.complex_masks import ComplexMaskStream
 from clapsep_cli.stitch.windows import Stream
 
 N_FFT = 2048  # samples, window and transform alike; its hop is CLAPSep's
@@ -100,12 +101,12 @@ class AudioSep(Separator):
 
     def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
         """Complex masks, complex64 `[batch, stems, frames, 1025]`; all windows of a batch have one length."""
-        image = self.hear(spectrum(F.pad(windows, (0, max(0, FEWEST - windows.shape[1])))))
-        frames = windows.shape[1] // HOP + 1
-        return torch.stack([self.mask(image, c.expand(len(windows), -1))[:, :frames] for c in wanted], 1)
+        spec = spectrum(F.pad(windows, (0, max(0, FEWEST - windows.shape[1]))))
+        image = self.hear(spec)
+        return torch.stack([self.mask(image, c.expand(len(windows), -1))[:, : spec.shape[1]] for c in wanted], 1)
 
     def stream(self, wanted: Tensor, rate: int, channels: int, device: torch.device) -> Stream:
-        raise NotImplementedError
+        return ComplexMaskStream(self.window, self.config.grid, N_FFT, len(wanted), rate, channels, device)
 
     def forward(self, audio: Tensor, condition: Tensor) -> Tensor:
         """What `condition` (`[batch, dim]`) asks for in `audio`, float32 `[batch, samples]` of any length and level."""
@@ -125,8 +126,8 @@ class AudioSep(Separator):
         `image`: from `hear`, with as many frames; `condition`: float32 `[batch, dim]`.
         """
         with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            quick = image.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
-            if quick:
+            exact = image.device.type == "cpu" and self.dtype == torch.float32
+            if exact and not (self.training or torch.is_grad_enabled()):
                 maps = torch.cat([self._quick(i[None], c) for i, c in zip(image, condition, strict=True)])
             else:
                 maps = self.maps(image, condition)
@@ -168,7 +169,9 @@ class AudioSep(Separator):
         for decoder in decoders:
             image_of = decoder.quick_image(image_of, kept.pop(), condition)
         pieces = last.quick(image_of, kept.pop(), condition)
-        return torch.cat([self.head(piece) for _, piece in pieces], 2)
+        weight, bias = self.head.weight.flatten(1), self.head.bias
+        maps = [F.linear(piece.permute(0, 2, 3, 1), weight, bias) for _, piece in pieces]
+        return torch.cat(maps, 1).permute(0, 3, 1, 2)
 
     def _prepare(self) -> None:
         if not self.prepared:

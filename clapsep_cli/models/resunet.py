@@ -18,7 +18,7 @@ from clapsep_cli.models.convolution import Kernel
 
 SLOPE = 0.01  # of the leaky ReLU
 MOMENTUM = 0.01  # of the normalisation's running statistics
-ROWS = 32  # frames that a block is run on at a time
+ROWS = 64  # frames that a block is run on at a time
 
 Rows = Callable[[int, int], Tensor]  # the frames from one to another of an image
 
@@ -57,14 +57,14 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)
         self.norm2 = ShiftedNorm(width_out, dim)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+        self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
         self.kernels: tuple[Kernel, Kernel] | None = None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """`x`: an image; `condition`: `[batch, dim]`."""
         h = self.conv1(self.norm1.activated(x, condition))
         h = self.conv2(self.norm2.activated(h, condition))
-        return cast(Tensor, h + self.shortcut(x))
+        return cast(Tensor, h + (self.shortcut(x) if self.shortcut else x))
 
     def prepare(self) -> None:
         """Fold the second norm into the first convolution, for `pieces`."""
@@ -85,8 +85,21 @@ class ResidualBlock(nn.Module):
             x = source(begin, min(frames, bottom + 2))
             # Beyond the image each convolution sees zeros, not what the one before would make of zeros.
             h = F.leaky_relu_(first(_between_zeros(activate(x), top == 0, bottom > frames - 2), shift), SLOPE)
-            h = second(_between_zeros(h, top == 0, bottom == frames))
-            yield top, h.add_(self.shortcut(x[:, :, top - begin : bottom - begin]))
+            bias = self.shortcut.bias if self.shortcut else None
+            h = second(_between_zeros(h, top == 0, bottom == frames), bias)
+            yield top, self._add_shortcut(h, x[:, :, top - begin : bottom - begin])
+
+    def _add_shortcut(self, h: Tensor, x: Tensor) -> Tensor:
+        """`h` plus the shortcut of `x`, but for its bias, in place of `h`."""
+        if self.shortcut is None:
+            return h.add_(x)
+        # PyTorch is slow at convolutions of one pixel.
+        _by_pixels(h).addmm_(_by_pixels(x), self.shortcut.weight.flatten(1).T)
+        return h
+
+
+def _by_pixels(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _between_zeros(x: Tensor, above: bool, below: bool) -> Tensor:
@@ -140,11 +153,15 @@ class Decoder(nn.Module):
 
         def joined(begin: int, end: int) -> Tensor:
             # No cell overlaps another, so the transposed convolution is one product, of which each row is a cell.
-            above = begin // high
-            coarse = activate(x[:, :, above : -(-end // high)]).permute(0, 2, 3, 1)
-            cells = (coarse @ weight).unflatten(-1, (high, wide, -1)).transpose(2, 3)
-            larger = cells.flatten(3, 4).flatten(1, 2)[:, begin - above * high :][:, : end - begin]
-            return torch.cat([larger, kept[:, :, begin:end].permute(0, 2, 3, 1)], -1).permute(0, 3, 1, 2)
+            above, below = begin // high, -(-end // high)
+            cells = activate(x[:, :, above:below]).permute(0, 2, 3, 1) @ weight
+            image = _image(len(x), 2 * kept.shape[1], (below - above) * high, kept.shape[3])
+            larger, beside = image.permute(0, 2, 3, 1).chunk(2, -1)
+            larger.unflatten(2, (-1, wide)).unflatten(1, (-1, high)).transpose(2, 3).copy_(
+                cells.unflatten(-1, (high, wide, -1))
+            )
+            beside.copy_(kept[:, :, above * high : below * high].permute(0, 2, 3, 1))
+            return image[:, :, begin - above * high :][:, :, : end - begin]
 
         return self.block.pieces(joined, kept.shape[2], condition)
 

@@ -42,7 +42,7 @@ class Stream(ABC):
 
 
 class Windower:
-    """Cuts a stream into windows of `window` samples that overlap by `overlap`.
+    """Cuts a stream into windows of `window` samples that overlap by `overlap`, or by as much less as the step takes.
 
     Starts lie on multiples of `step`, as does the distance between them. The last window ends with the recording (to
     within a step, then zeros follow); a recording shorter than a window is one window, zero-padded. Where a stream is
@@ -51,7 +51,7 @@ class Windower:
 
     def __init__(self, window: int, channels: int, overlap: int = OVERLAP_FRAMES * HOP, step: int = HOP) -> None:
         self.window, self.step = window, step
-        self.hop = max(step, window - min(overlap, window // step // 2 * step))
+        self.hop = -(-(window - min(overlap, window // 2)) // step) * step
         self.start = 0  # of the next regular window
         self.buffer = np.zeros((channels, 0), np.float32)
         self.at = 0  # position of the buffer in the stream

@@ -39,7 +39,7 @@ def convert_audiosep(files: Sequence[Path], folder: Path, config: AudioSepConfig
 
 
 def convert(tensors: Mapping[str, Tensor], config: AudioSepConfig) -> dict[str, dict[str, Tensor]]:
-    """State dicts of `AudioSep` ("separator") and `ClapTextEncoder` ("text"), float32, by the released names.
+    """State dicts of `AudioSep` ("separator") and `ClapTextEncoder` ("text"), float32, from the released tensors.
 
     Raises `CheckpointError`, naming the first few, for tensors that are missing, unexpected or not of the shape that
     `config` has.
@@ -48,17 +48,25 @@ def convert(tensors: Mapping[str, Tensor], config: AudioSepConfig) -> dict[str, 
     foreign = [name for name in tensors if not name.startswith((SEPARATOR, CLAP))]
     if foreign:
         raise CheckpointError(f"the AudioSep checkpoint does not fit the network; unexpected: {first_few(foreign)}")
-    separator, clap = (
-        Released(what, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        for what, prefix in (("AudioSep", SEPARATOR), ("AudioSep's CLAP", CLAP))
-    )
-    with torch.device("meta"):
-        network = AudioSep(config)
-    state = {name: separator.take(_released(name), shape) for name, shape in needed(network)}
-    separator.check(_SUPERFLUOUS)
+    clap = _below(CLAP, tensors)
     text = convert_text(clap, config)
     clap.check(_SUPERFLUOUS_CLAP)
-    return {"separator": state, "text": text}
+    return {"separator": convert_separator(tensors, config), "text": text}
+
+
+def convert_separator(tensors: Mapping[str, Tensor], config: AudioSepConfig) -> dict[str, Tensor]:
+    """The first of these by itself; what is CLAP's in `tensors` plays no part. Raises `CheckpointError`."""
+    released = _below(SEPARATOR, tensors)
+    with torch.device("meta"):
+        network = AudioSep(config)
+    state = {name: released.take(_released(name), shape) for name, shape in needed(network)}
+    released.check(_SUPERFLUOUS)
+    return state
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Released:
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return Released({SEPARATOR: "AudioSep", CLAP: "CLAP of the AudioSep"}[prefix], own)
 
 
 def _released(name: str) -> str:
