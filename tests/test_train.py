@@ -19,6 +19,7 @@ from clapsep_cli.data import read_corpus
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import load_part, read_metadata, read_tensors
+from clapsep_cli.training.augment import Acoustics
 from clapsep_cli.training.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.mini import AudioTask, MiniRecipe, SeparatorTask, Stage
 from clapsep_cli.training.pool import MemoryPool
@@ -270,9 +271,10 @@ def test_training_learns(manifest: Path, tmp_path: Path) -> None:
     views = {i: torch.nn.functional.normalize(torch.randn(2, TINY_MINI.dim), dim=1) for i in corpus.train}
     recipe = replace(
         RECIPE,
-        separator=Stage(steps=80, batch=8, lr=1e-2, warmup=5),
+        separator=Stage(steps=120, batch=8, lr=1e-2, warmup=5),
         mixing=Mixing(text_only=1.0, absent=0.0),
         draw=replace(RECIPE.draw, snr_std=0),
+        acoustics=Acoustics(eq=0, low_pass=0, high_pass=0, floor=0),
         report_every=10,
         validate_every=1000,
         save_every=1000,
