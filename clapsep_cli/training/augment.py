@@ -120,7 +120,8 @@ def _floor(samples: int, acoustics: Acoustics, generator: torch.Generator) -> Te
     noise = torch.randn(samples, generator=generator)
     noise += 3 * dullness * F.avg_pool1d(F.pad(noise[None], (8, 7)), 16, 1)[0]
     decibel = QUIETEST_FLOOR_DB + (LOUDEST_FLOOR_DB - QUIETEST_FLOOR_DB) * level
-    return noise * (math.pow(10, decibel / 20) / noise.norm())
+    gain: float = math.pow(10, decibel / 20) / noise.norm().item()
+    return noise * gain
 
 
 def room_spectra(rooms: Sequence[Audio], samples: int) -> Tensor:
