@@ -25,7 +25,7 @@ from clapsep_cli.cli.app import app
 from clapsep_cli.errors import ClapsepWarning
 from clapsep_cli.registry import MODELS
 from clapsep_cli.store import library
-from clapsep_cli.training.recipes import PRESETS
+from clapsep_cli.training.recipes.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 

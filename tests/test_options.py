@@ -241,7 +241,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setattr(adapters, "apply", lambda model, path: noted("adapter")(path))
         monkeypatch.setattr(torch, "set_num_threads", noted("torch"))
         monkeypatch.setattr(batch, "ThreadPoolExecutor", Pool)
-        monkeypatch.setattr("clapsep_cli.training.train.train", noted("train", True))
+        monkeypatch.setattr("clapsep_cli.training.loop.train.train", noted("train", True))
         for name, result in (("install", Path("a")), ("verify", [Path("a")]), *CALLS):
             monkeypatch.setattr(library, name, noted(name, result))
         before = {path for path in place.rglob("*") if path.is_file()}

@@ -25,7 +25,7 @@ from recordings import noise
 from tuss_stand_in import TINY, released, save_released
 
 from clapsep_cli.registry import FAMILIES, MODELS
-from clapsep_cli.training.recipes import PRESETS
+from clapsep_cli.training.recipes.presets import PRESETS
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 

@@ -27,6 +27,7 @@ from clapsep_cli.store.whole import copy
 from clapsep_cli.training.loop.pool import MemoryPool
 from clapsep_cli.training.loop.sampling import Draw, Sampler
 from clapsep_cli.training.loop.train import Report, Run, train
+from clapsep_cli.training.recipes.augment import Acoustics
 from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.recipes.mini import AudioTask, MiniRecipe, SeparatorTask, Stage
 
@@ -418,6 +419,7 @@ def test_training_learns(manifest: Path, tmp_path: Path) -> None:
         separator=Stage(steps=40, batch=8, lr=1e-2, warmup=5),
         mixing=Mixing(text_only=1.0, absent=0.0),
         draw=replace(RECIPE.draw, snr_std=0),
+        acoustics=Acoustics(eq=0, low_pass=0, high_pass=0, floor=0),
         report_every=10,
         validate_every=1000,
         save_every=1000,

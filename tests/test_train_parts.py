@@ -29,12 +29,12 @@ from clapsep_cli.training.loop.sampling import Draw, Sampler, ahead
 from clapsep_cli.training.loop.schedules import Plateau, Trapezoid
 from clapsep_cli.training.loop.settings import parse_setting, read_settings
 from clapsep_cli.training.recipes import presets
-from clapsep_cli.training.recipes.augment import equaliser, levelled, masked, seeded, stripes
+from clapsep_cli.training.recipes.augment import Acoustics, elsewhere, levelled, masked, room_spectra, seeded, stripes
 from clapsep_cli.training.recipes.clapsep import ClapsepRecipe
 from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.recipes.mini import MiniRecipe
 from clapsep_cli.training.recipes.objective import separation_loss, si_snr, snr, statistics, waveform_loss
-from clapsep_cli.training.recipes.validation import choose
+from clapsep_cli.training.recipes.validation import cases, choose
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +170,10 @@ def test_what_is_made_ahead_is_bounded_and_in_order() -> None:
         list(ahead(fails, range(3)))
 
 
-def loss_of(mask: Tensor, target: Tensor, other: Tensor, present: bool, eq: float = 0.0) -> float:
+def loss_of(mask: Tensor, target: Tensor, other: Tensor, present: bool) -> float:
     """The loss of one example under a mask per band, `[frames, bands]`."""
-    gains = (equaliser(1, eq, seeded(2)), equaliser(1, eq, seeded(5)))
     spread = band_matrix(128, 48)
-    of = statistics(target[None], other[None], gains, spread, spread)
+    of = statistics(target[None], other[None], spread, spread)
     return separation_loss(mask[None], of, torch.tensor([present])).item()
 
 
@@ -192,13 +191,13 @@ def test_the_loss_on_bands_is_the_loss_on_bins() -> None:
     generator = torch.Generator().manual_seed(1)
     target, other = torch.randn(2, 32_000, generator=generator)
     mask = torch.rand(101, 128, generator=generator)
-    spectra = [dsp.spectrum(x[None]) * equaliser(1, 6.0, seeded(k)) for x, k in ((target, 2), (other, 5))]
+    spectra = [dsp.spectrum(x[None]) for x in (target, other)]
     wanted, estimate = spectra[0], (spectra[0] + spectra[1]) * (mask @ band_matrix(128, 48))
     energy, error = wanted.abs().square().sum(), (estimate - wanted).abs().square().sum()
     fitted = (estimate * wanted.conj()).real.sum().square() / energy
     rest = estimate.abs().square().sum() - fitted
     expected = -9 * torch.log10(energy / (error + 1e-3 * energy)) - torch.log10(fitted / (rest + 1e-3 * fitted))
-    assert loss_of(mask, target, other, present=True, eq=6.0) == pytest.approx(expected.item(), abs=1e-3)
+    assert loss_of(mask, target, other, present=True) == pytest.approx(expected.item(), abs=1e-3)
 
 
 def test_an_absent_sound_is_learned_as_silence() -> None:
@@ -314,13 +313,52 @@ def test_several_shots_are_averaged(pool: Pool) -> None:
 
 
 def test_augmentation_is_bounded() -> None:
-    gains = equaliser(200, 4.0, seeded(0))
-    assert gains.shape == (200, 1, 513)
-    flat = (gains == 1).all(2)[:, 0].float().mean().item()
-    assert 0.35 < flat < 0.65
     kept = stripes(200, 100, 10, seeded(1))
     assert 1 - kept.mean().item() < 0.2
     assert (kept == 0).any()
+
+
+def test_a_clip_sounds_as_if_recorded_elsewhere_at_its_own_level() -> None:
+    clip = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    room = room_spectra([np.array([0, 1, 0, 0.5], np.float32)], clip.shape[1])
+    still = Acoustics(eq=0, low_pass=0, high_pass=0, room=0, floor=0)
+    assert torch.equal(elsewhere(clip, room, still, [seeded(1)]), clip)
+    for change in ("eq", "low_pass", "high_pass", "room", "floor"):
+        acoustics = replace(still, **{change: 1.0})
+        first, again, other = (elsewhere(clip, room, acoustics, [seeded(n)]) for n in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, clip)
+        assert torch.equal(first, other) == (change == "room")  # there is but one
+        assert first.norm().item() == pytest.approx(clip.norm().item(), rel=0.02)
+    late = elsewhere(clip, room, replace(still, room=1.0), [seeded(1)])
+    expected = torch.cat([torch.zeros(1, 1), clip[:, :-1]], 1)
+    expected[:, 3:] += 0.5 * clip[:, :-3]
+    torch.testing.assert_close(late, expected * (clip.norm() / expected.norm()), atol=1e-4, rtol=1e-4)
+
+
+def test_decoded_clips_are_kept_and_decoded_anew_for_others(manifest: Path, tmp_path: Path) -> None:
+    corpus, cache = read_corpus(manifest), tmp_path / "clips.safetensors"
+    fresh = MemoryPool(corpus, cache=cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clapsep_cli.training.loop.pool.read_clip", None)
+        kept = MemoryPool(corpus, cache=cache)
+    for index in range(len(corpus.clips)):
+        np.testing.assert_array_equal(kept.read(index, 0, 10**9), fresh.read(index, 0, 10**9))
+    shorter = MemoryPool(corpus, seconds=0.1, cache=cache)
+    assert shorter.samples(0) == 3200
+
+
+def test_validation_mixes_each_split_among_itself(manifest: Path) -> None:
+    pool = MemoryPool(read_corpus(manifest))
+    clips = list(pool.clips)
+    held_out = [i for i, clip in enumerate(clips) if clip.split == "dev"]
+    for i in held_out[1::2]:
+        clips[i] = replace(clips[i], split="unseen")
+    pool.clips = tuple(clips)
+    made = cases(pool, held_out, 2, 16_000, load_text(), None)
+    assert [list(case.conditions) for case in made] == [["unseen both", "unseen positive"]] * 2 + [
+        ["dev both", "dev positive"]
+    ] * 2
 
 
 def test_a_layer_is_masked_while_it_lasts() -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import soundfile
+import torch
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio, to_rate
 from clapsep_cli.data import Corpus, read_clip
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
+from clapsep_cli.store.checkpoint import read_tensors
+from clapsep_cli.store.whole import read_notes, save_whole
 
 Store = Literal["auto", "memory", "disk"]
 MEMORY_LIMIT_BYTES = 4 * 2**30  # "auto" keeps a corpus of up to this size in memory, as int16: 18 hours
@@ -46,12 +51,22 @@ class Pool(ABC):
 
 
 class MemoryPool(Pool):
-    """Clips as int16, the first `seconds` of each."""
+    """Clips as int16, the first `seconds` of each. They are decoded once if they are kept in a file, `cache`."""
 
     def __init__(
-        self, corpus: Corpus, workers: int = 2, rate: int | None = RATE_HZ, seconds: float = MAX_SECONDS
+        self,
+        corpus: Corpus,
+        workers: int = 2,
+        rate: int | None = RATE_HZ,
+        seconds: float = MAX_SECONDS,
+        cache: Path | None = None,
     ) -> None:
         super().__init__(corpus, rate)
+        of = {"clips": corpus.digest, "rate": str(rate), "seconds": str(seconds)}
+        kept = read_kept(cache, of) if cache else None
+        if kept is not None:
+            self.pcm = kept
+            return
 
         def decode(index: int) -> NDArray[np.int16]:
             whole = read_clip(corpus.clips[index].path, self.rates[index])
@@ -60,12 +75,31 @@ class MemoryPool(Pool):
 
         with ThreadPoolExecutor(workers) as pool:
             self.pcm = list(pool.map(decode, range(len(corpus.clips))))
+        if cache:
+            keep(self.pcm, cache, of)
 
     def samples(self, index: int) -> int:
         return len(self.pcm[index])
 
     def read(self, index: int, start: int, stop: int) -> Audio:
         return np.asarray(self.pcm[index][start:stop].astype(np.float32) / 32768, np.float32)
+
+
+def keep(clips: Sequence[NDArray[np.int16]], path: Path, of: Mapping[str, str]) -> None:
+    """Write decoded clips to a file from which `read_kept` maps them. `of`: what they were decoded from, and how."""
+    ends = np.cumsum([len(clip) for clip in clips])
+    tensors = {"pcm": torch.from_numpy(np.concatenate(clips)), "ends": torch.from_numpy(ends)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_whole(tensors, path, of)
+
+
+def read_kept(path: Path, of: Mapping[str, str]) -> list[NDArray[np.int16]] | None:
+    """The clips that `keep` wrote, mapped from the file; None where there are none, or of something else."""
+    if not path.exists() or read_notes(path) != dict(of):
+        return None
+    tensors = read_tensors(path)
+    pcm, ends = tensors["pcm"].numpy(), tensors["ends"].tolist()
+    return [pcm[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class DiskPool(Pool):
@@ -97,12 +131,18 @@ class DiskPool(Pool):
         return np.pad(stretch, (0, wanted - len(stretch)))
 
 
-def open_pool(corpus: Corpus, store: Store = "auto", rate: int | None = RATE_HZ, seconds: float = MAX_SECONDS) -> Pool:
+def open_pool(
+    corpus: Corpus,
+    store: Store = "auto",
+    rate: int | None = RATE_HZ,
+    seconds: float = MAX_SECONDS,
+    cache: Path | None = None,
+) -> Pool:
     """The clips of `corpus` from where `store` says; "auto" is memory as long as they fit into 4 GiB.
 
-    In memory, the first `seconds` of each are held.
+    In memory, the first `seconds` of each are held, and decoded only once if they are kept in the file `cache`.
     """
     disk = DiskPool(corpus, rate)
     held = sum(min(length, seconds) * rate for length, rate in zip(corpus.seconds, disk.rates, strict=True)) * 2
     fits = held <= MEMORY_LIMIT_BYTES
-    return MemoryPool(corpus, 2, rate, seconds) if store == "memory" or (store == "auto" and fits) else disk
+    return MemoryPool(corpus, 2, rate, seconds, cache) if store == "memory" or (store == "auto" and fits) else disk

@@ -19,19 +19,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
-from clapsep_cli.data import Corpus, read_paraphrases
+from clapsep_cli.data import Corpus, read_clip, read_paraphrases
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
+from clapsep_cli.files import path_in
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import BUNDLED, weights_folder
 from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
 from clapsep_cli.store.whole import copy, save_whole
+from clapsep_cli.tables import read_table
 from clapsep_cli.training.loop.pool import Pool, open_pool
 from clapsep_cli.training.loop.sampling import Draw, Sampler
 from clapsep_cli.training.loop.schedules import Trapezoid
 from clapsep_cli.training.loop.settings import Share, flatten, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import ESTIMATE, Clock, Recipe, Report, Run
-from clapsep_cli.training.recipes.augment import disguise, equaliser, levelled, seeded
+from clapsep_cli.training.recipes.augment import Acoustics, elsewhere, levelled, room_spectra, seeded, striped
 from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
 from clapsep_cli.training.recipes.objective import BandStatistics, separation_loss, statistics
 from clapsep_cli.training.recipes.validation import Case, cases, improvements
@@ -78,23 +80,27 @@ class Stage:
 @settings
 class MiniRecipe(Recipe):
     """`text`: a folder with a text encoder, the bundled one if empty. `init`: a mini model's folder, or its name, whose
-    encoders are taken as they are and whose separator is trained further. `paraphrases`: a CSV `label,captions`."""
+    encoders are taken as they are and whose separator is trained further. `paraphrases`: a CSV `label,captions`.
+    `rooms`: a CSV `file` of impulse responses. `cache`: a file for decoded clips, so that they are decoded once."""
 
     free: ClassVar[frozenset[str]] = Recipe.free | {
         "validate_every",
         *(f"{stage}.{name}" for stage in ("audio", "separator") for name in ("steps", "warmup")),
         "audio.decay",
+        "cache",
     }
 
     text: str = ""
     init: str = ""
     paraphrases: str = ""
+    rooms: str = ""
+    cache: str = ""
     draw: Draw = Draw()
     audio: Stage = Stage(lr=2e-3)
     separator: Stage = Stage(lr=1e-3)
     temperature: PositiveFloat = 0.07  # of the audio encoder's softmax over captions
     mixing: Mixing = Mixing()
-    eq_db: NonNegativeFloat = 4.0  # standard deviation of the random equaliser at its control points
+    acoustics: Acoustics = Acoustics()
     optimiser: Literal["muon", "adamw"] = "muon"
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     weight_decay: NonNegativeFloat = 0.01
@@ -153,7 +159,7 @@ class MiniRecipe(Recipe):
                 copy(self.source / name, run.folder / name)
         run.fabric.barrier()
         encoder = load_part(run.folder, "text", "mini", self.mini).to(run.device)
-        pool = open_pool(run.corpus, self.store)
+        pool = open_pool(run.corpus, self.store, cache=Path(self.cache) if self.cache else None)
         texts = Texts(encoder, run.corpus.clips, read_paraphrases(Path(self.paraphrases)) if self.paraphrases else {})
         estimate(run, self, pool, texts)
         if not self.init:
@@ -178,6 +184,21 @@ class MiniTask(Task):
         return self.recipe.optimiser == "muon" and matrix and name.split(".")[0] not in ENDS
 
 
+class Places:
+    """Makes clips sound as if recorded elsewhere; how, depends on seed, step and row alone."""
+
+    def __init__(self, recipe: MiniRecipe, samples: int, device: torch.device) -> None:
+        self.recipe = recipe
+        listed = Path(recipe.rooms) if recipe.rooms else None
+        files = [path_in(listed.parent, row["file"]) for _, row in read_table(listed, ("file",))] if listed else []
+        self.rooms = room_spectra([read_clip(file) for file in files], samples).to(device) if files else None
+
+    def __call__(self, audio: Tensor, step: int, rows: range, side: int = 0) -> Tensor:
+        """`audio`: the given rows of a step's batch, float32 `[rows, samples]`, targets or those of another `side`."""
+        generators = [seeded(self.recipe.seed, 3 + side, step, row) for row in rows]
+        return elsewhere(audio, self.rooms, self.recipe.acoustics, generators)
+
+
 class AudioTask(MiniTask):
     """The audio encoder learns to point at the captions of what it hears."""
 
@@ -186,6 +207,7 @@ class AudioTask(MiniTask):
     def __init__(self, recipe: MiniRecipe, sampler: Sampler, texts: Texts, folder: Path, device: torch.device) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.sampler, self.folder = recipe, sampler, folder
+        self.places = Places(recipe, sampler.length, device)
         self.plan = recipe.audio.plan(recipe, AUDIO_WEIGHT_DECAY)
         self.net: MiniAudio = MiniAudio(recipe.mini)
         _channels_last(self.net)
@@ -201,14 +223,14 @@ class AudioTask(MiniTask):
 
     def prepare(self, drawn: tuple[Tensor, ...], step: int, rows: range) -> tuple[Tensor, Tensor]:
         targets, others, snr_db, labels = drawn
-        targets, others = levelled(targets, others, snr_db)
+        targets, others = levelled(self.places(targets, step, rows), others, snr_db)
         generator, batch = seeded(self.recipe.seed, step), self.plan.batch
         # A shot is rarely clean: half of them have something else in the background, 5 to 30 dB down.
         background = 10 ** -(0.25 + 1.25 * torch.rand(batch, 1, generator=generator))
         background *= (torch.rand(batch, 1, generator=generator) < 0.5).float()
         audio = targets + others * background[rows.start : rows.stop].to(targets.device)
         power = dsp.power(dsp.spectrum(audio))
-        return disguise(power, self.recipe.eq_db, generator, batch, rows), self.targets[labels]
+        return striped(power, generator, batch, rows), self.targets[labels]
 
     def loss(self, prepared: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         power, wanted = prepared
@@ -261,6 +283,7 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
     among, path = run.corpus.train, run.folder / SHOTS
     if run.leads and not path.exists():
         sampler = Sampler(pool, recipe.draw, recipe.seed + 2)
+        places = Places(recipe, sampler.length, run.device)
         out = torch.empty(len(among), AUDIO_VIEWS, recipe.mini.dim)
         clock = Clock()
         for view in range(AUDIO_VIEWS):
@@ -268,11 +291,10 @@ def shots(run: Run, recipe: MiniRecipe, pool: Pool, net: MiniAudio) -> dict[int,
                 run.check_stop()
                 few = among[start : start + 32]
                 placed = [sampler.place(i, np.random.default_rng((recipe.seed, view, i))) for i in few]
-                power = dsp.power(dsp.spectrum(torch.from_numpy(np.stack(placed)).to(run.device)))
+                audio = torch.from_numpy(np.stack(placed)).to(run.device)
                 if view % 2:
-                    generator = seeded(recipe.seed, view, start)
-                    power = disguise(power, recipe.eq_db, generator, len(few), range(len(few)))
-                out[start : start + len(few), view] = net(power).cpu()
+                    audio = places(audio, view, range(start, start + len(few)))
+                out[start : start + len(few), view] = net(dsp.power(dsp.spectrum(audio))).cpu()
             left = clock.seconds_left(view + 1, AUDIO_VIEWS)
             run.tell(Report("shots embedded", view + 1, AUDIO_VIEWS, {}, left))
         save_whole(dict(zip(map(str, among), out, strict=True)), path, {})
@@ -299,6 +321,7 @@ class SeparatorTask(MiniTask):
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.sampler, self.queries = recipe, sampler, queries
+        self.places = Places(recipe, sampler.length, run.device)
         self.validated, self.folder, self.device = validated, run.folder, run.device
         self.plan = recipe.separator.plan(recipe, recipe.weight_decay, recipe.ema)
         self.net: Mini = Mini(replace(recipe.mini, seconds=int(recipe.draw.seconds)))
@@ -314,11 +337,9 @@ class SeparatorTask(MiniTask):
 
     def prepare(self, drawn: tuple[Tensor, ...], step: int, rows: range) -> Prepared:
         targets, others, snr_db, conditions, present = drawn
+        targets, others = self.places(targets, step, rows), self.places(others, step, rows, side=1)
         targets, others = levelled(targets, others, snr_db)
-        generator = seeded(self.recipe.seed, 2, step)
-        gains = [equaliser(self.plan.batch, self.recipe.eq_db, generator)[rows.start : rows.stop] for _ in range(2)]
-        shaped = (gains[0].to(targets.device), gains[1].to(targets.device))
-        of = statistics(targets, others, shaped, self.net.front.matrix, self.net.spread)
+        of = statistics(targets, others, self.net.front.matrix, self.net.spread)
         heard = self.net.front.compress(of.bands, of.mixture / of.bands.shape[1])
         return Prepared(self.net.pad(heard).contiguous(memory_format=torch.channels_last), conditions, of, present)
 

@@ -51,28 +51,24 @@ class BandStatistics:
     target: Tensor
 
 
-def statistics(
-    targets: Tensor, others: Tensor, gains: tuple[Tensor, Tensor], heard: Tensor, spread: Tensor
-) -> BandStatistics:
-    """Statistics of targets and interferers, float32 `[batch, samples]`, that are shaped by real `gains` (each
-    `[batch, 1, 513]`) and then added up. `heard` and `spread` are `[bands, 513]`.
+def statistics(targets: Tensor, others: Tensor, heard: Tensor, spread: Tensor) -> BandStatistics:
+    """Statistics of the sums of targets and interferers, float32 `[batch, samples]` each. `heard` and `spread` are
+    `[bands, 513]`.
     """
     weights = torch.cat([heard, spread.square(), spread[:-1] * spread[1:]]).T
     parts = []
     for at in range(0, len(targets), AT_ONCE):
         few = slice(at, at + AT_ONCE)
         target, other = dsp.spectrum(targets[few]), dsp.spectrum(others[few])
-        parts.append(_statistics(target, other, gains[0][few], gains[1][few], weights, spread))
+        parts.append(_statistics(target, other, weights, spread))
     return BandStatistics(*(torch.cat(list(columns)) for columns in zip(*parts, strict=True)))
 
 
-def _statistics(
-    target: Tensor, other: Tensor, gain: Tensor, other_gain: Tensor, weights: Tensor, spread: Tensor
-) -> tuple[Tensor, ...]:
-    wanted = dsp.power(target) * gain.square()
-    between = torch.addcmul(target.real * other.real, target.imag, other.imag) * (gain * other_gain)
+def _statistics(target: Tensor, other: Tensor, weights: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
+    wanted = dsp.power(target)
+    between = torch.addcmul(target.real * other.real, target.imag, other.imag)
     shared = wanted + between
-    power = torch.addcmul(shared + between, dsp.power(other), other_gain.square())
+    power = shared + between + dsp.power(other)
     count = len(spread)
     weighted = power @ weights
     bands, squares, products = weighted[..., :count], weighted[..., count : 2 * count], weighted[..., 2 * count :]

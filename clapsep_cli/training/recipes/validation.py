@@ -1,4 +1,8 @@
-"""What a separator in training is measured by: fixed mixtures of clips that it is not trained on."""
+"""What a separator in training is measured by: fixed mixtures of clips that it is not trained on.
+
+Clips of each split are mixed among themselves: those of sources that are trained on (`dev`), and those of whole sources
+kept out of training, which tell what a model is worth elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from clapsep_cli.training.recipes.augment import levelled
 from clapsep_cli.training.recipes.objective import si_snr
 
 SEED = 1
+DEV = "dev"  # the split whose clips are of sources that are trained on
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,40 @@ def choose(pool: Pool, held_out: Sequence[int], count: int) -> list[tuple[int, i
 def cases(
     pool: Pool, held_out: Sequence[int], count: int, window: int, text: TextEncoder, audio: AudioEncoder | None
 ) -> list[Case]:
-    """Cases of the kinds "both" and "positive" (texts), and "shot" where there is an audio encoder. The encoders are
-    on one device; so are the conditions."""
+    """Cases of the kinds "both" and "positive" (texts), and "shot" where there is an audio encoder: `count` of each
+    split. Where there are several, a kind is named after its split, as "unseen both", and `dev` comes last. The
+    encoders are on one device; so are the conditions."""
+    splits = dict.fromkeys(pool.clips[i].split for i in held_out)
     made = []
-    for target, interferer, shot in choose(pool, held_out, count):
+    for split in sorted(splits, key=lambda name: name == DEV):
+        members = [i for i in held_out if pool.clips[i].split == split]
+        prefix = f"{split} " if len(splits) > 1 else ""
+        made += _cases(pool, choose(pool, members, count), window, text, audio, prefix)
+    return made
+
+
+def _cases(
+    pool: Pool,
+    chosen: Sequence[tuple[int, int, int | None]],
+    window: int,
+    text: TextEncoder,
+    audio: AudioEncoder | None,
+    prefix: str,
+) -> list[Case]:
+    made = []
+    for target, interferer, shot in chosen:
         first, second = (torch.from_numpy(fit(pool.read(i, 0, window), window)) for i in (target, interferer))
         wanted, other = levelled(first[None], second[None], torch.zeros(1))
         positive, negative = text.embed([pool.clips[i].captions[0] for i in (target, interferer)])[:, None]
-        conditions = {"both": condition(positive, negative), "positive": condition(positive, None)}
+        conditions = {
+            f"{prefix}both": condition(positive, negative),
+            f"{prefix}positive": condition(positive, None),
+        }
         if audio is not None and shot is not None:
             heard = to_rate(pool.read(shot, 0, pool.samples(shot)), dsp.RATE_HZ, audio.rate)
-            conditions["shot"] = condition(audio.embed(torch.from_numpy(heard).to(positive.device))[None], None)
+            conditions[f"{prefix}shot"] = condition(
+                audio.embed(torch.from_numpy(heard).to(positive.device))[None], None
+            )
         made.append(Case((wanted + other)[0], wanted[0], conditions))
     return made
 
