@@ -38,7 +38,7 @@ class ClapTextEncoder(TextEncoder):
         if tokenizer is not None:
             if tokenizer.get_vocab_size() != config.vocabulary:
                 raise ValueError(f"a tokenizer of {tokenizer.get_vocab_size()} tokens instead of {config.vocabulary}")
-            # Padding to the longest text rather than to the limit changes nothing but the time: padding is never attended to.
+            # Padding to the longest text, not to the limit, changes nothing but the time: padding is never attended to.
             tokenizer.enable_padding(pad_id=PADDING_ID, pad_token="<pad>")
             tokenizer.enable_truncation(config.text_tokens)
         self.tokenizer = tokenizer

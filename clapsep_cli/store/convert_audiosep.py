@@ -1,4 +1,4 @@
-"""From the released AudioSep checkpoint to our separator and text tower; strict like `convert`, which reads the file."""
+"""From the released AudioSep checkpoint to our separator and text tower; strict like `convert`, which reads it."""
 
 from __future__ import annotations
 
