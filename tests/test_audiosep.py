@@ -1,4 +1,4 @@
-"""AudioSep of the released size reproduces the reference's outputs; small ones of its classes keep their promises."""
+"""AudioSep of the released size reproduces the reference's outputs; small ones keep their promises."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clapsep_cli.dsp import HOP, RATE_HZ
-from clapsep_cli.models.audiosep import FEWEST, AudioSep
+from clapsep_cli.models.audiosep import FEWEST, N_FFT, AudioSep
 from clapsep_cli.separation.pipeline import Ear
-from clapsep_cli.stitch.complex_masks import FADE, _Joined
+from clapsep_cli.stitch.complex_masks import FADE, ComplexMaskStream, _Joined
 
 Audio = NDArray[np.float32]
 
@@ -31,7 +31,7 @@ class Constant(AudioSep):
         super().__init__(TINY)
         self.value, self.heard = value, []  # type: ignore[var-annotated]
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Tensor, check: Any = None) -> Tensor:
         self.heard.append(windows[0])
         mask = torch.full((1, 1, max(FEWEST, windows.shape[1]) // HOP + 1, 1025), self.value, dtype=torch.complex64)
         mask[..., -1] = 0
@@ -41,7 +41,8 @@ class Constant(AudioSep):
 def separated(model: AudioSep, audio: Audio, rate: int = RATE_HZ, cuts: Sequence[int] = ()) -> Audio:
     """`audio`, `[channels, samples]`, as the pipeline has it separated, in blocks from cut to cut."""
     wanted, done = condition(1, TINY.dim), []
-    stream, ear = model.stream(wanted, rate, len(audio), torch.device("cpu")), Ear(rate, RATE_HZ, len(audio))
+    sizes = model.window, model.config.grid, N_FFT, len(wanted), rate, len(audio)
+    stream, ear = ComplexMaskStream(*sizes, torch.device("cpu")), Ear(rate, RATE_HZ, len(audio))
     with torch.inference_mode():
         for block in [*np.split(audio, cuts, 1), audio[:, :0]]:
             last = block.shape[1] == 0

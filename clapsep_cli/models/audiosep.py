@@ -6,19 +6,19 @@ of every block. What it makes is a mask that turns the phases as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli.dsp import HOP, RATE_HZ
-from clapsep_cli.models.base import Separator
+from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.clapsep import TextSize
 from clapsep_cli.models.htsat import BinNorm
-from clapsep_cli.models.resunet import MOMENTUM, Decoder, Encoder, ResidualBlock
-from clapsep_cli.stitch.complex_masks import ComplexMaskStream
-from clapsep_cli.stitch.windows import Stream
+from clapsep_cli.models.resunet import MOMENTUM, Decoder, Encoder, ResidualBlock, Rows
 
 N_FFT = 2048  # samples, window and transform alike; its hop is CLAPSep's
 FEWEST = N_FFT // 2 + 1  # samples that can be reflected
@@ -55,7 +55,7 @@ class AudioSepConfig(TextSize):
 
 
 def spectrum(x: Tensor) -> Tensor:
-    """Complex STFT of float32 `[batch, samples]`, at least 1025: 2048-point periodic Hann, reflected at the ends.
+    """Complex STFT of float32 `[batch, samples]`, 1025 samples or more: 2048-point Hann (periodic), reflected.
 
     Returns complex64 `[batch, samples // 320 + 1 frames, 1025 bins]`.
     """
@@ -99,17 +99,14 @@ class AudioSep(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Tensor, check: Callable[[], None] = go_on) -> Tensor:
         """Complex masks, complex64 `[batch, stems, frames, 1025]`; all windows of a batch have one length."""
         spec = spectrum(F.pad(windows, (0, max(0, FEWEST - windows.shape[1]))))
         image = self.hear(spec)
         return torch.stack([self.mask(image, c.expand(len(windows), -1))[:, : spec.shape[1]] for c in wanted], 1)
 
-    def stream(self, wanted: Tensor, rate: int, channels: int, device: torch.device) -> Stream:
-        return ComplexMaskStream(self.window, self.config.grid, N_FFT, len(wanted), rate, channels, device)
-
     def forward(self, audio: Tensor, condition: Tensor) -> Tensor:
-        """What `condition` (`[batch, dim]`) asks for in `audio`, float32 `[batch, samples]` of any length and level."""
+        """What `condition` (`[batch, dim]`) asks for in `audio`: float32 `[batch, samples]`, any length, any level."""
         samples = audio.shape[1]
         spec = spectrum(F.pad(audio, (0, max(0, FEWEST - samples))))
         return waveform(self.mask(self.hear(spec), condition)[:, : spec.shape[1]] * spec, samples)
@@ -153,24 +150,25 @@ class AudioSep(Separator):
         # Once a block of this size was freed, glibc keeps what is freed later, instead of having it mapped again.
         torch.empty(HELD_BYTES, dtype=torch.uint8)
         _, _, frames, bins = image.shape
-        weight, bias = self.stem.weight.flatten(), self.stem.bias
+        weight, bias = self.stem.weight.flatten(), cast(Tensor, self.stem.bias)
 
-        def source(begin: int, end: int) -> Tensor:
+        def stem(begin: int, end: int) -> Tensor:
             return torch.addcmul(bias, image[0, 0, begin:end, :, None], weight).permute(2, 0, 1)[None]
 
+        source: Rows = stem
         kept = []
-        for encoder in self.encoders:
+        for encoder in cast(Iterable[Encoder], self.encoders):
             keep, x = encoder.quick(source, (1, frames, bins), condition)
             kept.append(keep)
             frames, bins = x.shape[2:]
             source = _rows_of(x)
-        image_of = torch.cat([piece for _, piece in self.bottleneck.pieces(source, frames, condition)], 2)
-        *decoders, last = self.decoders
+        x = torch.cat([piece for _, piece in self.bottleneck.pieces(source, frames, condition)], 2)
+        *decoders, last = cast(Iterable[Decoder], self.decoders)
         for decoder in decoders:
-            image_of = decoder.quick_image(image_of, kept.pop(), condition)
-        pieces = last.quick(image_of, kept.pop(), condition)
-        weight, bias = self.head.weight.flatten(1), self.head.bias
-        maps = [F.linear(piece.permute(0, 2, 3, 1), weight, bias) for _, piece in pieces]
+            x = decoder.quick_image(x, kept.pop(), condition)
+        pieces = last.quick(x, kept.pop(), condition)
+        weight = self.head.weight.flatten(1)
+        maps = [F.linear(piece.permute(0, 2, 3, 1), weight, self.head.bias) for _, piece in pieces]
         return torch.cat(maps, 1).permute(0, 3, 1, 2)
 
     def _prepare(self) -> None:
@@ -188,5 +186,5 @@ class AudioSep(Separator):
         return super().train(mode)
 
 
-def _rows_of(image: Tensor):
+def _rows_of(image: Tensor) -> Rows:
     return lambda begin, end: image[:, :, begin:end]

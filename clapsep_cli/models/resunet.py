@@ -36,7 +36,7 @@ class ShiftedNorm(nn.BatchNorm2d):
 
     def scale(self) -> Tensor:
         """What each channel is multiplied with in inference, `[channels]`."""
-        return cast(Tensor, self.weight * torch.rsqrt(cast(Tensor, self.running_var) + self.eps))
+        return self.weight * torch.rsqrt(cast(Tensor, self.running_var) + self.eps)
 
     def shift(self, condition: Tensor) -> Tensor:
         """What is added to it then, `[channels]`; `condition`: `[dim]`."""
@@ -157,9 +157,9 @@ class Decoder(nn.Module):
             cells = activate(x[:, :, above:below]).permute(0, 2, 3, 1) @ weight
             image = _image(len(x), 2 * kept.shape[1], (below - above) * high, kept.shape[3])
             larger, beside = image.permute(0, 2, 3, 1).chunk(2, -1)
-            larger.unflatten(2, (-1, wide)).unflatten(1, (-1, high)).transpose(2, 3).copy_(
-                cells.unflatten(-1, (high, wide, -1))
-            )
+            rows, columns, width = below - above, x.shape[3], kept.shape[1]
+            by_cells = larger.view(len(x), rows, high, columns, wide, width).transpose(2, 3)
+            by_cells.copy_(cells.view(len(x), rows, columns, high, wide, width))
             beside.copy_(kept[:, :, above * high : below * high].permute(0, 2, 3, 1))
             return image[:, :, begin - above * high :][:, :, : end - begin]
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from clapsep_cli.audio.samples import downmix
 from clapsep_cli.dsp import HOP, RATE_HZ
-from clapsep_cli.stitch.windows import Stream, Windower, downmix
+from clapsep_cli.stitch.windows import Stream, Windower
 
 OVERLAP = 3 * RATE_HZ  # samples by which windows overlap at least: half of it on either side leaves an error of 1e-4
 FADE = 50  # frames in the middle of an overlap over which windows cross-fade
@@ -63,7 +64,7 @@ class ComplexMaskStream(Stream):
     def _take(self, masks: Tensor | None, last: bool = False) -> None:
         if masks is not None:
             self.ready = torch.cat([self.ready, self.masked.apply(masks, last)], 2)
-            top = masks[..., -masks.shape[2] // TOP - 1 : -1]  # the last bin is a hole of the mask
+            top = masks[..., -(masks.shape[2] // TOP) - 1 : -1]  # the last bin is a hole of the mask
             self.gains = torch.cat([self.gains, top.abs().mean(2)], 1)
 
     def pull(self) -> Tensor:
@@ -78,11 +79,11 @@ class ComplexMaskStream(Stream):
         if done:  # a resampler may be off by a sample at the end
             missing = self.samples - self.pulled
             back = F.pad(back[:, :missing], (0, max(0, missing - back.shape[1])))
-        stems = back.to(self.device).unflatten(0, (-1, self.channels))
+        stems = back.to(self.device).view(self.stems + 1, self.channels, -1)
         count = stems.shape[2]
         unheard = torch.from_numpy(self.waiting[:, :count]).to(self.device) - stems[-1]
         self.waiting = self.waiting[:, count:]
-        return stems[:-1] + self._gain(count)[:, None] * unheard
+        return torch.addcmul(stems[:-1], self._gain(count)[:, None], unheard)
 
     def _gain(self, count: int) -> Tensor:
         """Of the next `count` samples, float32 `[stems, count]`."""
@@ -123,7 +124,7 @@ class _Joined:
 
 
 class _Masked:
-    """A stream at 32 kHz, masked as by a centred STFT of the whole, with reflected ends; one more stem is as it was."""
+    """A stream at 32 kHz, masked as by a centred STFT of the whole, reflected at its ends. One more is unmasked."""
 
     def __init__(self, n_fft: int, stems: int, channels: int, device: torch.device) -> None:
         self.n_fft, self.stems, self.channels = n_fft, stems, channels
@@ -139,7 +140,7 @@ class _Masked:
         self.as_it_was = torch.cat([self.as_it_was, audio], 1)
 
     def apply(self, masks: Tensor, last: bool) -> Tensor:
-        """The samples that the next frames complete, `[stems + 1, channels, samples]`; after the `last`, the rest."""
+        """What the next frames complete, `[stems + 1, channels, samples]`; with the `last` of them, all the rest."""
         half, rest = self.n_fft // 2, self.as_it_was.shape[1]
         if not self.begun:
             self.audio = F.pad(self.audio, (0, max(0, half + 1 - self.audio.shape[1])))
@@ -147,7 +148,7 @@ class _Masked:
         if last:
             self.audio = F.pad(self.audio[None], (0, half), mode="reflect")[0]
         step = max(1, VALUES_AT_ONCE // (len(self.sums) * masks.shape[2]))
-        parts = [self._frames(part) for part in masks.split(step, 1)]
+        parts = [self._frames(masks[:, at : at + step]) for at in range(0, masks.shape[1], step)]
         if last:
             parts.append(self.sums / self.envelope.clamp(min=1e-8))
         out = torch.cat(parts, 1)
@@ -156,7 +157,7 @@ class _Masked:
         self.begun = True
         count = rest if last else out.shape[1]
         heard, self.as_it_was = self.as_it_was[:, :count], self.as_it_was[:, count:]
-        return torch.cat([out[:, :count].unflatten(0, (self.stems, self.channels)), heard[None]])
+        return torch.cat([out[:, :count].reshape(self.stems, self.channels, -1), heard[None]])
 
     def _frames(self, masks: Tensor) -> Tensor:
         count = masks.shape[1]
