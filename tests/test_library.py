@@ -252,7 +252,9 @@ def test_a_family_without_query_encoders(
         save_part(folder, "separator", "alone", config, network.state_dict(), **notes)
 
     mini = registry.FAMILIES["mini"]
-    family = registry.Family(config=mini.config, separator=mini.separator, ask=mini.ask, convert="alone")
+    family = registry.Family(
+        config=mini.config, separator=mini.separator, ask=mini.ask, stream=mini.stream, convert="alone"
+    )
     monkeypatch.setitem(registry.FAMILIES, "alone", family)
     monkeypatch.setitem(MODELS, "one", replace(MODELS["clapsep"], name="one", family="alone"))
     monkeypatch.setattr(library, "resolve", lambda target: alone)

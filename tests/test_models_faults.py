@@ -49,7 +49,13 @@ def checkpoint(tmp_path: Path) -> Path:
 def server(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Serves the one file of the model `alone`, whose family has no query encoders. The home is empty."""
     data, mini = checkpoint.read_bytes(), registry.FAMILIES["mini"]
-    family = Family(config=mini.config, separator=mini.separator, ask=mini.ask, convert=f"{__name__}:convert_alone")
+    family = Family(
+        config=mini.config,
+        separator=mini.separator,
+        ask=mini.ask,
+        stream=mini.stream,
+        convert=f"{__name__}:convert_alone",
+    )
     remote = WebFile(url=f"https://files.example{PATH}", size=len(data), sha256=hashlib.sha256(data).hexdigest())
     entry = Entry(name="alone", family="alone", licence="AGPL-3.0", about="a separator", remotes=(remote,))
     monkeypatch.setitem(registry.FAMILIES, "alone", family)
