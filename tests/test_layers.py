@@ -55,6 +55,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"planning"},
         ],
     ),
+    ("page", [{"guard", "overview", "wishes"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
     ("evaluation", [{"figures", "mixtures"}, {"scores"}, {"evaluate"}, {"report"}]),
     (
@@ -71,7 +72,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "cli",
         [
             {"environment", "terminal"},
-            {"evaluate", "models", "options", "train"},
+            {"evaluate", "models", "options", "train", "ui"},
             {"run"},
             {"extract", "separate"},
             {"app"},

@@ -19,6 +19,7 @@ from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
 from clapsep_cli.cli.terminal import ModelDirOption, note
 from clapsep_cli.cli.train import train
+from clapsep_cli.cli.ui import ui
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.startup import prepare
 from clapsep_cli.version import __version__
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
+app.command()(ui)
 app.command()(train)
 app.command()(evaluate)
 app.add_typer(mixtures, name="mixtures")
