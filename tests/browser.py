@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,13 @@ SETTINGS = (
     "--autoplay-policy=no-user-gesture-required",
     "--remote-debugging-pipe",
 )
+# Becomes the browser, which reads what it is told from the file 3, and answers in the file 4.
+WITH_PIPES = """
+import fcntl, os, sys
+for number, pipe in enumerate([fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3]], 3):
+    os.dup2(pipe, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 KEYS = {" ": "Space", "Enter": "Enter", "ArrowRight": "ArrowRight", "Escape": "Escape"}
 
 
@@ -36,9 +44,9 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
         told, heard = os.pipe(), os.pipe()
-        command = 'exec "$@" 3<&%d 4>&%d' % (told[0], heard[1])  # noqa: UP031
+        pipes = [str(told[0]), str(heard[1])]
         self.process = subprocess.Popen(
-            ["sh", "-c", command, "sh", CHROMIUM, *SETTINGS, f"--user-data-dir={profile}", "about:blank"],
+            [sys.executable, "-c", WITH_PIPES, *pipes, CHROMIUM, *SETTINGS, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(told[0], heard[1]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -100,6 +108,7 @@ class Browser:
     def open(self, address: str) -> None:
         """Go to a page."""
         self.send("Page.navigate", url=address)
+        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression on the page, which may wait."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import webbrowser
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -45,10 +46,10 @@ def ui(
     try:
         if mix is not None:
             session.open(mix, str(mix))
-        page = Page(session, port)
-        typer.echo(f"clapsep ui: {page.address}\nCtrl-C ends it.")
-        if not no_browser:
-            webbrowser.open(page.address)
-        page.run()
+        with closing(Page(session, port)) as page:
+            typer.echo(f"clapsep ui: {page.address}\nCtrl-C ends it.")
+            if not no_browser:
+                webbrowser.open(page.address)
+            page.run()
     finally:
         session.close()

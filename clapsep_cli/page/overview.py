@@ -173,15 +173,16 @@ class _Spectrogram:
         else:
             self._samples, wanted = self._samples + len(mono), 1 << 62
         self._waiting = np.concatenate([self._waiting, mono])
-        ready = int((self._dropped + len(self._waiting) - self._size) / self._hop) + 1
-        numbers = np.arange(self._columns, min(max(ready, self._columns), wanted))
+        ready = floor((self._dropped + len(self._waiting) - self._size) / self._hop) + 1
+        numbers = np.arange(self._columns, min(ready, wanted))
+        if not len(numbers):
+            return np.zeros((0, BANDS), np.uint8)
         starts = (numbers * self._hop).astype(np.int64) - self._dropped
-        starts = starts[starts + self._size <= len(self._waiting)]
         frames = np.lib.stride_tricks.sliding_window_view(self._waiting, self._size)[starts] * self._window
         spectrum = np.fft.rfft(frames, axis=1)
         power = (spectrum.real**2 + spectrum.imag**2) @ self._bands
         self._columns += len(starts)
-        passed = min(max(0, int(self._columns * self._hop) - self._dropped), len(self._waiting))
+        passed = min(int(self._columns * self._hop) - self._dropped, len(self._waiting))
         self._waiting, self._dropped = self._waiting[passed:], self._dropped + passed
         decibels = 10 * np.log10(np.maximum(power, 10 ** (FLOOR_DB / 10)))
         return np.rint(np.clip(1 - decibels / FLOOR_DB, 0, 1) * 255).astype(np.uint8)

@@ -51,6 +51,7 @@ class Page:
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.bind((HOST, port))
+            self.socket.listen()  # so that a browser that comes before the server waits for it
         except (OSError, OverflowError) as error:
             self.socket.close()
             raise UsageError(f"port {port} cannot be used ({getattr(error, 'strerror', None) or error})") from error
@@ -68,6 +69,10 @@ class Page:
     def run(self) -> None:
         """Answer requests until the process is told to stop."""
         self.server.run(sockets=[self.socket])
+
+    def close(self) -> None:
+        """Let go of the port."""
+        self.socket.close()
 
 
 def application(session: Session) -> Starlette:

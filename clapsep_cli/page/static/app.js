@@ -73,8 +73,8 @@ function showReading(recording) {
 async function showRecording(recording) {
   opened = recording.id;
   find('#name').textContent = document.title = recording.name;
-  const kilohertz = `${recording.rate / 1000} kHz`;
-  find('#facts').textContent = `${clock(recording.frames / recording.rate)} · ${kilohertz}`;
+  const sides = recording.channels > 1 ? 'stereo' : 'mono';
+  find('#facts').textContent = `${clock(recording.frames / recording.rate)} · ${recording.rate / 1000} kHz · ${sides}`;
   banner('');
   attempts.forget();
   query.clearSpans();

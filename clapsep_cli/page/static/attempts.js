@@ -36,7 +36,10 @@ export class Attempts extends EventTarget {
 
   render(all) {
     this.all = all;
-    if (!all.some((each) => each.id === this.current)) this.current = null;
+    if (this.current && !this.attempt) {
+      this.current = null;
+      this.dispatchEvent(new Event('chosen'));
+    }
     const shown = JSON.stringify([all, this.current, this.previous]);
     if (shown === this.shown) return;
     this.shown = shown;
@@ -66,7 +69,7 @@ export class Attempts extends EventTarget {
 
   finished(attempt) {
     const facts = attempt.parts.filter((part) => part.presence && part.presence.score !== null).map((part) => {
-      const name = attempt.parts.length > 2 ? `${labelOf(part.name)}: ` : '';
+      const name = attempt.parts.length > 2 ? `${labelOf(part.name)}: ` : 'What was asked for is ';
       return make('p', { className: 'presence', title: `presence ${part.presence.score.toFixed(2)}` }, name + part.presence.words);
     });
     const notes = attempt.notes.map((note) => make('p', { className: 'faint' }, note));

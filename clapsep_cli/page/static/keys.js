@@ -24,6 +24,7 @@ export function listenToKeys({ attempts, dropMark, hear, mark, player, stage, to
     const { key, target } = event;
     if (document.querySelector('#work').hidden || document.querySelector('dialog[open]')) return;
     if ((event.ctrlKey || event.metaKey) && key === 'Enter') {
+      event.preventDefault(); // some browsers submit by themselves
       document.querySelector('#ask').requestSubmit();
       return;
     }

@@ -4,15 +4,15 @@ import { tick } from './times.js';
 
 const BANDS = 128;
 const LOWEST_HZ = 30;
-const RANGE = 178; // of the 255 steps of a level, 70 dB, that are told apart
+const RANGE = 166; // of the 255 steps of a level, 65 dB, that are told apart
 const PEAKS_PER_SECOND = 200;
 const WAVE = 0.24; // of the height, for the waveform
 const RULER = 18; // pixels, for the times
 const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400];
-const HERTZ = [100, 300, 1000, 3000, 10000];
+const HERTZ = [300, 1000, 3000, 10000];
 const THEMES = {
-  light: { ramp: ['#fbfaf7', '#ece4d6', '#d9b38c', '#b4705f', '#6f3a5c', '#2b1b3d'], wave: '#54616b', ink: '#4a5259', halo: '#fbfaf7' },
-  dark: { ramp: ['#101214', '#1d1b31', '#4b2a63', '#93405f', '#d9764a', '#ffe9b8'], wave: '#9fb0bd', ink: '#b9c2c9', halo: '#101214' },
+  light: { ramp: ['#fbfaf7', '#eceef0', '#c3d0dd', '#8aa3c0', '#4d6490', '#1a2142'], wave: '#54616b', ink: '#4a5259', halo: '#fbfaf7' },
+  dark: { ramp: ['#101214', '#191d33', '#34386a', '#6f6bab', '#bcb1dc', '#fdf8ff'], wave: '#9fb0bd', ink: '#b9c2c9', halo: '#101214' },
 };
 
 // 256 colours, as a canvas stores them.

@@ -146,6 +146,7 @@ export class Player extends EventTarget {
 
   // Play from `time` on, or, where it is null, go on with other parts from wherever the cursor will be.
   async begin(time) {
+    if (!this.deck) time ??= this.resting;
     const turn = ++this.turn;
     const wasPaused = this.paused;
     this.starting = true;

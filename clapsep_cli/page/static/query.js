@@ -51,7 +51,7 @@ export class Query extends EventTarget {
   }
 
   addSpan(id, side, start, end) {
-    this.add({ id, side, kind: 'span', start, end, name: nameOf(`at ${short(start)} s`) });
+    this.add({ id, side, kind: 'span', start: rounded(start), end: rounded(end), name: nameOf(`at ${short(start)} s`) });
   }
 
   add(item) {
@@ -62,7 +62,7 @@ export class Query extends EventTarget {
 
   move(id, start, end) {
     const item = this.items.find((each) => each.id === id);
-    if (item) Object.assign(item, { start, end });
+    if (item) Object.assign(item, { start: rounded(start), end: rounded(end) });
     this.render();
   }
 
@@ -142,6 +142,8 @@ export class Query extends EventTarget {
     return { model, targets, leave: sides(this.items.filter((item) => item.side === 'leave')) };
   }
 }
+
+const rounded = (seconds) => Math.round(seconds * 100) / 100;
 
 function sides(items) {
   const of = (kind) => items.filter((item) => item.kind === kind);

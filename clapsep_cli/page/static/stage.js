@@ -34,7 +34,7 @@ export class Stage extends EventTarget {
       media: this.player,
       peaks: [[0, 0]],
       duration: this.seconds,
-      cursorColor: getComputedStyle(this.box).getPropertyValue('--cursor'),
+      cursorColor: 'var(--cursor)',
       cursorWidth: 2,
       renderFunction: () => {}, // the picture lies below
       cspNonce: document.querySelector('meta[name=nonce]').content,
@@ -44,7 +44,7 @@ export class Stage extends EventTarget {
     this.regions.on('region-created', (region) => this.created(region));
     this.regions.on('region-updated', (region) => this.changed(region));
     this.regions.on('region-clicked', (region) => this.emit('picked', { id: region.id }));
-    this.pixels = 0;
+    [this.pixels, this.dragging, this.undrag] = [0, null, null];
     this.choose(false);
     this.box.setAttribute('aria-valuemax', this.seconds.toFixed(1));
     this.tell();
