@@ -46,7 +46,16 @@ class Browser:
         told, heard = os.pipe(), os.pipe()
         pipes = [str(told[0]), str(heard[1])]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WITH_PIPES, *pipes, CHROMIUM, *SETTINGS, f"--user-data-dir={profile}", "about:blank"],
+            [
+                sys.executable,
+                "-c",
+                WITH_PIPES,
+                *pipes,
+                CHROMIUM,
+                *SETTINGS,
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
             pass_fds=(told[0], heard[1]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -130,7 +139,9 @@ class Browser:
     def look(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
         """Choose the size of the page and the colours of the system."""
         scale = 2 if phone else 1
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 

@@ -260,9 +260,7 @@ def test_what_is_no_recording_is_told_in_a_line_and_not_kept(running: Running, m
     assert not list(running.session.folder.iterdir())
 
 
-def test_an_upload_ends_where_the_disk_is_full(
-    running: Running, mix: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_ends_where_the_disk_is_full(running: Running, mix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = sessions.RESERVE_BYTES + 100_000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, free))
     announced = running.ask("POST", "/api/recording", mix.read_bytes(), **{"X-Name": "mix.wav"})
@@ -305,11 +303,16 @@ def test_what_is_seen_and_heard_is_the_recording(tmp_path: Path) -> None:
     assert len(pairs) == 5 * 200
     assert abs(pairs[:399]).max() == 0
     np.testing.assert_allclose(pairs[401:], [[-0.5, 0.5]] * 599, atol=0.01)
-    whole = seen.picture(0, 5, 10_000)
+    whole = seen.picture(0, 5, 400)
     assert whole.shape == (5 * 50, BANDS)
     assert whole[:90].max() == 0
     mels = np.linspace(*(2595 * np.log10(1 + hz / 700) for hz in (30, RATE / 2)), BANDS + 2)[1:-1]
     assert abs(700 * (10 ** (mels[whole[150].argmax()] / 2595) - 1) - 1000) < 40
+    near = seen.picture(1.9, 2.1, 400)
+    assert near.shape == (400, BANDS)
+    assert near[:100].max() == 0
+    assert near[300:].argmax(1).tolist() == [whole[150].argmax()] * 100
+    assert seen.picture(4.9, 5.1, 300).shape == seen.picture(0, 0.001, 300).shape == (300, BANDS)
     few = seen.picture(0, 5, 5)
     assert few.shape == (5, BANDS)
     assert few.argmax() // BANDS >= 2, "the loudest moment is kept"
@@ -525,24 +528,23 @@ def test_a_damaged_recording_is_told_where_it_is_read(running: Running, tmp_path
 
 
 SHOTS = {"1": ("a bark.wav", Path("x")), "2": ("-x.wav", Path("y"))}
+TARGET = {"name": "target"}
+SAME: list[tuple[list[Any], dict[str, Any], str | None]] = [
+    ([TARGET | {"texts": ["dog"]}], {}, "--pos dog"),
+    ([TARGET | {"texts": ["it's $HOME"]}], {}, """--pos 'it'"'"'s $HOME'"""),
+    ([TARGET | {"texts": ["-x"]}], {"texts": ["--y z"]}, "--pos=-x '--neg=--y z'"),
+    ([TARGET], {"spans": [[1, 3601.2349]]}, "--neg-span 1-3601.235"),
+    ([TARGET | {"shots": ["1"]}], {"shots": ["2"]}, "--query-audio 'a bark.wav' --neg-audio ./-x.wav"),
+    ([{"name": "a", "texts": ["dog"]}, {"name": "b", "shots": ["1"]}], {}, "--target a=dog --target 'b=a bark.wav'"),
+    ([{"name": "a", "texts": ["dog", "cat"]}], {}, None),
+]
 
 
-@pytest.mark.parametrize(
-    ("targets", "leave", "command"),
-    [
-        ([{"name": "target", "texts": ["dog"]}], {}, "mix.wav --pos dog --model mini"),
-        ([{"name": "target", "texts": ["it's $HOME"]}], {}, """mix.wav --pos 'it'"'"'s $HOME' --model mini"""),
-        ([{"name": "target", "texts": ["-x"]}], {"texts": ["--y z"]}, "mix.wav --pos=-x '--neg=--y z' --model mini"),
-        ([{"name": "target"}], {"spans": [[1, 3601.2349]]}, "mix.wav --neg-span 1-3601.235 --model mini"),
-        ([{"name": "target", "shots": ["1"]}], {"shots": ["2"]}, "mix.wav --query-audio 'a bark.wav' --neg-audio ./-x.wav --model mini"),
-        ([{"name": "a", "texts": ["dog"]}, {"name": "b", "shots": ["1"]}], {}, "mix.wav --target a=dog --target 'b=a bark.wav' --model mini"),
-        ([{"name": "a", "texts": ["dog", "cat"]}], {}, None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("targets", "leave", "command"), SAME)
 def test_the_command_line_says_the_same(targets: Any, leave: Any, command: str | None) -> None:
     wish = Wish.read({"model": "mini", "targets": targets, "leave": leave}, SHOTS)
     made = command_line(wish, "mix.wav", "wav", "auto")
-    assert made == (command and f"clapsep extract {command}")
+    assert made == (command and f"clapsep extract mix.wav {command} --model mini")
 
 
 def test_odd_names_of_recordings_in_the_command_line() -> None:
@@ -668,10 +670,8 @@ def test_the_address_is_opened_and_printed(
     monkeypatch.setattr("webbrowser.open", opened.append)
     monkeypatch.setattr(Page, "run", lambda self: None)
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        done = clapsep("ui", mix.name, cwd=mix.parent)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    done = clapsep("ui", mix.name, cwd=mix.parent)
+    assert signal.getsignal(signal.SIGTERM) is before
     assert done.returncode == 0
     assert opened
     assert opened[0] in done.stdout
@@ -682,7 +682,9 @@ def test_static_files_name_nothing_outside() -> None:
     static = ROOT / "clapsep_cli" / "page" / "static"
     for path in static.iterdir():
         addresses = set(re.findall(r"https?://[\w./-]+", path.read_text()))
-        assert addresses <= {"http://www.w3.org/2000/svg"} | {a for a in addresses if path.name.startswith("wavesurfer")}
+        assert addresses <= {"http://www.w3.org/2000/svg"} | {
+            a for a in addresses if path.name.startswith("wavesurfer")
+        }
     assert (static / "wavesurfer.LICENSE.txt").read_text().startswith("BSD 3-Clause")
 
 

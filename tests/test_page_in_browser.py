@@ -36,7 +36,9 @@ class Shown:
 
     def app(self, script: str) -> Any:
         """The value of an expression in which `app` is the page's module."""
-        return self.browser.evaluate(f"(async () => {{ const app = await import('/static/app.js'); return {script}; }})()")
+        return self.browser.evaluate(
+            f"(async () => {{ const app = await import('/static/app.js'); return {script}; }})()"
+        )
 
     def text(self, selector: str) -> Any:
         return self.browser.evaluate(f"document.querySelector({selector!r}).innerText")
@@ -45,6 +47,13 @@ class Shown:
         """Wait until the parts are heard with these gains, which takes some hundredths of a second."""
         script = "(await import('/static/app.js')).player.deck.gains.map((one) => one.gain.value)"
         self.browser.wait(script, lambda now: now == pytest.approx(gains, abs=1e-3), seconds=5)
+
+    def slide(self, percent: int) -> None:
+        """Say how much of the rest is heard."""
+        self.browser.evaluate(
+            "(() => { const one = document.querySelector('#bleed');"
+            f"one.value = {percent}; one.dispatchEvent(new Event('input')); }})()"
+        )
 
     def span(self, at: float, to: float, modifiers: int = 0) -> None:
         """Drag over the picture, between two shares of its width."""
@@ -123,14 +132,14 @@ def hear_and_switch(shown: Shown) -> None:
         shown.wait_for_gains(*gains)
         chosen = browser.evaluate("[...document.querySelectorAll('#listen button')].map((one) => one.ariaPressed)")
         assert chosen.index("true") == int(key) - 1
-    browser.evaluate("(() => { const one = document.querySelector('#bleed'); one.value = 25; one.dispatchEvent(new Event('input')); })()")
+    shown.slide(25)
     shown.wait_for_gains(1, 0.25)
     assert shown.text("#bleed-value") == "25 %"
     assert shown.app(deck) == first, "the parts are played by one clock all the while"
     after = shown.app("app.player.currentTime")
     assert before < after < before + 20
     assert after == pytest.approx(shown.app("app.player.currentTime"), abs=1)
-    browser.evaluate("(() => { const one = document.querySelector('#bleed'); one.value = 0; one.dispatchEvent(new Event('input')); })()")
+    shown.slide(0)
     sound = """(async () => {
         const { player } = app;
         player.currentTime = 1;

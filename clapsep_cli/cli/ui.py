@@ -41,7 +41,7 @@ def ui(
     elif model is not None and not Path(model).is_dir():
         raise UsageError(f"no model {model!r}: name a folder with its files, or one of {', '.join(MODELS)}")
     # The server ends by the signal it was sent; raised as an exception, it lets the session tidy up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     session = Session(model, device)
     try:
         if mix is not None:
@@ -53,3 +53,4 @@ def ui(
             page.run()
     finally:
         session.close()
+        signal.signal(signal.SIGTERM, before)

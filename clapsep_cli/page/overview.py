@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, log2, log10
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ COLUMNS_PER_SECOND = 50  # of the spectrogram
 BANDS = 128
 LOWEST_HZ = 30.0
 WINDOW_SECONDS = 0.046  # of the transform, roughly: it has a power of two samples
+DETAIL_SECONDS = 30.0  # the longest stretch that is computed anew
 FLOOR_DB = -100.0  # below full scale, the level that is stored as 0; full scale is 255
 BLOCK_SECONDS = 4.0  # read at a time
 SEEKABLE = (".wav", ".flac")  # read from any sample on as they are; others are decoded into a WAV beside the picture
@@ -53,19 +54,33 @@ class Overview:
     def picture(self, start: float, end: float, columns: int) -> NDArray[np.uint8]:
         """The spectrogram of a stretch, for a screen: in each column the loudest moment of it.
 
+        Of a short stretch it is computed anew where what was kept would be coarse.
+
         Args:
             start: in seconds.
             end: in seconds.
-            columns: how many to return at most; fewer where the stretch is short.
+            columns: how many to return at most; of what was kept there may be fewer.
 
         Returns:
             uint8 [columns, bands], the lowest band first.
         """
+        if 0 < end - start <= min(DETAIL_SECONDS, columns / (2 * COLUMNS_PER_SECOND)):
+            return self._detail(start, end, columns)
         whole = np.memmap(self.levels, np.uint8, "r").reshape(-1, BANDS)
         first = min(max(0, floor(start * COLUMNS_PER_SECOND)), len(whole) - 1)
         last = min(max(first + 1, ceil(end * COLUMNS_PER_SECOND)), len(whole))
         edges = np.unique(np.linspace(0, last - first, max(1, columns), endpoint=False).astype(np.int64))
         return np.asarray(np.maximum.reduceat(whole[first:last], edges, axis=0))
+
+    def _detail(self, start: float, end: float, columns: int) -> NDArray[np.uint8]:
+        transform = _Transform(self.rate)
+        half, first = transform.size // 2, floor(start * self.rate)
+        length = ceil((end - start) * self.rate)
+        before = min(first, half)
+        mono = self.samples(first - before, before + length + half).mean(1)
+        mono = np.pad(mono, (half - before, max(0, before + length + half - len(mono))))
+        starts = np.linspace(0, length, columns, endpoint=False).astype(np.int64)
+        return transform.levels(mono, starts)
 
     def samples(self, start: int, frames: int) -> Audio:
         """Samples from `start` on, float32 [frames, channels]: fewer before the end, none behind it."""
@@ -151,18 +166,15 @@ class _Extremes:
         lowest = np.minimum.reduceat(done.min(0), starts[:-1])
         highest = np.maximum.reduceat(done.max(0), starts[:-1])
         self._pieces, self._samples = self._pieces + ready, self._samples + int(starts[-1])
-        return np.rint(np.clip(np.stack([lowest, highest], 1), -1, 1) * 127).astype(np.int8)
+        return np.asarray(np.rint(np.clip(np.stack([lowest, highest], 1), -1, 1) * 127), np.int8)
 
 
 class _Spectrogram:
     """The level of mel bands of a mono stream, a column for each 1/50 s."""
 
     def __init__(self, rate: int) -> None:
-        self._size = 1 << round(np.log2(rate * WINDOW_SECONDS))
-        self._hop = rate / COLUMNS_PER_SECOND
-        window = np.hanning(self._size + 1)[:-1]
-        self._window = (window * 2 / window.sum()).astype(np.float32)  # a full-scale sine has the power 1
-        self._bands = mel_bands(rate, self._size)
+        self._transform, self._hop = _Transform(rate), rate / COLUMNS_PER_SECOND
+        self._size = self._transform.size
         self._waiting = np.zeros(self._size // 2, np.float32)  # columns are centred on their moment
         self._columns, self._dropped, self._samples = 0, 0, 0
 
@@ -178,12 +190,27 @@ class _Spectrogram:
         if not len(numbers):
             return np.zeros((0, BANDS), np.uint8)
         starts = (numbers * self._hop).astype(np.int64) - self._dropped
-        frames = np.lib.stride_tricks.sliding_window_view(self._waiting, self._size)[starts] * self._window
-        spectrum = np.fft.rfft(frames, axis=1)
-        power = (spectrum.real**2 + spectrum.imag**2) @ self._bands
+        levels = self._transform.levels(self._waiting, starts)
         self._columns += len(starts)
         passed = min(int(self._columns * self._hop) - self._dropped, len(self._waiting))
         self._waiting, self._dropped = self._waiting[passed:], self._dropped + passed
+        return levels
+
+
+class _Transform:
+    """The level of mel bands at some moments of a mono signal."""
+
+    def __init__(self, rate: int) -> None:
+        self.size = 1 << round(log2(rate * WINDOW_SECONDS))
+        window = np.hanning(self.size + 1)[:-1]
+        self._window = (window * 2 / window.sum()).astype(np.float32)  # a full-scale sine has the power 1
+        self._bands = mel_bands(rate, self.size)
+
+    def levels(self, mono: Audio, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Of the `size` samples from each of `starts` on, uint8 [starts, bands]."""
+        frames = np.lib.stride_tricks.sliding_window_view(mono, self.size)[starts] * self._window
+        spectrum = np.fft.rfft(frames, axis=1)
+        power = (spectrum.real**2 + spectrum.imag**2) @ self._bands
         decibels = 10 * np.log10(np.maximum(power, 10 ** (FLOOR_DB / 10)))
         return np.rint(np.clip(1 - decibels / FLOOR_DB, 0, 1) * 255).astype(np.uint8)
 
@@ -193,10 +220,11 @@ def mel_bands(rate: int, size: int) -> Audio:
 
     Centres are evenly spaced on the mel scale from 30 Hz to half the rate; none is narrower than a bin.
     """
-    mels = np.linspace(*(2595 * np.log10(1 + hz / 700) for hz in (LOWEST_HZ, rate / 2)), BANDS + 2)
+    lowest, highest = (2595 * log10(1 + hz / 700) for hz in (LOWEST_HZ, rate / 2))
+    mels = np.linspace(lowest, highest, BANDS + 2)
     edges = 700 * (10 ** (mels / 2595) - 1) * size / rate
     bins, centre = np.arange(size // 2 + 1)[:, None], edges[1:-1]
     rise = (bins - centre) / np.maximum(1, centre - edges[:-2])
     fall = (centre - bins) / np.maximum(1, edges[2:] - centre)
     triangles = np.maximum(0, 1 - np.maximum(-rise, -fall))
-    return (triangles / np.maximum(triangles.sum(0), 1e-9)).astype(np.float32)
+    return np.asarray(triangles / np.maximum(triangles.sum(0), 1e-9), np.float32)

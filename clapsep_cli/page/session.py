@@ -249,8 +249,8 @@ class Session:
             needed = source.frames * source.channels * 4 * parts
         if needed > (room := self.room()):
             raise OutputError(
-                f"not enough disk room in {self.folder.parent}: this takes {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB "
-                "can be used; remove earlier attempts, or set CLAPSEP_HOME to another disk"
+                f"not enough disk room in {self.folder.parent}: this takes {needed / 1e9:.1f} GB, and "
+                f"{room / 1e9:.1f} GB can be used; remove earlier attempts, or set CLAPSEP_HOME to another disk"
             )
 
     def cancel(self, key: str) -> None:
@@ -311,12 +311,13 @@ class Session:
         """Take in what was made, and look at its parts."""
         attempt.elapsed, attempt.done = done.elapsed, 1.0
         attempt.levels = {part: level["rms_db"] for part, level in done.levels.items()}
-        attempt.presence = {
-            name: {"score": score and score["score"], "words": presence_in_words(score and score["score"])}
-            for name, score in done.presence.items()
-        }
+        for name, told in done.presence.items():
+            score = told["score"] if told else None
+            attempt.presence[name] = {"score": score, "words": presence_in_words(score)}
         clipped = {part: count for part, count in done.clipped.items() if count}
-        attempt.notes += [f"{count} samples of {part} were over full scale and clipped" for part, count in clipped.items()]
+        attempt.notes += [
+            f"{count} samples of {part} were over full scale and clipped" for part, count in clipped.items()
+        ]
         parts = [Sound(new_id(), part, path) for part, path in done.outputs.items()]
         for part in parts:
             folder = attempt.folder / new_id()

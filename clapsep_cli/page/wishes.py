@@ -122,7 +122,9 @@ class Wish:
         """The wish in words, for the list of attempts."""
         kept = [", ".join(side.describe(self.shots)) for side in self.targets.values()]
         if not self.single:
-            kept = [name if name == words else f"{name}: {words}" for name, words in zip(self.targets, kept, strict=True)]
+            kept = [
+                name if name == words else f"{name}: {words}" for name, words in zip(self.targets, kept, strict=True)
+            ]
         left = ", ".join(self.leave.describe(self.shots))
         return " without ".join(filter(None, ("; ".join(filter(None, kept)) or "everything", left)))
 

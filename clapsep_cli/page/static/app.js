@@ -37,9 +37,14 @@ async function refresh() {
   try {
     take(await getState());
   } catch (error) {
-    banner(error.message);
-    if (error.ended) find('#work').inert = true;
+    fail(error, banner);
   }
+}
+
+// Tell what went wrong, where it belongs; nothing can be done any more once the server has ended.
+function fail(error, tell) {
+  if (error.ended) find('main').inert = true;
+  (error.ended ? banner : tell)(error.message);
 }
 
 let timer;
@@ -120,7 +125,7 @@ function showListening() {
   }));
   const part = parts()[player.heard];
   find('#bleed-label').hidden = !part || part.name === 'residual';
-  stage.show(part ?? state.recording).catch((error) => banner(error.message));
+  stage.show(part ?? state.recording).catch((error) => fail(error, banner));
 }
 
 attempts.addEventListener('chosen', async () => {
@@ -194,12 +199,12 @@ find('#ask').addEventListener('submit', async (event) => {
     take(await extract(query.wish(find('#model').value)));
     say('Extracting');
   } catch (error) {
-    wrong(error.message);
+    fail(error, wrong);
   }
 });
 attempts.addEventListener('state', ({ detail }) => take(detail));
-for (const source of [attempts, query, player]) {
-  source.addEventListener('failed', ({ detail }) => (source === player ? banner : wrong)(detail.message));
+for (const [source, tell] of [[attempts, wrong], [query, wrong], [player, banner], [stage, banner]]) {
+  source.addEventListener('failed', ({ detail }) => fail(detail, tell));
 }
 
 // Opening
@@ -215,7 +220,7 @@ async function open(file) {
     take(await openRecording(file));
   } catch (error) {
     find('#name').textContent = state?.recording?.name ?? '';
-    banner(error.message);
+    fail(error, banner);
   } finally {
     find('#empty').classList.remove('taking');
   }

@@ -30,7 +30,8 @@ const PALETTES = Object.fromEntries(Object.entries(THEMES).map(([name, theme]) =
 const mel = (hz) => Math.log10(1 + hz / 700);
 
 export class Picture {
-  constructor(canvas) {
+  constructor(canvas, failed) {
+    this.failed = failed; // is told what went wrong
     this.canvas = canvas;
     this.kept = new Map(); // by sound: its peaks, all of its picture, and the stretch that was last looked at
     this.dark = matchMedia('(prefers-color-scheme: dark)');
@@ -73,14 +74,15 @@ export class Picture {
     this.aborter?.abort();
     this.aborter = new AbortController();
     const margin = (to - from) / 4;
-    const [first, last] = [Math.max(0, from - margin), Math.min(sound.frames / sound.rate, to + margin)];
+    // What the server keeps are columns of whole fiftieths of a second.
+    const first = Math.max(0, Math.floor((from - margin) * 50) / 50);
+    const last = Math.min(Math.ceil((sound.frames / sound.rate) * 50), Math.ceil((to + margin) * 50)) / 50;
     try {
       const levels = await getPicture(sound.id, first, last, 2400, this.aborter.signal);
-      // Columns are whole fiftieths of a second.
-      kept.near = { from: Math.floor(first * 50) / 50, to: Math.ceil(last * 50) / 50, levels };
+      kept.near = { from: first, to: last, levels };
       this.draw();
     } catch (error) {
-      if (error.name !== 'AbortError') throw error;
+      if (error.name !== 'AbortError') this.failed(error);
     }
   }
 

@@ -14,7 +14,7 @@ export class Stage extends EventTarget {
     super();
     this.player = player;
     this.box = document.querySelector('#stage');
-    this.picture = new Picture(document.querySelector('#picture'));
+    this.picture = new Picture(document.querySelector('#picture'), (error) => this.emit('failed', error));
     this.brush = 'keep';
     this.player.addEventListener('timeupdate', () => this.tell());
     this.box.addEventListener('wheel', (event) => this.wheel(event), { passive: false });

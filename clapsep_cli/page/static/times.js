@@ -16,10 +16,12 @@ export function parse(text) {
   return pieces.reduce((sum, piece) => sum * 60 + Number(piece), 0);
 }
 
+// A time under the picture, where there is one each `step` seconds.
 export function tick(seconds, step) {
-  if (step < 1) return seconds.toFixed(step < 0.1 ? 2 : 1);
-  const whole = Math.round(seconds);
+  const digits = step < 0.1 ? 2 : step < 1 ? 1 : 0;
+  const whole = Math.floor(seconds + 1e-6);
+  const part = digits ? (seconds - whole).toFixed(digits).replace(/^-?0/, '') : '';
   const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
   const pad = (number) => String(number).padStart(2, '0');
-  return hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`;
+  return (hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`) + part;
 }
