@@ -162,8 +162,12 @@ def hear_and_switch(shown: Shown) -> None:
 
 
 def compare(shown: Shown) -> None:
-    """A second attempt, marked by keys, and back and forth between the two while they play."""
+    """A second attempt, by an example and marked by keys, and back and forth between the two while they play."""
     browser = shown.browser
+    document = browser.send("DOM.getDocument")["root"]["nodeId"]
+    field = browser.send("DOM.querySelector", nodeId=document, selector=".leave input[type=file]")["nodeId"]
+    browser.send("DOM.setFileInputFiles", nodeId=field, files=[str(ROOT / "examples" / "rain.flac")])
+    browser.wait("document.querySelector('.side.leave').innerText.includes('rain.flac')")
     browser.press("0")
     shown.app("(app.player.currentTime = 3.2, 1)")
     browser.press("k")

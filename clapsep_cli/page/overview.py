@@ -25,7 +25,8 @@ WINDOW_SECONDS = 0.046  # of the transform, roughly: it has a power of two sampl
 DETAIL_SECONDS = 30.0  # the longest stretch that is computed anew
 FLOOR_DB = -100.0  # below full scale, the level that is stored as 0; full scale is 255
 BLOCK_SECONDS = 4.0  # read at a time
-SEEKABLE = (".wav", ".flac")  # read from any sample on as they are; others are decoded into a WAV beside the picture
+SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that, without loss, are read from any sample on
+LOSSLESS = ("PCM", "FLOAT", "DOUBLE")
 
 Told = Callable[[float, float], None]  # is told how many seconds are read, and how many there are (0 if unknown)
 
@@ -108,7 +109,7 @@ def look(path: Path, folder: Path, told: Told, stop: threading.Event) -> Overvie
         try:
             peaks_file = stack.enter_context(peaks.open("wb"))
             levels_file = stack.enter_context(levels.open("wb"))
-            listening = None if path.suffix.lower() in SEEKABLE else stack.enter_context(_writer(copy, source))
+            listening = None if _is_seekable(path) else stack.enter_context(_writer(copy, source))
             spectrogram, extremes, frames, loudest = _Spectrogram(source.rate), _Extremes(source.rate), 0, 0
             for block in _ended(source):
                 if stop.is_set():
@@ -126,6 +127,15 @@ def look(path: Path, folder: Path, told: Told, stop: threading.Event) -> Overvie
             raise OutputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
         playable = path if listening is None else copy
         return Overview(peaks, levels, playable, source.rate, min(2, source.channels), frames, loudest)
+
+
+def _is_seekable(path: Path) -> bool:
+    """Whether a recording can be played from any sample on as it is; others are decoded into a WAV for that."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            return file.format in SEEKABLE and file.subtype.startswith(LOSSLESS)
+    except soundfile.SoundFileError:
+        return False
 
 
 def _ended(source: Source) -> Iterator[Audio]:

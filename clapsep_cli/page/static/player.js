@@ -5,6 +5,7 @@ import { getSamples } from './api.js';
 const SIZE = 1 << 16; // samples of a block
 const AHEAD = 4; // blocks that are fetched before they are needed
 const FADE = 0.008; // seconds, so that nothing clicks
+const PATIENCE = 4000; // milliseconds, for the browser to open its sound device
 const LEAD = 0.03; // seconds from the wish to play until the first sample
 
 // Some parts to be played together: fetches their blocks and hands them to the audio thread.
@@ -153,7 +154,7 @@ export class Player extends EventTarget {
     if (wasPaused) this.tell('play');
     try {
       await this.ready;
-      await this.context.resume();
+      await this.wake();
       const deck = new Deck(this, this.parts);
       const soon = time === null ? this.position + LEAD * this.rate : Math.round(time * this.rate);
       await deck.prepare(Math.floor(soon));
@@ -172,6 +173,13 @@ export class Player extends EventTarget {
     } finally {
       if (turn === this.turn) this.starting = false;
     }
+  }
+
+  // Browsers begin to play only once somebody has pressed something, and never where no device plays sound.
+  async wake() {
+    const woken = this.context.resume().then(() => true);
+    const late = new Promise((done) => setTimeout(done, PATIENCE));
+    if (!(await Promise.race([woken, late]))) throw new Error('The browser plays no sound: is there a device for it?');
   }
 
   // Keep the deck fed and the cursor told, as long as it plays.
