@@ -33,7 +33,7 @@ from torch import Tensor
 pytest.importorskip("starlette", reason="the page takes the packages of clapsep[ui]")
 pytest.importorskip("uvicorn", reason="the page takes the packages of clapsep[ui]")
 
-from clapsep_cli.errors import ClapsepError, QueryError
+from clapsep_cli.errors import ClapsepError, OutputError, QueryError
 from clapsep_cli.page import session as sessions
 from clapsep_cli.page.overview import BANDS, look
 from clapsep_cli.page.server import Page
@@ -247,7 +247,8 @@ def test_an_upload_is_kept_under_a_safe_name_until_another_is_opened(running: Ru
         recording = running.session.recording
         assert recording is not None
         assert running.session.folder in recording.sound.path.resolve().parents
-        assert len(list(running.session.folder.rglob("*.*"))) == 1
+        kept = {path.name for path in running.session.folder.rglob("*") if path.is_file()}
+        assert kept == {recording.sound.path.name, "peaks", "levels"}
     assert not list(running.session.folder.parent.parent.glob("evil*"))
 
 
@@ -482,6 +483,25 @@ def test_without_disk_room_nothing_is_begun(ready: Running, monkeypatch: pytest.
     assert refused.status == 507
     assert "disk room" in refused.json["error"]
     assert ready.state["attempts"] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk here that is always full")
+@pytest.mark.parametrize("kept", ["peaks", "levels", "listen.wav"])
+def test_a_disk_that_gets_full_is_told(kept: str, tmp_path: Path) -> None:
+    path = tmp_path / "mix.ogg"
+    soundfile.write(path, noise(RATE, 1), RATE)
+    (tmp_path / kept).symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="cannot be written"):
+        look(path, tmp_path, lambda done, total: None, threading.Event())
+
+
+def test_a_session_that_ends_while_it_works_leaves_nothing(slow: Running) -> None:
+    slow.extract(DOG)
+    slow.until(lambda state: state["attempts"][0]["done"] > 0)
+    began = time.monotonic()
+    slow.session.close()
+    assert time.monotonic() - began < 5
+    assert not list(slow.session.folder.parent.iterdir())
 
 
 def test_a_session_whose_folder_is_gone_says_so(ready: Running, mix: Path) -> None:

@@ -202,6 +202,9 @@ def download(shown: Shown, clapsep: Clapsep) -> None:
     assert done.returncode == 0, done.stderr
     written = soundfile.read(shown.mix.with_name("mix.target.flac"), dtype="int16")[0]
     np.testing.assert_array_equal(soundfile.read(downloaded, dtype="int16")[0], written)
+    shown.browser.evaluate("document.querySelector('.attempt.current .actions button:last-of-type').click()")
+    shown.browser.wait("document.querySelectorAll('.attempt').length === 1")
+    assert shown.browser.evaluate("document.querySelectorAll('#listen button').length") == 1
 
 
 def look(shown: Shown) -> None:

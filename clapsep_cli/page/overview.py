@@ -104,27 +104,31 @@ def look(path: Path, folder: Path, told: Told, stop: threading.Event) -> Overvie
         OutputError: the folder cannot be written.
         StoppedError: `stop` was set.
     """
+    try:
+        return _look(path, folder, told, stop)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise OutputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _look(path: Path, folder: Path, told: Told, stop: threading.Event) -> Overview:
     peaks, levels, copy = folder / "peaks", folder / "levels", folder / "listen.wav"
     with Source(path) as source, ExitStack() as stack:
-        try:
-            peaks_file = stack.enter_context(peaks.open("wb"))
-            levels_file = stack.enter_context(levels.open("wb"))
-            listening = None if _is_seekable(path) else stack.enter_context(_writer(copy, source))
-            spectrogram, extremes, frames, loudest = _Spectrogram(source.rate), _Extremes(source.rate), 0, 0
-            for block in _ended(source):
-                if stop.is_set():
-                    raise StoppedError("stopped")
-                audio = _to_listen(block)
-                if listening is not None:
-                    listening.write(audio.T)
-                frames += block.shape[1]
-                peaks_file.write(extremes.add(audio).tobytes())
-                columns = spectrogram.add(audio.mean(0) if block.shape[1] else None)
-                loudest = max(loudest, int(columns.max(initial=0)))
-                levels_file.write(columns.tobytes())
-                told(frames / source.rate, source.frames / source.rate)
-        except (OSError, soundfile.SoundFileError) as error:
-            raise OutputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        peaks_file = stack.enter_context(peaks.open("wb"))
+        levels_file = stack.enter_context(levels.open("wb"))
+        listening = None if _is_seekable(path) else stack.enter_context(_writer(copy, source))
+        spectrogram, extremes, frames, loudest = _Spectrogram(source.rate), _Extremes(source.rate), 0, 0
+        for block in _ended(source):
+            if stop.is_set():
+                raise StoppedError("stopped")
+            audio = _to_listen(block)
+            if listening is not None:
+                listening.write(audio.T)
+            frames += block.shape[1]
+            peaks_file.write(extremes.add(audio).tobytes())
+            columns = spectrogram.add(audio.mean(0) if block.shape[1] else None)
+            loudest = max(loudest, int(columns.max(initial=0)))
+            levels_file.write(columns.tobytes())
+            told(frames / source.rate, source.frames / source.rate)
         playable = path if listening is None else copy
         return Overview(peaks, levels, playable, source.rate, min(2, source.channels), frames, loudest)
 
