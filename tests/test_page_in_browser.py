@@ -189,6 +189,42 @@ def compare(shown: Shown) -> None:
         assert not shown.app("app.player.paused")
     assert at <= shown.app("app.player.currentTime") < at + 10
     browser.press(" ")
+    without_a_gap(shown)
+
+
+# Plays the mixture from 2 s on, changes the attempt meanwhile, and returns the last 0.7 s that were heard.
+CHANGE = """(async () => {
+    const { attempts, hear, player } = app;
+    hear(-1);
+    await new Promise((done) => setTimeout(done, 100));
+    player.currentTime = 2;
+    await player.play();
+    const meter = new AnalyserNode(player.context, { fftSize: 32768 });
+    const mute = new GainNode(player.context, { gain: 0 });
+    meter.connect(mute).connect(player.context.destination);
+    const [before, Deck] = [player.deck, player.deck.constructor];
+    const { start } = Deck.prototype;
+    Deck.prototype.start = function (...when) { this.fader.connect(meter); start.apply(this, when); };
+    before.fader.connect(meter);
+    await new Promise((done) => setTimeout(done, 700));
+    attempts.swap();
+    while (player.deck === before) await new Promise((done) => setTimeout(done, 5));
+    await new Promise((done) => setTimeout(done, 300));
+    const samples = new Float32Array(32768);
+    meter.getFloatTimeDomainData(samples);
+    Deck.prototype.start = start;
+    player.pause();
+    return Array.from(samples);
+})()"""
+
+
+def without_a_gap(shown: Shown) -> None:
+    """The mixture is heard sample by sample, though another attempt's parts make it up from some moment on."""
+    heard = np.asarray(shown.app(f"await {CHANGE}"), np.float32)
+    mixture = soundfile.read(shown.mix, dtype="float32")[0]
+    spectra = np.fft.rfft(mixture, 1 << 20) * np.conj(np.fft.rfft(heard, 1 << 20))
+    at = int(np.fft.irfft(spectra).argmax())
+    np.testing.assert_allclose(heard, mixture[at : at + len(heard)], atol=1e-6)
 
 
 def download(shown: Shown, clapsep: Clapsep) -> None:

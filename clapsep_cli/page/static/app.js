@@ -129,9 +129,9 @@ function showListening() {
 }
 
 attempts.addEventListener('chosen', async () => {
-  const chosen = parts();
-  const heard = chosen.length ? Math.max(0, player.heard) : -1;
-  const changed = player.setParts(chosen.length ? chosen : [state.recording], heard);
+  const whole = [state.recording];
+  const isFirst = player.parts[0]?.id === whole[0].id;
+  const changed = parts().length ? player.setParts(parts(), isFirst ? 0 : undefined) : player.setParts(whole, -1);
   showListening();
   await changed;
 });

@@ -104,11 +104,15 @@ export class Player extends EventTarget {
     this.tell('durationchange', 'timeupdate');
   }
 
-  // Other parts of the same recording; while it plays, without a gap.
-  async setParts(parts, heard = this.heard) {
-    this.parts = parts;
-    this.heard = Math.min(heard, parts.length - 1);
+  // Other parts of the same recording; while it plays, without a gap. The part of the same name is heard on.
+  async setParts(parts, heard = this.sameAmong(parts)) {
+    [this.parts, this.heard] = [parts, heard];
     if (!this.paused) await this.begin(null);
+  }
+
+  sameAmong(parts) {
+    const { name } = this.parts[this.heard] ?? {};
+    return this.heard < 0 ? -1 : Math.max(0, parts.findIndex((part) => part.name === name));
   }
 
   hear(heard) {
