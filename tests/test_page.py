@@ -370,6 +370,15 @@ def test_what_is_downloaded_is_what_the_command_writes(ready: Running, mix: Path
         assert downloaded == mix.with_name(part["file"]).read_bytes()
 
 
+def test_the_model_can_be_changed_and_changed_back(ready: Running, tiny_folder: Path) -> None:
+    for model in ("mini", str(tiny_folder)):
+        assert ready.extract({**DOG, "model": model}).status == 200
+        attempt = ready.attempt()
+        assert (attempt["state"], attempt["model"]) == ("done", model)
+        assert ready.state["model"] == model
+        assert {"name": str(tiny_folder), "here": True} in ready.state["models"]
+
+
 def test_several_targets_examples_and_stretches(ready: Running, tmp_path: Path) -> None:
     example = tmp_path / "in" / "bark.wav"
     soundfile.write(example, noise(RATE, 1, seed=3), RATE)

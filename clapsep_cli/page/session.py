@@ -22,6 +22,7 @@ from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageErr
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
 from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
+from clapsep_cli.query import RESIDUAL
 from clapsep_cli.registry import BUNDLED, MODELS, PREFERRED, home
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class Session:
     """
 
     def __init__(self, model: str | None = None, device: str = "auto", place: Path | None = None) -> None:
-        self.device, self.chosen = device, model or best_here()
+        self.device, self.given = device, model or best_here()
+        self.chosen = self.given
         above = place or home() / "page"
         _clear(above)
         self.folder = above / new_id()
@@ -144,9 +146,9 @@ class Session:
                 "done": recording.done,
                 "error": recording.error,
             },
-            "shots": [{"id": key, "name": name} for key, (name, _) in self.shots.items()],
-            "attempts": [attempt.as_json() for attempt in self.attempts.values()],
-            "models": models_here(self.chosen),
+            "shots": [{"id": key, "name": name} for key, (name, _) in list(self.shots.items())],
+            "attempts": [attempt.as_json() for attempt in list(self.attempts.values())],
+            "models": models_here(self.given),
             "model": self.chosen,
         }
 
@@ -234,7 +236,7 @@ class Session:
         if any(attempt.state in (WAITING, WORKING) for attempt in self.attempts.values()):
             raise UsageError("an extraction is under way: wait for it, or cancel it first")
         wish = Wish.read(told, self.shots)
-        if wish.model not in {model["name"] for model in models_here(self.chosen) if model["here"]}:
+        if wish.model not in {model["name"] for model in models_here(self.given) if model["here"]}:
             raise UsageError(f"the model {wish.model!r} is not here: clapsep models download {wish.model}")
         self._check_room(self.recording.sound.path, len(wish.targets) + 1)
         command = command_line(wish, self.recording.given, own_format(self.recording.sound.path), self.device)
@@ -314,9 +316,9 @@ class Session:
         for name, told in done.presence.items():
             score = told["score"] if told else None
             attempt.presence[name] = {"score": score, "words": presence_in_words(score)}
-        clipped = {part: count for part, count in done.clipped.items() if count}
+        clipped = {"the rest" if part == RESIDUAL else part: count for part, count in done.clipped.items() if count}
         attempt.notes += [
-            f"{count} samples of {part} were over full scale and clipped" for part, count in clipped.items()
+            f"{count} samples of {name} were over full scale and clipped" for name, count in clipped.items()
         ]
         parts = [Sound(new_id(), part, path) for part, path in done.outputs.items()]
         for part in parts:
@@ -338,12 +340,12 @@ def best_here() -> str:
     return PREFERRED if installed(find(PREFERRED)) else BUNDLED
 
 
-def models_here(chosen: str) -> list[dict[str, Any]]:
-    """All models by name, and whether each is on this machine; with `chosen`, which may be a folder."""
+def models_here(given: str) -> list[dict[str, Any]]:
+    """All models by name, and whether each is on this machine; with the one that was given, which may be a folder."""
     from clapsep_cli.store.library import statuses
 
     known = [{"name": status.entry.name, "here": status.folder is not None} for status in statuses()]
-    return known if chosen in MODELS else [{"name": chosen, "here": True}, *known]
+    return known if given in MODELS else [{"name": given, "here": True}, *known]
 
 
 def own_format(path: Path) -> str:
