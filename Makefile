@@ -3,13 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench fuzz golden clean
+.PHONY: demo test test-cpus test-lowest check bench fuzz golden clean
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/clapsep demo -o examples/out
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q
+
+# What chooses by the processor, as processors without AVX-512, and without AVX2, have it. Half a minute.
+test-cpus: $(VENV)/dev
+	for isa in "avx2 AVX2" "default SSE41"; do set -- $$isa; \
+		ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 $(BIN)/python -m pytest -q tests/test_precision.py \
+		tests/test_train_clapsep.py tests/test_tuss.py -k "attention or adapter_is or half_precision or says_so" \
+		|| exit; done
+
+# The core with the lowest versions that pyproject.toml allows, in an environment of its own.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		-e . pytest hypothesis
+	$(VENV)-lowest/bin/python -m pytest -q tests/test_mini.py tests/test_library.py tests/test_download.py
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -40,4 +54,4 @@ $(VENV)/dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) $(VENV)-lowest dist build

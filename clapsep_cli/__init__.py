@@ -14,6 +14,7 @@ from clapsep_cli.version import __version__
 if TYPE_CHECKING:
     from clapsep_cli.errors import ClapsepError
     from clapsep_cli.jobs.planning import extract
+    from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query
     from clapsep_cli.separation.pipeline import Separation, separate
     from clapsep_cli.store.checkpoint import Model
@@ -22,13 +23,24 @@ if TYPE_CHECKING:
 _HOMES = {  # imported when first used: the command's --help must not wait for torch
     "ClapsepError": "errors",
     "Model": "store.checkpoint",
+    "Options": "jobs.tasks",
     "Query": "query",
     "Separation": "separation.pipeline",
     "extract": "jobs.planning",
     "load_model": "store.library",
     "separate": "separation.pipeline",
 }
-__all__ = ["ClapsepError", "Model", "Query", "Separation", "__version__", "extract", "load_model", "separate"]
+__all__ = [
+    "ClapsepError",
+    "Model",
+    "Options",
+    "Query",
+    "Separation",
+    "__version__",
+    "extract",
+    "load_model",
+    "separate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ class AudioError(ClapsepError):
 
 
 class UsageError(ClapsepError):
-    """What is asked for does not go together, or is nothing that there is."""
+    """Options contradict each other or have an unknown value."""
 
     exit_code = 2
 
@@ -31,6 +31,12 @@ class OutputError(ClapsepError):
 
 class DeviceError(ClapsepError):
     """The device asked for is not there."""
+
+    exit_code = 3
+
+
+class ExtraError(ClapsepError):
+    """A package of an optional extra is not installed."""
 
     exit_code = 3
 
@@ -57,6 +63,10 @@ class RecipeError(ClapsepError):
 
 class ManifestError(ClapsepError):
     """A training or evaluation manifest cannot be used as it stands."""
+
+
+class ClapsepWarning(UserWarning):
+    """A result may differ from what the user expects. The command prints it as a note."""
 
 
 class StoppedError(ClapsepError):

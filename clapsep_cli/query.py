@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from clapsep_cli.errors import QueryError
 
 DEFAULT_ALPHA = 0.5
+MAX_TARGETS = 64  # of a run: each takes memory (about 15 MB), and up to two of the files that a process may open
 MIXTURE, TARGET, RESIDUAL = "mixture", "target", "residual"  # as a recording and its parts are called
 
 Span = tuple[float, float]  # a stretch of the mixture, from and to, in seconds
@@ -19,49 +20,106 @@ Span = tuple[float, float]  # a stretch of the mixture, from and to, in seconds
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The part of a recording from `start` to `end`, in seconds."""
+    """The part of a recording from `start` to `end`, in seconds; `lenient` and `stream` say how it is read."""
 
     path: Path
     start: float
     end: float
+    lenient: bool = False
+    stream: int | None = None
 
 
-# A recording or a folder of them, a part of one, or samples ([samples] or [channels, samples]) and their rate in Hz.
-Shot = str | Path | Excerpt | tuple[NDArray[np.float32], int]
+# A recording or a folder of them, a part of one, or samples ([samples] or [channels, samples], NumPy or torch) and
+# their rate in Hz.
+Shot = str | Path | Excerpt | tuple[Any, int]
 
 
-@dataclass(frozen=True)
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_span(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_shot(value: object) -> bool:
+    samples_and_rate = isinstance(value, tuple) and len(value) == 2 and hasattr(value[0], "shape")
+    return samples_and_rate or isinstance(value, str | Path | Excerpt)
+
+
+_KINDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    ("", _is_text, "a text"),
+    ("_audio", _is_shot, "a path, or samples and their rate in Hz, (array, 44100)"),
+    ("_spans", _is_span, "from and to in seconds, (1.5, 3)"),
+)
+
+
+def _brief(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return f"an array of shape {list(shape)}" if shape is not None else textwrap.shorten(repr(value), 60)
+
+
+def _several(name: str, given: Any, known: Callable[[object], bool], what: str) -> tuple[Any, ...]:
+    """`given`, one of a kind or several, as several. Raises `QueryError` where one is not `what` it should be."""
+    single = known(given) or not isinstance(given, Iterable) or hasattr(given, "shape")
+    several = (given,) if single else tuple(given)
+    for one in several:
+        if not known(one):
+            raise QueryError(f"{name}: is {what}, or a list of such, not {_brief(one)}")
+    return several
+
+
+@dataclass(frozen=True, init=False)
 class Query:
     """Texts, audio shots and stretches of the mixture itself, of the positive and of the negative side.
 
     Several texts of a side are averaged, and so are several shots, spans included; where a side has both, its embedding
-    is `alpha` · audio + (1 − `alpha`) · text (paper, Eq. 3). At least one side must be given.
+    is `alpha` · audio + (1 − `alpha`) · text (paper, Eq. 3). At least one side must be given. A single text, shot or
+    span may be given as it is, without a list around it.
 
-    Raises `QueryError` for an empty text, an `alpha` outside [0, 1], an empty span, or no query at all.
+    Raises `QueryError` for an empty text, an `alpha` outside [0, 1], an empty span, no query at all, and for what is
+    neither a text, a shot nor a span.
     """
 
-    pos: Sequence[str] | str = ()
-    neg: Sequence[str] | str = ()
-    pos_audio: Sequence[Shot] = ()
-    neg_audio: Sequence[Shot] = ()
-    alpha: float = DEFAULT_ALPHA
-    pos_spans: Sequence[Span] = ()
-    neg_spans: Sequence[Span] = ()
+    pos: tuple[str, ...]
+    neg: tuple[str, ...]
+    pos_audio: tuple[Shot, ...]
+    neg_audio: tuple[Shot, ...]
+    alpha: float
+    pos_spans: tuple[Span, ...]
+    neg_spans: tuple[Span, ...]
 
-    def __post_init__(self) -> None:
-        for side in ("pos", "neg"):
-            texts = getattr(self, side)
-            object.__setattr__(self, side, (texts,) if isinstance(texts, str) else tuple(texts))
-            if any(not text.strip() for text in getattr(self, side)):
+    def __init__(
+        self,
+        pos: Iterable[str] | str = (),
+        neg: Iterable[str] | str = (),
+        pos_audio: Iterable[Shot] | Shot = (),
+        neg_audio: Iterable[Shot] | Shot = (),
+        alpha: float = DEFAULT_ALPHA,
+        pos_spans: Iterable[Span] | Span = (),
+        neg_spans: Iterable[Span] | Span = (),
+    ) -> None:
+        sides = {"pos": (pos, pos_audio, pos_spans), "neg": (neg, neg_audio, neg_spans)}
+        for side, values in sides.items():
+            texts, shots, spans = (
+                _several(side + kind, value, known, what)
+                for value, (kind, known, what) in zip(values, _KINDS, strict=True)
+            )
+            if any(not text.strip() for text in texts):
                 raise QueryError(f'a text of --{side} is empty: name the sound, e.g. --{side} "dog barking"')
-            for kind in ("audio", "spans"):
-                object.__setattr__(self, f"{side}_{kind}", tuple(getattr(self, f"{side}_{kind}")))
-            for start, end in getattr(self, f"{side}_spans"):
+            for start, end in spans:
                 if not 0 <= start < end:
                     raise QueryError(f"--{side}-span {start:g}-{end:g}: ends before it begins")
-        if not 0 <= self.alpha <= 1:
-            raise QueryError(f"--alpha is {self.alpha:g}: it must lie between 0 (text alone) and 1 (audio alone)")
-        if not any(getattr(self, side + kind) for side in ("pos", "neg") for kind in ("", "_audio", "_spans")):
+            for name, several in ((side, texts), (f"{side}_audio", shots), (f"{side}_spans", spans)):
+                object.__setattr__(self, name, several)
+        if not _is_number(alpha) or not 0 <= alpha <= 1:
+            raise QueryError(f"--alpha is {alpha}: it must lie between 0 (text alone) and 1 (audio alone)")
+        object.__setattr__(self, "alpha", alpha)
+        if not any(getattr(self, side + kind) for side in sides for kind, _, _ in _KINDS):
             raise QueryError('no query: say what to keep or what to leave, e.g. --pos "dog barking" --neg "rain"')
 
     def describe(self) -> str:
@@ -87,6 +145,24 @@ def _name(shot: Shot) -> str:
     if isinstance(shot, Excerpt):
         return f"{shot.path.name} {shot.start:g}-{shot.end:g} s"
     return "a recording" if isinstance(shot, tuple) else Path(shot).name
+
+
+def check_targets(targets: object) -> Mapping[str, Query]:
+    """The targets of a run by name: `targets` itself, or a single query as "target".
+
+    Raises `QueryError` for none, for more than `MAX_TARGETS`, and for what is no query.
+    """
+    if isinstance(targets, Query):
+        return {TARGET: targets}
+    if not isinstance(targets, Mapping) or any(not isinstance(query, Query) for query in targets.values()):
+        raise QueryError(f"give a Query, or a dictionary of them by name, not {_brief(targets)}")
+    if not targets:
+        raise QueryError("no target: give a query, or one for each name")
+    if len(targets) > MAX_TARGETS:
+        raise QueryError(
+            f"{len(targets)} targets: one run separates at most {MAX_TARGETS}; share them out over several"
+        )
+    return targets
 
 
 def mutual(targets: Mapping[str, Query]) -> dict[str, Query]:

@@ -19,6 +19,7 @@ class Family:
     config: str
     separator: str  # made from the config
     ask: str  # makes, of a model, queries and which of them are kept, what the separator is asked for
+    stream: str  # makes, of a model, what it is asked for, a rate and channels, what joins its results to a recording
     as_set: bool = False  # hears all that it is asked for at once, so that no target has to be told what to leave
     doubts: str = ""  # says, of a model and queries, why they may go wrong though they can be asked
     likeness: str = ""  # how alike a recording is to what a stem is asked for
@@ -39,6 +40,7 @@ FAMILIES = {
         config="clapsep_cli.models.clapsep:CLAPSepConfig",
         separator="clapsep_cli.models.clapsep:CLAPSep",
         ask="clapsep_cli.separation.embedding:conditions",
+        stream="clapsep_cli.separation.embedding:stream",
         likeness="clapsep_cli.separation.embedding:likeness",
         text="clapsep_cli.models.clap:ClapTextEncoder",
         audio="clapsep_cli.models.clap:ClapAudioEncoder",
@@ -49,6 +51,8 @@ FAMILIES = {
         config="clapsep_cli.models.mini:MiniConfig",
         separator="clapsep_cli.models.mini:Mini",
         ask="clapsep_cli.separation.embedding:conditions",
+        stream="clapsep_cli.separation.embedding:stream",
+        doubts="clapsep_cli.separation.embedding:doubts",
         likeness="clapsep_cli.separation.embedding:likeness",
         near_in_bfloat16=False,
         text="clapsep_cli.models.mini:MiniText",
@@ -58,6 +62,7 @@ FAMILIES = {
         config="clapsep_cli.models.tuss:TussConfig",
         separator="clapsep_cli.models.tuss:Tuss",
         ask="clapsep_cli.separation.prompting:prompts",
+        stream="clapsep_cli.separation.prompting:stream",
         as_set=True,
         doubts="clapsep_cli.separation.prompting:doubts",
         near_in_bfloat16=False,
@@ -71,15 +76,10 @@ SHORT = 12  # digits of a hash that name a folder or a revision
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(ABC):
-    """A file to download, pinned by its `size` in bytes and its SHA-256 in hex. Each kind says where it lies.
-
-    Where `disputed`, reports of the hash disagree: then the hash that the host itself states for what is pinned
-    decides, and what was accepted is recorded.
-    """
+    """A file to download, pinned by its `size` in bytes and its SHA-256 in hex. Each kind says where it lies."""
 
     size: int
     sha256: str
-    disputed: bool = False
 
     @property
     @abstractmethod
@@ -106,15 +106,13 @@ class Remote(ABC):
     def pinned(self) -> tuple[str | int, ...]:
         """All that makes it another file if it changes."""
 
-    @property
-    @abstractmethod
-    def key(self) -> str:
-        """A name for files that belong to it, unlike that of any other remote."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class HubFile(Remote):
-    """A file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit."""
+    """A file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit.
+
+    The hash that the Hub states for that revision is believed, too: the revision is what is pinned.
+    """
 
     repo: str
     repo_type: str
@@ -141,10 +139,6 @@ class HubFile(Remote):
     @property
     def pinned(self) -> tuple[str | int, ...]:
         return self.repo, self.revision, self.path, self.size
-
-    @property
-    def key(self) -> str:
-        return "--".join((self.repo_type, self.repo, self.path, self.revision[:SHORT])).replace("/", "--")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +167,6 @@ class WebFile(Remote):
     def pinned(self) -> tuple[str | int, ...]:
         return self.sha256, self.size
 
-    @property
-    def key(self) -> str:
-        return f"web--{self.sha256[:SHORT]}--{self.name}"
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -204,7 +194,7 @@ _ENTRIES = [
         name="mini",
         family="mini",
         licence="MIT",
-        about="bundled; small and fast, for the sounds it was trained on (weights/README.md)",
+        about="bundled; small and fast, for the sounds it was trained on",
     ),
     Entry(
         name="clapsep",
@@ -227,7 +217,6 @@ _ENTRIES = [
                 path="model/best_model.ckpt",
                 size=177_818_986,
                 sha256="6fcc8dbcd7174af86266cf16b4105eced0802352762f81dbfefdce29af3dba04",
-                disputed=True,
             ),
         ),
     ),
@@ -273,6 +262,13 @@ def weights_folder() -> Path:
     package = Path(__file__).parent
     installed = package / "weights"
     return installed if installed.is_dir() else package.parent / "weights"
+
+
+def examples_folder() -> Path:
+    """Where the example recordings lie, likewise."""
+    package = Path(__file__).parent
+    installed = package / "examples"
+    return installed if installed.is_dir() else package.parent / "examples"
 
 
 def home() -> Path:

@@ -1,9 +1,11 @@
-"""How the command's process is set up, for speed: threads, before torch is imported, and memory."""
+"""How the command's process is set up: its standard streams, threads before torch is imported, and memory."""
 
 from __future__ import annotations
 
 import ctypes
+import io
 import os
+import sys
 from contextlib import suppress
 
 # Of a waiting OpenMP thread, before it sleeps. On two cores as fast as the default (300,000) when the machine is free;
@@ -19,6 +21,25 @@ def prepare() -> None:
     """Choose how threads wait for each other, unless the user's environment says."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+
+
+def replace_closed_streams() -> io.StringIO | None:
+    """Give standard streams that are closed (`>&-`) a stand-in, so that no file that is opened gets their number.
+
+    Returns:
+        What stands in for stdout, if that is closed: it holds what could not be printed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
+    if sys.stdout is not None:
+        return None
+    sys.stdout = unprinted = io.StringIO()
+    return unprinted
 
 
 def set_threads(count: int | None) -> None:

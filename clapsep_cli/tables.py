@@ -1,31 +1,40 @@
-"""CSV files as people write them, read with the numbers of their lines."""
+"""CSV files as people and Excel write them, read with the numbers of their lines."""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from clapsep_cli.errors import ManifestError
 
 MAX_FAULTS_SHOWN = 10
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+STDIN = Path("-")
 
 Row = tuple[int, dict[str, str]]  # the line on which it ends, and its cells by column
 
 
 def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
-    """The rows of a CSV (UTF-8, with or without BOM), values as text without space around them; empty rows are skipped.
+    """Read the rows of a CSV; values as text without space around them; empty rows are skipped.
+
+    Columns are separated by commas, semicolons or tabs, whichever the first line has most of; text is UTF-8 with or
+    without BOM, or UTF-16, as Excel's "Unicode text". `path` may be `-` for standard input.
 
     Raises `ManifestError` if it cannot be read, lacks one of the columns `needed` (each may be "this or that"), or has
     rows of too many cells.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = [name.strip().lower() for name in reader.fieldnames or ()]
-            _check_columns(path, columns, needed)
-            reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
+        text = decoded(_read_bytes(path))
+        mark = max(SEPARATORS, key=text.partition("\n")[0].count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        _check_columns(path, columns, needed)
+        reader.fieldnames = columns
+        rows = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}: is not UTF-8; save it as CSV UTF-8") from error
     except FileNotFoundError as error:
@@ -34,17 +43,30 @@ def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
         reason = getattr(error, "strerror", None) or error
         raise ManifestError(f"{path}: cannot be read as a CSV ({reason})") from error
     long = [
-        f"line {line}: more cells than columns; put texts with commas in quotes" for line, row in rows if None in row
+        f"line {line}: more cells than columns; put texts with {SEPARATORS[mark]} in quotes"
+        for line, row in rows
+        if None in row
     ]
     check_faults(path, long)
     cells = [(line, {name: (value or "").strip() for name, value in row.items()}) for line, row in rows]
     return [(line, row) for line, row in cells if any(row.values())]
 
 
+def decoded(content: bytes) -> str:
+    """The text of a file in UTF-8, with or without BOM, or in UTF-16 with one. Raises `UnicodeDecodeError`."""
+    return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path != STDIN:
+        return path.read_bytes()
+    if sys.stdin is None:
+        raise ManifestError("standard input: is closed")
+    return sys.stdin.buffer.read()
+
+
 def _check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
     missing = [name for name in needed if not {*name.split(" or ")} & {*columns}]
-    if missing and len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
-        raise ManifestError(f"{path}: its columns are not separated by commas; save it as CSV with commas")
     if missing:
         raise ManifestError(f"{path}: no column {', '.join(missing)}; it has: {','.join(columns)}")
     twice = sorted({name for name in columns if columns.count(name) > 1})

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from clapsep_cli.training.train import Recipe, Report, train
+from clapsep_cli.training.loop.train import Recipe, Report, train
 
 
 def write_clips(folder: Path, each: int = 4) -> Path:

@@ -22,12 +22,13 @@ from torch import Tensor
 from clapsep_cli import registry
 from clapsep_cli.cli.app import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
-from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
+from clapsep_cli.models.base import AudioEncoder, Conditions, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.query import Query, mutual
-from clapsep_cli.registry import MODELS, HubFile, Remote, weights_folder
-from clapsep_cli.separation.embedding import conditions, likeness
-from clapsep_cli.store import hub
+from clapsep_cli.registry import MODELS, HubFile, weights_folder
+from clapsep_cli.separation.embedding import conditions, likeness, stream
+from clapsep_cli.stitch.windows import Stream
+from clapsep_cli.store import download
 from clapsep_cli.store.checkpoint import Model, save_part
 from clapsep_cli.store.library import load_model
 
@@ -42,6 +43,7 @@ TINY_MINI = MiniConfig(query=16, channels=(8, 8, 8, 8), hidden=8, fine=2, audio_
 
 # Started in the background, the tests and their processes would ignore what tests send to stop them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -69,7 +71,7 @@ class Fixed(MaskSeparator):
         return mixture
 
     def mask(self, features: Tensor, condition: Tensor) -> Tensor:
-        return self.value.expand(len(features), self.window // HOP + 1, N_FFT // 2 + 1)
+        return self.value.expand(max(len(features), len(condition)), self.window // HOP + 1, N_FFT // 2 + 1)
 
 
 class OneHot(TextEncoder):
@@ -92,8 +94,11 @@ class Stub(Model):
         self.family, self.config, self.revision, self.dtype = "stub", None, "", torch.float32
         self.__dict__.update(separator=separator, text=OneHot(), audio=Mean(), identity="stub")
 
-    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Tensor:
+    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Conditions:
         return conditions(self, queries, range(len(queries)) if kept is None else kept)
+
+    def stream(self, wanted: Conditions, rate: int, channels: int) -> Stream:
+        return stream(self, wanted, rate, channels)
 
     tells_likeness = True
 
@@ -103,7 +108,7 @@ class Stub(Model):
     def doubts(self, queries: Sequence[Query]) -> list[str]:
         return []
 
-    def likeness(self, wanted: Tensor, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
+    def likeness(self, wanted: Conditions, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
         return likeness(self, wanted, stem, mono, rate)
 
 
@@ -156,14 +161,14 @@ def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
     fetched: list[str] = []
 
-    def fetch(remote: Remote, progress: hub.Progress | None = None, say: hub.Say | None = None) -> hub.Fetched:
+    def bring(remote: Any, folder: Path, progress: download.Progress | None) -> Path:
         fetched.append(remote.name)
         if progress:
             progress(remote.size, remote.size)
-        return hub.Fetched(tmp_path / "served" / remote.name, remote.size, remote.sha256, hub.PINNED, downloaded=True)
+        return Path(shutil.copy(tmp_path / "served" / remote.name, folder))
 
-    monkeypatch.setattr(hub, "fetch", fetch)
-    monkeypatch.setattr(hub, "to_download", lambda remote: remote.size)
+    monkeypatch.setattr(download, "_from_hub", bring)
+    monkeypatch.setattr(download, "ask", lambda remote: None)
     return fetched
 
 

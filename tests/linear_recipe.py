@@ -6,26 +6,27 @@ As a script: `linear_recipe.py MANIFEST OUT DEVICES`.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from clapsep_cli.data import Corpus
 from clapsep_cli.store.whole import save_whole
-from clapsep_cli.training.augment import levelled
-from clapsep_cli.training.objective import waveform_loss
-from clapsep_cli.training.pool import MemoryPool
-from clapsep_cli.training.sampling import Draw, Sampler
-from clapsep_cli.training.schedules import Trapezoid
-from clapsep_cli.training.task import Plan, Task, Weights
-from clapsep_cli.training.train import Hardware, Recipe, Run, train
+from clapsep_cli.training.loop.pool import MemoryPool
+from clapsep_cli.training.loop.sampling import Draw, Sampler
+from clapsep_cli.training.loop.schedules import Trapezoid
+from clapsep_cli.training.loop.settings import settings
+from clapsep_cli.training.loop.task import Plan, Task, Weights
+from clapsep_cli.training.loop.train import Hardware, Recipe, Run, train
+from clapsep_cli.training.recipes.augment import levelled
+from clapsep_cli.training.recipes.objective import waveform_loss
 
 
-@dataclass(frozen=True)
+@settings
 class LinearRecipe(Recipe):
-    precision: str = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     report_every: int = 1
     accumulate: int = 1
 

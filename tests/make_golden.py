@@ -29,7 +29,7 @@ MOST = 1024  # values kept of a stage of TUSS
 
 def main(golden: Path) -> None:
     shutil.copy(golden / "clapsep_seed0.npz", HERE)
-    for name in ("clap-checkpoint.csv", "clapsep-checkpoint.csv"):
+    for name in ("clap-checkpoint.csv", "clapsep-checkpoint.csv", "audiosep-checkpoint.csv"):
         data = (golden.parent / "spec" / name).read_bytes()
         (HERE / f"{name}.gz").write_bytes(gzip.compress(data, mtime=0))
     target, _ = soundfile.read(golden / "clapsep_end_to_end" / "target.wav", dtype="float32")
@@ -41,6 +41,16 @@ def main(golden: Path) -> None:
         audio, rate = soundfile.read(golden / "clapsep_end_to_end" / f"{name}.wav", dtype="int16")
         soundfile.write(HERE / "end_to_end" / f"{name}.flac", audio, rate, subtype="PCM_16")
     tuss(golden / "tuss")
+    audiosep(golden / "audiosep")
+
+
+def audiosep(golden: Path) -> None:
+    """The short cases, and the text embeddings, in one file."""
+    kept = {}
+    for file in ("small", "odd", "text"):
+        with np.load(golden / f"{file}.npz") as arrays:
+            kept |= {f"{file}/{key}": arrays[key] for key in arrays if "wave" not in key or file == "small"}
+    np.savez_compressed(HERE / "audiosep_seed0.npz", **kept)
 
 
 def tuss(golden: Path) -> None:

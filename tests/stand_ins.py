@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import torch
 from conftest import Fixed, Stub
 from torch import Tensor
 
 from clapsep_cli.dsp import HOP, N_FFT
+from clapsep_cli.models.base import Conditions, go_on
 from clapsep_cli.store import library
 
 
@@ -24,10 +26,10 @@ class Moody(Fixed):
         self.encoded: list[int] = []
         self.batches: list[int] = []
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         time.sleep(float(os.environ.get("SECONDS", 0)))
         self.batches.append(len(windows))
-        return super().infer(windows, wanted)
+        return super().infer(windows, wanted, check)
 
     def encode(self, mixture: Tensor) -> Tensor:
         self.encoded.append(len(mixture))

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,9 @@ from clapsep_cli.jobs import recording
 from clapsep_cli.jobs.batch import MAX_OPEN, run
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import Destination
-from clapsep_cli.jobs.planning import Plan, lay_out, plan
+from clapsep_cli.jobs.planning import Todo, lay_out, plan
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
+from clapsep_cli.models.base import TARGETS_AT_ONCE, Conditions, go_on
 from clapsep_cli.store.checkpoint import Model
 
 DOG, RAIN = Query("dog"), Query("rain")
@@ -53,7 +54,7 @@ def planned(
     options: Options = Options(),
     destination: Destination = Destination(),
     skip: bool = False,
-) -> Plan:
+) -> Todo:
     shared = {query: {"target": query} for _, query in items}
     return plan(lay_out([(item, shared[q]) for item, q in items], options, destination, skip), model, options, skip)
 
@@ -129,19 +130,26 @@ def test_the_encoder_runs_once_a_window_for_all_targets(tmp_path: Path) -> None:
         assert sum(separator.encoded) == 9  # windows of 1 s, half a second apart
 
 
-def test_a_target_is_the_same_whether_others_are_asked_for_or_not(tmp_path: Path) -> None:
-    item = record(tmp_path, "mix.wav", samples=20_000)
-    alone = extract(item.path, {"dog": DOG}, Stub(Moody()), tmp_path / "alone").outputs["dog"]
-    beside = extract(item.path, {"cat": RAIN, "dog": DOG}, Stub(Moody()), tmp_path / "beside").outputs["dog"]
-    np.testing.assert_array_equal(soundfile.read(alone)[0], soundfile.read(beside)[0])
+def test_a_target_is_the_same_whether_others_are_written_or_not(tmp_path: Path) -> None:
+    item, model = record(tmp_path, "mix.wav", samples=20_000), Stub(Moody())
+    targets = {f"t{number}": Query("x" * (number + 1)) for number in range(6)}
+    for only in ((), ("t1", "t4"), ("t4",)):
+        destination = Destination(tmp_path / f"{len(only)}", only=only, residual=not only)
+        (done,) = run(plan(lay_out([(item, targets)], destination=destination), model).jobs, model)
+        assert isinstance(done, Extraction)
+        assert set(done.outputs) == (set(only) or {*targets, "residual"})
+    whole, some, one = (contents(tmp_path / str(number)) for number in (0, 2, 1))
+    # The headers name what was asked for, and that is not the same.
+    assert one["mix.t4.wav"][-30_000:] == some["mix.t4.wav"][-30_000:] == whole["mix.t4.wav"][-30_000:]
+    assert some["mix.t1.wav"][-30_000:] == whole["mix.t1.wav"][-30_000:]
 
 
 @pytest.mark.parametrize("batch", [2, 5, 64])
 def test_windows_of_several_recordings_share_a_batch(tmp_path: Path, batch: int) -> None:
     items = [(record(tmp_path, f"{n}.wav", 3000 + 4000 * n, seed=n), DOG) for n in range(9)]
     single, several = Moody(), Moody()
-    first = outcomes(items, Stub(single), tmp_path / "one", Options(batch=1))
-    second = outcomes(items, Stub(several), tmp_path / "many", Options(batch=batch))
+    first = outcomes(items, Stub(single), tmp_path / "one", Options(batch_size=1))
+    second = outcomes(items, Stub(several), tmp_path / "many", Options(batch_size=batch))
     assert all(isinstance(outcome, Extraction) for outcome in (*first, *second))
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
     assert sum(single.batches) == sum(several.batches) == len(single.batches)
@@ -150,14 +158,14 @@ def test_windows_of_several_recordings_share_a_batch(tmp_path: Path, batch: int)
 
 def test_a_long_recording_fills_batches_by_itself(tmp_path: Path) -> None:
     separator = Moody()
-    outcomes([(record(tmp_path, "long.wav", 80_000), DOG)], Stub(separator), tmp_path, Options(batch=4))
+    outcomes([(record(tmp_path, "long.wav", 80_000), DOG)], Stub(separator), tmp_path, Options(batch_size=4))
     assert separator.batches == [4, 4, 4, 4, 3]
 
 
 def test_outcomes_come_in_the_order_of_jobs(tmp_path: Path) -> None:
     lengths = [30_000, 500, 20_000, 9000, 100]
     items = [(record(tmp_path, f"{n}.wav", length), DOG) for n, length in enumerate(lengths)]
-    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch=1))
+    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch_size=1))
     assert [outcome.mixture.name for outcome in done] == [f"{n}.wav" for n in range(5)]
 
 
@@ -169,7 +177,7 @@ def test_different_queries_share_no_batch_and_are_each_understood_once(
     ask = model.ask
     monkeypatch.setattr(model, "ask", lambda queries, kept: [asked.append(queries), ask(queries, kept)][1])
     items = [(record(tmp_path, f"{n}.wav", 4000, seed=n), queries[n % 3]) for n in range(12)]
-    done = outcomes(items, model, tmp_path / "mixed", Options(batch=4))
+    done = outcomes(items, model, tmp_path / "mixed", Options(batch_size=4))
     assert len(done) == 12
     assert len(asked) == 3
     assert max(separator.batches) > 1
@@ -191,7 +199,7 @@ def test_one_that_fails_fails_alone(tmp_path: Path) -> None:
     bad = [(Input(tmp_path / f"{name}.wav", Path(f"{name}.wav")), DOG) for name in ("none", "nan")]
     bad += [(cut, DOG), (record(tmp_path, "asks.wav"), Query("bark", "bark"))]
     items = [good[0], bad[0], bad[1], good[1], bad[2], bad[3], good[2]]
-    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch=3))
+    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch_size=3))
     failed = {outcome.mixture.name: str(outcome.error) for outcome in done if isinstance(outcome, Failure)}
     assert set(failed) == {"none.wav", "nan.wav", "cut.wav", "asks.wav"}
     assert "sample 50000" in failed["nan.wav"]
@@ -215,19 +223,19 @@ class Small(Moody):
         super().__init__()
         self.room = room
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         if len(windows) > self.room:
             raise torch.cuda.OutOfMemoryError
-        return super().infer(windows, wanted)
+        return super().infer(windows, wanted, check)
 
 
 def test_batches_shrink_to_what_the_device_has_memory_for(tmp_path: Path) -> None:
     items = [(record(tmp_path, f"{n}.wav", 20_000, seed=n), DOG) for n in range(5)]
     separator = Small(3)
-    done = outcomes(items, Stub(separator), tmp_path / "small", Options(batch=16))
+    done = outcomes(items, Stub(separator), tmp_path / "small", Options(batch_size=16))
     assert all(isinstance(outcome, Extraction) for outcome in done)
     assert set(separator.batches[:-1]) == {2}
-    outcomes(items, Stub(Moody()), tmp_path / "one", Options(batch=1))
+    outcomes(items, Stub(Moody()), tmp_path / "one", Options(batch_size=1))
     assert contents(tmp_path / "small") == contents(tmp_path / "one")
     with pytest.raises(DeviceError, match="memory for a window"):
         outcomes(items, Stub(Small(0)), tmp_path / "none")
@@ -253,7 +261,7 @@ def test_few_recordings_are_open_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     items = [(record(tmp_path, f"{n}.wav", 400), DOG) for n in range(80)]
     for batch, least, limit in ((1, 2, 2), (64, MAX_OPEN, MAX_OPEN)):
         most = 0
-        outcomes(items, Stub(Moody()), tmp_path / str(batch), Options(batch=batch))
+        outcomes(items, Stub(Moody()), tmp_path / str(batch), Options(batch_size=batch))
         assert least <= most <= limit
         assert now == 0
 
@@ -261,7 +269,7 @@ def test_few_recordings_are_open_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_time_spent_on_recordings_adds_up_to_no_more_than_there_was(tmp_path: Path) -> None:
     items = [(record(tmp_path, f"{n}.wav", 3000), DOG) for n in range(20)]
     began = time.perf_counter()
-    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch=8))
+    done = outcomes(items, Stub(Moody()), tmp_path / "out", Options(batch_size=8))
     spent = [outcome.elapsed for outcome in done if isinstance(outcome, Extraction)]
     assert len(spent) == 20
     assert min(spent) > 0
@@ -275,10 +283,10 @@ class Patient(Moody):
         super().__init__()
         self.read, self.written = threading.Semaphore(0), threading.Semaphore(0)
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         assert len(self.batches) != 0 or self.read.acquire(timeout=20)
         assert len(self.batches) != 2 or self.written.acquire(timeout=20)
-        return super().infer(windows, wanted)
+        return super().infer(windows, wanted, check)
 
 
 def test_reading_and_writing_go_on_while_the_model_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +308,7 @@ def test_reading_and_writing_go_on_while_the_model_works(tmp_path: Path, monkeyp
     monkeypatch.setattr(recording, "Outputs", Writer)
     monkeypatch.setattr(recording, "BLOCK_SECONDS", 1.5)
     item = record(tmp_path, "mix.wav", samples=round(1.5 * 8000) * 4)
-    (done,) = outcomes([(item, DOG)], Stub(separator), tmp_path / "out", Options(batch=1))
+    (done,) = outcomes([(item, DOG)], Stub(separator), tmp_path / "out", Options(batch_size=1))
     assert isinstance(done, Extraction)
     assert len(separator.batches) == 11
 
@@ -314,7 +322,7 @@ def test_progress_rises_to_the_length(tmp_path: Path) -> None:
         told[job.input.path.name].append(done)
 
     model = Stub(Moody())
-    list(run(planned(items, model).jobs, model, Options(batch=1), progress))
+    list(run(planned(items, model).jobs, model, Options(batch_size=1), progress))
     for seconds in told.values():
         assert len(seconds) > 2
         assert seconds == sorted(set(seconds))
@@ -325,7 +333,7 @@ def test_once_stopped_what_was_done_stays_and_nothing_else(tmp_path: Path) -> No
     items = [(record(tmp_path, f"{n}.wav", 20_000), DOG) for n in range(6)]
     model, stop = Stub(Moody()), threading.Event()
     running = run(
-        planned(items, model, destination=Destination(tmp_path / "out")).jobs, model, Options(batch=1), stop=stop
+        planned(items, model, destination=Destination(tmp_path / "out")).jobs, model, Options(batch_size=1), stop=stop
     )
     first = next(running)
     stop.set()
@@ -333,6 +341,38 @@ def test_once_stopped_what_was_done_stays_and_nothing_else(tmp_path: Path) -> No
         next(running)
     assert isinstance(first, Extraction)
     assert sorted(contents(tmp_path / "out")) == ["0.residual.wav", "0.target.wav"]
+
+
+def test_a_stop_does_not_wait_for_all_targets(tmp_path: Path) -> None:
+    item, stop, masked = record(tmp_path, "mix.wav", 4000), threading.Event(), []
+
+    class Many(Moody):
+        def mask(self, features: Tensor, condition: Tensor) -> Tensor:
+            masked.append(len(condition))
+            stop.set()
+            return super().mask(features, condition)
+
+    model, targets = Stub(Many()), {str(number): Query("x" * (number + 1)) for number in range(40)}
+    jobs = plan(lay_out([(item, targets)], destination=Destination(tmp_path / "out")), model).jobs
+    with pytest.raises(StoppedError):
+        next(run(jobs, model, stop=stop))
+    assert sum(masked) == TARGETS_AT_ONCE
+    assert contents(tmp_path / "out") == {}
+
+
+def test_each_text_and_each_shot_is_embedded_once_however_many_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, model, texts, shots = record(tmp_path, "mix.wav", 4000), Stub(Moody()), [], []
+    embed_text, embed_audio = model.text.embed, model.audio.embed
+    monkeypatch.setattr(model.text, "embed", lambda wanted: [texts.extend(wanted), embed_text(wanted)][1])
+    monkeypatch.setattr(model.audio, "embed", lambda audio: [shots.append(audio), embed_audio(audio)][1])
+    spoken = {f"t{number}": Query("x" * (number + 1)) for number in range(8)}
+    heard = {f"s{n}": Query(pos_audio=record(tmp_path, f"{n}.wav", seed=n).path) for n in range(4)}
+    spans = {"span": Query(pos_spans=(0.1, 0.2)), "samples": Query(pos_audio=(noise(90), 8000))}
+    extract(item.path, {**spoken, **heard, **spans}, model, tmp_path / "out")
+    assert sorted(texts) == sorted(query.pos[0] for query in spoken.values())
+    assert len(shots) == 6
 
 
 def test_whoever_goes_away_leaves_nothing_open(tmp_path: Path) -> None:
@@ -385,9 +425,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def again(folder: Path, model: Model | None = None, query: Query = DOG, **options: object) -> Plan:
+def again(folder: Path, model: Model | None = None, query: Query = DOG, **options: object) -> Todo:
     items = [(Input(path, Path(path.name)), query) for path in sorted((folder / "in").iterdir())]
-    destination = Destination(folder / "out", picture=bool(options.pop("picture", False)))
+    destination = Destination(folder / "out", plot=bool(options.pop("picture", False)))
     model, chosen = model or Stub(Moody()), Options(**options)  # type: ignore[arg-type]
     todo = planned(items, model, chosen, destination, skip=not chosen.overwrite)
     assert len(todo.jobs) + len(todo.done) + len(todo.blocked) == 3
@@ -430,7 +470,7 @@ def test_what_was_done_for_something_else_is_in_the_way(folder: Path, change: di
     assert len(again(folder, **change).done) == 3  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", [{"batch": 3}, {"workers": 1}, {"presence": True}])
+@pytest.mark.parametrize("change", [{"batch_size": 3}, {"jobs": 1}, {"presence": True}])
 def test_what_changes_no_output_does_not_count(folder: Path, change: dict[str, object]) -> None:
     again(folder)
     assert len(again(folder, **change).done) == 3  # type: ignore[arg-type]

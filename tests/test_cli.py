@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from conftest import Clapsep
 import clapsep_cli
 from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.cli.app import app
+from clapsep_cli.errors import ClapsepWarning
 from clapsep_cli.registry import MODELS
-from clapsep_cli.training.recipes import PRESETS
+from clapsep_cli.store import library
+from clapsep_cli.training.recipes.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +107,88 @@ def test_quiet_prints_nothing_and_out_is_made(clapsep: Clapsep, mix: Path, tiny_
     assert clapsep(*arguments, "--overwrite", cwd=mix.parent).returncode == 0
 
 
+def test_quiet_prints_no_notes(
+    clapsep: Clapsep, mix: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """Of falling back to another model, of clipping, of what is left out, and of the library's warnings."""
+    soundfile.write(mix, 3 * np.random.default_rng(0).standard_normal(4000), 16_000, subtype="FLOAT")
+    load = library.load_model
+
+    def load_with_notes(*_: object, say: Callable[[str], None], **__: object) -> Any:
+        say("fell back")
+        warnings.warn("an odd query", ClapsepWarning, stacklevel=1)
+        warnings.warn("an odd query", ClapsepWarning, stacklevel=1)
+        return load(tiny_folder, "cpu", "high")
+
+    monkeypatch.setattr(library, "load_model", load_with_notes)
+    mix.with_name(f"{mix.stem}.target.wav").write_bytes(mix.read_bytes())
+    common = ["extract", mix.parent, "--pos", "dog", "--subtype", "pcm16", "-o", "out", "--overwrite"]
+    told = clapsep(*common, cwd=mix.parent).stderr
+    for note in ("fell back", "over full scale", "left out, as outputs", "clapsep: an odd query\n"):
+        assert told.count(note) >= 1, note
+    assert told.count("an odd query") == 1
+    quiet = clapsep(*common, "-q", cwd=mix.parent)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "closed", "code"),
+    [
+        ("--help", "2>&-", 0),
+        ("--help", ">&-", 1),
+        ("models path mini", ">&-", 1),
+        ("extract none.wav --pos dog", "2>&-", 1),
+        ("extract none.wav --pos dog", ">&- 2>&- <&-", 1),
+        ("extract mix.wav --pos dog -q", ">&- 2>&- <&-", 0),
+        ("extract mix.wav --pos dog", ">&-", 1),
+        ("extract mix.wav --pos dog -o -", ">&-", 1),
+    ],
+)
+def test_closed_streams(mix: Path, tiny_folder: Path, line: str, closed: str, code: int) -> None:
+    mix.rename(mix.with_name("mix.wav"))
+    model = f"--model '{tiny_folder}'" if "extract" in line else ""
+    script = f"'{sys.executable}' -W error -m clapsep_cli {line} {model} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", script],
+        cwd=mix.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if closed == ">&-":
+        assert "standard output" in done.stderr.splitlines()[-1]
+        assert "closed" in done.stderr.splitlines()[-1]
+    if "mix.wav" in line and "-o" not in line:
+        for part in ("target", "residual"):
+            assert soundfile.info(mix.with_name(f"mix.{part}.wav")).frames == 4000
+
+
+def test_a_deleted_folder_and_a_huge_query_take_a_line(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    (mix.parent / "gone").mkdir()
+    script = f"rmdir ../gone; '{sys.executable}' -m clapsep_cli extract '{mix}' --pos dog --model '{tiny_folder}'"
+    run = {"cwd": mix.parent / "gone", "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": 60}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, **run)  # type: ignore[call-overload]
+    assert done.returncode == 1
+    assert done.stderr == "clapsep: the current folder does not exist any more; cd into another one\n"
+    for query in (["--pos", "q" * 100_000], ["--target", "q" * 100_000], ["--pos-span", "q" * 100_000]):
+        told = clapsep("extract", mix, *query, "--model", tiny_folder, cwd=mix.parent)
+        assert len(told.stdout + told.stderr) < 1500
+
+
+def test_the_environment_names_the_model_and_the_device(
+    clapsep: Clapsep, mix: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLAPSEP_MODEL", str(tiny_folder))
+    assert clapsep("extract", mix, "--pos", "dog", cwd=mix.parent).stdout.startswith(f"{tiny_folder.name} on ")
+    monkeypatch.setenv("CLAPSEP_DEVICE", "gpu")
+    refused = clapsep("extract", mix, "--pos", "dog", "--overwrite", cwd=mix.parent)
+    assert (refused.returncode, "no device 'gpu'" in refused.stderr) == (3, True)
+    assert clapsep("extract", mix, "--pos", "dog", "--overwrite", "-d", "cpu", cwd=mix.parent).returncode == 0
+
+
 def test_audio_queries_from_files_and_folders(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     shots = mix.parent / "shots"
     shots.mkdir()
@@ -172,6 +258,27 @@ def test_one_bad_file_does_not_stop_the_rest(clapsep: Clapsep, mix: Path, tiny_f
     assert mix.with_name(f"{mix.stem}.target.wav").exists()
 
 
+def test_one_name_that_leads_nowhere_does_not_stop_the_rest(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    """Neither as an argument, nor in a pattern, a list or a manifest."""
+    (mix.parent / "link.wav").symlink_to("nowhere")
+    (mix.parent / "list.txt").write_text(f"none.wav\n{mix.name}\n")
+    (mix.parent / "jobs.csv").write_text(f"file,pos\nnone.wav,dog\n{mix.name},dog\n")
+    for names, missing in (
+        ([mix, "none.wav"], "none.wav: no such file"),
+        (["*.wav"], "link.wav: no such file"),
+        (["empty/*.wav", mix], "nothing matches"),
+        (["@list.txt"], "line 1: none.wav: no such file"),
+        (["--manifest", "jobs.csv"], "line 2: no such file none.wav"),
+    ):
+        query = [] if "--manifest" in names else ["--pos", "dog"]
+        arguments = ["extract", *names, *query, "--model", tiny_folder, "-o", "out", "--json", "--overwrite"]
+        done = clapsep(*arguments, cwd=mix.parent)
+        assert done.returncode == 1
+        assert missing in done.stderr
+        told = [json.loads(line) for line in done.stdout.splitlines()]
+        assert sorted(one["status"] for one in told) == ["done", "failed"]
+
+
 def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
     """What `pip install` puts down is enough to extract, in an empty folder, with no checkout and no network."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
@@ -186,6 +293,12 @@ def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
     done = process("extract", mix, *query, "-o", ".", cwd=empty, PYTHONPATH=str(installed), HOME=str(empty))
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list(empty.iterdir())) == 2
+    shown = process("demo", cwd=empty, PYTHONPATH=str(installed), HOME=str(empty))
+    gains = [float(gain) for gain in re.findall(r" SI-SDRi against the clean dog: ([+-][\d.]+) dB", shown.stdout)]
+    assert (shown.returncode, shown.stderr, len(gains)) == (0, "", 2)
+    assert min(gains) > 5
+    assert wheel.stat().st_size < 40e6
+    assert sum(path.stat().st_size for path in (installed / "clapsep_cli" / "examples").iterdir()) <= 2e6
 
 
 def test_an_interrupted_run_leaves_nothing_behind(
@@ -206,21 +319,20 @@ def test_pictures_are_refused_before_anything_is_done(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = clapsep("extract", mix, "--pos", "dog", "--plot", cwd=mix.parent)
-    assert refused.returncode == 2
+    assert refused.returncode == 3
     assert refused.stderr == 'clapsep: --plot takes matplotlib too: pip install "clapsep[plot]"\n'
     assert list(mix.parent.iterdir()) == [mix]
 
 
 @pytest.mark.parametrize("columns", [50, 60, 80, 200])
-@pytest.mark.parametrize("command", ["extract", "separate", "ui", "evaluate"])
+@pytest.mark.parametrize("command", ["extract", "separate", "ui", "evaluate", "train"])
 def test_help_names_every_option_in_full_however_narrow(columns: int, command: str, tmp_path: Path) -> None:
     shown = process(command, "--help", cwd=tmp_path, COLUMNS=str(columns)).stdout
     whole: Any = typer.main.get_command(app)
     options = {option for parameter in whole.commands[command].params for option in parameter.opts if "--" in option}
     assert not [option for option in options if not re.search(rf"{option}(?![\w-])", shown)]
     assert max(map(len, shown.splitlines())) <= columns
-    assert "bool" not in shown
-    assert "list[" not in shown
+    assert not re.findall(r"<[a-z]|bool|list\[|range", shown)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +360,7 @@ def test_a_shell_completes(words: str, completions: list[str], tmp_path: Path) -
 
 def test_readme_and_help_name_the_same_options() -> None:
     readme = re.sub(r"ffmpeg [^|]*\|", "|", (ROOT / "README.md").read_text())  # which has options of its own
+    readme = re.sub(r"^(?:pip|pipx|uv) .*$", "", readme, flags=re.M)  # likewise
     command: Any = typer.main.get_command(app)
     commands = {"clapsep": command, **dict(_commands(command.commands))}
     options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}

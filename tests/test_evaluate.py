@@ -184,8 +184,8 @@ def test_conditions_are_those_of_the_pipeline(tiny: Model, folder: Path) -> None
     conditions = Conditions(tiny)
     conditions.know(f"the dog number {n}" for n in range(70))
     assert len(conditions.known) == 70
-    torch.testing.assert_close(conditions(query), tiny.ask([query]))
-    torch.testing.assert_close(conditions(Query(neg="rain")), tiny.ask([Query(neg="rain")]))
+    torch.testing.assert_close(conditions(query), tiny.ask([query]).targets)
+    torch.testing.assert_close(conditions(Query(neg="rain")), tiny.ask([Query(neg="rain")]).targets)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(half: Model, folder: Path, rows: list[Mixture], tmp_path: Path) -> None:
@@ -262,6 +262,17 @@ def test_missing_recordings_are_named_or_left_out(folder: Path, rows: list[Mixtu
     )
     with pytest.raises(ManifestError, match=r"gone\.wav$"):
         check_files([lost], {}, folder, skip=True)
+
+
+def test_captions_of_a_folder_have_the_papers_prefix_or_another(clapsep: Clapsep, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(f"file,label\n{folder}/dog/0.wav,dog\n")
+    for prefix, expected in (("", "church bell"), ("a recording of", "a recording of church bell")):
+        made = clapsep("mixtures", "make", folder, "--prefix", prefix, "--overwrite", cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+        rows = read_mixtures(tmp_path / "mixtures.csv")
+        assert {row.label: row.positive_caption for row in rows}["church_bell"] == expected
+    refused = clapsep("mixtures", "make", "m.csv", "--prefix", "", "--overwrite", cwd=tmp_path)
+    assert (refused.returncode, "--prefix is for" in refused.stderr) == (2, True)
 
 
 def test_the_commands_from_a_folder_to_scores(

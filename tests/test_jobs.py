@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from clapsep_cli.errors import AudioError, ClapsepError, ManifestError, OutputError, QueryError
+from clapsep_cli.errors import AudioError, ClapsepError, ManifestError, OutputError, QueryError, UsageError
 from clapsep_cli.jobs.inputs import STDIN, Input, expand
 from clapsep_cli.jobs.manifest import read_jobs
 from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
@@ -112,6 +113,10 @@ def test_nothing_is_done_twice_and_loops_end(tree: Callable[..., None]) -> None:
     expected = ["m/a.wav", "m/sub/b.wav"]
     assert names(expand(["m"], recursive=True)) == expected
     assert names(expand(["m/a.wav", "./m/../m/a.wav", str(Path("m/a.wav").absolute()), "m"])) == expected[:1]
+    matched = expand(["m/*.wav"])
+    assert [item.path.name for item in matched if item.fault] == ["broken.wav", "self.wav"]
+    for name in ("broken", "self"):
+        Path(f"m/{name}.wav").unlink()
     assert names(expand(["m", "m/**/*.wav", "m/again"], recursive=True)) == expected
     Path("m/hard.wav").hardlink_to("m/a.wav")  # a file of its own, with outputs of its own
     assert names(expand(["m/*.wav"])) == ["m/a.wav", "m/hard.wav"]
@@ -161,7 +166,7 @@ def test_lists(tree: Callable[..., None]) -> None:
         (b"", "names no recordings"),
         (b"# nothing\n", "names no recordings"),
         ("ä.wav".encode("latin-1"), "not UTF-8"),
-        (b"a.wav\nb.wav\n\nc.wav\n", "line 2: b.wav: no such file; line 4: c.wav: no such file"),
+        (b"\nb.wav\n\nc.wav\n", "line 2: b.wav: no such file; line 4: c.wav: no such file"),
         (b"a\0.wav", "line 1"),
         (b"\n".join(b"none%d" % n for n in range(12)), "line 10: none9: no such file; and 2 more"),
     ],
@@ -246,21 +251,40 @@ def test_manifest(tree: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b'file;pos;neg\na.wav;"dog; puppy";rain, heavy\n',
+        b"file\tpos\tneg\na.wav\tdog; puppy\train, heavy\n",
+        'file;pos;neg\r\na.wav;"dog; puppy";rain, heavy\r\n'.encode("utf-8-sig"),
+        "file\tpos\tneg\r\na.wav\tdog; puppy\train, heavy\r\n".encode("utf-16"),
+    ],
+)
+def test_manifests_as_spreadsheets_write_them(
+    tree: Callable[..., None], content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree("a.wav")
+    Path("jobs.csv").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    for path in (Path("jobs.csv"), Path("-")):
+        (job,) = read_jobs(path)
+        assert (job.input.path, job.pos, job.neg) == (Path("a.wav"), ("dog", "puppy"), ("rain, heavy",))
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"pos,neg\ndog,rain\n", "no column file; it has: pos,neg"),
         (b"file\na.wav\n", "no column with a query"),
         (b"file,pos,negs\na.wav,dog,rain\n", "unknown column 'negs'; the columns are file,pos,"),
         (b"file,pos,pos\na.wav,dog,rain\n", "more than one column 'pos'"),
-        (b"file;pos\na.wav;dog\n", "not separated by commas"),
-        (b"file\tpos\na.wav\tdog\n", "not separated by commas"),
+        (b"file;pos\na.wav;dog;rain\n", "line 2: more cells than columns; put texts with semicolons in quotes"),
         (b"file,pos\n", "no rows"),
         (b"", "no column file"),
         (b"file,pos\na.wav,dog,rain\n", "line 2: more cells than columns"),
         (b"file,pos\n,dog\n", "line 2: no file named"),
         (b"file,pos\nsub,dog\n", "line 2: sub is a folder"),
         (b"file,query_audio\nnone.wav,x.wav;a.wav\n", "line 2: query_audio: no such file x.wav"),
-        (b"file,pos\n\nnone.wav,dog\na.wav,dog\nnone2.wav,dog", "line 3: no such file none.wav; line 5: no such"),
+        (b"file,pos\n\nnone.wav,dog\n,\nnone2.wav,dog", "line 3: no such file none.wav; line 5: no such"),
         (b"file,pos\n" + b"none.wav,dog\n" * 12, "line 11: no such file none.wav; and 2 more$"),
         ("file,pos\nä.wav,dog\n".encode("latin-1"), "not UTF-8"),
         (b"file,pos\na\0.wav,dog\n", "NUL|no such file"),
@@ -297,13 +321,14 @@ def test_templates() -> None:
     assert written("{query}/{part}/{stem}.flac", ("target",)) == ["o/sub/dog_rain/target/a b.c.flac"]
     assert written("{part}\\{stem}.{ext}", ("dog",)) == ["o/sub/dog/a b.c.flac"]
     assert written("{stem}{{1}}.{ext}", ("dog",)) == ["o/sub/a b.c{1}.flac"]
+    assert written("{name}.{ext}", ("dog",)) == ["o/sub/a b.c.wav.flac"]
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{stem}.{ext}", "target, residual would be one file"),
-        ("{name}.{part}.{ext}", r"no \{name\}.*\{stem\}, \{part\}, \{ext\}, \{query\}"),
+        ("{title}.{part}.{ext}", r"no \{title\}.*\{stem\}, \{name\}, \{part\}, \{ext\}, \{query\}"),
         ("{}.{part}.{ext}", "no {}"),
         ("{stem.parent}.{part}.{ext}", "there is no"),
         ("{stem!r}.{part}.{ext}", "there is no"),
@@ -324,7 +349,7 @@ def test_templates() -> None:
     ],
 )
 def test_templates_that_cannot_be_used(template: str, message: str) -> None:
-    with pytest.raises(OutputError, match=message) as raised:
+    with pytest.raises(UsageError, match=message) as raised:
         output_paths(Input(Path("a.wav"), Path("a.wav")), BOTH, None, template, "flac")
     assert "\n" not in str(raised.value)
 
@@ -362,7 +387,7 @@ def test_any_output_stays_in_its_folder(stem: str, query: str, data: st.DataObje
     item = Input(Path("in") / recording, recording)
     try:
         path = output_paths(item, BOTH, Path("out"), template, query=query)["target"]
-    except OutputError:
+    except UsageError:
         assert recording.stem == ".."  # as a folder's name, that would lead out
         return
     inside = os.path.normpath(path)
@@ -400,6 +425,9 @@ def planned(*recordings: str, folder: Path | None = None, **options: str) -> lis
 def test_outputs_are_checked_before_anything_runs(tree: Callable[..., None]) -> None:
     tree("a/x.wav", "b/x.flac", "b/X.wav", "file", "a/y.wav")
     check_outputs(planned("a/x.wav", "b/X.wav"))
+    with pytest.raises(OutputError, match=r'would write it; rename one, or use --filename "\{name\}\.\{part\}'):
+        check_outputs(planned("a/x.wav", "a/x.mp3"))
+    check_outputs(planned("a/x.wav", "a/x.mp3", template="{name}.{part}.{ext}"))
     check_outputs(planned("a/x.wav", "a/y.wav", folder=Path("new/deep")))
     with pytest.raises(OutputError, match=r"both a/x.wav and b/x.flac would write it; rename"):
         check_outputs(planned("a/x.wav", "b/x.flac", folder=Path("o")), overwrite=True)

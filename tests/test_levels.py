@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from clapsep_cli.audio.samples import downmix
 from clapsep_cli.separation.levels import EXCERPT_SECONDS, EXCERPTS, Meter, Presence
 
 RATE = 100
@@ -65,3 +66,12 @@ def test_nothing_is_told_of_silence_and_of_what_nobody_asked_for() -> None:
     assert silent.read(lambda mono: 1.0) is None
     assert unasked.read(lambda mono: None) is None
     assert Presence(RATE).read(lambda mono: 1.0) is None
+
+
+def test_downmix_is_the_mean_unless_the_channels_cancel() -> None:
+    left, right = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
+    np.testing.assert_array_equal(downmix(left[None]), left)
+    np.testing.assert_allclose(downmix(np.stack([left, right])), (left + right) / 2, rtol=1e-5)
+    np.testing.assert_allclose(downmix(np.stack([left, np.zeros_like(left)])), left / 2)
+    np.testing.assert_array_equal(downmix(np.stack([-0.9 * left, left])), left)
+    assert not downmix(np.zeros((2, 10), np.float32)).any()

@@ -26,17 +26,14 @@ from torch import Tensor
 from clapsep_cli import registry
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
 from clapsep_cli.models.base import TextEncoder
+from clapsep_cli.query import Query
 from clapsep_cli.registry import MODELS, HubFile, WebFile
-from clapsep_cli.store import hub, library
-from clapsep_cli.store.checkpoint import Model, read_metadata, read_tensors, save_part
+from clapsep_cli.store import checkpoint, download, library
+from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
+from clapsep_cli.store.download import amount
 from clapsep_cli.store.texts import CachedTexts
-from clapsep_cli.store.transfer import amount
 
 LICENCE = "LAION-CLAP CC0; the separator's weights state none (its code: MIT)"
-
-
-def unreachable(*_: object) -> hub.Fetched:
-    raise DownloadError("no network")
 
 
 def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home: Path, tmp_path: Path) -> None:
@@ -49,7 +46,7 @@ def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home
     size, instead = amount(MODELS["clapsep"].download_bytes), "; without it: --model mini, smaller and bundled"
     assert said == [f"downloading clapsep: {size}; licence: {LICENCE}{instead}"]
     assert [file for file, _, _ in seen] == served == ["clap.pt", "clapsep.ckpt"]
-    assert not list((tmp_path / "served").iterdir()), "originals are deleted after conversion"
+    assert not list((home / "downloads").iterdir()), "originals are deleted after conversion"
     assert library.load_model(None, "cpu").name == "clapsep"
     assert len(served) == 2
     notes = read_metadata(model.folder / "text.safetensors")
@@ -66,18 +63,44 @@ def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home
     }
 
 
-def test_originals_can_be_kept(served: list[str], tmp_path: Path) -> None:
-    library.install("clapsep", keep_original=True)
-    assert len(list((tmp_path / "served").iterdir())) == 2
+def test_originals_can_be_kept(served: list[str], home: Path) -> None:
+    folder = library.install("clapsep", keep_original=True)
+    assert len(list((home / "downloads").iterdir())) == 2
+    sound = set(library.verify("clapsep"))
+    originals = set((home / "downloads").glob("*/*")) - set((home / "downloads").glob("*/SHA256SUMS"))
+    assert originals < sound
+    flip(min(originals))
+    with pytest.raises(CheckpointError, match=re.escape(f"delete {min(originals).parent}")):
+        library.verify("clapsep")
+    shutil.rmtree(folder)
+    with pytest.raises(DownloadError, match=r"is damaged: .* it was deleted, run the command again"):
+        library.install("clapsep")
+    assert library.install("clapsep") == folder
+    assert len(served) == 3
 
 
 def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "to_download", unreachable)
+    """Whatever is the reason: the network, the disk, or files that are not what was released."""
+    for error in (DownloadError("no network"), CheckpointError("not as released"), OSError("no room")):
+
+        def fails(remote: object, error: Exception = error) -> int:
+            raise error
+
+        monkeypatch.setattr(download, "to_download", fails)
+        said: list[str] = []
+        assert library.load_model(None, "cpu", say=said.append).name == "mini"
+        assert said == [f"using the small bundled model, mini (--model mini), without clapsep: {error}"]
+        with pytest.raises(type(error), match=str(error)):
+            library.load_model("clapsep", "cpu")
+
+
+def test_where_the_converted_model_is_damaged_the_bundled_one_runs(served: list[str]) -> None:
+    separator = library.install("clapsep") / "separator.safetensors"
+    separator.write_bytes(separator.read_bytes()[:-100])
     said: list[str] = []
     assert library.load_model(None, "cpu", say=said.append).name == "mini"
-    assert len(said) == 1
-    assert "clapsep models download clapsep" in said[0]
-    with pytest.raises(DownloadError, match="no network"):
+    assert f"without clapsep: {separator}" in said[0]
+    with pytest.raises(CheckpointError):
         library.load_model("clapsep", "cpu")
 
 
@@ -136,7 +159,8 @@ def test_damage_is_found(served: list[str]) -> None:
     for file in sorted(set(folder.iterdir()) - {folder / "SHA256SUMS"}):
         flip(file)
         with pytest.raises(
-            CheckpointError, match=f"{re.escape(str(file))}: is not what was written.*models rm clapsep"
+            CheckpointError,
+            match=f"{re.escape(str(file))}: is not what SHA256SUMS in its folder says.*models rm clapsep",
         ):
             library.verify("clapsep")
         flip(file)
@@ -150,17 +174,47 @@ def test_damage_is_found(served: list[str]) -> None:
         library.verify("clapsep")
 
 
-def test_weights_that_are_not_finite_are_found(served: list[str]) -> None:
+def test_a_file_that_the_sums_leave_out_is_not_sound(served: list[str]) -> None:
     folder = library.install("clapsep")
-    path = folder / "audio.safetensors"
-    metadata, tensors = read_metadata(path), read_tensors(path)
-    tensors["projection.0.bias"] = tensors["projection.0.bias"] / 0
-    save_file(tensors, path, metadata)
     sums = folder / "SHA256SUMS"
-    lines = [line for line in sums.read_text().splitlines() if path.name not in line]
-    sums.write_text("\n".join([*lines, f"{hub.digest(path)}  {path.name}"]))
-    with pytest.raises(CheckpointError, match=r"projection\.0\.bias is not finite"):
+    sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if "separator" not in line))
+    with pytest.raises(CheckpointError, match=r"separator\.safetensors: is not what SHA256SUMS"):
         library.verify("clapsep")
+
+
+def test_weights_that_are_not_finite_are_not_converted(home: Path, tmp_path: Path) -> None:
+    clap, tuned = write_checkpoints(tmp_path, ROBERTA)
+    state = torch.load(tuned)
+    state["decoder_model.mask_net.3.bias"][0] = torch.nan
+    torch.save(state, tuned)
+    with pytest.raises(CheckpointError, match=r"not finite: decoder_model\.mask_net\.3\.bias"):
+        library.install("clapsep", [clap, tuned])
+
+
+def test_the_bundled_model_is_what_was_released(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bundled = library.place(MODELS["mini"])
+    assert {path.name for path in library.verify("mini")} == {
+        *("audio.safetensors", "separator.safetensors", "text.safetensors", "tokenizer.json")
+    }
+    shutil.copytree(bundled, tmp_path / "mini")
+    monkeypatch.setattr(library, "weights_folder", lambda: tmp_path)
+    for path in library.verify("mini"):
+        flip(path)
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: is not what .*: install clapsep again"):
+            library.verify("mini")
+        flip(path)
+
+
+def test_verify_finds_any_flipped_tensor_whatever_computes(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where models keep their weights in another form in memory."""
+    monkeypatch.setattr("clapsep_cli.store.checkpoint.native_bfloat16", lambda device: True)
+    separator = library.install("clapsep") / "separator.safetensors"
+    whole, tensors = separator.read_bytes(), read_tensors(separator)
+    for name in list(tensors)[::20]:
+        save_file(tensors | {name: -tensors[name] - 1}, separator, read_metadata(separator))
+        with pytest.raises(CheckpointError, match="separator"):
+            library.verify("clapsep")
+        separator.write_bytes(whole)
 
 
 def test_what_coreutils_say_of_the_sums(served: list[str]) -> None:
@@ -230,7 +284,9 @@ def test_a_home_that_cannot_be_written_serves_what_is_there(
     assert library.verify("clapsep")
     assert library.path_of("clapsep") == folder
     monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=MODELS["clapsep"].remotes[:1]))
-    with pytest.raises(DownloadError, match=r"cannot write to .* \(Read-only file system\): set CLAPSEP_HOME"):
+    with pytest.raises(
+        DownloadError, match=r"cannot write to .* \(Read-only file system\): free space there, or set CLAPSEP_HOME"
+    ):
         library.install("clapsep")
 
 
@@ -243,7 +299,7 @@ def test_what_is_pinned_is_pinned() -> None:
             assert re.fullmatch(r"[0-9a-f]{40}", remote.revision)
         if isinstance(remote, WebFile):
             assert re.fullmatch(r"https://[^?#]+/[0-9a-f]{40}/[^?#]+", remote.url)
-    assert len({remote.key for remote in remotes}) == len(remotes)
+    assert len({remote.sha256[:12] for remote in remotes}) == len(remotes)  # their folders
     assert len({library.pin(entry) for entry in MODELS.values()}) == len(MODELS)
     for entry in MODELS.values():
         assert entry.licence
@@ -287,6 +343,22 @@ def test_a_repeated_text_needs_no_encoder(tmp_path: Path) -> None:
     assert encoder.asked[-1] == ["dog"]
 
 
+def test_the_text_encoder_is_read_once(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many new texts there are, in however many calls."""
+    model = library.load_model("clapsep", "cpu", "high")
+    read: list[str] = []
+
+    def counted(folder: Path, part: str, *more: object) -> object:
+        read.append(part)
+        return load_part(folder, part, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "load_part", counted)
+    targets = {"dog": Query(pos="dog", neg="wind"), "rain": Query(pos="rain", neg="a cat")}
+    model.ask(list(model.apart(targets).values()))
+    model.ask([Query(pos="a bird")])
+    assert read == ["text"]
+
+
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     texts = CachedTexts(Counting, tmp_path / "file" / "texts", 5, torch.device("cpu"))
@@ -298,7 +370,7 @@ def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_pa
     assert "not here" in listed.stdout
     rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
     assert {row["name"]: row["here"] for row in rows} == {name: name == "mini" for name in MODELS}
-    assert clapsep("models", "verify", "mini", cwd=tmp_path).stdout.count("sound") == 3
+    assert clapsep("models", "verify", "mini", cwd=tmp_path).stdout.count("sound") == 4
     assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 3
     got = clapsep("models", "download", "clapsep", cwd=tmp_path)
     assert got.returncode == 0
@@ -322,10 +394,28 @@ def test_convert_command(home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
     again = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
     assert again.returncode == 0
     assert "here already, so the files were not read; to replace it: clapsep models rm clapsep" in again.stderr
+    bundled = clapsep("models", "convert", "mini", "--from", tmp_path / "none", cwd=tmp_path)
+    assert (bundled.returncode, "models rm" in bundled.stderr) == (3, False)
+    assert bundled.stderr == "clapsep: mini comes with clapsep: there is nothing to convert\n"
+    assert "convert [OPTIONS] {NAME} [FILE]..." in clapsep("models", "convert", "--help", cwd=tmp_path).stdout
     clapsep("models", "rm", "clapsep", cwd=tmp_path)
     failed = clapsep("models", "convert", "clapsep", "--from", tmp_path / "none", cwd=tmp_path)
     assert failed.returncode == 3
     assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_too_little_memory_for_torch_is_one_line(tmp_path: Path) -> None:
+    """At 300 MB of address space its library cannot be mapped."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (300_000_000,) * 2); "
+    limited += "from clapsep_cli.cli.app import main; main()"
+    path = tmp_path / "mix.wav"
+    soundfile.write(path, np.zeros(8000), 8000)
+    command = [sys.executable, "-c", limited, "extract", str(path), "--pos", "dog", "--model", "mini"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("clapsep: ")
+    assert (done.stderr.count("\n"), "is there enough memory" in done.stderr) == (1, True)
 
 
 EXTRACT = """

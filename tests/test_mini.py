@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,16 @@ import pytest
 import soundfile
 import torch
 from conftest import TINY_MINI
+from numpy.typing import NDArray
 
-from clapsep_cli import Query, load_model, separate
+from clapsep_cli import Query, extract, load_model, separate
+from clapsep_cli.errors import QueryError
+from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.mini import Mini, band_matrix
+from clapsep_cli.query import Excerpt
+from clapsep_cli.query import mutual as alternatives
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import Model
 
@@ -43,6 +50,55 @@ def test_embeddings_have_length_1_and_depend_on_their_own_text_alone(tiny: Model
         embedded = tiny.audio.embed(torch.randn(samples, generator=torch.Generator().manual_seed(0)))
         assert embedded.shape == (TINY_MINI.dim,)
         assert embedded.norm() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("the sound of rain", "rain"),
+        ("A recording of a dog barking.", "dog barking"),
+        ("sounds of the sea", "sea"),
+        ("the noise of an engine", "engine"),
+        ("rain sounds", "rain"),
+        ("white noise", "white noise"),
+        ("noise", "Noise!"),
+        ("the sound", "the sound"),
+        ("hammering and construction", "hammering construction"),
+    ],
+)
+def test_words_that_say_nothing_of_a_sound_count_for_nothing(said: str, meant: str, tiny: Model) -> None:
+    first, second = tiny.text.embed([said, meant])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    noise, white = tiny.text.embed(["noise", "white noise"])
+    assert first.norm() == pytest.approx(1)
+    assert float(noise @ white) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("dgo barking", {"dgo": "dog"}),
+        ("the xylophne of a cat", {"xylophne": "xylophone"}),
+        ("barkng dog, raein", {"barkng": "barking", "raein": "rain"}),
+        ("犬 barking qwxzz", {"犬": None, "qwxzz": None}),
+        ("a dog's bark, 2 × I", {}),
+    ],
+)
+def test_unknown_words_are_named_with_the_nearest_known(text: str, unknown: dict[str, str | None], tiny: Model) -> None:
+    assert tiny.text.unknown(text) == unknown
+    mixture = 0.1 * np.random.default_rng(0).standard_normal(9000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        separate(mixture, 16_000, Query("rain", text), tiny)
+    assert [str(warning.message).split("does not know ")[1].split(" ")[0] for warning in caught] == [
+        repr(word) for word in unknown
+    ]
+    assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_a_query_of_unknown_words_alone_is_refused_with_what_may_be_meant(tiny: Model) -> None:
+    with pytest.raises(QueryError, match=r"knows no word of the query 'dgo': did you mean 'dog'\?"):
+        tiny.ask([Query("dgo")])
 
 
 def test_all_of_a_long_shot_counts(tiny: Model) -> None:
@@ -123,3 +179,51 @@ def test_a_short_shot_is_heard_with_silence_behind_it_as_in_training(tiny: Model
     halves = torch.randn(2, 160_000, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [0.1]])
     mean = torch.stack([tiny.audio.embed(half) for half in halves]).mean(0)
     torch.testing.assert_close(tiny.audio.embed(halves.flatten()), torch.nn.functional.normalize(mean, dim=0))
+
+
+def test_channels_that_cancel_are_present_like_those_that_agree(tmp_path: Path) -> None:
+    mixture, rate = soundfile.read(EXAMPLES / "mix.flac", dtype="float32")
+    model, scores = load_model("mini", "cpu"), []
+    for name, other in (("agree", mixture), ("cancel", -mixture)):
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([mixture, other], 1), rate, "FLOAT")
+        done = extract(tmp_path / f"{name}.wav", Query("dog barking", "rain"), model, options=Options(min_presence=0.0))
+        assert done.presence["target"] is not None
+        assert sorted(done.outputs) == ["residual", "target"]
+        scores.append(done.presence["target"]["score"])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-3) == pytest.approx(0.33, abs=0.05)
+
+
+def test_a_shot_whose_channels_cancel_is_heard_like_one_channel(tiny: Model, tmp_path: Path) -> None:
+    rate, sound = 16_000, 0.1 * np.random.default_rng(0).standard_normal(25 * 16_000).astype(np.float32)
+    both = np.stack([sound, -sound])
+    path = tmp_path / "shot.wav"
+    soundfile.write(path, both.T, rate, "FLOAT")
+    expected = tiny.ask([Query(pos_audio=[(sound, rate)])]).targets
+    for shot in (path, (both, rate)):
+        torch.testing.assert_close(tiny.ask([Query(pos_audio=[shot])]).targets, expected, rtol=0, atol=1e-4)
+    part = tiny.ask([Query(pos_audio=[(sound[: 5 * rate], rate)])]).targets
+    torch.testing.assert_close(tiny.ask([Query(pos_audio=[Excerpt(path, 0, 5)])]).targets, part, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mutual", [True, False])
+def test_parts_of_three_sounds_and_the_rest_are_real(mutual: bool) -> None:
+    """No part holds any of the sounds with its polarity reversed, as what is left does where masks overlap freely."""
+    dog, rain = (soundfile.read(EXAMPLES / f"{name}.flac", dtype="float32")[0] for name in ("dog", "rain"))
+    time = np.arange(len(dog)) / 44_100
+    tone = sum(np.sin(2 * np.pi * 660 * n * time) / n for n in range(1, 8)) * np.std(rain)
+    sounds = np.stack([dog, rain, tone]).astype(np.float32)
+    mixture, model = sounds.sum(0), load_model("mini", "cpu")
+    targets = {name: Query(name) for name in ("dog barking", "rain", "a flute")}
+    together = separate(mixture, 44_100, targets, model, mutual)
+    asked = alternatives(targets) if mutual else targets
+    alone = [separate(mixture, 44_100, query, model).target for query in asked.values()]
+
+    def quality(stems: Iterable[NDArray[np.float32]]) -> float:
+        return float(np.mean([si_sdr(stem, sound) for stem, sound in zip(stems, sounds, strict=True)]))
+
+    def least_gain(parts: Iterable[NDArray[np.float32]]) -> float:
+        return min(float(np.linalg.lstsq(sounds.T, part, rcond=None)[0].min()) for part in parts)
+
+    assert least_gain([*alone, mixture - sum(alone)]) < -0.05
+    assert least_gain([*together.stems.values(), together.residual]) >= 0
+    assert quality(together.stems.values()) > quality(alone) + 0.1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +14,17 @@ from conftest import Fixed, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from stand_ins import Moody
 
 from clapsep_cli import Query, extract, load_model, separate
-from clapsep_cli.errors import AudioError, CheckpointError, DeviceError, ModelError, OutputError, QueryError
+from clapsep_cli.errors import AudioError, CheckpointError, DeviceError, ModelError, OutputError, QueryError, UsageError
 from clapsep_cli.jobs.tasks import Options
+from clapsep_cli.models.base import Conditions
 from clapsep_cli.separation.pipeline import stream
 from clapsep_cli.store.checkpoint import Model
 
 GOLDEN = Path(__file__).parent / "golden" / "end_to_end"
-WANTED = torch.ones(1, 8)
+WANTED = Conditions(torch.ones(1, 8), (0,))
 
 Audio = NDArray[np.float32]
 
@@ -69,6 +73,27 @@ def test_parts_have_the_mixtures_shape_and_sum(rate: int, channels: int, samples
     assert result.target.shape == result.residual.shape == mixture.shape
     np.testing.assert_allclose(result.target, gain * mixture, rtol=0, atol=1e-6)
     np.testing.assert_allclose(result.target + result.residual, mixture, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 32_000, 48_000, 96_000])
+def test_targets_share_the_mixture_at_every_rate_and_leave_nothing_negative(rate: int) -> None:
+    """Above the model's band, across windows, and for more targets than are masked at once."""
+    mixture = noise(2, 3 * rate + 17)
+    ramp = torch.linspace(0.9, 0.1, 513)
+    model = Stub(Fixed(ramp, window=32_000))
+    targets = {str(number): Query("x" * (number + 1)) for number in range(5)}
+    result = separate(mixture, rate, targets, model)
+    ramps = 5 * ramp.numpy()
+    left = np.fft.rfft(result.residual), np.fft.rfft(mixture)
+    hertz = np.fft.rfftfreq(mixture.shape[1], 1 / rate)
+    gain = 1 - np.minimum(1, np.interp(hertz, np.arange(513) * 31.25, ramps))
+    gain[hertz > 16_000] = 1 - np.minimum(1, ramps)[-64:].mean()
+    band = (hertz > 200) & (np.abs(hertz - 16_000) > 200)
+    ratio = (left[0] * left[1].conj()).real.mean(0)[band] / np.square(np.abs(left[1])).mean(0)[band]
+    assert ratio.min() > -0.02
+    np.testing.assert_allclose(ratio, gain[band], rtol=0, atol=0.12)
+    for stem in result.stems.values():
+        np.testing.assert_array_equal(stem, result.target)
 
 
 @settings(max_examples=15, deadline=None)
@@ -152,7 +177,7 @@ def test_several_queries_of_a_side_are_averaged_and_alpha_mixes_text_with_audio(
     ]
     for query, positive, negative in cases:
         expected = torch.nn.functional.normalize(torch.cat([positive, negative]), dim=0)
-        torch.testing.assert_close(model.ask([query])[0], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.ask([query]).targets[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +192,86 @@ def test_several_queries_of_a_side_are_averaged_and_alpha_mixes_text_with_audio(
 def test_bad_queries(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(QueryError, match=message):
         Query(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("audio", "rate", "message"),
+    [
+        ("mix.wav", 44_100, "use extract"),
+        (np.zeros((441_000, 2)), 44_100, r"at most 32 channels, not \[441000, 2\]; transpose it"),
+        (np.zeros((2, 2, 9)), 44_100, r"\[channels, samples\].*not \[2, 2, 9\]"),
+        (44_100, np.zeros(9), r"not \[\]"),
+        (np.zeros(9, complex), 44_100, "type complex128"),
+        (np.array(["a"]), 44_100, "type <U1"),
+        (np.zeros(9), 44_100.5, "whole number of Hz"),
+        (np.zeros(9), "44100", "whole number of Hz"),
+        (np.zeros(9), 0, "above 0"),
+    ],
+)
+def test_misuse_from_python_is_told_in_a_line(audio: object, rate: object, message: str, tiny: Model) -> None:
+    with pytest.raises(AudioError, match=message):
+        separate(audio, rate, Query("dog"), tiny)  # type: ignore[arg-type]
+    if not isinstance(audio, int | str):
+        with pytest.raises(AudioError, match=message):
+            tiny.ask([Query(pos_audio=(audio, rate))])  # type: ignore[arg-type]
+
+
+def test_more_misuse_from_python(tiny: Model, tmp_path: Path) -> None:
+    with pytest.raises(QueryError, match="give a Query"):
+        separate(noise(9), 8000, "dog", tiny)  # type: ignore[arg-type]
+    for call in (
+        lambda: separate(noise(9), 8000, Query("dog"), "mini"),  # type: ignore[arg-type]
+        lambda: extract(tmp_path / "mix.wav", Query("dog"), "mini"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UsageError, match="load_model"):
+            call()
+    with pytest.raises(AudioError, match="for arrays, use separate"):
+        extract(noise(9), Query("dog"), tiny)  # type: ignore[arg-type]
+    with pytest.raises(AudioError, match=r"ends at 1.00 s: there is no 5-6 s"):
+        separate(noise(8000), 8000, Query(pos_spans=(5, 6)), tiny)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        torch.from_numpy,
+        lambda audio: torch.from_numpy(audio).double().requires_grad_(),
+        lambda audio: audio.astype(np.float64),
+        lambda audio: np.round(audio * 2**31).astype(np.int32),
+        lambda audio: torch.from_numpy(np.round(audio * 2**15).astype(np.int16)),
+        lambda audio: audio[::-1][::-1],
+    ],
+)
+def test_arrays_of_all_kinds_are_the_same_audio(convert: Callable[[Audio], Any]) -> None:
+    mixture, model = pcm(noise(2, 9000), 16), Stub(Fixed(0.5))
+    expected = separate(mixture, 16_000, Query("dog"), model)
+    result = separate(convert(mixture), np.float64(16_000), Query("dog"), model)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(result.target, expected.target)
+    assert result.rate == 16_000
+    bytes_ = separate(np.array([128, 255, 0], np.uint8), 8000, Query("dog"), model)
+    np.testing.assert_allclose(bytes_.target + bytes_.residual, [0, 127 / 128, -1], atol=1e-7)
+
+
+def test_files_by_name(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "mix.wav", noise(9000), 8000)
+    done = extract(str(tmp_path / "mix.wav"), Query("dog"), Stub(Fixed(0.5)), str(tmp_path / "out"))
+    assert done.target == tmp_path / "out" / "mix.target.wav"
+
+
+def test_targets_leave_one_another_s_sounds_unless_told_not_to(tmp_path: Path) -> None:
+    model = Stub(Moody())
+    mixture, targets = noise(32_000), {"dog": Query("dog"), "rain": Query("rain")}
+    soundfile.write(tmp_path / "mix.wav", mixture, 16_000, "FLOAT")
+    both = {"dog": Query("dog", "rain"), "rain": Query("rain", "dog")}
+    for mutual, same in ((True, both), (False, targets)):
+        result = separate(mixture, 16_000, targets, model, mutual)
+        expected = separate(mixture, 16_000, same, model, mutual=False)
+        done = extract(tmp_path / "mix.wav", targets, model, tmp_path / str(mutual), mutual=mutual)
+        for name in targets:
+            np.testing.assert_array_equal(result.stems[name], expected.stems[name])
+            written = soundfile.read(done.outputs[name], dtype="float32")[0]
+            np.testing.assert_allclose(written, result.stems[name], rtol=0, atol=1e-6)
+    assert np.abs(result.stems["dog"] - separate(mixture, 16_000, targets, model).stems["dog"]).max() > 1e-4
 
 
 def test_unknown_words_are_an_error(tiny: Model) -> None:

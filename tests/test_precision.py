@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from torch import Tensor, nn
+from conftest import Clapsep
+from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
+from torch import Tensor
 from torch.nn import functional as F
 
 from clapsep_cli import Query, load_model
@@ -16,7 +24,6 @@ from clapsep_cli.errors import UsageError
 from clapsep_cli.models import attention
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
-from clapsep_cli.models.linear import ActivatedLinear, PackedLinear, pack
 from clapsep_cli.store.checkpoint import choose_precision
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -65,23 +72,6 @@ def test_long_attention_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(attend(qkv, 3).double(), by_definition(qkv, 3, None), rtol=0, atol=3e-2)
 
 
-def test_packed_layers_are_the_layers_they_replace() -> None:
-    torch.manual_seed(0)
-    first, second, third = nn.Linear(24, 40), nn.Linear(40, 8), nn.Linear(8, 8, bias=False)
-    plain = nn.Sequential(first, nn.ReLU(), second, nn.GELU(), third)
-    packed = nn.Sequential(ActivatedLinear(24, 40, "relu"), ActivatedLinear(40, 8, "gelu"), nn.Linear(8, 8, bias=False))
-    for layer, like in zip(packed, (first, second, third), strict=True):
-        layer.load_state_dict(like.state_dict())
-    x = torch.randn(5, 3, 24)
-    torch.testing.assert_close(packed(x), plain(x))
-    pack(packed, torch.float32)
-    assert not any(isinstance(layer, PackedLinear) for layer in packed)
-    pack(packed, torch.bfloat16)
-    assert sum(isinstance(layer, PackedLinear) for layer in packed) == 3
-    with torch.inference_mode():
-        torch.testing.assert_close(packed(x.bfloat16()), plain.bfloat16()(x.bfloat16()), rtol=2e-2, atol=2e-2)
-
-
 @pytest.mark.parametrize(("name", "least_db"), [("clapsep", 40), ("mini", 25)])
 def test_in_bfloat16_the_waveform_stays_near_float32(name: str, least_db: float, released_folder: Path) -> None:
     """On real mixtures; the released size with stand-in weights. In one of them mini is asked for what is not there."""
@@ -91,7 +81,7 @@ def test_in_bfloat16_the_waveform_stays_near_float32(name: str, least_db: float,
         assert model.precision == {"high": "float32", "fast": "bfloat16"}[precision]
         assert isinstance(model.separator, MaskSeparator)
         nets.append(model.separator)
-    wanted = model.ask([Query(pos_audio=[EXAMPLES / "another-dog.flac"], neg_audio=[EXAMPLES / "rain.flac"])])
+    wanted = model.ask([Query(pos_audio=[EXAMPLES / "another-dog.flac"], neg_audio=[EXAMPLES / "rain.flac"])]).targets
     for file in ("mix", "rain"):
         heard = torch.from_numpy(read_mono(EXAMPLES / f"{file}.flac", RATE_HZ))[: nets[0].window]
         heard = F.pad(heard, (0, nets[0].window - len(heard)))[None]
@@ -108,13 +98,42 @@ def test_who_chooses_the_precision(monkeypatch: pytest.MonkeyPatch, tiny_folder:
     assert choose_precision("high", CPU) == torch.float32
     assert choose_precision("fast", CPU) == torch.bfloat16
     for native in (False, True):
-        monkeypatch.setattr("clapsep_cli.store.checkpoint._native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr("clapsep_cli.store.checkpoint.native_bfloat16", lambda device, native=native: native)
         assert choose_precision("auto", CPU) == (torch.bfloat16 if native else torch.float32)
         assert choose_precision("auto", CPU, near=False) == torch.float32
         assert load_model(released_folder, "cpu").precision == ("bfloat16" if native else "float32")
         assert load_model(tiny_folder, "cpu").precision == "float32"  # a mini gains little and loses more
     with pytest.raises(UsageError, match="auto, high or fast"):
         choose_precision("low", CPU)
+
+
+def test_fast_where_it_is_slower_says_so(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    for native in (False, True):
+        monkeypatch.setattr("clapsep_cli.store.checkpoint.native_bfloat16", lambda device, native=native: native)
+        said: list[str] = []
+        assert load_model(tiny_folder, "cpu", "fast", say=said.append).precision == "bfloat16"
+        load_model(tiny_folder, "cpu", "high", say=said.append)
+        assert [line.partition(":")[0] for line in said] == ([] if native else ["--precision fast"])
+
+
+@pytest.mark.parametrize("limits", [("avx2", "AVX2"), ("default", "SSE41")], ids=["avx2", "sse41"])
+def test_bfloat16_works_on_lesser_processors(limits: tuple[str, str], tmp_path: Path, clapsep: Clapsep) -> None:
+    """In a process of its own, as PyTorch and oneDNN look at the processor once."""
+    convert_tiny(write_checkpoints(tmp_path, ROBERTA), tmp_path / "tiny")
+    query = ["--query-audio", str(EXAMPLES / "another-dog.flac"), "--model", str(tmp_path / "tiny"), "-d", "cpu"]
+    command = ["extract", str(EXAMPLES / "mix.flac"), *query, "--subtype", "float", "-f", "wav"]
+    process = subprocess.run(
+        [sys.executable, "-m", "clapsep_cli", *command, "--precision", "fast", "-o", str(tmp_path / "fast"), "--json"],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": limits[0], "ONEDNN_MAX_CPU_ISA": limits[1], "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["precision"] == "bfloat16"
+    assert clapsep(*command, "--precision", "high", "-o", tmp_path / "high", cwd=tmp_path).returncode == 0
+    fast, high = (soundfile.read(tmp_path / name / "mix.target.wav")[0] for name in ("fast", "high"))
+    assert 10 * np.log10((high**2).sum() / ((fast - high) ** 2).sum()) > 30
 
 
 def test_mps_is_never_fast_by_itself() -> None:

@@ -135,6 +135,22 @@ def test_violins_and_bars_stand_where_their_values_are() -> None:
     assert '<b style="left:50.00%">' in drawn
 
 
+@pytest.mark.parametrize(
+    "samples",
+    [
+        {"a": [7.123456789] * 30, "b": [7.123456789 + n * 1e-9 for n in range(30)]},
+        {"a": [float(n) for n in range(400)], "b": [1e6]},  # beyond the axis, which leaves out the extremes
+    ],
+)
+def test_nearly_constant_scores_have_a_violin(samples: dict[str, list[float]]) -> None:
+    chart = violins(samples)
+    assert "nan" not in chart
+    for points in re.findall(r'class="violin" points="([^"]+)"', chart):
+        assert all(0 <= float(pair.split(",")[1]) <= 60 for pair in points.split())
+    widest = [max(float(p.split(",")[1]) for p in s.split()) for s in re.findall(r'points="([^"]+)"', chart)]
+    assert widest[0] == 57.0
+
+
 @given(st.floats(-1e4, 1e4), st.floats(1e-2, 1e4))
 def test_ticks_are_few_and_within(low: float, span: float) -> None:
     found = ticks(low, low + span)

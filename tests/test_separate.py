@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from conftest import Clapsep, Done, Stub
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import Audio, names, noise, read
@@ -21,10 +22,10 @@ from clapsep_cli import Query, extract, load_model
 from clapsep_cli.cli.separate import parts, repeated
 from clapsep_cli.errors import UsageError
 from clapsep_cli.jobs.tasks import Options
-from clapsep_cli.models.base import Separator
+from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.models.tuss import Asked, Tuss
-from clapsep_cli.separation.prompting import prompts
+from clapsep_cli.separation.prompting import prompts, stream
 from clapsep_cli.stitch.stem_stream import StemStream
 from clapsep_cli.store import library
 from clapsep_cli.store.checkpoint import Model, save_part
@@ -194,10 +195,31 @@ def test_any_words_with_a_model_that_takes_them(clapsep: Clapsep, mix: Path, tin
     stems = ["mix.dog_barking.wav", "mix.rain.wav", "mix.residual.wav"]
     assert names(mix.parent) == sorted([*stems, "mix.wav"])
     np.testing.assert_array_equal(sum(read(mix.with_name(name)) for name in stems), read(mix))
-    alone = ["extract", "mix.wav", "--pos", "rain", "--neg", "dog barking", "--no-residual", "--model", tiny_folder]
-    assert clapsep(*alone, cwd=mix.parent).returncode == 0
-    rain, target = read(mix.with_name("mix.rain.wav")), read(mix.with_name("mix.target.wav"))
-    np.testing.assert_allclose(rain, target, rtol=0, atol=2**-15)
+    targets = ["--target", "dog=dog barking", "--target", "rain=rain", "-o", "targets", "--model", tiny_folder]
+    assert clapsep("extract", "mix.wav", *targets, cwd=mix.parent).returncode == 0
+    only = [*arguments[:3], "--only", "rain", "-o", "only", "--model", tiny_folder]
+    assert clapsep("separate", "mix.wav", *only, cwd=mix.parent).returncode == 0
+    for folder in ("targets", "only"):
+        np.testing.assert_array_equal(read(mix.parent / folder / "mix.rain.wav"), read(mix.with_name("mix.rain.wav")))
+    assert names(mix.parent / "only") == ["mix.rain.wav"]
+
+
+def test_a_model_of_queries_refuses_equal_prompts(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    failed = clapsep("separate", "mix.wav", "--prompts", "dog", "dog", "--model", tiny_folder, cwd=mix.parent)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert "dog and dog-2 ask" in failed.stderr
+    assert "for the same sound: name it once" in failed.stderr
+
+
+def test_without_a_network_separate_says_what_works(
+    clapsep: Clapsep, mix: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    failed = clapsep("separate", "mix.wav", "--prompts", "speech", "sfxbg", cwd=mix.parent)
+    assert failed.returncode == 3
+    assert failed.stderr.endswith("; without a network, --model mini takes any words: --prompts speech sfxbg\n")
+    named = clapsep("separate", "mix.wav", "--task", "music", "--model", "tuss-medium", cwd=mix.parent)
+    assert (named.returncode, "--model mini" in named.stderr) == (3, False)
 
 
 def test_many_recordings_and_going_on(run: Callable[..., Done], mix: Path) -> None:
@@ -255,11 +277,7 @@ class Bands(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         pass
 
-    def stream(self, wanted: Asked, rate: int, channels: int, device: torch.device) -> StemStream:
-        asked = wanted.prompts.tolist()
-        return StemStream(self.window, [asked[at] for at in wanted.kept], rate, self.rate, channels, device)
-
-    def infer(self, windows: Tensor, wanted: Asked) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
         spectra = torch.fft.rfft(windows)
         low = torch.fft.irfft(spectra * (torch.fft.rfftfreq(windows.shape[1], 1 / RATE) < 1000), windows.shape[1])
         stems = torch.stack([low, windows - low], 1)
@@ -277,6 +295,9 @@ class Twins(Stub):
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Asked:  # type: ignore[override]
         return Asked(torch.tensor([0, 0]), (0, 1))
+
+    def stream(self, wanted: Asked, rate: int, channels: int) -> StemStream:  # type: ignore[override]
+        return stream(self, wanted, rate, channels)
 
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
         return targets
@@ -306,7 +327,7 @@ def test_equal_prompts_keep_their_sources_over_windows_and_channels(
     sounds = two_sounds(8 * rate, rate)
     soundfile.write(tmp_path / "mix.wav", sounds.sum(0), rate, "FLOAT")
     targets = {"sfx": Query("sfx"), "sfx-2": Query("sfx")}
-    done = extract(tmp_path / "mix.wav", targets, Twins(Bands(2, flips)), options=Options(batch=batch))
+    done = extract(tmp_path / "mix.wav", targets, Twins(Bands(2, flips)), options=Options(batch_size=batch))
     stems = [read(done.outputs[name]) for name in targets]
     if flips(0, 0):
         stems.reverse()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clapsep_cli.stitch.stems import StemTrack, align_channels, continuing
+from clapsep_cli.stitch.stems import StemTrack, align_channels, best_order, continuing
 
 RATE = 48_000
 WINDOW, OVERLAP = 24_000, 6000
@@ -155,6 +156,29 @@ def test_channels_of_low_sounds_are_matched_whatever_their_polarity() -> None:
     stems = torch.stack([low, -low.flip(0)], 1)
     assert align_channels(stems) == [[0, 1]]
     assert torch.equal(stems[:, 1], -low)
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=n, max_size=n)
+    )
+)
+def test_the_best_order_of_all(likeness: list[list[float]]) -> None:
+    count = len(likeness)
+    totals = [sum(likeness[row][column] for row, column in enumerate(order)) for order in permutations(range(count))]
+    total, order = best_order(likeness)
+    assert total == max(totals) == sum(likeness[row][column] for row, column in enumerate(order))
+    assert sorted(order) == list(range(count))
+
+
+def test_many_equal_prompts_are_matched() -> None:
+    """Twelve have 479 million orders."""
+    sources = torch.randn(12, 1, 3000, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    stereo = torch.cat([sources, sources[order]], 1)
+    assert align_channels(stereo) == [[0, 1]]
+    assert torch.equal(stereo[:, 0], stereo[:, 1])
+    assert torch.equal(sources[order][continuing(sources, sources[order])], sources)
 
 
 def test_an_order_is_changed_for_a_reason_only() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +20,16 @@ from safetensors.torch import save_file
 
 from clapsep_cli import load_model
 from clapsep_cli.data import read_corpus
-from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
+from clapsep_cli.errors import CheckpointError, ModelError, RecipeError, StoppedError
 from clapsep_cli.registry import weights_folder
-from clapsep_cli.store.checkpoint import load_part, read_metadata, read_tensors
-from clapsep_cli.training.conditions import Mixing, Queries, Texts
-from clapsep_cli.training.mini import AudioTask, MiniRecipe, SeparatorTask, Stage
-from clapsep_cli.training.pool import MemoryPool
-from clapsep_cli.training.sampling import Draw, Sampler
-from clapsep_cli.training.train import Report, Run
+from clapsep_cli.store.checkpoint import choose_precision, load_part, read_metadata, read_tensors
+from clapsep_cli.store.whole import copy
+from clapsep_cli.training.loop.pool import MemoryPool
+from clapsep_cli.training.loop.sampling import Draw, Sampler
+from clapsep_cli.training.loop.train import Report, Run, train
+from clapsep_cli.training.recipes.augment import Acoustics
+from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
+from clapsep_cli.training.recipes.mini import AudioTask, MiniRecipe, SeparatorTask, Stage
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 
@@ -50,7 +56,10 @@ def run(manifest: Path, out: Path, recipe: MiniRecipe = RECIPE, stop_at: tuple[s
 
 def curve(reports: list[Report]) -> dict[tuple[str, int, str], float]:
     return {
-        (r.stage, r.step, name): value for r in reports for name, value in r.figures.items() if name != "examples/s"
+        (r.stage, r.step, name): value
+        for r in reports
+        for name, value in r.figures.items()
+        if name != "examples/s" and r.stage != "estimate"
     }
 
 
@@ -115,6 +124,110 @@ def test_what_is_written_is_what_was_validated(manifest: Path, tmp_path: Path) -
     assert all(torch.isfinite(tensor).all() for tensor in written.values() if tensor.is_floating_point())
 
 
+@pytest.mark.parametrize("stage", [AudioTask, SeparatorTask])
+def test_a_run_that_is_asked_to_stop_saves_its_state_and_goes_on_exactly(
+    manifest: Path, tmp_path: Path, stage: type[AudioTask | SeparatorTask]
+) -> None:
+    """At a step at which nothing would have been reported or saved."""
+    sparse = replace(
+        RECIPE, audio=replace(RECIPE.audio, steps=6), separator=replace(RECIPE.separator, steps=6), report_every=5
+    )
+    sparse = replace(sparse, save_every=100)
+    reported(manifest, tmp_path / "whole", sparse)
+    stop, prepare = threading.Event(), stage.prepare
+
+    def prepare_and_stop(self: Any, drawn: Any, step: int, rows: range) -> Any:
+        if step == 2:
+            stop.set()
+        return prepare(self, drawn, step, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "prepare", prepare_and_stop)
+        with pytest.raises(StoppedError, match=f"stopped after step 3 of 6 of the {stage.name}; its state is saved"):
+            train(manifest, tmp_path / "cut", sparse, stop=stop)
+    reported(manifest, tmp_path / "cut", sparse)
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    for part in ("audio", "separator", "state", "audio-state"):
+        first, second = (read_tensors(tmp_path / f / f"{part}.safetensors") for f in ("whole", "cut"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+SMALL = (
+    "draw.seconds=1,audio.batch=4,separator.batch=4,mini.seconds=2,mini.query=16,mini.hidden=8,mini.fine=2,"
+    "mini.channels=[8;8;8;8],mini.audio_channels=[8;8;8;8]"
+)
+SMALL_SETTINGS = [part for setting in SMALL.split(",") for part in ("--set", setting.replace(";", ","))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_stop_the_command_and_its_state_is_saved(
+    manifest: Path, tmp_path: Path, clapsep: Clapsep, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    prepare, sent = AudioTask.prepare, list[int]()
+
+    def prepare_and_kill(self: AudioTask, drawn: Any, step: int, rows: range) -> Any:
+        if step == 2 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), number)
+        return prepare(self, drawn, step, rows)
+
+    monkeypatch.setattr(AudioTask, "prepare", prepare_and_kill)
+    arguments = ["train", manifest, "--out", "run", *SMALL_SETTINGS, "--audio-steps", "4", "--steps", "1"]
+    done = clapsep(*arguments, cwd=tmp_path)
+    assert done.returncode == 130
+    assert "stopping after this step" in done.stderr
+    assert "stopped after step 3 of 4 of the audio encoder; its state is saved in run" in done.stderr
+    again = clapsep(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "audio encoder 4/4 " in again.stdout
+    assert "audio encoder 1/4 " not in again.stdout
+
+
+def test_a_run_tells_how_long_it_will_take_and_soon_a_first_figure(manifest: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, report_every=100, validate_every=100, save_every=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clapsep_cli.training.loop.train.SILENT_SECONDS", 0.0)  # as if each step took long
+        reports = run(manifest, tmp_path, recipe)
+    estimated = reports[1]
+    assert (estimated.stage, estimated.step) == ("estimate", 0)
+    assert list(estimated.figures) == ["audio encoder (3 steps)", "separator (4 steps)"]
+    assert 0 < estimated.seconds_left == sum(estimated.figures.values()) < 60
+    told = [(r.step, "loss" in r.figures) for r in reports if r.stage == "separator"]
+    assert told == [(1, True), (2, False), (3, False), (4, True)]
+    assert {row[1] for row in log(tmp_path) if row[0] == "separator"} == {"1", "4"}
+
+
+def test_steps_and_batches_that_are_not_set_suit_the_data(manifest: Path) -> None:
+    corpus = read_corpus(manifest)
+    few, many, most = (
+        MiniRecipe().suited(replace(corpus, seconds=(seconds,) * len(corpus.clips))) for seconds in (1, 1000, 36_000)
+    )
+    sizes = [
+        (recipe.audio.steps, recipe.audio.batch, recipe.separator.steps, recipe.separator.batch)
+        for recipe in (few, many, most)
+    ]
+    assert sizes == [(100, 12, 200, 8), (800, 48, 1600, 32), (3000, 48, 6000, 32)]
+    assert few.separator.warmup == 20
+    assert RECIPE.suited(corpus) == RECIPE
+
+
+def test_precision_is_what_the_device_has_natively_and_stays(manifest: Path, tmp_path: Path) -> None:
+    def precisions() -> list[str]:
+        return [call["precision"] for call in json.loads((tmp_path / "run.json").read_text())["calls"]]
+
+    for dtype in (torch.bfloat16, torch.float32):  # as on another machine
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("clapsep_cli.training.loop.train.choose_precision", lambda *_, dtype=dtype: dtype)
+            reports = run(manifest, tmp_path)
+    assert precisions() == ["bf16-mixed", "bf16-mixed"]
+    assert reports[0].text == "on cpu, bf16-mixed (as it began)"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clapsep_cli.training.loop.train.choose_precision", lambda *_: torch.float32)
+        reports = run(manifest, tmp_path / "other")
+    assert reports[0].text == "on cpu, 32-true (no native bfloat16)"
+
+
 def test_means_between_reports_survive_a_stop(manifest: Path, tmp_path: Path) -> None:
     """Stopped between two reports, a run still reports the mean over all steps since the first."""
     sparse = replace(RECIPE, separator=replace(RECIPE.separator, steps=6), report_every=3, save_every=2)
@@ -173,7 +286,9 @@ def test_what_a_run_leaves(manifest: Path, straight: tuple[Path, list[Report]]) 
     (call,) = record["calls"]
     assert call["packages"]["torch"] == torch.__version__
     assert call["git"] is None or len(call["git"].rstrip("+")) == 40
-    assert (call["accelerator"], call["devices"], call["precision"]) == ("cpu", 1, "bf16-mixed")
+    native = choose_precision("auto", torch.device("cpu")) == torch.bfloat16
+    expected = ("cpu", 1, "bf16-mixed" if native else "32-true")
+    assert (call["accelerator"], call["devices"], call["precision"]) == expected
     rows = log(folder)
     losses = {
         int(step): float(value) for stage, step, figure, value in rows[1:] if (stage, figure) == ("separator", "loss")
@@ -181,6 +296,28 @@ def test_what_a_run_leaves(manifest: Path, straight: tuple[Path, list[Report]]) 
     assert losses == {r.step: r.figures["loss"] for r in reports if r.stage == "separator"}
     assert {row[2] for row in rows} == {"figure", "loss", "accuracy", "lr", "both", "positive", "shot"}
     assert len(list((folder / "tensorboard").rglob("events.out.tfevents.*"))) == 2
+
+
+def test_files_of_a_run_follow_the_umask_and_are_its_own(straight: tuple[Path, list[Report]], tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    mode = (tmp_path / "any").stat().st_mode
+
+    files = [path for path in straight[0].iterdir() if path.is_file()]
+    assert len(files) >= 7
+    assert {path.name for path in files if path.stat().st_mode != mode} == set()
+    assert not [path.name for path in files if path.stat().st_nlink > 1]
+
+
+def test_a_link_to_an_installed_model_becomes_a_copy(tmp_path: Path) -> None:
+    """Runs of older versions were links."""
+    installed, place = tmp_path / "installed", tmp_path / "run"
+    installed.write_text("a")
+    place.hardlink_to(installed)
+    copy(installed, place)
+    place.write_text("b")
+    assert installed.read_text() == "a"
+    copy(installed, place)
+    assert place.read_text() == "b"
 
 
 def test_another_configuration_or_other_clips_are_refused(
@@ -228,7 +365,7 @@ def test_the_state_of_an_older_version_is_read(manifest: Path, tmp_path: Path) -
 
 def test_a_loss_that_is_no_number_stops_the_run(manifest: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clapsep_cli.training.mini.separation_loss", lambda mask, *_: mask.sum() * float("nan"))
+        patch.setattr("clapsep_cli.training.recipes.mini.separation_loss", lambda mask, *_: mask.sum() * float("nan"))
         with pytest.raises(RecipeError, match="not finite after step 1 of the separator"):
             run(manifest, tmp_path)
     assert not (tmp_path / "state.safetensors").exists()
@@ -239,7 +376,7 @@ def test_going_on_from_another_model(manifest: Path, tmp_path: Path, straight: t
     folder, _ = straight
     recipe = replace(RECIPE, init=str(folder), separator=replace(RECIPE.separator, steps=1, lr=0.0))
     reports = run(manifest, tmp_path, recipe)
-    assert {r.stage for r in reports} == {"clips read", "shots embedded", "separator", "validation"}
+    assert {r.stage for r in reports} == {"clips read", "estimate", "shots embedded", "separator", "validation"}
     before, after = (read_tensors(f / "separator.safetensors") for f in (folder, tmp_path))
     weights = [name for name in before if "running" not in name]
     assert all(torch.equal(before[name], after[name]) for name in weights)
@@ -257,34 +394,44 @@ def test_an_audio_encoder_of_an_older_version_is_used_or_refused(
     folder, _ = straight
     (tmp_path / "audio.safetensors").hardlink_to(folder / "audio.safetensors")
     stages = {r.stage for r in run(manifest, tmp_path)}
-    assert stages == {"clips read", "shots embedded", "separator", "validation"}
+    assert stages == {"clips read", "estimate", "shots embedded", "separator", "validation"}
     with pytest.raises(CheckpointError, match=r"cannot go on from there: set audio\.steps=3"):
         run(manifest, tmp_path, replace(RECIPE, audio=replace(RECIPE.audio, steps=9)))
 
 
 def test_training_learns(manifest: Path, tmp_path: Path) -> None:
-    """A few steps on tones and noise beat every constant mask."""
+    """A few steps on one batch go far beyond every constant mask, whatever the processor's rounding."""
+
+    class OneBatch(SeparatorTask):
+        def draw(self, step: int, rows: range) -> tuple[torch.Tensor, ...]:
+            return super().draw(0, rows)
+
+        def prepare(self, drawn: tuple[torch.Tensor, ...], step: int, rows: range) -> Any:
+            return super().prepare(drawn, 0, rows)
+
+    torch.manual_seed(0)
     corpus = read_corpus(manifest)
     pool = MemoryPool(corpus)
     texts = Texts(load_part(TEXT, "text", "mini", TINY_MINI), pool.clips, {})
     views = {i: torch.nn.functional.normalize(torch.randn(2, TINY_MINI.dim), dim=1) for i in corpus.train}
     recipe = replace(
         RECIPE,
-        separator=Stage(steps=80, batch=8, lr=1e-2, warmup=5),
+        separator=Stage(steps=40, batch=8, lr=1e-2, warmup=5),
         mixing=Mixing(text_only=1.0, absent=0.0),
         draw=replace(RECIPE.draw, snr_std=0),
+        acoustics=Acoustics(eq=0, low_pass=0, high_pass=0, floor=0),
         report_every=10,
         validate_every=1000,
         save_every=1000,
     )
     reports: list[Report] = []
-    on = fabric.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    on = fabric.Fabric(accelerator="cpu", devices=1, precision="32-true")
     on.launch()
     going = Run(on, tmp_path, corpus, reports.append)
     queries = Queries(pool, texts, views, recipe.mixing)
-    going.fit(SeparatorTask(recipe, Sampler(pool, recipe.draw, 0, corpus.train), queries, [], going))
+    going.fit(OneBatch(recipe, Sampler(pool, recipe.draw, 0, corpus.train), queries, [], going))
     losses = [r.figures["loss"] for r in reports if r.stage == "separator"]
-    assert losses[-1] < losses[0] - 2.0
+    assert losses[-1] < losses[0] - 1.0  # 1.5 to 3, by how a processor rounds; without learning, ±0.4
 
 
 def test_the_audio_encoder_learns_its_captions(manifest: Path, tmp_path: Path) -> None:
@@ -297,20 +444,21 @@ def test_the_audio_encoder_learns_its_captions(manifest: Path, tmp_path: Path) -
 
 
 def test_the_command(manifest: Path, clapsep: Clapsep, tmp_path: Path) -> None:
-    small = "draw.seconds=1,audio.batch=4,separator.batch=4,mini.seconds=2,mini.query=16,mini.hidden=8,mini.fine=2"
-    settings = [part for setting in small.split(",") for part in ("--set", setting)]
     (tmp_path / "c.toml").write_text("[mini]\nchannels = [8, 8, 8, 8]\naudio_channels = [8, 8, 8, 8]\n")
-    arguments = ["train", manifest, "--config", "c.toml", *settings, "--audio-steps", "1", "--steps", "2"]
+    arguments = ["train", manifest, "--config", "c.toml", *SMALL_SETTINGS[:-4], "--audio-steps", "1", "--steps", "2"]
     done = clapsep(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("clips read ")
-    assert lines[1].startswith("audio encoder 1/1  loss ")
-    assert [line.split("  ")[0] for line in lines[2:6]] == [f"shots embedded {view}/4" for view in (1, 2, 3, 4)]
-    assert lines[6].startswith("separator 2/2  loss ")
-    assert lines[6].endswith("left")
-    assert lines[7].startswith("validation 2/2  SI-SDRi in dB: both ")
-    assert lines[8] == 'done: clapsep extract --model runs/manifest MIX --pos "…"'
+    assert "  on cpu, " in lines[0]
+    assert re.fullmatch(r"about .* in all: audio encoder \(1 steps\) .*, separator \(2 steps\) .* s", lines[1])
+    assert lines[2].startswith("audio encoder 1/1  loss ")
+    assert [line.split("  ")[0] for line in lines[3:7]] == [f"shots embedded {view}/4" for view in (1, 2, 3, 4)]
+    assert lines[7].startswith("separator 1/2  loss ")
+    assert lines[8].startswith("separator 2/2  loss ")
+    assert lines[8].endswith("left")
+    assert lines[9].startswith("validation 2/2  SI-SDRi in dB: both ")
+    assert lines[10] == 'done: clapsep extract --model runs/manifest MIX --pos "…"'
     mix = manifest.parent / "dog0.wav"
     assert clapsep("extract", mix, "--pos", "dog", "--model", "runs/manifest", "-o", "o", cwd=tmp_path).returncode == 0
     wrong = clapsep("train", manifest, "--set", "separator.step=3", cwd=tmp_path)

@@ -22,13 +22,13 @@ from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
 from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss
 from clapsep_cli.store.checkpoint import read_metadata, read_tensors, save_part
-from clapsep_cli.training import recipes
-from clapsep_cli.training.pool import DiskPool, MemoryPool, open_pool
-from clapsep_cli.training.prompt_mixing import PromptMixer, PromptMixing
-from clapsep_cli.training.schedules import Plateau
-from clapsep_cli.training.state import mean_of
-from clapsep_cli.training.train import Report, train
-from clapsep_cli.training.tuss import TussRecipe
+from clapsep_cli.training.loop.pool import DiskPool, MemoryPool, open_pool
+from clapsep_cli.training.loop.schedules import Plateau
+from clapsep_cli.training.loop.state import mean_of
+from clapsep_cli.training.loop.train import Report, train
+from clapsep_cli.training.recipes import presets
+from clapsep_cli.training.recipes.prompt_mixing import PromptMixer, PromptMixing
+from clapsep_cli.training.recipes.tuss import TussRecipe
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 
@@ -247,17 +247,17 @@ def test_all_that_is_wrong_with_the_clips_is_told_before_anything_is_written(man
 
 
 def test_presets_are_those_of_the_released_models() -> None:
-    medium, large = (recipes.build(name) for name in ("tuss-medium", "tuss-large"))
+    medium, large = (presets.build(name) for name in ("tuss-medium", "tuss-large"))
     assert isinstance(medium, TussRecipe)
     assert isinstance(large, TussRecipe)
     assert (medium.tuss, medium.batch, medium.epsilon, medium.lr) == (MEDIUM, 4, 1e-8, 1e-3)
     assert (large.tuss, large.batch, large.epsilon, large.lr) == (LARGE, 2, 1e-4, 1e-3)
     assert (medium.epochs, medium.epoch_steps, medium.warmup, medium.clip) == (150, 2500, 10_000, 5.0)
-    assert (medium.precision, medium.weight_decay, medium.average) == ("bf16-mixed", 0.01, 5)
-    assert recipes.preset_of("tuss") == recipes.preset_of("tuss", "runs/mine") == "tuss-medium"
-    assert recipes.preset_of("tuss", "tuss-large") == "tuss-large"
+    assert (medium.precision, medium.weight_decay, medium.average) == ("auto", 0.01, 5)
+    assert presets.preset_of("tuss") == presets.preset_of("tuss", "runs/mine") == "tuss-medium"
+    assert presets.preset_of("tuss", "tuss-large") == "tuss-large"
     # A size that only all settings together make.
-    together = recipes.build("tuss-medium", {"tuss.width": 20}, {"tuss": {"groups": 5}}, {"mixing.counts": [2]})
+    together = presets.build("tuss-medium", {"tuss.width": 20}, {"tuss": {"groups": 5}}, {"mixing.counts": [2]})
     assert isinstance(together, TussRecipe)
     assert (together.tuss.width, together.tuss.groups, together.mixing.counts) == (20, 5, (2,))
 
@@ -267,14 +267,14 @@ def test_presets_are_those_of_the_released_models() -> None:
     [
         ({"tuss.width": 20}, "tuss-medium.tuss: not a TUSS size, it must hold that groups divide the width"),
         ({"tuss.prompts": ["speech", "sfx", "musicbg", "dog"]}, "nothing is known of how to mix dog"),
-        ({"mixing.summed": [0.5, 0.4]}, "shares that add up to 1"),
-        ({"mixing.counts": [0]}, "numbers of prompts"),
-        ({"epoch_steps": 0}, "are 1 or more"),
+        ({"mixing.summed": [0.5, 0.4]}, "mixing.summed: should add up to 1; the sum is 0.9"),
+        ({"mixing.counts": [0]}, "mixing.counts.0 should be greater than 0"),
+        ({"epoch_steps": 0}, "epoch_steps should be greater than 0"),
     ],
 )
 def test_settings_that_are_wrong(manifest: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        train(manifest, tmp_path / "out", recipes.build("tuss-medium", {"tuss": {"window": 480}}, values))
+        train(manifest, tmp_path / "out", presets.build("tuss-medium", {"tuss": {"window": 480}}, values))
     assert not (tmp_path / "out").exists()
 
 
@@ -299,9 +299,10 @@ def test_from_the_command_to_stems(manifest: Path, clapsep: Clapsep, tmp_path: P
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("clips read ")
-    assert lines[1].startswith("separator 2/2  loss ")
-    assert lines[2].startswith("validation 2/2  SNR in dB, up to 30: mean of sets ")
-    assert lines[3] == "done: clapsep separate --model runs/x MIX --prompts NAME..."
+    assert lines[1].startswith("separator 1/2  loss ")
+    assert lines[2].startswith("separator 2/2  loss ")
+    assert lines[3].startswith("validation 2/2  SNR in dB, up to 30: mean of sets ")
+    assert lines[4] == "done: clapsep separate --model runs/x MIX --prompts NAME..."
     mix = manifest.parent / "train-sfx0.flac"
     done = clapsep("separate", mix, "--model", "runs/x", "--prompts", "speech", "sfx", "-o", "stems", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

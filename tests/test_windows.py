@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep_cli.dsp import HOP
-from clapsep_cli.stitch.windows import OVERLAP_FRAMES, MaskTrack, Windower, downmix
+from clapsep_cli.stitch.windows import OVERLAP_FRAMES, MaskTrack, Windower
 
 WINDOW = 500 * HOP
 
@@ -78,12 +78,3 @@ def test_masks_that_differ_cross_fade_slowly() -> None:
     steps = joined.diff()
     assert steps.min() >= 0
     assert steps.max() < 1.5 / OVERLAP_FRAMES
-
-
-def test_downmix_is_the_mean_unless_the_channels_cancel() -> None:
-    left, right = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
-    np.testing.assert_array_equal(downmix(left[None]), left)
-    np.testing.assert_allclose(downmix(np.stack([left, right])), (left + right) / 2, rtol=1e-5)
-    np.testing.assert_allclose(downmix(np.stack([left, np.zeros_like(left)])), left / 2)
-    np.testing.assert_array_equal(downmix(np.stack([-0.9 * left, left])), left)
-    assert not downmix(np.zeros((2, 10), np.float32)).any()

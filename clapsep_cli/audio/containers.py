@@ -1,46 +1,71 @@
-"""Whether a file is whole. libsndfile plays what there is of a file that was cut short, and says nothing."""
+"""Checks whether a file is whole: libsndfile plays what there is of a file that was cut short, and says nothing."""
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
+
+from soundfile import SoundFile
 
 from clapsep_cli.audio.wav import LIMIT_BYTES, UNFINISHED, UNKNOWN
 from clapsep_cli.errors import AudioError
 
-REPAIR = "ffmpeg -i FILE OTHER.wav takes what there is"
+Report = Callable[[str], None]  # raises `AudioError` for damage, or notes it
 
-
-@dataclass(frozen=True)
-class Chunked:
-    """A format made of chunks: a name, a size, then as many bytes."""
-
-    first: int  # byte of the first chunk
-    layout: str  # of a chunk's name and size
-    data: bytes  # name of the chunk with the samples
-    align: int = 2
-    inclusive: bool = False  # whether the size counts name and size themselves
-    unknown: frozenset[int] = frozenset()  # sizes that mean "until the end"
-
-
-W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
-CHUNKED = {
-    b"RIFF": Chunked(12, "<4sI", b"data", unknown=frozenset(UNFINISHED - {0})),
-    b"RIFX": Chunked(12, ">4sI", b"data"),
-    b"RF64": Chunked(12, "<4sI", b"data"),
-    b"BW64": Chunked(12, "<4sI", b"data"),
-    b"FORM": Chunked(12, ">4sI", b"SSND"),
-    b"caff": Chunked(8, ">4sQ", b"data", align=1, unknown=frozenset({2**64 - 1})),
-    b"riff": Chunked(40, "<16sQ", W64_DATA, align=8, inclusive=True),
+# The lines of libsndfile's log that state how many bytes of samples there are, and how many of these are none.
+STATED = {
+    "WAV": ("data", 0),
+    "WAVEX": ("data", 0),
+    "RF64": ("Data size", 0),
+    "W64": ("data", 24),
+    "AIFF": ("SSND", 8),
+    "CAF": ("data", 4),
+    "AU": ("Data Size", 0),
 }
+WHOLE = "RIFF|RIFX|riff|FORM|Riff size"  # its lines about the size of the file; they come first, if chunks fill the log
+FOLLOWED_BY_CHUNKS = ("WAV", "WAVEX", "RF64", "AIFF")
+BYTE_FOR_BYTE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")  # kinds of samples; of others, libsndfile has read some
+
+
+class Fed:
+    """A file as libraries in C get it: `front`, then spans of bytes. Keeps errors, which cannot pass through C."""
+
+    def __init__(self, file: BinaryIO, spans: Sequence[tuple[int, int]] | None = None, front: bytes = b"") -> None:
+        self._file, self._front, self._at = file, front, 0
+        self.name = str(getattr(file, "name", ""))  # whose suffix helps some decoders
+        self._spans = [(0, file.seek(0, os.SEEK_END))] if spans is None else spans
+        self.size = len(front) + sum(end - begin for begin, end in self._spans)
+        self.error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self.size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        content, before = self._front[self._at : self._at + size], len(self._front)
+        try:
+            for begin, end in self._spans:
+                at = self._at + len(content) - before
+                if len(content) < size and 0 <= at < end - begin:
+                    self._file.seek(begin + at)
+                    content += self._file.read(min(size - len(content), end - begin - at))
+                before += end - begin
+        except OSError as error:
+            self.error = error
+        self._at += len(content)
+        return content
 
 
 def id3_size(head: bytes) -> int:
-    """The size in bytes of the ID3v2 tag that begins with these 10 bytes; 0 if none does."""
+    """Return the size in bytes of the ID3v2 tag that begins with these 10 bytes; 0 if none does."""
     if len(head) < 10 or head[:3] != b"ID3" or max(head[6:10]) > 127:
         return 0
     content = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
@@ -48,7 +73,7 @@ def id3_size(head: bytes) -> int:
 
 
 def tags_end(file: BinaryIO) -> int:
-    """The byte at which the file begins behind its ID3v2 tags, which any format may carry in front."""
+    """Return the first byte behind the ID3v2 tags, which a file of any format may begin with."""
     at = 0
     while True:
         file.seek(at)
@@ -57,68 +82,50 @@ def tags_end(file: BinaryIO) -> int:
         at += size
 
 
-def check_whole(file: BinaryIO, name: str) -> None:
-    """Raise `AudioError` if `file` ends before its header says, or if pages of an Ogg are missing or damaged.
+def check_samples(opened: SoundFile, first: int, file: BinaryIO, report: Report) -> None:
+    """Report a file that holds less sound than its header states, or something else behind it.
 
-    Formats without a stated length pass; so does what is no such file at all, which its decoder will say.
+    Formats that state no length pass.
+
+    Args:
+        opened: `file` as libsndfile has it.
+        first: byte of the first sample, where they are stored as they are.
     """
-    size, start = file.seek(0, os.SEEK_END), tags_end(file)
-    file.seek(start)
-    magic = file.read(4)
-    if magic == b"OggS":
-        _check_ogg(file, start, size, name)
-    elif magic == b".snd":
-        at, stated = struct.unpack(">II", file.read(8).ljust(8, b"\0"))
-        if stated != UNKNOWN:
-            _compare(name, start + at, stated, size)
-    elif magic in CHUNKED:
-        _check_chunks(file, start, CHUNKED[magic], magic, size, name)
+    if opened.format not in STATED:
+        return
+    size, (line, overhead) = file.seek(0, os.SEEK_END), STATED[opened.format]
+    inner, outer = _logged(opened.extra_info, line), _logged(opened.extra_info, WHOLE)
+    plain = opened.subtype.startswith(BYTE_FOR_BYTE)
+    stated, held = inner or outer or (0, 0)
+    if inner and plain:
+        stated, held = stated - overhead, size - first
+    unknown = stated in UNFINISHED - {0} and opened.format in ("WAV", "WAVEX")
+    slack = 0 if inner else 1  # the size of the whole may count a padding that is not there
+    if stated > held + slack and not unknown:
+        missing = opened.frames / opened.samplerate * (stated - held) / max(1, held)
+        what = f"the last {missing:.2f} s are missing" if missing else "all of its sound is missing"
+        report(f"is cut short by {stated - held} of {stated} bytes: {what}")
+    elif inner and plain and held > stated and opened.format in FOLLOWED_BY_CHUNKS and not unknown:
+        never_closed = stated == 0 and outer is not None and outer[0] <= first
+        if never_closed or held - stated > LIMIT_BYTES or not _is_chunk(file, first + stated):
+            report(
+                f"is followed by {held - stated} bytes that its header, which states {stated} bytes of sound, "
+                "does not explain: it was never finished, or something was appended"
+            )
 
 
-def _check_chunks(file: BinaryIO, start: int, form: Chunked, magic: bytes, size: int, name: str) -> None:
-    head, at, long_size = struct.calcsize(form.layout), start + form.first, 0
-    while at + head <= size:
-        file.seek(at)
-        chunk, stated = struct.unpack(form.layout, file.read(head))
-        body = at + head
-        if chunk == b"ds64":
-            long_size = int.from_bytes(file.read(16)[8:], "little")
-        if chunk == form.data:
-            if stated == UNKNOWN and magic in (b"RF64", b"BW64"):
-                stated = long_size
-            if stated in form.unknown:
-                return
-            stated -= head if form.inclusive else 0
-            _compare(name, body, stated, size)
-            if head == 8:
-                _check_behind(file, start, magic, body, stated, size, name)
-            return
-        step = max(stated, head) if form.inclusive else head + stated
-        at += -(-step // form.align) * form.align
-    if start + form.first < size <= at - form.align:
-        raise AudioError(f"{name}: is cut short, its last part is missing; {REPAIR}")
+def _logged(log: str, names: str) -> tuple[int, int] | None:
+    """Return the size in bytes that libsndfile logged by one of these names, and the one that it should be."""
+    found = re.findall(rf"^ *(?:{names}) *: (\d+)(?: \(should be (\d+)\))?$", log, re.MULTILINE)
+    return max(((int(stated), int(held or stated)) for stated, held in found), default=None)
 
 
-def _check_behind(file: BinaryIO, start: int, magic: bytes, body: int, stated: int, size: int, name: str) -> None:
-    """What follows the samples has to be chunks, or padding: else the header lies, e.g. as that of a WAV never closed,
-    which states no samples, and one beyond 4 GB, which states what is left of its size modulo 2³²."""
-    file.seek(start + 4)
-    riff, end = int.from_bytes(file.read(4), "little"), body + stated
-    never_closed = magic == b"RIFF" and stated == 0 and start + 8 + riff <= body < size
-    file.seek(end)
+def _is_chunk(file: BinaryIO, at: int) -> bool:
+    """Whether a chunk begins at this byte, or nothing but zeros follows."""
+    file.seek(at)
     behind = file.read(2**16)
-    chunk = any(name.isascii() and name.decode("ascii").isprintable() for name in (behind[:4], behind[1:5]))
-    if never_closed or not (chunk or not behind.strip(b"\0")) or (magic == b"RIFF" and size - end > LIMIT_BYTES):
-        raise AudioError(
-            f"{name}: its header speaks of {stated} bytes of samples, but {size - body} bytes follow: "
-            f"it lies, or was never finished; {REPAIR}"
-        )
-
-
-def _compare(name: str, body: int, stated: int, size: int) -> None:
-    if body + stated > size:
-        missing = body + stated - size
-        raise AudioError(f"{name}: is cut short by {missing} of the {stated} bytes that its header says; {REPAIR}")
+    names = behind[:4], behind[1:5]  # a chunk of odd length may lack its padding, or count it
+    return not behind.strip(b"\0") or any(name.isascii() and name.decode("ascii").isprintable() for name in names)
 
 
 @dataclass(frozen=True)
@@ -133,25 +140,34 @@ class Page:
     whole: bool  # all of it there, and its checksum right
 
 
-def _check_ogg(file: BinaryIO, start: int, size: int, name: str) -> None:
+def check_ogg(file: BinaryIO, name: str, report: Report) -> None:
+    """Report missing and damaged pages of an Ogg; raise `AudioError` for several recordings in a row.
+
+    Other files pass.
+    """
+    size, start = file.seek(0, os.SEEK_END), tags_end(file)
+    file.seek(start)
+    if file.read(4) != b"OggS":
+        return
     following: dict[int, int] = {}  # the number of each stream's next page
     ended: set[int] = set()
-    begun = False
+    begun = damaged = False
     for page in _pages(file, start, size):
         if page.first and begun:
             raise AudioError(f"{name}: holds several recordings in a row, from byte {page.at} on; cut it there")
-        if not page.whole or page.number != following.get(page.serial, page.number):
-            raise AudioError(f"{name}: is damaged at byte {page.at}; {REPAIR}")
+        if not damaged and (not page.whole or page.number != following.get(page.serial, page.number)):
+            report(f"is damaged at byte {page.at} of {size}")
+            damaged = True
         begun = begun or not page.first
         following[page.serial] = page.number + 1
         if page.last:
             ended.add(page.serial)
     if not ended.issuperset(following):
-        raise AudioError(f"{name}: is cut short, its last page is missing; {REPAIR}")
+        report("is cut short, its last page is missing")
 
 
 def _pages(file: BinaryIO, at: int, size: int) -> Iterator[Page]:
-    """The pages from byte `at` on, up to what is no page: a tag at the end, or nothing."""
+    """Yield the pages from byte `at` on, up to what is no page: a tag at the end, or nothing."""
     while at < size:
         file.seek(at)
         head = file.read(27)
@@ -170,7 +186,7 @@ def _pages(file: BinaryIO, at: int, size: int) -> Iterator[Page]:
 
 
 def _astray(file: BinaryIO, at: int) -> Iterator[Page]:
-    """Something between pages is damage if pages follow it, and a tag or padding if none do."""
+    """Yield a damaged page if pages follow what is none at `at`; a tag or padding is nothing."""
     file.seek(at)
     tail = b""
     while block := file.read(2**20):
@@ -184,6 +200,6 @@ REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _crc(content: bytes) -> int:
-    """Ogg's checksum: that of zlib with bits in the opposite order, and nothing inverted before or after."""
+    """Return Ogg's checksum: zlib's with bits in the opposite order, and nothing inverted before or after."""
     reflected = zlib.crc32(content.translate(REVERSED_BITS), UNKNOWN) ^ UNKNOWN
     return int(f"{reflected:032b}"[::-1], 2)

@@ -1,4 +1,4 @@
-"""The formats that outputs can have: what each can hold, and how it is written."""
+"""Encodes outputs: the formats, the depths that each holds, and how samples are written."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from clapsep_cli.audio.decoders import TAGS, reason
-from clapsep_cli.audio.samples import Audio, quantise
+from clapsep_cli.audio.decoders import OGG_ORDER, TAGS, reason
+from clapsep_cli.audio.samples import Audio, Samples, quantise
 from clapsep_cli.audio.wav import WavWriter
 from clapsep_cli.errors import OutputError
 
@@ -55,7 +55,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """How outputs are written: a key of `FORMATS`, which is also their extension, and the depth of PCM.
+    """A format, which is a key of `FORMATS` and the extension of outputs, and the depth of PCM.
 
     `bits` is None for float and for lossy formats.
     """
@@ -69,12 +69,12 @@ class Encoding:
         return not FORMATS[self.format].depths
 
     def describe(self) -> str:
-        """The encoding in words, e.g. for a summary: "flac, 24 bit"."""
+        """Format the encoding for a summary, e.g. "flac, 24 bit"."""
         return self.format if self.lossy else f"{self.format}, {f'{self.bits} bit' if self.bits else 'float'}"
 
 
 class Recorded(Protocol):
-    """What is to be known of a recording to choose how its parts are written; a `Source` is one."""
+    """The properties of a recording that decide how its parts are written; a `Source` has them."""
 
     rate: int
     channels: int
@@ -82,10 +82,16 @@ class Recorded(Protocol):
 
 
 def choose_encoding(format: str, subtype: str | None, source: Recorded) -> Encoding:  # noqa: A002
-    """The encoding for parts of `source` in a format, by default with the source's own depth.
+    """Choose the encoding for the parts of a recording, before anything is computed.
 
-    Float and lossy sources give float, or 24 bit where the format holds integers alone. Raises `OutputError` for
-    what the format cannot hold, so before anything is computed.
+    Args:
+        format: a key of `FORMATS`.
+        subtype: a key of `SUBTYPES`; None for the recording's own depth. Float and lossy recordings then give float, or
+            24 bit where the format holds integers alone.
+        source: the recording.
+
+    Raises:
+        OutputError: the format is unknown, or cannot hold the subtype, the channels or the rate.
     """
     form = FORMATS.get(format)
     if form is None:
@@ -121,39 +127,52 @@ class Encoder(ABC):
     """Writes samples into a stream, which stays open. `OSError` is passed on, also what libsndfile would swallow."""
 
     @abstractmethod
-    def write(self, audio: Audio) -> int:
-        """Append float32 `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
+    def write(self, audio: Samples) -> int:
+        """Append `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what is still held, and what stands at the beginning."""
+        """Write what is still held, and complete the header."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Let go of a file that is not to be finished."""
+        """Close without finishing the file."""
 
 
 def open_encoder(
-    stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str], seek: bool = True
+    stream: BinaryIO,
+    encoding: Encoding,
+    rate: int,
+    channels: int,
+    tags: Mapping[str, str],
+    seek: bool = True,
+    speakers: int | None = None,
 ) -> Encoder:
-    """An encoder into `stream`, which is empty; `seek` tells whether it is a file rather than a pipe."""
+    """Open an encoder.
+
+    Args:
+        stream: what to write to, empty.
+        encoding: the format and its depth.
+        rate: in Hz.
+        channels: their number.
+        tags: by libsndfile's names.
+        seek: whether `stream` is a file rather than a pipe.
+        speakers: mask of speaker positions, which only WAV holds; None for the usual ones.
+    """
     if encoding.format == "wav":
-        return WavEncoder(stream, encoding, rate, channels, tags, seek)
+        return WavEncoder(encoding.bits, WavWriter(stream, rate, channels, encoding.bits, tags, seek, speakers))
     return SoundFileEncoder(stream, encoding, rate, channels, tags)
 
 
 class WavEncoder(Encoder):
     """WAV, and RF64 beyond 4 GB."""
 
-    def __init__(
-        self, stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str], seek: bool
-    ) -> None:
-        self._bits = encoding.bits
-        self._writer = WavWriter(stream, rate, channels, encoding.bits, tags, seek)
+    def __init__(self, bits: int | None, writer: WavWriter) -> None:
+        self._bits, self._writer = bits, writer
 
-    def write(self, audio: Audio) -> int:
-        integers, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
-        self._writer.write(integers)
+    def write(self, audio: Samples) -> int:
+        samples, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
+        self._writer.write(samples)
         return clipped
 
     def finish(self) -> None:
@@ -164,7 +183,7 @@ class WavEncoder(Encoder):
 
 
 class SoundFileEncoder(Encoder):
-    """What libsndfile encodes."""
+    """FLAC, Ogg, Opus and MP3, through libsndfile."""
 
     def __init__(self, stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str]) -> None:
         form, self._bits = FORMATS[encoding.format], encoding.bits
@@ -182,13 +201,15 @@ class SoundFileEncoder(Encoder):
         except soundfile.SoundFileError as error:
             raise OutputError(reason(error)) from error
 
-    def write(self, audio: Audio) -> int:
-        samples: Audio | NDArray[np.int32] = audio
+    def write(self, audio: Samples) -> int:
+        samples: Audio | NDArray[np.int32] = audio.astype(np.float32, copy=False)
         if self._bits is None:
             clipped = int(np.count_nonzero(np.abs(audio) > 1))  # by whoever plays it
         else:
             integers, clipped = quantise(audio, self._bits)
             samples = integers << (32 - self._bits)
+        if self._file.format == "OGG" and len(samples) in OGG_ORDER:
+            samples = samples[np.argsort(OGG_ORDER[len(samples)])]
         try:
             for at in range(0, samples.shape[1], PIECE):
                 self._file.write(np.ascontiguousarray(samples[:, at : at + PIECE].T))
@@ -236,7 +257,7 @@ class _Rest:
 
 
 def _id3(tags: Mapping[str, str]) -> bytes:
-    """An ID3v2.4 tag in UTF-8."""
+    """Build an ID3v2.4 tag in UTF-8."""
     frames = b""
     for name, text in tags.items():
         if name in ID3:

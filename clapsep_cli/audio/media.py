@@ -1,25 +1,22 @@
-"""Decoding what libsndfile does not: through an ffmpeg on the PATH, or PyAV, the same libraries as a package."""
+"""Decodes through PyAV what libsndfile does not read: m4a, mp4, mkv, wma and many more."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from clapsep_cli.audio.samples import Audio, Decoder
-from clapsep_cli.audio.wav import WavStream
+from clapsep_cli.audio.containers import Fed
+from clapsep_cli.audio.samples import Decoder, Samples, seconds
 from clapsep_cli.errors import AudioError
 
 if TYPE_CHECKING:
-    from av import AudioResampler, AudioStream
+    from av import AudioFrame, AudioLayout, AudioResampler, AudioStream, Packet
+    from av.audio.codeccontext import AudioCodecContext
 
 SUFFIXES = {
     *(".m4a", ".m4b", ".aac", ".mp4", ".m4v", ".mov", ".mkv", ".mka", ".webm", ".wma", ".wmv", ".asf", ".avi", ".flv"),
@@ -30,212 +27,181 @@ CONTAINERS = (
     "mov,matroska,asf,avi,flv,ogg,wav,w64,wv,tta,ape,caf,aiff,au,flac,mpegts,mpeg,"
     "aac,ac3,eac3,dts,dtshd,amr,mp3,loas,truehd,tak,dsf,mpc,mpc8,voc"
 )
+STRICT = "crccheck+bitstream+buffer+explode"  # without it, decoders pass over most damage and say nothing
 STATING = ("mov", "matroska", "asf", "avi", "ogg", "wav", "w64", "wv", "tta", "ape", "caf", "aiff", "flac", "au")
 LOSSLESS = ("pcm_s", "pcm_u", "alac", "flac", "wavpack", "tta", "ape", "tak", "truehd", "mlp", "shorten")
+SPEAKERS = (  # in the order of the mask's bits
+    *("FL", "FR", "FC", "LFE", "BL", "BR", "FLC", "FRC", "BC", "SL", "SR", "TC"),
+    *("TFL", "TFC", "TFR", "TBL", "TBC", "TBR"),
+)
 TAGS = {"track": "tracknumber", "tracknumber": "tracknumber"} | {
     name: name for name in ("title", "artist", "album", "comment", "date", "genre", "copyright", "license")
 }
 TOLERANCE_SECONDS = 0.1  # by which lengths in containers are off: priming, and whole frames
-PROBE_SECONDS = 60
-SILENT_FILM = "has no sound, only pictures or other data"
-MISSING = "needs a decoder: install ffmpeg (with ffprobe) so that it is on the PATH, or pip install clapsep[av]"
+MISSING = 'reading this format takes PyAV: pip install "clapsep[av]"'
 
 
 def available() -> bool:
-    """Whether there is a decoder for what libsndfile does not read."""
-    return _ffmpeg() is not None or _has_av()
-
-
-def open_media(path: Path) -> Decoder | None:
-    """Decode `path` with what is installed; None if nothing is. Raises `AudioError` if it is no media file."""
-    if (tools := _ffmpeg()) is not None:
-        return FfmpegDecoder(path, *tools)
-    return AvDecoder(path) if _has_av() else None
-
-
-def _ffmpeg() -> tuple[str, str] | None:
-    ffmpeg, ffprobe = shutil.which("ffmpeg"), shutil.which("ffprobe")
-    return (ffmpeg, ffprobe) if ffmpeg and ffprobe else None
-
-
-def _has_av() -> bool:
+    """Whether PyAV is installed."""
     return importlib.util.find_spec("av") is not None
 
 
-class FfmpegDecoder(Decoder):
-    """A file decoded by a process of ffmpeg, which sends it as a float WAV at its own rate and channels."""
-
-    exact = False
-
-    def __init__(self, path: Path, ffmpeg: str, ffprobe: str) -> None:
-        self.name, self._done = str(path), 0
-        # A name may look like an option or a protocol: "file:" takes it for what it is.
-        source = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{path}"]
-        found = _probe([ffprobe, "-v", "error", *source], self.name)
-        stream, form = _audio_stream(found, self.name), found.get("format", {})
-        tags = {**stream.get("tags", {}), **form.get("tags", {})}
-        self.tags, self.bits = _tags(tags), _bits(str(stream.get("codec_name")), str(stream.get("sample_fmt")))
-        own, whole = _seconds(stream), _seconds(form)
-        alone = all(other.get("codec_type") == "audio" for other in found["streams"])
-        self._stated = _stated(form.get("format_name", ""), stream.get("tags", {}), own, whole if alone else None)
-        output = ["-map", "0:a:0", "-map_metadata", "-1", "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        # A session of its own: Ctrl-C is for us to handle, and must not cut the recording short here.
-        self._process = subprocess.Popen(
-            [ffmpeg, "-v", "error", "-nostdin", "-xerror", *source, *output],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,
-        )
-        try:
-            self._begin(whole or 0)
-        except BaseException:
-            self.close()
-            raise
-
-    def _begin(self, seconds: float) -> None:
-        assert self._process.stdout is not None
-        self.rate = 0
-        try:
-            self._wav = WavStream(self._process.stdout, self.name)  # type: ignore[arg-type]
-        except AudioError:
-            self._check_end()
-            raise
-        self.rate, self.channels = self._wav.rate, self._wav.channels
-        self.frames = round((self._stated or seconds) * self.rate)
-
-    def read(self, samples: int) -> Audio:
-        try:
-            block = self._wav.read(samples)
-        except AudioError:  # the stream breaks off within a sample
-            self._check_end()
-            raise
-        self._done += block.shape[1]
-        if block.shape[1] < samples:
-            self._check_end()
-        return block
-
-    def _check_end(self) -> None:
-        if self._process.wait():
-            self._log.seek(0)
-            why = _first_line(self._log.read(), self.name)
-            raise AudioError(f"{self.name}: is damaged after {self._done / (self.rate or 1):.2f} s (ffmpeg: {why})")
-        _check_length(self.name, self._done, self.rate, self._stated)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-
-def _probe(command: list[str], name: str) -> dict[str, Any]:
-    entries = "format=format_name,duration:format_tags:stream=codec_type,codec_name,sample_fmt,duration:stream_tags"
-    try:
-        done = subprocess.run(
-            [*command, "-show_entries", entries, "-of", "json"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=PROBE_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise AudioError(f"{name}: cannot be read as audio ({_first_line(done.stderr, name)})")
-        found: dict[str, Any] = json.loads(done.stdout.decode("utf-8", "replace"))
-    except (subprocess.TimeoutExpired, OSError, ValueError) as error:
-        raise AudioError(f"{name}: cannot be read as audio (ffprobe: {error})") from error
-    return found
-
-
-def _audio_stream(found: dict[str, Any], name: str) -> dict[str, Any]:
-    for stream in found.get("streams", []):
-        if stream.get("codec_type") == "audio":
-            return dict(stream)
-    raise AudioError(f"{name}: {SILENT_FILM}")
-
-
-def _seconds(of: dict[str, Any]) -> float | None:
-    try:
-        return float(of.get("duration", "")) or None
-    except ValueError:
-        return None
-
-
-def _first_line(log: bytes, name: str) -> str:
-    if b"not on whitelist" in log:
-        return "it is of no known format"
-    lines = [re.sub(r"^\[[^]]*] *", "", line) for line in log.decode("utf-8", "replace").splitlines() if line.strip()]
-    return lines[0].replace(f"file:{name}: ", "").strip() if lines else "it does not say why"
-
-
 class AvDecoder(Decoder):
-    """A file decoded by PyAV."""
+    """Decodes one sound track of a file with PyAV.
+
+    Args:
+        file: the file, which stays open if this raises.
+        name: for messages.
+        lenient: take what there is of a damaged file.
+        stream: number of the sound track, from 1; None for the first, which `notes` then mention if there are more.
+
+    Raises `AudioError` for a file that is no recording, is damaged, or has no such track.
+    """
 
     exact = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO, name: str, lenient: bool = False, stream: int | None = None) -> None:
         import av
 
-        self.name, self._done, self._error, self.rate = str(path), 0, av.FFmpegError, 0
-        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+        super().__init__(name, lenient)
+        self._file, self._done, self._short, self._error, self.rate = file, 0, False, av.FFmpegError, 0
+        options = {"protocol_whitelist": "none", "format_whitelist": CONTAINERS}  # so that no other file is opened
+        if not lenient:
+            options["err_detect"] = STRICT
+        self._check_avi(file)
+        self._fed = Fed(file)
         try:
-            self._container = av.open(f"file:{path}", options=options, metadata_errors="replace")
-        except self._error as error:
-            raise AudioError(f"{path}: cannot be read as audio ({error.strerror})") from error
+            self._container = av.open(self._fed, "r", options=options, metadata_errors="replace")
+        except (self._error, ValueError) as error:
+            raise AudioError(f"{name}: cannot be read as audio ({_cause(error)})") from error
         try:
-            self._begin(av.AudioResampler("fltp"))
+            self._begin(stream)
         except BaseException:
-            self.close()
+            self._container.close()
             raise
 
-    def _begin(self, resampler: AudioResampler) -> None:
-        streams, whole = self._container.streams, self._container.duration
-        if not streams.audio:
-            raise AudioError(f"{self.name}: {SILENT_FILM}")
-        stream = streams.audio[0]
-        self.tags = _tags({**stream.metadata, **self._container.metadata})
-        self.bits = _bits(stream.codec_context.name, stream.codec_context.format.name)
-        own = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
-        container = whole / 1e6 if whole and len(streams.audio) == len(streams) else None
-        self._stated = _stated(self._container.format.name, stream.metadata, own, container)
-        self._parts = self._planar(stream, resampler)
-        self._waiting = self._next()
+    def _check_avi(self, file: BinaryIO) -> None:
+        """Report an AVI that is shorter than its header states: libavformat then believes the file."""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(12)
+        stated = int.from_bytes(head[4:8], "little") + 8
+        if head[:4] == b"RIFF" and head[8:] == b"AVI " and stated > size:
+            self.report(f"is cut short by {stated - size} of {stated} bytes")
+
+    def _begin(self, number: int | None) -> None:
+        track, whole = self._choose(number), self._container.duration
+        codec: AudioCodecContext | None = track.codec_context
+        if codec is None or codec.format is None:
+            raise AudioError(f"{self.name}: cannot be read as audio (its sound is of no known kind)")
+        if not self.lenient:
+            codec.options = {"err_detect": STRICT}
+        self.tags = _tags({**track.metadata, **self._container.metadata})
+        self.bits = _bits(codec)
+        self._type = np.float64 if self.bits == 32 else np.float32
+        own = float(track.duration * track.time_base) if track.duration and track.time_base else None
+        alone = len(self._container.streams.audio) == len(self._container.streams)
+        container = whole / 1e6 if whole and alone else None
+        self._stated = _stated(self._container.format.name, track.metadata, own, container)
+        self._parts = self._decode(track)
+        self._waiting = next(self._parts, None)
+        if self._waiting is None:
+            raise AudioError(f"{self.name}: has no samples")
         self.frames = round((self._stated or (whole or 0) / 1e6) * self.rate)
 
-    def _planar(self, stream: AudioStream, resampler: AudioResampler) -> Iterator[Audio]:
-        for frame in self._container.decode(stream):
-            if frame.is_corrupt:
-                raise AudioError(f"{self.name}: is damaged after {self._done / (self.rate or 1):.2f} s")
-            if not self.rate:  # the first frame knows better than the container
-                self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
-            for part in resampler.resample(frame):
-                yield part.to_ndarray().astype(np.float32, copy=False)
+    def _choose(self, number: int | None) -> AudioStream:
+        tracks = self._container.streams.audio
+        if not tracks:
+            raise AudioError(f"{self.name}: has no sound, only pictures or other data")
+        check_track(self.name, number, len(tracks))
+        if number is None and len(tracks) > 1:
+            listed = ", ".join(f"{at}: {_label(track)}" for at, track in enumerate(tracks, 1))
+            self.notes.append(f"{self.name}: has {len(tracks)} sound tracks ({listed}); took 1, see --stream")
+        return tracks[(number or 1) - 1]
 
-    def _next(self) -> Audio | None:
+    def _decode(self, track: AudioStream) -> Iterator[Samples]:
+        self._damaged = False
+        resampler = None
         try:
-            return next(self._parts, None)
+            for packet in self._container.demux(track):
+                if packet.is_corrupt:
+                    self._damage("a packet is corrupt")
+                for frame in self._frames(packet):
+                    if resampler is None:  # the first frame knows better than the container
+                        self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
+                        self.speakers = _speakers(frame.layout)
+                        resampler = self._resampler()
+                    for part in resampler.resample(frame):
+                        block: Samples = np.asarray(part.to_ndarray(), self._type)
+                        yield block if len(block) == self.channels else block.reshape(-1, self.channels).T
         except (self._error, ValueError) as error:
-            at, why = self._done / (self.rate or 1), getattr(error, "strerror", None) or error
-            raise AudioError(f"{self.name}: is damaged after {at:.2f} s ({why})") from error
+            self._damage(_cause(error))
 
-    def read(self, samples: int) -> Audio:
-        held, got = [np.zeros((self.channels, 0), np.float32)], 0
+    def _resampler(self) -> AudioResampler:
+        from av import AudioResampler
+
+        kind = "dbl" if self.bits == 32 else "flt"
+        # By channel it is faster, but PyAV crashes at 8 and more.
+        return AudioResampler(f"{kind}p" if self.channels < 8 else kind)
+
+    def _frames(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
+        try:
+            frames = packet.decode()
+        except (self._error, ValueError) as error:
+            self._damage(_cause(error))
+            return []
+        if any(frame.is_corrupt for frame in frames):
+            self._damage("a frame is corrupt")
+        return frames
+
+    def _damage(self, why: str) -> None:
+        if not self._damaged:
+            self._damaged = True
+            self.report(f"is damaged after {seconds(self._done, self.rate or 1)} ({why})")
+
+    def read(self, samples: int) -> Samples:
+        held, got = [np.zeros((self.channels, 0), self._type)], 0
         while got < samples and self._waiting is not None:
             held.append(self._waiting[:, : samples - got])
             got += held[-1].shape[1]
             rest = self._waiting[:, held[-1].shape[1] :]
-            self._waiting = rest if rest.shape[1] else self._next()
+            self._waiting = rest if rest.shape[1] else next(self._parts, None)
         self._done += got
+        if self._fed.error is not None:
+            raise self._fed.error
         if got < samples:
-            _check_length(self.name, self._done, self.rate, self._stated)
-        return np.concatenate(held, 1)
+            self._check_length()
+        return np.ascontiguousarray(np.concatenate(held, 1))
+
+    def _check_length(self) -> None:
+        missing = (self._stated or 0) - self._done / self.rate
+        if missing > TOLERANCE_SECONDS and not self._short:
+            self._short = True
+            self.report(f"ends {missing:.2f} s before its header says, it is cut short")
 
     def close(self) -> None:
         self._container.close()
+        self._file.close()
+
+
+def check_track(name: str, number: int | None, tracks: int) -> None:
+    """Raise `AudioError` if a recording of so many sound tracks has none of this number."""
+    if number is not None and not 1 <= number <= tracks:
+        raise AudioError(f"{name}: has {tracks} sound track{'s' * (tracks > 1)}, so no --stream {number}")
+
+
+def _label(track: AudioStream) -> str:
+    codec: AudioCodecContext | None = track.codec_context
+    told = (track.metadata.get("title"), track.language, codec and codec.name, codec and codec.layout.name)
+    return " ".join(text for text in told if text)
+
+
+def _cause(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _stated(container: str, tags: Mapping[str, str], own: float | None, whole: float | None) -> float | None:
-    """How many seconds of sound a file says it has: its stream, that stream's tag in a Matroska, or the container.
+    """Return how many seconds of sound a file states: its stream, that stream's tag in a Matroska, or the container.
 
     None where it does not say so: libavformat then guesses from the bit rate.
     """
@@ -247,18 +213,26 @@ def _stated(container: str, tags: Mapping[str, str], own: float | None, whole: f
     return own or whole
 
 
-def _check_length(name: str, samples: int, rate: int, stated: float | None) -> None:
-    if not samples:
-        raise AudioError(f"{name}: has no samples")
-    missing = (stated or 0) - samples / rate
-    if missing > TOLERANCE_SECONDS:
-        raise AudioError(f"{name}: ends {missing:.2f} s before its header says; the file is cut short")
-
-
-def _bits(codec: str, sample_format: str) -> int | None:
-    if not codec.startswith(LOSSLESS):
+def _bits(codec: AudioCodecContext) -> int | None:
+    """Return the depth that an output needs for what this codec decodes; libavcodec hands on 24 bits as 32."""
+    if not codec.name.startswith(LOSSLESS):
         return None
-    return {"u8": 16, "s16": 16, "s32": 24}.get(sample_format.removesuffix("p"))  # 24 bits come as 32
+    extra = codec.extradata or b""
+    if codec.name == "flac" and len(extra) >= 14:
+        bits = (int.from_bytes(extra[12:14], "big") >> 4 & 31) + 1
+    elif codec.name == "alac" and len(extra) >= 18:
+        bits = extra[17]
+    elif codec.name in ("mlp", "truehd", "ape", "tak") or codec.name.startswith("pcm_s24"):
+        bits = 24
+    else:
+        bits = 32
+    held = {"u8": 16, "s16": 16, "s32": 32}.get(codec.format.name.removesuffix("p"))
+    return held and min(held, next(depth for depth in (16, 24, 32) if bits <= depth))
+
+
+def _speakers(layout: AudioLayout) -> int | None:
+    names = [channel.name for channel in layout.channels]
+    return sum(1 << SPEAKERS.index(name) for name in names) if set(names) <= set(SPEAKERS) else None
 
 
 def _tags(found: Mapping[str, str]) -> dict[str, str]:

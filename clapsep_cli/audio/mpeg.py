@@ -1,5 +1,8 @@
-"""The frames of an MP3. Without the length that some encoders note in front, libsndfile guesses one from the first
-frames, and stops there or beyond; with a wrong one, it stops where that says. So they are counted here."""
+"""Counts the frames of an MP3.
+
+Without the length that some encoders note in front, libsndfile guesses one from the first frames, and stops there or
+beyond; with a wrong one, it stops where that says.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from clapsep_cli.audio.containers import REPAIR, id3_size, tags_end
-from clapsep_cli.errors import AudioError
+from clapsep_cli.audio.containers import Report, id3_size, tags_end
 
 VERSION_1, VERSION_2 = 3, 2  # as headers have it; 0 is version 2.5
 RATES = (44100, 48000, 32000)  # of version 1, in Hz; halved for version 2, and again for 2.5
@@ -27,7 +29,7 @@ CHAIN = 3  # frames in a row that cannot be chance
 
 @dataclass(frozen=True)
 class Frame:
-    """What a frame's header says (ISO 11172-3, 2.4.1.3): its size in bytes, its length in samples."""
+    """A frame as its header describes it (ISO 11172-3, 2.4.1.3): size in bytes, length in samples, rate in Hz."""
 
     size: int
     samples: int
@@ -36,7 +38,7 @@ class Frame:
 
 
 def read_frame(head: bytes) -> Frame | None:
-    """The frame that begins with these 4 bytes; None if they are no header, or one of free bit rate."""
+    """Read the frame that begins with these 4 bytes; None if they are no header, or one of free bit rate."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
     version, layer, rate, kbits = (head[1] >> 3) & 3, 4 - ((head[1] >> 1) & 3), (head[2] >> 2) & 3, head[2] >> 4
@@ -52,9 +54,10 @@ def read_frame(head: bytes) -> Frame | None:
 
 @dataclass(frozen=True)
 class Stream:
-    """The frames of a file: where the first is, how many of sound there are, and what was noted in front of them."""
+    """The frames of a file: where they are, how many there are, and what was noted in front of them."""
 
-    sound: int  # byte of the first frame of sound
+    spans: list[tuple[int, int]]  # bytes of sound, from and to; several where something else lies between
+    note: bytes  # the frame before them that has no sound, but a note of their number
     stated: int | None  # the number of frames noted, None if there is no note, or none in it
     frames: int
     head: bytes  # of a frame
@@ -62,8 +65,8 @@ class Stream:
     samples: int  # of a frame
 
 
-def scan(file: BinaryIO, name: str) -> Stream | None:
-    """Walk through all frames; None if there are none. Raises `AudioError` where they break off."""
+def scan(file: BinaryIO, report: Report) -> Stream | None:
+    """Walk through all frames; None if there are none. Damage is passed over once `report` has noted it."""
     size, start = file.seek(0, os.SEEK_END), tags_end(file)
     first = _find(file, start, size)
     if first is None:
@@ -73,9 +76,35 @@ def scan(file: BinaryIO, name: str) -> Stream | None:
     kind = read_frame(content)
     assert kind is not None
     if first - start >= kind.size and not _zeros(file, start, first):
-        raise AudioError(f"{name}: is damaged at its beginning; {REPAIR}")
+        report("is damaged at its beginning")
     stated, noted = _note(content)
-    frames, at, end = -int(noted), first, _end(file, size)
+    frames, spans, end = -int(noted), [], _end(file, size)
+    begin: int | None = first
+    while begin is not None:
+        count, at = _walk(file, begin, end, kind)
+        frames += count - (at > end)
+        seconds = frames * kind.samples / kind.rate
+        spans.append((begin, min(at, end)))
+        if at > end and (stated is None or frames >= stated):
+            report(f"is cut short within its last frame, after {seconds:.2f} s")
+        begin = None
+        if at < end and not _zeros(file, at, end):
+            if len(spans) == 1:
+                report(f"is damaged after {seconds:.2f} s, at byte {at} of {size}")
+            begin = _find(file, at + 1, end)
+    if stated is not None and frames < stated:
+        missing = (stated - frames) * kind.samples / kind.rate
+        report(f"is cut short, the last {missing:.2f} s that its header states are missing")
+    sound = first + kind.size if noted else first
+    file.seek(first)
+    note = file.read(sound - first)
+    spans[0] = sound, max(spans[0][1], sound)
+    return Stream(spans, note, stated, frames, content[:4], layer=kind.kind[1], samples=kind.samples)
+
+
+def _walk(file: BinaryIO, at: int, end: int, kind: Frame) -> tuple[int, int]:
+    """Count the frames of one kind from byte `at` on; also returns where they end, which may be beyond `end`."""
+    frames = 0
     while at < end:
         file.seek(at)
         head = file.read(10)
@@ -86,16 +115,7 @@ def scan(file: BinaryIO, name: str) -> Stream | None:
             at += step
         else:
             break
-    seconds = frames * kind.samples / kind.rate
-    if at > end:
-        raise AudioError(f"{name}: is cut short within its last frame, after {seconds:.2f} s; {REPAIR}")
-    if at < end and not _zeros(file, at, end):
-        raise AudioError(f"{name}: is damaged after {seconds:.2f} s; {REPAIR}")
-    if stated is not None and frames < stated:
-        missing = (stated - frames) * kind.samples / kind.rate
-        raise AudioError(f"{name}: ends {missing:.2f} s before its header says; the file is cut short")
-    sound = first + (kind.size if noted else 0)
-    return Stream(sound, stated, frames, content[:4], layer=kind.kind[1], samples=kind.samples)
+    return frames, at
 
 
 def _find(file: BinaryIO, start: int, size: int) -> int | None:
@@ -122,7 +142,7 @@ def _chains(file: BinaryIO, at: int, size: int) -> bool:
 
 
 def _note(content: bytes) -> tuple[int | None, bool]:
-    """The frames that a Xing, Info or VBRI note counts, and whether there is a note."""
+    """Return the frames that a Xing, Info or VBRI note counts, and whether there is a note."""
     for word in (b"Xing", b"Info"):
         if (at := content.find(word, 0, 64)) > 0:
             flags, frames = struct.unpack(">II", content[at + 4 : at + 12].ljust(8, b"\0"))
@@ -131,12 +151,12 @@ def _note(content: bytes) -> tuple[int | None, bool]:
 
 
 def _tag(head: bytes) -> int:
-    """The size of an ID3 tag, of which joined files have some between their frames; 0 if there is none."""
+    """Return the size of an ID3 tag, which joined files have between their frames; 0 if there is none."""
     return 128 if head[:3] == b"TAG" else id3_size(head)
 
 
 def _end(file: BinaryIO, end: int) -> int:
-    """Where the tags behind the frames begin: ID3v1, APE and Lyrics3, in any order."""
+    """Return the byte at which the tags behind the frames begin: ID3v1, APE and Lyrics3, in any order."""
     for _ in range(3):
         file.seek(max(0, end - 160))
         tail = file.read(min(end, 160))
@@ -159,12 +179,12 @@ def _zeros(file: BinaryIO, at: int, end: int) -> bool:
 
 
 def note_length(stream: Stream, size: int) -> bytes:
-    """A frame to go before the sound of `stream`, in a file of `size` bytes, which notes its true length."""
+    """Make a frame that notes the true length of `stream`, whose sound has `size` bytes, to go before it."""
     head = bytearray(stream.head)
     head[1] |= 1  # no checksum follows
     head[2] = (head[2] & 0x0D) | 0xA0  # of a bit rate whose frames have room for a note
     frame, mono = read_frame(bytes(head)), head[3] >> 6 == 3
     assert frame is not None
     side = (17 if mono else 32) if frame.kind[0] == VERSION_1 else (9 if mono else 17)
-    note = struct.pack(">4sIII", b"Xing", 3, stream.frames, size - stream.sound + frame.size)
+    note = struct.pack(">4sIII", b"Xing", 3, stream.frames, size + frame.size)
     return (bytes(head) + bytes(side) + note).ljust(frame.size, b"\0")

@@ -1,51 +1,81 @@
-"""Recordings as they are given to the command: any file, a part of one, a pipe."""
+"""Opens and reads recordings: files, parts of them, pipes."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from clapsep_cli.audio import decoders, media
-from clapsep_cli.audio.samples import Audio, Decoder, check_finite, to_rate
-from clapsep_cli.audio.wav import WavStream
+from clapsep_cli.audio.samples import MAX_CHANNELS, Audio, Decoder, Samples, check_finite, downmix, to_rate
+from clapsep_cli.audio.wav import WavStream, is_wav
 from clapsep_cli.errors import AudioError
 
 STDIN = Path("-")
-RATES_HZ = (8_000, 192_000)
-MAX_CHANNELS = 32
+RATES_HZ = (8_000, 1_000_000)
+HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
 SUFFIXES = decoders.SUFFIXES | media.SUFFIXES  # of recordings; some of them need a decoder that may not be here
 
 
 class Source:
-    """A recording open for reading, from `start` to `end` (seconds; to its end if None). `-` is a WAV from stdin.
+    """A recording open for reading.
 
-    `rate` in Hz, `channels`, `tags`; `bits` is the depth an output needs (16, 24, 32; None for float and lossy).
-    `frames` is the length in samples of the part to be read as far as it is known in advance: to the sample for what
-    libsndfile reads, within 0.1 s for what ffmpeg does; 0 if it is not. `name` stands for it in messages.
+    Args:
+        path: a file, a named pipe, or `-` for standard input.
+        start: where to begin, in seconds.
+        end: where to end, in seconds; None for the recording's end.
+        lenient: take what there is of a recording that is cut short or damaged, and tell so in `notes`.
+        stream: number of the sound track, from 1; None for the first, which `notes` then mention if there are more.
 
-    Raises `AudioError` for what is no recording, is cut short or damaged, or is too odd; see `blocks` for the rest.
+    Attributes:
+        name: what messages call the recording.
+        rate: in Hz.
+        channels: their number.
+        frames: length in samples of the part to be read as far as it is known in advance: to the sample for what
+            libsndfile reads, within 0.1 s for what PyAV does; 0 if it is not.
+        bits: the depth that an output needs: 16, 24 or 32; None for float and lossy.
+        speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines, None if the recording states none.
+        tags: by libsndfile's names.
+
+    Raises:
+        AudioError: the file is no recording, cut short or damaged, or beyond what can be separated; see also `blocks`.
     """
 
-    def __init__(self, path: Path, start: float = 0.0, end: float | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        start: float = 0.0,
+        end: float | None = None,
+        lenient: bool = False,
+        stream: int | None = None,
+    ) -> None:
         self.path, self.name = path, "standard input" if path == STDIN else str(path)
         self._start, self._end = start, end
         if start < 0 or (end is not None and end <= start):
             raise AudioError(f"{self.name}: there is nothing between {start:g} s and {end} s")
-        self._decoder = _open(path, self.name)
+        self._decoder = _open(path, self.name, lenient, stream)
         try:
             self._check()
         except BaseException:
             self._decoder.close()
             raise
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user has to know of what was read so far: damage that was passed over, other sound tracks."""
+        return self._decoder.notes
+
     def _check(self) -> None:
         decoder = self._decoder
         self.rate, self.channels, self.bits, self.tags = decoder.rate, decoder.channels, decoder.bits, decoder.tags
+        self.speakers = decoder.speakers
         if not RATES_HZ[0] <= self.rate <= RATES_HZ[1]:
-            raise AudioError(f"{self.name}: is at {self.rate} Hz; resample it to between 8000 and 192000 Hz first")
+            raise AudioError(f"{self.name}: is at {self.rate} Hz; resample it to between 8000 and 1000000 Hz first")
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise AudioError(f"{self.name}: has {self.channels} channels; 1 to {MAX_CHANNELS} can be separated")
         self._first = round(self._start * self.rate)
@@ -69,9 +99,14 @@ class Source:
     def __exit__(self, *_: object) -> None:
         self._decoder.close()
 
-    def blocks(self, seconds: float) -> Iterator[Audio]:
-        """Yield all of it, once, float32 `[channels, samples]`. Raises `AudioError` at a sample that is NaN or
-        infinite, for no samples at all, where the recording is damaged, and if it ends before its header says."""
+    def blocks(self, seconds: float) -> Iterator[Samples]:
+        """Yield the recording once, in blocks of this length.
+
+        Blocks are `[channels, samples]`, full scale ±1, float64 where `bits` is 32 and float32 elsewhere.
+
+        Raises:
+            AudioError: a sample is no finite number, there is none, or the recording is damaged or ends too early.
+        """
         size, done = max(1, round(seconds * self.rate)), 0
         try:
             if self._first:
@@ -91,56 +126,99 @@ class Source:
             self._check_part(self._first + done)
 
 
-def _open(path: Path, name: str) -> Decoder:
+def _open(path: Path, name: str, lenient: bool, stream: int | None) -> Decoder:
     try:
         if path == STDIN:
-            return _open_stdin(name)
+            return _open_pipe(_stdin(name), name, lenient, stream)
         if path.is_dir():
             raise AudioError(f"{path}: is a folder; name the recordings in it, e.g. {path}/*.wav")
         if not path.exists():
             raise AudioError(f"{path}: no such file")
         if path.is_fifo():
-            return _open_fifo(path, name)
+            return _open_pipe(path.open("rb"), name, lenient, stream)
         if not path.is_file():
-            raise AudioError(f"{path}: is no file; use - to read a WAV from a pipe")
-        return _open_file(path)
+            raise AudioError(f"{path}: is no file; use - to read from a pipe")
+        return _open_file(path.open("rb", buffering=2**16), name, path.suffix.lower(), lenient, stream)
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
         raise AudioError(f"{path}: cannot be read ({decoders.reason(error)})") from error
 
 
-def _open_stdin(name: str) -> Decoder:
+def _stdin(name: str) -> BinaryIO:
     if sys.stdin is None or sys.stdin.closed:
         raise AudioError(f"{name}: is closed")
     if sys.stdin.isatty():
-        raise AudioError(f"{name}: is a terminal; pipe a WAV into it, e.g. ffmpeg -i FILE -f wav - | clapsep …")
-    return WavStream(sys.stdin.buffer, name)
+        raise AudioError(f"{name}: is a terminal; pipe a recording into it, e.g. clapsep extract - <FILE")
+    return sys.stdin.buffer
 
 
-def _open_fifo(path: Path, name: str) -> Decoder:
-    stream = path.open("rb")
+def _open_pipe(pipe: BinaryIO, name: str, lenient: bool, stream: int | None) -> Decoder:
+    """Read a WAV as it comes; copy anything else to a temporary file first, as its decoders have to seek."""
     try:
-        return WavStream(stream, name)
+        start = pipe.read(12)
+        if not start:
+            raise AudioError(f"{name}: is empty")
+        if is_wav(start):
+            media.check_track(name, stream, 1)
+            return WavStream(pipe, name, start, lenient)
     except BaseException:
-        stream.close()
+        pipe.close()
+        raise
+    with pipe:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            file.write(start)
+            shutil.copyfileobj(pipe, file, 2**20)
+        except BaseException:
+            file.close()
+            raise
+    return _open_file(file, name, "", lenient, stream)
+
+
+def _open_file(file: BinaryIO, name: str, suffix: str, lenient: bool, stream: int | None) -> Decoder:
+    """Decode `file`, which is closed with the decoder, or if there is none."""
+    try:
+        try:
+            decoder = decoders.SoundFileDecoder(file, name, suffix, lenient)
+        except decoders.UnknownFormatError as refused:
+            if media.available():
+                return media.AvDecoder(file, name, lenient, stream)
+            if suffix in decoders.SUFFIXES:
+                raise
+            raise AudioError(f"{name}: {media.MISSING}") from refused
+        media.check_track(name, stream, 1)
+        if decoder.frames or not decoder.notes:
+            return decoder
+        return _unfinished(file, decoder)
+    except BaseException:
+        file.close()
         raise
 
 
-def _open_file(path: Path) -> Decoder:
-    try:
-        return decoders.SoundFileDecoder(path)
-    except decoders.UnknownFormatError as refused:
-        decoder = media.open_media(path)
-        if decoder is not None:
-            return decoder
-        if path.suffix.lower() in decoders.SUFFIXES:
-            raise
-        raise AudioError(f"{path}: {media.MISSING}") from refused
+def _unfinished(file: BinaryIO, decoder: Decoder) -> Decoder:
+    """Read a WAV whose header states no samples to its end."""
+    file.seek(0)
+    start = file.read(12)
+    if not is_wav(start):
+        return decoder
+    stream = WavStream(file, decoder.name, start, lenient=True)
+    stream.notes = decoder.notes
+    return stream
 
 
-def read_mono(path: Path, rate: int, start: float = 0.0, end: float | None = None) -> Audio:
-    """All of a recording, or of its part in seconds, as the mean of its channels at `rate` Hz, float32 `[samples]`."""
-    with Source(path, start, end) as source:
-        mono = np.concatenate([block.mean(0) for block in source.blocks(60)])
+def read_mono(
+    path: Path,
+    rate: int,
+    start: float = 0.0,
+    end: float | None = None,
+    lenient: bool = False,
+    stream: int | None = None,
+) -> Audio:
+    """Read a recording, or its part from `start` to `end` in seconds, as a model hears it: its `downmix` at `rate` Hz.
+
+    Returns float32 `[samples]`. `lenient`, `stream` and what it raises are as in `Source`.
+    """
+    with Source(path, start, end, lenient, stream) as source:
+        mono = np.concatenate([downmix(block) for block in source.blocks(HEARD_SECONDS)])
         return to_rate(mono, source.rate, rate)
 
 

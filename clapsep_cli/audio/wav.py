@@ -1,4 +1,4 @@
-"""WAV as a stream: read from and written to pipes, which cannot seek, and files of more than 4 GB (RF64, EBU 3306)."""
+"""Reads and writes WAV as a stream: pipes, which cannot seek, and files of more than 4 GB (RF64, EBU 3306)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from clapsep_cli.audio.samples import Audio, Decoder
+from clapsep_cli.audio.samples import Decoder, Samples, seconds
 from clapsep_cli.errors import AudioError
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
+GUID_END = bytes.fromhex("000000001000800000aa00389b71")  # of the kinds of samples in an EXTENSIBLE
+USUAL = ((1, 0x4), (2, 0x3))  # numbers of channels and their speakers that need no EXTENSIBLE
 UNKNOWN = 0xFFFFFFFF
 # What programs write as a size that they cannot know yet: nothing, ffmpeg's, GStreamer's, and SoX's.
 UNFINISHED = {0, UNKNOWN, 0x7FFFFFFF, 0x7FFFF000}
@@ -34,13 +36,20 @@ INFO = {  # chunk of a LIST INFO, by the name of the tag
 
 
 class WavStream(Decoder):
-    """A WAV or RF64 read front to back: PCM of 8 to 32 bits, or float. A size of 0 or of ones means until the end."""
+    """Decodes a WAV or RF64 front to back: PCM of 8 to 32 bits, or float. Sizes of 0 or of ones mean until the end.
 
-    def __init__(self, stream: BinaryIO, name: str) -> None:
-        self.name, self._stream, self._done, self.tags = name, stream, 0, {}
-        start = stream.read(12)
-        if start[:4] not in (b"RIFF", b"RF64", b"BW64") or start[8:] != b"WAVE":
-            raise AudioError(f"{name}: is not a WAV; a pipe has to carry one, e.g. from ffmpeg -i FILE -f wav -")
+    Args:
+        stream: what follows `start`.
+        name: for messages.
+        lenient: take what there is of a WAV that breaks off.
+        start: its first 12 bytes, which `is_wav` accepts.
+
+    Raises `AudioError` for a damaged header, and for samples of another kind.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str, start: bytes, lenient: bool = False) -> None:
+        super().__init__(name, lenient)
+        self._stream, self._done, self._ended, self.tags = stream, 0, False, {}
         long_size, layout = 0, None
         for chunk, size in self._chunks():
             if chunk == b"data":
@@ -74,7 +83,7 @@ class WavStream(Decoder):
             raise AudioError(f"{self.name}: says too little about its format; the WAV is damaged")
         code, self.channels, self.rate, _, self._frame, _ = struct.unpack("<HHIIHH", layout[:16])
         if code == EXTENSIBLE and len(layout) >= 26:
-            (code,) = struct.unpack("<H", layout[24:26])
+            self.speakers, code = struct.unpack("<IH", layout[20:26])
         width = self._frame // max(1, self.channels)
         if (code, width) not in {(PCM, 1), (PCM, 2), (PCM, 3), (PCM, 4), (FLOAT, 4), (FLOAT, 8)}:
             raise AudioError(f"{self.name}: a WAV of format {code} with {8 * width} bits; a pipe carries PCM or float")
@@ -84,50 +93,82 @@ class WavStream(Decoder):
         self.bits = None if self._float else max(16, 8 * width)
         self.frames = 0 if size in UNFINISHED else size // self._frame
 
-    def read(self, samples: int) -> Audio:
+    def read(self, samples: int) -> Samples:
         wanted = min(samples, self.frames - self._done) if self.frames else samples
-        raw = self._stream.read(wanted * self._frame)
+        raw = b"" if self._ended else self._stream.read(wanted * self._frame)
         got, rest = divmod(len(raw), self._frame)
         self._done += got
-        if got < wanted and (rest or self._done < self.frames):
-            missing = f"{(self.frames - self._done) / self.rate:.2f} s before its header says" if self.frames else ""
-            raise AudioError(f"{self.name}: ends {missing or 'within a sample'}; it is cut short")
-        return np.ascontiguousarray(self._samples(raw).reshape(got, self.channels).T)
+        if got < wanted and not self._ended:
+            self._ended = True
+            if self._done < self.frames:
+                missing = seconds(self.frames - self._done, self.rate)
+                self.report(f"ends {missing} before its header says, it is cut short")
+            elif rest:
+                self.report("ends within a sample, it is cut short")
+        values = self._samples(raw[: got * self._frame])
+        return np.ascontiguousarray(values.reshape(got, self.channels).T)
 
-    def _samples(self, raw: bytes) -> Audio:
+    def _samples(self, raw: bytes) -> Samples:
         if self._float:
             with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
                 return np.frombuffer(raw, f"<f{self._width}").astype(np.float32)
         if self._width == 1:  # the only unsigned one
             return (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / np.float32(128)
+        if self._width == 2:
+            return np.frombuffer(raw, "<i2").astype(np.float32) * np.float32(2.0**-15)
         if self._width == 3:
             padded = np.zeros((len(raw) // 3, 4), np.uint8)
             padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
-            raw = padded.tobytes()
-        values = np.frombuffer(raw, "<i2" if self._width == 2 else "<i4").astype(np.float32)
-        return values * np.float32(2.0**-15 if self._width == 2 else 2.0**-31)
+            return padded.view("<i4")[:, 0].astype(np.float32) * np.float32(2.0**-31)
+        return np.frombuffer(raw, "<i4") * 2.0**-31
 
     def close(self) -> None:
         self._stream.close()
 
 
-class WavWriter:
-    """Writes a WAV to `stream`: samples of `bits` (16, 24, 32; None for float32), `tags` before them.
+def is_wav(start: bytes) -> bool:
+    """Whether a file that begins with these 12 bytes is a WAV or RF64."""
+    return start[:4] in (b"RIFF", b"RF64", b"BW64") and start[8:12] == b"WAVE"
 
-    Where the stream can `seek`, `finish` enters the sizes, and makes it an RF64 if they need more than 32 bits;
-    elsewhere they stay at 0xFFFFFFFF, which readers of pipes take for "until the end". Passes on `OSError`.
+
+class WavWriter:
+    """Writes a WAV.
+
+    Where the stream can seek, `finish` enters the sizes, and makes it an RF64 if they need more than 32 bits;
+    elsewhere they stay at 0xFFFFFFFF, which readers of pipes take for "until the end".
+
+    Args:
+        stream: what to write to; it stays open, and its `OSError` is passed on.
+        rate: in Hz.
+        channels: their number.
+        bits: depth of samples, 16, 24 or 32; None for float32.
+        tags: by libsndfile's names.
+        seek: whether `stream` can seek.
+        speakers: mask of speaker positions; None for the usual ones.
     """
 
     def __init__(
-        self, stream: BinaryIO, rate: int, channels: int, bits: int | None, tags: Mapping[str, str], seek: bool
+        self,
+        stream: BinaryIO,
+        rate: int,
+        channels: int,
+        bits: int | None,
+        tags: Mapping[str, str],
+        seek: bool,
+        speakers: int | None = None,
     ) -> None:
         self._stream, self._seek, self._bytes = stream, seek, 0
         self.bits, self._frame = bits, channels * (bits or 32) // 8
+        code, depth = PCM if bits else FLOAT, bits or 32
+        if extensible := speakers is not None and (channels, speakers) not in USUAL:
+            more = struct.pack("<HHIH", 22, depth, speakers, code) + GUID_END
+        else:
+            more = b"" if bits else bytes(2)
         form = struct.pack(
-            "<HHIIHH", FLOAT if bits is None else PCM, channels, rate, rate * self._frame, self._frame, bits or 32
+            "<HHIIHH", EXTENSIBLE if extensible else code, channels, rate, rate * self._frame, self._frame, depth
         )
         chunks = [_chunk("JUNK", bytes(DS64_BYTES))] if seek else []  # room for the sizes of an RF64
-        chunks += [_chunk("fmt ", form)] if bits else [_chunk("fmt ", form + bytes(2))]
+        chunks.append(_chunk("fmt ", form + more))
         self._fact = 12 + sum(map(len, chunks)) + 8
         chunks += [] if bits else [_chunk("fact", struct.pack("<I", UNKNOWN))]
         if info := _info(tags):
@@ -136,7 +177,7 @@ class WavWriter:
         self._data = len(header) + 8
         stream.write(header + struct.pack("<4sI", b"data", UNKNOWN))
 
-    def write(self, samples: NDArray[np.int32] | Audio) -> None:
+    def write(self, samples: NDArray[np.int32] | Samples) -> None:
         """Append `[channels, samples]`, integers of the depth or float32."""
         interleaved = np.ascontiguousarray(samples.T)
         if self.bits is None:

@@ -1,4 +1,4 @@
-"""Outputs: the parts of a recording, written together, and only there once all of them are whole."""
+"""Writes the parts of a recording together; none is there before all of them are whole."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 from clapsep_cli.audio.decoders import reason
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, open_encoder
-from clapsep_cli.audio.samples import Audio
+from clapsep_cli.audio.samples import Samples
 from clapsep_cli.errors import OutputError
 from clapsep_cli.files import claim, unfinished
 
@@ -34,7 +35,7 @@ _FOLDERS = Lock()  # so that no folder is made for one output while the failure 
 
 @dataclass(frozen=True)
 class Written:
-    """What was done to the samples: how many of each part were clipped, and the gain that all of them got."""
+    """The number of clipped samples by part, and the gain that all parts got."""
 
     clipped: dict[str, int]
     gain: float
@@ -42,16 +43,17 @@ class Written:
 
 @dataclass(frozen=True)
 class Form:
-    """What all parts of a recording share. `tags` by libsndfile's names; Hz."""
+    """The settings that all parts of a recording share, as `Outputs` takes them."""
 
     encoding: Encoding
     rate: int
     channels: int
     tags: Mapping[str, str]
+    speakers: int | None
 
 
 class Part:
-    """One file under way, under a temporary name beside `path`; on stdout for `-`. Raises `OutputError`."""
+    """One output being written: a file under a temporary name beside `path`, or stdout. Raises `OutputError`."""
 
     def __init__(self, path: Path, form: Form) -> None:
         self.path, self.name, self.clipped = path, "standard output" if path == STDOUT else str(path), 0
@@ -65,13 +67,15 @@ class Part:
                 self._stream = self.temporary.open("w+b", buffering=2**16)
                 self._claim = claim(self._stream)
             try:
-                self._encoder = open_encoder(self._stream, form.encoding, form.rate, form.channels, form.tags, seek)
+                self._encoder = open_encoder(
+                    self._stream, form.encoding, form.rate, form.channels, form.tags, seek, form.speakers
+                )
             except BaseException:
                 self._drop()
                 raise
 
-    def write(self, audio: Audio) -> int:
-        """Append float32 `[channels, samples]`; how many of them were clipped."""
+    def write(self, audio: Samples) -> int:
+        """Append `[channels, samples]`; returns how many samples were clipped."""
         with _reported(self.name, "writing failed"):
             clipped = self._encoder.write(audio)
         self.clipped += clipped
@@ -85,7 +89,7 @@ class Part:
                 self._stream.close()
 
     def place(self, overwrite: bool) -> list[Path]:
-        """Give the finished file its name; that name, if there was no file of it before."""
+        """Rename the finished file; returns its path if it is new, nothing if it replaced a file."""
         if self.temporary is None:
             return []
         with _reported(self.name, "cannot be written"):
@@ -121,18 +125,27 @@ class Part:
 
 
 class Outputs:
-    """The parts of one recording, written side by side.
+    """Writes the parts of one recording side by side.
 
-    `paths` by part: files of which none is there before `commit`, and all of them are afterwards; `-` is a WAV to
-    stdout. `rate` in Hz. `tags` and `software` are stored where the encoding has a place for them (`read_software`).
+    Use it as a context manager and end with `commit`; without that nothing remains, not even new folders. Samples
+    change by the rounding to the encoding's steps, and by `clip` alone.
 
-    `clip` says what happens to samples over full scale, unless the encoding is float: they are clipped and counted
-    ("warn"); are an `OutputError` ("error"); or all parts get the one gain with which the loudest fits ("rescale"),
-    for which they are kept in nameless files until `commit`. Nothing else ever changes a value beyond the rounding to
-    the encoding's steps.
+    Args:
+        paths: of the files, by part; `-` is a WAV to stdout.
+        rate: in Hz.
+        channels: their number.
+        encoding: the format and depth of all parts.
+        clip: for samples over full scale, unless the encoding is float: "warn" clips and counts them, "error" raises
+            `OutputError`, "rescale" applies to all parts the one gain with which the loudest sample fits. For this they
+            are kept in nameless files until `commit`.
+        tags: by libsndfile's names, stored where the format has a place for them.
+        software: stored likewise, see `read_software`.
+        overwrite: replace existing files.
+        speakers: mask of speaker positions that a WAV gets; None for the usual ones.
 
-    Left without `commit`, nothing remains, not even the folders made. Raises `OutputError` for an output that is
-    there already, unless `overwrite`, and for what cannot be written; `ValueError` for a `software` over 100 bytes.
+    Raises:
+        OutputError: an output exists and `overwrite` is not set, or it cannot be written.
+        ValueError: `software` has more than 100 bytes.
     """
 
     def __init__(
@@ -145,6 +158,7 @@ class Outputs:
         tags: Mapping[str, str] | None = None,
         software: str = "",
         overwrite: bool = False,
+        speakers: int | None = None,
     ) -> None:
         if len(software.encode("utf-8", "replace")) > SOFTWARE_BYTES:
             raise ValueError(f"software is limited to {SOFTWARE_BYTES} bytes, which all formats hold: {software!r}")
@@ -153,10 +167,11 @@ class Outputs:
         if STDOUT in paths.values() and encoding.format != "wav":
             raise OutputError(f"standard output carries WAV alone, not {encoding.format}")
         stored = {name: _clean(text) for name, text in {**(tags or {}), "software": software}.items() if text}
-        self._form = Form(encoding, rate, channels, stored)
+        self._form = Form(encoding, rate, channels, stored, speakers)
         self._clip, self._overwrite, self._done = clip, overwrite, 0
         self._exact = encoding.bits is None and not encoding.lossy
-        self._drafts: dict[str, BinaryIO] = {}  # float32, where the gain is known only at the end
+        self._drafts: dict[str, BinaryIO] = {}  # samples as they came, where the gain is known only at the end
+        self._draft_type = "<f8" if encoding.bits == 32 else "<f4"
         self._range = (0.0, 0.0)
         self._made: list[Path] = []
         self._parts: dict[str, Part] = {}
@@ -170,6 +185,8 @@ class Outputs:
     def _begin(self, part: str, path: Path) -> None:
         later = self._clip == "rescale" and not self._exact
         if path == STDOUT:
+            if getattr(sys.stdout, "buffer", None) is None:
+                raise OutputError("standard output: is closed")
             if sys.stdout.isatty():
                 raise OutputError("standard output is a terminal; redirect it to a file or a program")
             self._parts[part] = Part(path, self._form)
@@ -190,14 +207,14 @@ class Outputs:
     def __exit__(self, *_: object) -> None:
         self._discard()
 
-    def write(self, parts: Mapping[str, Audio]) -> None:
-        """Append to every part, float32 `[channels, samples]`."""
+    def write(self, parts: Mapping[str, Samples]) -> None:
+        """Append `[channels, samples]` to every part; float64 where float32 does not hold the encoding's depth."""
         for part, audio in parts.items():
             if part in self._drafts:
                 least, most = self._range
                 self._range = float(audio.min(initial=least)), float(audio.max(initial=most))
                 with _reported(self._parts[part].name, "writing failed"):
-                    self._drafts[part].write(np.ascontiguousarray(audio.T, "<f4").tobytes())
+                    self._drafts[part].write(np.ascontiguousarray(audio.T, self._draft_type).tobytes())
             elif self._parts[part].write(audio) and self._clip == "error":
                 level = 20 * np.log10(float(np.abs(audio).max()))
                 raise OutputError(
@@ -207,13 +224,19 @@ class Outputs:
                 )
         self._done += max(audio.shape[1] for audio in parts.values())
 
+    def drop(self, part: str) -> None:
+        """Take back a part: it gets no file."""
+        self._parts.pop(part).discard()
+        if part in self._drafts:
+            self._drafts.pop(part).close()
+
     def commit(self) -> Written:
-        """Finish all parts and give them their names. If one cannot get it, those that did lose it again."""
+        """Finish all parts and rename them to their paths. If one fails, the others are removed again."""
         gain = self._gain() if self._drafts else 1.0
         for part, draft in self._drafts.items():
             with _reported(self._parts[part].name, "writing failed"):
                 for block in self._drafted(draft):
-                    self._parts[part].write(np.asarray(block * gain, np.float32))
+                    self._parts[part].write(block * gain)
         for writer in self._parts.values():
             writer.finish()
         placed: list[Path] = []
@@ -228,18 +251,20 @@ class Outputs:
         return Written({part: writer.clipped for part, writer in self._parts.items()}, gain)
 
     def _gain(self) -> float:
-        """The gain with which the loudest sample of all parts fits the encoding; 1 if it does anyway."""
+        """Return the gain with which the loudest sample of all parts fits the encoding; 1 if it does anyway."""
         bits, (least, most) = self._form.encoding.bits, self._range
         if bits is None:
             return 1 / max(1.0, -least, most)
-        full = 2.0 ** (min(bits, 24) - 1)  # float32 cannot say what is between 24 bits and 32
+        full = 2.0 ** (bits - 1)
         fits = round(most * full) <= full - 1 and round(least * full) >= -full
         return 1.0 if fits else 1 / max(-least, most * full / (full - 1))
 
-    def _drafted(self, draft: BinaryIO) -> Iterator[Audio]:
+    def _drafted(self, draft: BinaryIO) -> Iterator[NDArray[np.float64]]:
+        kind = np.dtype(self._draft_type)
         draft.seek(0)
-        while raw := draft.read(CONVERTED_AT_ONCE * self._form.channels * 4):
-            yield np.frombuffer(raw, "<f4").reshape(-1, self._form.channels).T
+        while raw := draft.read(CONVERTED_AT_ONCE * self._form.channels * kind.itemsize):
+            # As float64: rounded to float32, the loudest sample may be half a step of 24 bits over full scale.
+            yield np.frombuffer(raw, kind).astype(np.float64).reshape(-1, self._form.channels).T
 
     def _discard(self) -> None:
         for writer in self._parts.values():
@@ -254,7 +279,7 @@ class Outputs:
 
 
 def read_software(path: Path) -> str:
-    """The `software` that an output was written with; "" for a file that has none, or is none."""
+    """Return the `software` that an output was written with; "" for a file that has none, or is no recording."""
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             return LIBSNDFILE.sub("", file.software)
@@ -264,11 +289,11 @@ def read_software(path: Path) -> str:
 
 @contextmanager
 def _reported(name: str, what: str) -> Iterator[None]:
-    """Turn what the system or libsndfile raises into one line."""
+    """Raise `OutputError` for errors of the system or of libsndfile."""
     try:
         yield
     except BrokenPipeError as error:
-        raise OutputError(f"{name}: nobody reads on") from error
+        raise OutputError(f"{name}: the output pipe was closed") from error
     except OSError as error:
         full = "; make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OutputError(f"{name}: {what} ({reason(error)}){full}") from error
@@ -282,7 +307,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Make `folder`; which folders that took, outermost first."""
+    """Make `folder`; returns the folders that are new, outermost first."""
     missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing

@@ -6,22 +6,25 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperArgument
 from typer.main import get_command
 
+from clapsep_cli.cli.demo import demo
 from clapsep_cli.cli.evaluate import evaluate, mixtures
 from clapsep_cli.cli.extract import extract
 from clapsep_cli.cli.models import models
 from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
-from clapsep_cli.cli.terminal import ModelDirOption, note
+from clapsep_cli.cli.terminal import ModelDirOption, note, warnings_as_notes
 from clapsep_cli.cli.train import train
 from clapsep_cli.cli.ui import ui
-from clapsep_cli.errors import ClapsepError
-from clapsep_cli.startup import prepare
+from clapsep_cli.errors import ClapsepError, ModelError
+from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
 
 INTERRUPTED = 130
@@ -39,6 +42,7 @@ app = typer.Typer(
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
 app.command()(ui)
+app.command()(demo)
 app.command()(train)
 app.command()(evaluate)
 app.add_typer(mixtures, name="mixtures")
@@ -48,15 +52,20 @@ app.add_typer(models, name="models")
 def run() -> NoReturn:
     """`main`, as a process of its own: ends without the half second that an interpreter takes to put torch away."""
     prepare()
+    unprinted = replace_closed_streams()
     try:
         main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else FAILED
+    if unprinted is not None and unprinted.getvalue():
+        note("standard output is closed, so nothing could be printed there; > /dev/null discards it")
+        code = code or FAILED
     try:
         sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads on, or there is no room
+    except OSError:  # the reader has gone, or the disk is full
         code = code or FAILED
+    with suppress(OSError):  # a lost note is no failure
+        sys.stderr.flush()
     # Outputs are closed and named by now; what is left is memory, which the system takes back faster.
     os._exit(code)
 
@@ -64,27 +73,40 @@ def run() -> NoReturn:
 def main() -> NoReturn:
     """Run the command; a user's mistake ends with one line on stderr, never with a traceback."""
     command = get_command(app)
-    _untyped(command)
+    _simplify_help(command)
     try:
-        command(standalone_mode=True)
+        with warnings_as_notes():
+            command(standalone_mode=True)
     except ClapsepError as error:
         note(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:  # what no part of the library expected: a folder that cannot be written, say
         note(f"{error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(FAILED) from None
+    except ImportError as error:  # a library that does not load: too little memory, or half an installation
+        note(f"{_first_line(error)}: is there enough memory, and is everything installed?")
+        raise SystemExit(ModelError.exit_code) from None
+    except (MemoryError, RuntimeError, SystemError) as error:  # the last is what a half imported library raises
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        note(f"out of memory ({_first_line(error)}): --jobs 1, --batch-size 1 and --model mini need the least")
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     raise SystemExit(0)
 
 
-def _untyped(command: Any) -> None:
-    """Have --help tell no type of a flag (`--overwrite <bool>` would take a value) and of an argument."""
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _simplify_help(command: Any) -> None:
+    """Have --help show no type of a flag (`--overwrite <bool>` would take a value) or of an argument."""
     for parameter in command.get_params(command.context_class(command)):
         if isinstance(parameter, TyperArgument) or parameter.is_flag:
             parameter.display_type_rich = lambda ctx: None
     for nested in getattr(command, "commands", {}).values():
-        _untyped(nested)
+        _simplify_help(nested)
 
 
 def _version(wanted: bool) -> None:
@@ -99,7 +121,10 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    try:
+        Path.cwd()
+    except OSError as error:  # with which no relative name means anything, and torch ends the process
+        raise ClapsepError("the current folder does not exist any more; cd into another one") from error
 
 
 @app.command()

@@ -20,7 +20,16 @@ UNKNOWN = "unknown"
 PACKAGES = ("numpy", "soundfile", "soxr", "safetensors", "tokenizers", "huggingface_hub", "av", "librosa", "matplotlib")
 # By name: whatever else is set on the machine, secrets among it, stays there.
 VARIABLES = (
-    *("CLAPSEP_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"),
+    *(
+        "CLAPSEP_HOME",
+        "CLAPSEP_MODEL",
+        "CLAPSEP_DEVICE",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_ENDPOINT",
+        "HF_HUB_OFFLINE",
+        "CUDA_VISIBLE_DEVICES",
+    ),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTORCH_ENABLE_MPS_FALLBACK"),
 )
 REASON_LETTERS = 120
@@ -42,7 +51,6 @@ def environment() -> dict[str, str]:
         "nvidia driver": _driver,
         "libsndfile": lambda: str(import_module("soundfile").__libsndfile_version__),
         **{name: _version_of(name) for name in PACKAGES},
-        "ffmpeg": _ffmpeg,
         "models": _models,
         "encodings": lambda: f"files {sys.getfilesystemencoding()}, stdout {getattr(sys.stdout, 'encoding', None)}",
         **{name: _variable(name) for name in VARIABLES if name in os.environ},
@@ -137,13 +145,6 @@ def _version_of(package: str) -> Callable[[], str]:
             return "not installed"
 
     return version
-
-
-def _ffmpeg() -> str:
-    found = re.match(r"ffmpeg version (\S+)", _output("ffmpeg", "-version"))
-    if found:
-        return f"{found[1]} in {shutil.which('ffmpeg')}"
-    return UNKNOWN if shutil.which("ffmpeg") else "not found"
 
 
 def _models() -> str:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, downloads, note, progress
+from clapsep_cli.cli.terminal import (
+    DeviceOption,
+    ModelDirOption,
+    ModelOption,
+    QuietOption,
+    downloads,
+    notes,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,17 +40,26 @@ def make(
         Path, typer.Argument(metavar="DIR|MANIFEST", help="A folder with a sub-folder for each label, or a manifest.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The list to write.")] = Path("mixtures.csv"),
-    per_clip: Annotated[int, typer.Option("--per-clip", min=1, help="Interferers of each target, one at a time.")] = 5,
+    per_clip: Annotated[
+        int, typer.Option("--per-clip", metavar="N", min=1, help="Interferers of each target, one at a time.")
+    ] = 5,
     per_label: Annotated[
-        int | None, typer.Option("--per-label", min=1, help="Targets of each label, drawn; all by default.")
+        int | None,
+        typer.Option("--per-label", metavar="N", min=1, help="Targets of each label, drawn; all by default."),
     ] = None,
     shots: Annotated[
-        int, typer.Option("--shots", min=0, help="Clips of each label to keep out of the mixtures, as audio queries.")
+        int,
+        typer.Option(
+            "--shots", metavar="N", min=0, help="Clips of each label to keep out of the mixtures, as audio queries."
+        ),
     ] = 0,
     split: Annotated[
-        str | None, typer.Option("--split", help="Take clips of this split of the manifest alone.")
+        str | None, typer.Option("--split", metavar="NAME", help="Take clips of this split of the manifest alone.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Everything drawn at random follows from it.")] = 0,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", metavar="TEXT", help='Before the labels of a folder; "the sound of".')
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Everything drawn at random follows from it.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing list.")] = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -51,13 +68,23 @@ def make(
     With --shots, FILE.shots.csv lists the clips kept for queries.
     """
     from clapsep_cli.errors import OutputError
-    from clapsep_cli.evaluation.mixtures import labelled_clips, make_mixtures, set_aside, write_mixtures, write_shots
+    from clapsep_cli.evaluation.mixtures import (
+        PREFIX,
+        labelled_clips,
+        make_mixtures,
+        set_aside,
+        write_mixtures,
+        write_shots,
+    )
+
+    if prefix is not None and not source.is_dir():
+        raise typer.BadParameter("--prefix is for the labels of a folder; a manifest has captions")
 
     shots_out = out.with_suffix(".shots.csv")
     for path in (out, *([shots_out] if shots else [])):
         if path.exists() and not overwrite:
             raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another file")
-    clips, root = labelled_clips(source, split)
+    clips, root = labelled_clips(source, split, PREFIX if prefix is None else prefix)
     targets, kept = set_aside(clips, shots, seed)
     rows = make_mixtures(targets, root, seed, per_label, per_clip, kept if shots else None)
     if shots:
@@ -94,7 +121,9 @@ def evaluate(
     model: ModelOption = None,
     device: DeviceOption = "auto",
     _model_dir: ModelDirOption = None,
-    queries: Annotated[str, typer.Option("--queries", help="Which sides to name: pos, neg, both.")] = "both,pos,neg",
+    queries: Annotated[
+        str, typer.Option("--queries", metavar="NAME", help="Which sides to name: pos, neg, both.")
+    ] = "both,pos,neg",
     shots: Annotated[
         str | None, typer.Option("--shots", metavar="K,…", help="Also ask by so many recordings of a class: 1,5,10.")
     ] = None,
@@ -124,6 +153,10 @@ def evaluate(
     """
     if bool(shots) != bool(shots_csv):
         raise typer.BadParameter("--shots and --shots-csv go together: how many recordings, and which")
+    if overwrite and not report:
+        raise typer.BadParameter("--overwrite replaces a report: name it with --report")
+    if not text and not shots:
+        raise typer.BadParameter("--no-text leaves nothing to ask: give recordings with --shots and --shots-csv")
     sides, counts = _sides(queries), _counts(shots)
     from clapsep_cli.errors import OutputError
     from clapsep_cli.evaluation.evaluate import Plan, evaluate_into, settings
@@ -136,9 +169,10 @@ def evaluate(
     every = read_mixtures(listed)
     rows, kept = check_files(every, read_shots(shots_csv) if shots_csv else {}, audio, skip_missing)
     if len(rows) < len(every):
-        note(f"{listed}: {len(every) - len(rows)} of {len(every)} mixtures are left out, their recordings are missing")
+        left_out = f"{len(every) - len(rows)} of {len(every)} mixtures are left out"
+        notes(quiet)(f"{listed}: {left_out}, their recordings are missing")
     with downloads(quiet) as shown:
-        loaded = load_model(model, device, "high", say=note, progress=shown)
+        loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
     plan = Plan(sides, text, counts, bss)
     run = evaluate_into(out / SCORES, loaded, rows, audio, plan, kept) if out else None
     scores = _collect(run or evaluate_rows(loaded, rows, audio, plan, kept), len(rows), listed.name, quiet)
@@ -158,7 +192,7 @@ def evaluate(
 
 def _collect(run: Iterable[Sequence[Score]], total: int, name: str, quiet: bool) -> list[Score]:
     scores: list[Score] = []
-    with progress(quiet) as bars:
+    with progress_bars(quiet) as bars:
         task = bars.add_task(name, total=total)
         for of_mixture in run:
             scores += of_mixture

@@ -1,4 +1,4 @@
-"""`clapsep extract`: a recording into what is asked for and the rest."""
+"""`clapsep extract`: separates a recording into the target and the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clapsep_cli.errors import QueryError, UsageError
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.planning import Asked
+    from clapsep_cli.jobs.planning import Requests
     from clapsep_cli.query import Query
 
 QUERY = "Queries"  # panel of --help
@@ -29,55 +29,57 @@ def extract(
     common: Common,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for a WAV from stdin."),
+        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
     ] = None,
     pos: Annotated[
-        list[str] | None, _query("--pos", metavar="TEXT", help="What to keep, in words; several are averaged.")
+        list[str] | None, _query("--pos", metavar="TEXT", help="The sound to keep, in words; several are averaged.")
     ] = None,
     neg: Annotated[
-        list[str] | None, _query("--neg", metavar="TEXT", help="What to leave, in words; several are averaged.")
+        list[str] | None,
+        _query("--neg", metavar="TEXT", help="The sound to leave out, in words; several are averaged."),
     ] = None,
     query_audio: Annotated[
         list[Path] | None,
-        _query("--query-audio", metavar="FILE|DIR", help="Recordings that sound like what to keep."),
+        _query("--query-audio", metavar="FILE|DIR", help="Recordings that sound like the sound to keep."),
     ] = None,
     neg_audio: Annotated[
-        list[Path] | None, _query("--neg-audio", metavar="FILE|DIR", help="Recordings that sound like what to leave.")
+        list[Path] | None,
+        _query("--neg-audio", metavar="FILE|DIR", help="Recordings that sound like the sound to leave out."),
     ] = None,
     pos_span: Annotated[
         list[str] | None,
-        _query("--pos-span", metavar="FROM-TO", help="A stretch of the recording that sounds like what to keep."),
+        _query("--pos-span", metavar="FROM-TO", help="A part of the recording that has the sound to keep."),
     ] = None,
     neg_span: Annotated[
         list[str] | None,
-        _query("--neg-span", metavar="FROM-TO", help="A stretch of the recording that sounds like what to leave."),
+        _query("--neg-span", metavar="FROM-TO", help="A part of the recording that has the sound to leave out."),
     ] = None,
     alpha: Annotated[
-        float, _query("--alpha", metavar="X", help="Weight of audio beside text of the same side, 0 to 1.")
-    ] = 0.5,
+        float | None, _query("--alpha", metavar="X", help="Weight of audio beside text of the same side, 0 to 1 (0.5).")
+    ] = None,
     target: Annotated[
         list[str] | None,
         _query("--target", metavar="NAME=QUERY", help="One of several targets: a text, or a recording like it."),
     ] = None,
     mutual: Annotated[
-        bool, _query("--mutual/--no-mutual", help="Let each target leave what the other targets ask for.")
-    ] = True,
+        bool | None, _query("--mutual/--no-mutual", help="Use the other targets as negative queries of each.")
+    ] = None,
     manifest: Annotated[
         Path | None,
         _query("--manifest", metavar="CSV", help="Recordings with queries: file, pos, neg, query_audio, neg_audio."),
     ] = None,
     presence: Annotated[
-        bool | None, _query("--presence/--no-presence", help="Tell how alike the target is to the query; with --json.")
+        bool | None, _query("--presence/--no-presence", help="Print how likely the target is there; with --json: yes.")
     ] = None,
     min_presence: Annotated[
         float | None,
-        _query("--min-presence", metavar="X", help="Write nothing where the presence is below; 0 is a good start."),
+        _query("--min-presence", metavar="X", help="Write nothing if the presence is below this; try 0."),
     ] = None,
     residual: Annotated[
-        bool, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write what is left.")
-    ] = True,
+        bool | None, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write the rest.")
+    ] = None,
     remove: Annotated[
-        bool, typer.Option("--remove", rich_help_panel=OUTPUT, help="Write what is left alone, without the target.")
+        bool, typer.Option("--remove", rich_help_panel=OUTPUT, help="Write only the rest, without the target.")
     ] = False,
 ) -> None:
     """Write what matches the query to MIX.target.wav and the rest to MIX.residual.wav.
@@ -86,7 +88,7 @@ def extract(
     """
     from clapsep_cli.jobs.outputs import Destination
     from clapsep_cli.jobs.targets import parse_targets
-    from clapsep_cli.query import Query
+    from clapsep_cli.query import DEFAULT_ALPHA, Query
     from clapsep_cli.times import parse_span
 
     sides: dict[str, Any] = {
@@ -94,7 +96,7 @@ def extract(
         "neg": neg or (),
         "pos_audio": query_audio or (),
         "neg_audio": neg_audio or (),
-        "alpha": alpha,
+        "alpha": DEFAULT_ALPHA if alpha is None else alpha,
         "pos_spans": [parse_span(span) for span in pos_span or ()],
         "neg_spans": [parse_span(span) for span in neg_span or ()],
     }
@@ -104,21 +106,36 @@ def extract(
                 "--target says itself what to keep: use it without --pos, --query-audio, --pos-span and --manifest"
             )
         named = parse_targets(target)
-        left = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans")}
+        left = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
         queries = {
             name: Query(pos_audio=[wish], **left) if isinstance(wish, Path) else Query(pos=wish, **left)
             for name, wish in named.items()
         }
     else:
         queries = {}
-    asked = _asked(inputs or [], manifest, queries, sides, common)
+    asked = _requests(inputs or [], manifest, queries, sides, common)
+    if mutual is not None and len(queries) < 2:
+        raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
+    if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
+        raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
     destination = Destination(residual=residual, remove=remove)
     carry_out(asked, common, destination, mutual, presence=presence, min_presence=min_presence)
 
 
-def _asked(
+def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
+    """Whether any side of any target has text and audio, so that their weight matters."""
+    from clapsep_cli.query import mutual
+
+    return any(
+        getattr(query, side) and (getattr(query, f"{side}_audio") or getattr(query, f"{side}_spans"))
+        for query in (mutual(targets) if are_mutual else targets).values()
+        for side in ("pos", "neg")
+    )
+
+
+def _requests(
     inputs: Sequence[str], manifest: Path | None, targets: Mapping[str, Query], sides: dict[str, Any], common: Common
-) -> Asked:
+) -> Requests:
     """Each recording with its targets: those given, or one with the query of the manifest's row and the options."""
     from clapsep_cli.jobs.manifest import read_jobs
     from clapsep_cli.query import TARGET, Query
@@ -126,8 +143,9 @@ def _asked(
     if manifest is None:
         wanted = targets or {TARGET: Query(**sides)}
         return [(item, wanted) for item in find(inputs, common)]
-    if inputs:
-        raise UsageError(f"{manifest} names the recordings: give either a manifest or recordings")
+    if inputs or common.recursive:
+        given = "recordings" if inputs else "--recursive"
+        raise UsageError(f"{manifest} names the recordings: give either a manifest or {given}")
     asked: list[tuple[Input, Mapping[str, Query]]] = []
     known: dict[Query, Mapping[str, Query]] = {}  # recordings that share their queries are separated together
     for row in read_jobs(manifest):

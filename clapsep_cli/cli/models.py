@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note, notes
 from clapsep_cli.registry import MODELS
 
 models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
@@ -25,8 +25,8 @@ def list_models(
     _model_dir: ModelDirOption = None,
 ) -> None:
     """List all models, and where those that are here lie."""
+    from clapsep_cli.store.download import amount
     from clapsep_cli.store.library import statuses
-    from clapsep_cli.store.transfer import amount
 
     if as_json:
         typer.echo(json.dumps([status.as_json() for status in statuses()], indent=2))
@@ -45,7 +45,7 @@ def download(
     from clapsep_cli.store.library import install
 
     with downloads(quiet) as progress:
-        folder = install(name, keep_original=keep_original, say=note, progress=progress)
+        folder = install(name, keep_original=keep_original, say=notes(quiet), progress=progress)
     if not quiet:
         typer.echo(folder)
 
@@ -54,7 +54,7 @@ def download(
 def convert(
     name: NameArgument,
     files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files, carried here.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", hidden=True)] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     quiet: QuietOption = False,
     _model_dir: ModelDirOption = None,
 ) -> None:
@@ -62,14 +62,14 @@ def convert(
     from clapsep_cli.store.library import install
 
     # A parser gives an option one value: further files behind --from arrive as arguments.
-    folder = install(name, [*files, *(more or [])], say=note)
+    folder = install(name, [*files, *(more or [])], say=notes(quiet))
     if not quiet:
         typer.echo(folder)
 
 
 @models.command()
 def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Read all of a model, and downloads that were kept, and say whether they are sound."""
+    """Hash all files of a model, and downloads that were kept, and say whether they are sound."""
     from clapsep_cli.store.library import verify as verify_model
 
     for path in verify_model(name):

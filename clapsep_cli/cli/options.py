@@ -1,4 +1,4 @@
-"""The options of all commands that separate, and how a command comes to have them."""
+"""The options that `extract` and `separate` share, and a decorator that adds them to a command."""
 
 from __future__ import annotations
 
@@ -27,15 +27,29 @@ def _option(name: str, *more: str, panel: str, **settings: Any) -> Any:
 
 @dataclass(frozen=True)
 class Common:
-    """Which recordings are separated, where the parts go, with which model, and what is said meanwhile."""
+    """Options for inputs, outputs, the model and messages."""
 
     recursive: Annotated[
-        bool, _option("--recursive", "-r", panel=INPUT, help="Take folders with all that is below them.")
+        bool, _option("--recursive", "-r", panel=INPUT, help="Read folders with all their subfolders.")
     ] = False
     start: Annotated[
-        str | None, _option("--start", panel=INPUT, metavar="TIME", help="Begin there: seconds, or as 1:02:03.")
+        str | None, _option("--start", panel=INPUT, metavar="TIME", help="Start at this time: seconds, or as 1:02:03.")
     ] = None
-    end: Annotated[str | None, _option("--end", panel=INPUT, metavar="TIME", help="End there.")] = None
+    end: Annotated[str | None, _option("--end", panel=INPUT, metavar="TIME", help="End at this time.")] = None
+    lenient: Annotated[
+        bool, _option("--lenient", panel=INPUT, help="Take what there is of recordings that are cut or damaged.")
+    ] = False
+    stream: Annotated[
+        int | None,
+        _option(
+            "--stream",
+            panel=INPUT,
+            min=1,
+            max=1024,
+            metavar="N",
+            help="Take this sound track of a film; else the first.",
+        ),
+    ] = None
 
     out: Annotated[
         Path | None,
@@ -44,12 +58,14 @@ class Common:
             "-o",
             panel=OUTPUT,
             metavar="DIR",
-            help="Where to write; by default beside each input; - is stdout.",
+            help="Output folder; by default that of each input; - is stdout.",
         ),
     ] = None
     filename: Annotated[
         str | None,
-        _option("--filename", panel=OUTPUT, metavar="NAME", help='By default "{stem}.{part}.{ext}"; also {query}.'),
+        _option(
+            "--filename", panel=OUTPUT, metavar="NAME", help='Output name, "{stem}.{part}.{ext}"; also {name}, {query}.'
+        ),
     ] = None
     format: Annotated[
         str,
@@ -79,7 +95,7 @@ class Common:
             panel=OUTPUT,
             metavar="HOW",
             autocompletion=among("warn", "rescale", "error"),
-            help="What is over full scale: warn and cut it, rescale all parts alike, or error.",
+            help="Samples over full scale: warn and clip, rescale all parts by one gain, or error.",
         ),
     ] = "warn"
     plot: Annotated[bool, _option("--plot", panel=OUTPUT, help="Also write a picture of the parts, {stem}.png.")] = (
@@ -87,13 +103,15 @@ class Common:
     )
     overwrite: Annotated[bool, _option("--overwrite", panel=OUTPUT, help="Replace existing outputs.")] = False
     skip_existing: Annotated[
-        bool, _option("--skip-existing", panel=OUTPUT, help="Leave out what was done before, for all the same wishes.")
+        bool, _option("--skip-existing", panel=OUTPUT, help="Skip recordings already processed with the same settings.")
     ] = False
 
     model: Annotated[str | None, model_option(MODEL)] = None
     adapter: Annotated[
         Path | None,
-        _option("--adapter", panel=MODEL, metavar="FILE", help="Tuned by `clapsep train --lora-only`, for the model."),
+        _option(
+            "--adapter", panel=MODEL, metavar="FILE", help="An adapter for the model, from `clapsep train --lora-only`."
+        ),
     ] = None
     device: Annotated[str, device_option(MODEL)] = "auto"
     precision: Annotated[
@@ -113,22 +131,29 @@ class Common:
             panel=MODEL,
             metavar="DIR",
             callback=use_home,
-            help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
+            help="Folder of the models; like the variable CLAPSEP_HOME.",
         ),
     ] = None
 
     threads: Annotated[
         int | None,
-        _option("--threads", panel=RUN, min=1, max=1024, metavar="N", help="To compute with; by default all cores."),
+        _option(
+            "--threads", panel=RUN, min=1, max=1024, metavar="N", help="Threads that compute; by default all cores."
+        ),
     ] = None
     batch_size: Annotated[
         int,
         _option(
-            "--batch-size", panel=RUN, min=0, max=1024, metavar="N", help="Windows at once; 0 lets the device decide."
+            "--batch-size",
+            panel=RUN,
+            min=0,
+            max=1024,
+            metavar="N",
+            help="Windows processed at once; 0 chooses by the device.",
         ),
     ] = 0
     jobs: Annotated[
-        int, _option("--jobs", "-j", panel=RUN, min=1, max=64, metavar="N", help="Threads that read and write.")
+        int, _option("--jobs", "-j", panel=RUN, min=1, max=64, metavar="N", help="Threads that read and write files.")
     ] = 2
     json: Annotated[bool, _option("--json", panel=RUN, help="Print a JSON object for each recording on stdout.")] = (
         False

@@ -1,4 +1,4 @@
-"""What `extract` and `separate` share: from what is asked for to one run, and from what comes of it to lines."""
+"""Runs the jobs of `extract` and `separate`, and prints the results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from clapsep_cli.cli.options import Common
-from clapsep_cli.cli.terminal import PROGRESS, Reporter, downloads, echo, note
+from clapsep_cli.cli.terminal import PROGRESS, Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, StoppedError, UsageError
 from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.outputs import Destination
-    from clapsep_cli.jobs.planning import Asked, Plan
+    from clapsep_cli.jobs.planning import Requests, Todo
     from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model
@@ -45,7 +45,7 @@ def find(inputs: Sequence[str], common: Common) -> list[Input]:
         raise UsageError("no recordings: name files, folders, patterns or @list.txt")
     folder = None if common.out is None or _to_stdout(common) else common.out
     return expand(
-        inputs, common.recursive, folder, lambda path: read_software(path).startswith("clapsep "), _say(common)
+        inputs, common.recursive, folder, lambda path: read_software(path).startswith("clapsep "), notes(common.quiet)
     )
 
 
@@ -53,14 +53,11 @@ def _to_stdout(common: Common) -> bool:
     return str(common.out) == "-"
 
 
-def _say(common: Common) -> Any:
-    return (lambda line: None) if common.quiet else note
+def carry_out(asked: Requests, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
+    """Separate the recordings, print the results, and raise `typer.Exit` if anything failed.
 
-
-def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool, **measured: Any) -> None:
-    """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed.
-
-    Where it is `mutual`, each of several targets leaves what the others ask for. `measured` are more of the `Options`.
+    `mutual`: whether each of several targets leaves what the others ask for; None for yes, by default. `measured` are
+    more of the `Options`.
     """
     from clapsep_cli.jobs.outputs import TEMPLATE
     from clapsep_cli.jobs.planning import lay_out, plan
@@ -69,19 +66,23 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
     options = _options(common, measured)
     if _to_stdout(common) and common.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
-    destination = replace(destination, folder=common.out, template=common.filename or TEMPLATE, picture=common.plot)
+    destination = replace(destination, folder=common.out, filename=common.filename or TEMPLATE, plot=common.plot)
     jobs = lay_out(asked, options, destination, common.skip_existing)  # before a model is loaded, perhaps downloaded
     model = _load(common)
-    todo = plan(jobs, model, options, common.skip_existing, mutual)
+    if options.presence is None:
+        options = replace(options, presence=common.json and model.tells_likeness)
+    if mutual is not None and all(model.apart(job.targets) == job.targets for job in jobs):
+        raise UsageError(f"--mutual, --no-mutual: {model.name} always separates all targets together; leave it out")
+    todo = plan(jobs, model, options, common.skip_existing, mutual is not False)
     for doubt in _doubts(model, jobs):
-        _say(common)(doubt)
+        notes(common.quiet)(doubt)
     lines = _Lines(common, model, len(jobs))
     if todo.jobs:
         lines.begin(jobs)
     _work(todo, model, options, common, lines)
 
 
-def _work(todo: Plan, model: Model, options: Options, common: Common, lines: _Lines) -> None:
+def _work(todo: Todo, model: Model, options: Options, common: Common, lines: _Lines) -> None:
     from clapsep_cli.jobs.batch import run
     from clapsep_cli.jobs.tasks import Failure
 
@@ -91,7 +92,7 @@ def _work(todo: Plan, model: Model, options: Options, common: Common, lines: _Li
         lines.failed(failure)
     try:
         with (
-            stoppable() as stop,
+            stoppable(common.quiet) as stop,
             Reporter(common.progress, common.quiet, len(todo.jobs)) as reporter,
             closing(run(todo.jobs, model, options, reporter.update, stop)) as outcomes,
         ):
@@ -116,17 +117,17 @@ def _options(common: Common, measured: dict[str, Any]) -> Options:
     for option, value, known in (("clip", common.clip, get_args(Clip)), ("progress", common.progress, PROGRESS)):
         if value not in known:
             raise UsageError(f"there is no --{option} {value!r}; there are {', '.join(known)}")
-    presence = measured.pop("presence", None)
     return Options(
         start=parse_time(common.start) if common.start is not None else 0.0,
         end=parse_time(common.end) if common.end is not None else None,
+        lenient=common.lenient,
+        stream=common.stream,
         format=common.format,
         subtype=common.subtype,
         clip=common.clip,  # type: ignore[arg-type]
         overwrite=common.overwrite,
-        presence=common.json if presence is None else presence,
-        batch=common.batch_size,
-        workers=common.jobs,
+        batch_size=common.batch_size,
+        jobs=common.jobs,
         **measured,
     )
 
@@ -136,7 +137,7 @@ def _load(common: Common) -> Model:
     from clapsep_cli.store.library import load_model
 
     with downloads(common.quiet) as shown:
-        model = load_model(common.model, common.device, common.precision, say=note, progress=shown)
+        model = load_model(common.model, common.device, common.precision, say=notes(common.quiet), progress=shown)
     if common.adapter:
         from clapsep_cli.store.adapters import apply
 
@@ -145,7 +146,7 @@ def _load(common: Common) -> Model:
 
 
 def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:
-    """Why what is asked for may go wrong. Raises `QueryError` where it is the same for all and cannot be asked."""
+    """Reasons why results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
     sets = {id(job.targets): job.targets for job in jobs}.values()
     doubts: dict[str, None] = {}  # a set that keeps its order
     for targets in sets:
@@ -157,19 +158,27 @@ def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:
     return list(doubts)
 
 
+def _stops() -> list[signal.Signals]:
+    """The signals that stop a run. SIGHUP, which a closed terminal sends, stays ignored under nohup."""
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
+    return stops
+
+
 @contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts."""
+def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        with suppress(RuntimeError):  # it came while something else was being printed
-            note("stopping after the windows at hand; once more to stop at once")
+        with suppress(RuntimeError, OSError):  # it came while something else was being printed, or nothing can be
+            notes(quiet)(f"{said}; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in _stops()}
     try:
         yield stop
     finally:
@@ -182,11 +191,11 @@ def _named(path: Path, stream: str) -> str:
 
 
 class _Lines:
-    """What is printed of a run of `count` recordings: for people, or as JSON; on stderr if stdout carries audio."""
+    """Prints a run of `count` recordings: for people, or as JSON; on stderr if stdout carries audio."""
 
     def __init__(self, common: Common, model: Model, count: int) -> None:
         self.json, self.model, self.count = common.json, model, count
-        self.silent = common.quiet and not common.json
+        self.silent, self.say = common.quiet and not common.json, notes(common.quiet)
         self.piped = _to_stdout(common)
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -196,12 +205,12 @@ class _Lines:
             echo(line, sys.stderr if self.piped else sys.stdout)
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """Say with what is separated, and what is asked for."""
+        """Print the model, the device and the queries."""
         if self.json:
             return
         revision = f" ({self.model.revision})" if self.model.revision else ""
         sets = {id(job.targets): job.targets for job in jobs}
-        asked = _asked(jobs[0].targets) if len(sets) == 1 else "queries of their own"
+        asked = _described(jobs[0].targets) if len(sets) == 1 else "queries of their own"
         asked = textwrap.shorten(asked, HEADER_LETTERS, placeholder=" …")
         self._print(f"{self.model.name}{revision} on {self.model.device}, {self.model.precision}: {asked}")
 
@@ -215,7 +224,7 @@ class _Lines:
         if self.json:
             self._object(job.input.path, "skipped", outputs={part: str(path) for part, path in job.outputs.items()})
         elif self.count < 2:  # of many, it is enough to know the number
-            self._print(f"{job.input.path}: done before")
+            self._print(f"{job.input.path}: done before{'' if job.outputs else ', without what was asked for'}")
 
     def failed(self, failure: Failure) -> None:
         self.outcomes[FAULTY] += 1
@@ -226,10 +235,13 @@ class _Lines:
 
     def done(self, done: Extraction) -> None:
         self.outcomes[DONE if done.outputs else ABSENT] += 1
+        for line in done.notes:
+            self.say(line)
         for part, count in done.clipped.items():
             if count:
                 were = "samples were" if count > 1 else "sample was"
-                note(f"{_named(done.outputs[part], 'output')}: {count} {were} over full scale and clipped; see --clip")
+                name = _named(done.outputs[part], "output")
+                self.say(f"{name}: {count} {were} over full scale and clipped; see --clip")
         if self.json:
             facts = done.as_json()
             self._object(facts.pop("mixture"), "done" if done.outputs else "absent", **facts)
@@ -243,12 +255,8 @@ class _Lines:
         if done.gain != 1:
             self._print(f"  all parts were lowered by {-20 * log10(done.gain):.2f} dB so that nothing clips")
         for target, score in done.presence.items():
-            told = (
-                "{score:.2f} (likeness {after:.2f}, of the mixture {before:.2f})".format(**score)
-                if score
-                else "unknown"
-            )
-            self._print(f"  presence of {target}: {told}")
+            left = "; not written" if target in done.absent else ""
+            self._print(f"  presence of {target}: {_presence(score)}{left}")
         if not done.outputs:
             self._print("  nothing written: below --min-presence")
         named = {**done.outputs, **({"picture": done.picture} if done.picture else {})}
@@ -257,7 +265,7 @@ class _Lines:
             self._print(f"  {part:{width}}  {_named(path, 'output')}")
 
     def end(self) -> None:
-        """Sum up what became of several recordings, and repeat why some failed."""
+        """Print a summary of several recordings, with the reasons of those that failed."""
         if self.count < 2:
             return
         left = self.count - sum(self.outcomes.values())
@@ -268,6 +276,13 @@ class _Lines:
             note("\n  ".join([f"{len(self.failures)} of {self.count} files failed:", *self.failures]))
 
 
-def _asked(targets: Mapping[str, Query]) -> str:
+def _presence(score: Mapping[str, float] | None) -> str:
+    if score is None:
+        return "unknown"
+    likely = ", probably not there" if score["score"] < 0 else ""
+    return "{score:.2f}{} (likeness {after:.2f}, of the mixture {before:.2f})".format(likely, **score)
+
+
+def _described(targets: Mapping[str, Query]) -> str:
     single = list(targets) == ["target"]
     return "; ".join(query.describe() if single else f"{name}: {query.describe()}" for name, query in targets.items())

@@ -1,4 +1,4 @@
-"""`clapsep separate`: a recording into as many parts as there are prompts."""
+"""`clapsep separate`: separates a recording into one part for each prompt."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typer.core import TyperCommand
 from clapsep_cli.cli.options import OUTPUT, Common, takes
 from clapsep_cli.cli.run import carry_out, find
 from clapsep_cli.cli.terminal import among
-from clapsep_cli.errors import UsageError
+from clapsep_cli.errors import DownloadError, UsageError
 from clapsep_cli.models.prompts import PROMPTS, TASKS
+from clapsep_cli.registry import BUNDLED
 
 PANEL = "Prompts"  # of --help
 LISTS = ("--prompts", "--only")
@@ -50,7 +51,7 @@ def separate(
     common: Common,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for a WAV from stdin."),
+        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
     ] = None,
     prompts: Annotated[
         list[str] | None,
@@ -59,7 +60,7 @@ def separate(
             metavar="NAME...",
             rich_help_panel=PANEL,
             autocompletion=among(*PROMPTS),
-            help="All that there is; repeat equal sounds.",
+            help="All sounds in the recording; repeat equal ones.",
         ),
     ] = None,
     task: Annotated[
@@ -82,14 +83,10 @@ def separate(
             help="Write only these of the parts.",
         ),
     ] = None,
-    residual: Annotated[
-        bool, typer.Option("--residual", rich_help_panel=OUTPUT, help="Also write what the parts leave.")
-    ] = False,
+    residual: Annotated[bool, typer.Option("--residual", rich_help_panel=OUTPUT, help="Also write the rest.")] = False,
     consistent: Annotated[
         bool,
-        typer.Option(
-            "--consistent", rich_help_panel=OUTPUT, help="Spread what the parts leave over them, so that they add up."
-        ),
+        typer.Option("--consistent", rich_help_panel=OUTPUT, help="Add the rest to the parts, so that they add up."),
     ] = False,
 ) -> None:
     """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.
@@ -115,7 +112,13 @@ def separate(
     targets = {part: Query(pos=name) for part, name in named.items()}
     asked = [(item, targets) for item in find(inputs or [], common)]
     destination = Destination(only=chosen, residual=residual)
-    carry_out(asked, replace(common, model=common.model or DEFAULT), destination, True, consistent=consistent)
+    try:
+        carry_out(asked, replace(common, model=common.model or DEFAULT), destination, None, consistent=consistent)
+    except DownloadError as error:
+        if common.model:
+            raise
+        instead = f"without a network, --model {BUNDLED} takes any words: --prompts {' '.join(names)}"
+        raise DownloadError(f"{error}; {instead}") from error
 
 
 def parts(names: Sequence[str]) -> dict[str, str]:

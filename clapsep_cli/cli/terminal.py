@@ -1,4 +1,4 @@
-"""What all commands share: their common options, and what they say on stderr while they work."""
+"""What all commands share: common options, notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from clapsep_cli.errors import ClapsepWarning
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
@@ -39,9 +41,10 @@ def model_option(panel: str | None = None) -> Any:
     return typer.Option(
         "--model",
         metavar="NAME|PATH",
+        envvar="CLAPSEP_MODEL",
         autocompletion=among(*MODELS),
         rich_help_panel=panel,
-        help="A model by name or folder; by default the best there is.",
+        help="A model by name or folder; by default the best available.",
     )
 
 
@@ -51,15 +54,23 @@ def device_option(panel: str | None = None) -> Any:
         "--device",
         "-d",
         metavar="NAME",
+        envvar="CLAPSEP_DEVICE",
         autocompletion=among(*DEVICES),
         rich_help_panel=panel,
         help="auto, cpu, cuda, cuda:N or mps.",
     )
 
 
+def silence(quiet: bool) -> bool:
+    """Drop the library's warnings from now on if `quiet`."""
+    if quiet:
+        warnings.simplefilter("ignore", ClapsepWarning)
+    return quiet
+
+
 def quiet_option(panel: str | None = None) -> Any:
     """`--quiet`, likewise."""
-    return typer.Option("--quiet", "-q", rich_help_panel=panel, help="Print nothing but errors.")
+    return typer.Option("--quiet", "-q", callback=silence, rich_help_panel=panel, help="Print nothing but errors.")
 
 
 ModelOption = Annotated[str | None, model_option()]
@@ -81,11 +92,12 @@ ModelDirOption = Annotated[
         metavar="DIR",
         callback=use_home,
         expose_value=False,
-        help="Where models are kept; the environment variable CLAPSEP_HOME says the same.",
+        help="Folder of the models; like the variable CLAPSEP_HOME.",
     ),
 ]
 
 
+LINE_LETTERS = 1000  # of a note at most
 PROGRESS = ("auto", "json", "none")
 NAME_LETTERS = 40  # of a recording's name beside its bar
 
@@ -99,59 +111,65 @@ def plain(text: str) -> str:
 def echo(line: str, stream: TextIO) -> None:
     """Print a line, whatever is in it and whatever the stream can show."""
     encoding = stream.encoding or "utf-8"
-    typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    try:
+        typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    except OSError:  # the reader has gone, or the terminal; a lost note is no failure
+        if stream is not sys.stderr:
+            raise
 
 
 def note(line: str) -> None:
-    """Tell the user something, on stderr."""
-    echo(f"clapsep: {line}", sys.stderr)
+    """Print on stderr; of a line that is very long, by a text of the user's for instance, the beginning and the end."""
+    half = LINE_LETTERS // 2
+    lines = (one if len(one) <= LINE_LETTERS else f"{one[:half]} … {one[-half:]}" for one in line.split("\n"))
+    echo("clapsep: " + "\n".join(lines), sys.stderr)
 
 
-def progress(quiet: bool, *, transfer: bool = False) -> Progress | _NoProgress:
-    """Progress bars on stderr, if somebody is there to see them; of a `transfer` in bytes and their rate."""
-    if quiet or not sys.stderr.isatty():
-        return _NoProgress()
-    from rich import progress as bars
+def notes(quiet: bool) -> Callable[[str], None]:
+    """`note`, or nothing if `quiet`: for everything that is no error."""
+    return (lambda line: None) if quiet else note
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print the library's warnings on stderr as notes, each once."""
+    with warnings.catch_warnings():
+        others, shown = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, ClapsepWarning):
+                others(message, category, *place, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                note(str(message))
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", ClapsepWarning)
+        yield
+
+
+def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:
+    """Progress bars on stderr, disabled if `quiet` or without a terminal; of a `transfer` in bytes and their rate."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import Progress
 
-    measure = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if transfer else ()
-    described = bars.TextColumn("{task.description}", markup=False)
-    columns = (described, bars.BarColumn(), *measure, bars.TimeRemainingColumn())
-    # Lines that are printed meanwhile go above the bars; but what a file or a pipe is to get is left alone.
-    aside = sys.stdout.isatty()
-    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=aside)
-
-
-class _NoProgress:
-    """Stands in for rich's bars where there is no terminal, and saves their import."""
-
-    def __enter__(self) -> _NoProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def add_task(self, description: str, *, total: float | None) -> TaskID:
-        return cast("TaskID", 0)
-
-    def update(
-        self, task: TaskID, *, completed: float, total: float | None = None, description: str | None = None
-    ) -> None:
-        pass
-
-    def remove_task(self, task: TaskID) -> None:
-        pass
-
-    def advance(self, task: TaskID, advance: float = 1) -> None:
-        pass
+    measure = (progress.DownloadColumn(), progress.TransferSpeedColumn()) if transfer else ()
+    described = progress.TextColumn("{task.description}", markup=False)
+    return progress.Progress(
+        *(described, progress.BarColumn(), *measure, progress.TimeRemainingColumn()),
+        console=Console(stderr=True),
+        transient=True,
+        # Lines that are printed meanwhile go above the bars, but what a file or a pipe gets is left alone.
+        redirect_stdout=sys.stdout.isatty(),
+        disable=quiet or not sys.stderr.isatty(),
+    )
 
 
 @contextmanager
 def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr for each file that is downloaded while it lasts."""
     tasks: dict[str, TaskID] = {}
-    with progress(quiet, transfer=True) as bars:
+    with progress_bars(quiet, transfer=True) as bars:
 
         def update(file: str, done: int, total: int) -> None:
             if file not in tasks:
@@ -171,7 +189,7 @@ class Reporter:
         self.json, self.count, self.finished = how == "json" and not quiet, count, 0
         self.open: dict[Path, _Under] = {}
         self.seconds = 0.0  # that are separated, of all recordings
-        self.bars = progress(quiet or how != "auto")
+        self.bars = progress_bars(quiet or how != "auto")
         self.all: TaskID | None = None
 
     def __enter__(self) -> Reporter:
@@ -217,7 +235,7 @@ class Reporter:
         return f"{self.seconds / max(1e-6, time.monotonic() - self.began):.0f} × real time"
 
     def _say(self, event: str, path: Path, **facts: object) -> None:
-        typer.echo(json.dumps({"event": event, "input": str(path), **facts}), err=True)
+        echo(json.dumps({"event": event, "input": str(path), **facts}), sys.stderr)
 
 
 @dataclass

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
-from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, note
+from clapsep_cli.cli.run import stoppable
+from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, notes
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from clapsep_cli.training.train import Recipe, Report
+    from clapsep_cli.training.loop.train import Recipe, Report
 
 ManifestArgument = Annotated[
     Path | None,
@@ -72,20 +73,30 @@ TextOption = Annotated[
 ParaphrasesOption = Annotated[
     str | None, typer.Option("--paraphrases", metavar="CSV", help="mini: further captions by label: label,captions.")
 ]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="mini: steps of the separator.")]
-AudioStepsOption = Annotated[int | None, typer.Option("--audio-steps", min=1, help="mini: steps of the audio encoder.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="mini: steps of the separator.")]
+AudioStepsOption = Annotated[
+    int | None, typer.Option("--audio-steps", metavar="N", min=1, help="mini: steps of the audio encoder.")
+]
 EpochsOption = Annotated[
     int | None,
-    typer.Option("--epochs", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."),
+    typer.Option(
+        "--epochs", metavar="N", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."
+    ),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Everything drawn at random follows from it; 0.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Everything drawn at random follows from it; 0.")
+]
 AcceleratorOption = Annotated[
     str,
-    typer.Option("--accelerator", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
+    typer.Option("--accelerator", metavar="NAME", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
 ]
 DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
-NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start this on each, by torchrun or SLURM.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="bf16-mixed or 32-true; the preset's if not given.")]
+NodesOption = Annotated[
+    int, typer.Option("--nodes", metavar="N", min=1, help="Machines; start this on each, by torchrun or SLURM.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", metavar="NAME", help="bf16-mixed or 32-true; by default bf16-mixed where native.")
+]
 
 
 def train(
@@ -132,13 +143,14 @@ def train(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     recipe = _recipe(preset, init, config, settings or [], given, quiet)
-    from clapsep_cli.training.train import Hardware
-    from clapsep_cli.training.train import train as train_model
+    from clapsep_cli.training.loop.train import Hardware
+    from clapsep_cli.training.loop.train import train as train_model
 
     startup.keep_memory()
     folder = out or Path("runs") / listed.stem
     hardware = Hardware(accelerator, devices, nodes, precision)
-    leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware)
+    with stoppable(quiet, "stopping after this step; its state is saved") as stop:
+        leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware, stop)
     if leads and not quiet:
         typer.echo(f"done: {recipe.use.format(folder=folder)}")
         for adapter in sorted(folder.glob("adapter.safetensors")):
@@ -157,25 +169,33 @@ def _recipe(
 ) -> Recipe:
     """The preset with all that overrides it. The model that it starts from is there afterwards."""
     from clapsep_cli.store.library import load_model
-    from clapsep_cli.training import recipes
+    from clapsep_cli.training.loop.settings import parse_setting, read_settings
+    from clapsep_cli.training.recipes import presets
 
     with downloads(quiet) as shown:
         if preset is None:
-            preset = recipes.DEFAULT
+            preset = presets.DEFAULT
             if init:
-                preset = recipes.preset_of(load_model(init, "cpu", say=note, progress=shown).family, init)
-        overrides = [recipes.read_settings(config)] if config else []
-        recipe = recipes.build(preset, *overrides, *map(recipes.parse_setting, settings), given)
+                preset = presets.preset_of(load_model(init, "cpu", say=notes(quiet), progress=shown).family, init)
+        overrides = [read_settings(config)] if config else []
+        recipe = presets.build(preset, *overrides, *map(parse_setting, settings), given)
         if recipe.needs:
-            load_model(recipe.needs, "cpu", say=note, progress=shown)
+            load_model(recipe.needs, "cpu", say=notes(quiet), progress=shown)
     return recipe
 
 
 def _print(report: Report) -> None:
+    from clapsep_cli.training.loop.train import ESTIMATE
+
+    if report.stage == ESTIMATE:
+        stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in report.figures.items())
+        typer.echo(f"about {_duration(report.seconds_left)} in all: {stages}")
+        return
     figures = "  ".join(f"{name} {value:.4g}" for name, value in report.figures.items())
     measure = f"{report.measure}: " if report.measure else ""
     left = "" if math.isnan(report.seconds_left) else f"  {_duration(report.seconds_left)} left"
-    typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}")
+    text = f"  {report.text}" if report.text else ""
+    typer.echo(f"{report.stage} {report.step}/{report.steps}  {measure}{figures}{left}{text}")
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, downloads, note
-from clapsep_cli.errors import UsageError
+from clapsep_cli.errors import ExtraError, UsageError
 
 
 def ui(
@@ -29,7 +29,7 @@ def ui(
     """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise UsageError(f'clapsep ui takes {" and ".join(missing)} too: pip install "clapsep[ui]"')
+        raise ExtraError(f'clapsep ui takes {" and ".join(missing)} too: pip install "clapsep[ui]"')
     from clapsep_cli.page.server import Page
     from clapsep_cli.page.session import Session
     from clapsep_cli.registry import MODELS

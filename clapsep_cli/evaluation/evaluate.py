@@ -17,7 +17,7 @@ from clapsep_cli import dsp
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.audio.sources import read_mono
 from clapsep_cli.data import fit, mix, read_clip
-from clapsep_cli.errors import ClapsepError, ManifestError, ModelError
+from clapsep_cli.errors import ExtraError, ManifestError, ModelError
 from clapsep_cli.evaluation.mixtures import Mixture, Shots
 from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score, ScoreFile
 from clapsep_cli.metrics import bss_sdr, sdr, si_sdr
@@ -182,12 +182,12 @@ def evaluate(
     """Yield the scores of each mixture from row `start` on: one for each kind of query that `plan` has for it.
 
     Files are in `folder`; `shots` are those of `read_shots`. Before the first mixture it raises `QueryError` for a text
-    that `model` does not understand, `ManifestError` where there is nothing to ask, and `ClapsepError` where BSS-eval
+    that `model` does not understand, `ManifestError` where there is nothing to ask, and `ExtraError` where BSS-eval
     is asked for and torchmetrics is not installed.
     """
     plan = plan or Plan()
     if plan.bss and find_spec("torchmetrics") is None:
-        raise ClapsepError("BSS-eval needs torchmetrics: pip install 'clapsep[evaluate]', or leave it out: --no-bss")
+        raise ExtraError("BSS-eval needs torchmetrics: pip install 'clapsep[evaluate]', or leave it out: --no-bss")
     asked = [plan.queries(row, folder, shots or {}) for row in rows]
     anything = next((query for queries in asked for query in queries.values()), None)
     if anything is None:

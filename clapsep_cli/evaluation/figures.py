@@ -50,10 +50,13 @@ def _axis(low: float, high: float) -> str:
 
 
 def _density(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Density of `values` at evenly spaced points, scaled to a maximum of 1."""
     quartiles = np.percentile(values, [25, 75])
     spread = min(float(values.std()), float(np.diff(quartiles)[0]) / 1.34) or float(values.std()) or 1.0
-    width = 0.9 * spread * len(values) ** -0.2  # Silverman's rule
-    return np.asarray(np.exp(-0.5 * np.square((at[:, None] - values) / width)).sum(1))
+    # Silverman's rule; but no curve so narrow that it falls between two points.
+    width = max(0.9 * spread * len(values) ** -0.2, float(at[1] - at[0]))
+    density = np.exp(-0.5 * np.square((at[:, None] - values) / width)).sum(1)
+    return np.asarray(density / max(density.max(), 1e-30))  # values beyond the axis leave nothing to draw
 
 
 def violins(samples: Mapping[str, Sequence[float]], unit: str = "dB") -> str:
@@ -73,8 +76,7 @@ def violins(samples: Mapping[str, Sequence[float]], unit: str = "dB") -> str:
     rows = []
     for name, listed in samples.items():
         values = np.asarray(listed, np.float64)
-        density = _density(values, at)
-        half = 27 * density / density.max()
+        half = 27 * _density(values, at)
         x = (at - low) / (high - low) * 1000
         outline = [*zip(x, 30 - half, strict=True), *zip(x[::-1], (30 + half)[::-1], strict=True)]
         q1, median, q3 = ((q - low) / (high - low) * 1000 for q in np.percentile(values, [25, 50, 75]))

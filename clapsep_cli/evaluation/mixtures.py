@@ -17,6 +17,7 @@ from clapsep_cli.errors import ManifestError, OutputError
 from clapsep_cli.files import replacing
 from clapsep_cli.tables import MAX_FAULTS_SHOWN, check_faults, read_table
 
+PREFIX = "the sound of"  # before labels, as in the paper (IV-A2)
 Shots = Mapping[str, Sequence[str]]  # files by class, which is a label or a caption, in lower case
 
 
@@ -87,17 +88,19 @@ def check_files(
     return whole, {name: [file for file in files if file not in missing] for name, files in shots.items()}
 
 
-def labelled_clips(source: Path, split: str | None = None) -> tuple[list[Clip], Path]:
+def labelled_clips(source: Path, split: str | None = None, prefix: str = PREFIX) -> tuple[list[Clip], Path]:
     """The clips of a manifest, or of a folder with a sub-folder for each label, and the folder their files are in.
 
-    In a folder, a label becomes "the sound of X" (paper IV-A2). `split`: take those of one split alone. Raises
-    `ManifestError`.
+    In a folder, the caption is `prefix` and the label; a manifest has captions of its own. `split`: take those of one
+    split alone. Raises `ManifestError`.
     """
     if source.is_dir():
+        if split is not None:
+            raise ManifestError(f"{source}: a folder has no splits; use --split with a manifest")
         files = sorted(p for p in source.glob("*/**/*") if p.suffix.lower() in SUFFIXES and p.is_file())
         labels = [file.relative_to(source).parts[0] for file in files]
         clips = [
-            Clip(file, label, (f"the sound of {label.replace('_', ' ')}",), split or "")
+            Clip(file, label, (f"{prefix} {label.replace('_', ' ')}".strip(),), "")
             for file, label in zip(files, labels, strict=True)
         ]
         if not clips:

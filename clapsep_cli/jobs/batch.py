@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputError, StoppedError
 from clapsep_cli.jobs.recording import Recording
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options, Progress
+from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.query import Excerpt
 from clapsep_cli.store.checkpoint import Model
 
@@ -41,7 +41,7 @@ def run(
     jobs: Iterable[Job],
     model: Model,
     options: Options = Options(),
-    progress: Progress = _quiet,
+    progress: JobProgress = _quiet,
     stop: threading.Event | None = None,
 ) -> Generator[Extraction | Failure, None, None]:
     """Do `jobs`, yielding what became of each as soon as it is known.
@@ -67,11 +67,11 @@ class _Opened(ExitStack):
     def __init__(self, model: Model, options: Options, stop: threading.Event) -> None:
         super().__init__()
         self.model, self.options, self.stop = model, options, stop
-        self.at_once = options.batch  # windows; 0 until the device was asked
+        self.at_once = options.batch_size  # windows; 0 until the device was asked
         self.recordings: list[Recording] = []
         self.failures: list[Failure] = []  # that nobody was told of yet
         self.asked: dict[tuple[int, tuple[str, ...]], tuple[Job, Any]] = {}
-        self.io = ThreadPoolExecutor(max(1, options.workers), thread_name_prefix="clapsep-io")
+        self.io = ThreadPoolExecutor(max(1, options.jobs), thread_name_prefix="clapsep-io")
         self.callback(self._close)
 
     def _close(self) -> None:
@@ -96,8 +96,10 @@ class _Opened(ExitStack):
         key = id(job.targets), tuple(job.kept)
         if key in self.asked:
             return self.asked[key][1]
-        path = job.input.path
-        queries = {name: query.within(lambda a, b: Excerpt(path, a, b)) for name, query in job.targets.items()}
+        path, lenient, stream = job.input.path, self.options.lenient, self.options.stream
+        queries = {
+            name: query.within(lambda a, b: Excerpt(path, a, b, lenient, stream)) for name, query in job.targets.items()
+        }
         names = list(queries)
         wanted = self.model.ask(list(queries.values()), [names.index(name) for name in job.kept])
         if not job.has_spans:
@@ -125,7 +127,7 @@ class _Opened(ExitStack):
 
     def _open(self, job: Job) -> None:
         try:
-            recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result)
+            recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result, self.check)
         except (ClapsepError, OSError) as error:
             self._fail(job, error)
             return
@@ -157,7 +159,7 @@ class _Opened(ExitStack):
             return
         began = time.perf_counter()
         try:
-            results = self.model.infer([window for _, window in batch], batch[0][0].wanted)
+            results = self.model.infer([window for _, window in batch], batch[0][0].wanted, self.check)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise DeviceError(f"{self.model.device} has not the memory for a window; use -d cpu") from error
@@ -169,7 +171,7 @@ class _Opened(ExitStack):
             recording.elapsed += share
             recording.passage.accept(result)
 
-    def deliver(self, progress: Progress) -> Iterator[Extraction | Failure]:
+    def deliver(self, progress: JobProgress) -> Iterator[Extraction | Failure]:
         """Hand on what is final; yield the recordings that are done, and those that failed."""
         for recording in list(self.recordings):
             try:

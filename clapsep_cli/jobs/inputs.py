@@ -14,7 +14,7 @@ from clapsep_cli.audio.sources import STDIN, SUFFIXES
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError
 from clapsep_cli.files import is_there, path_in
 from clapsep_cli.query import RESIDUAL, TARGET
-from clapsep_cli.tables import check_faults
+from clapsep_cli.tables import check_faults, decoded
 
 MAGIC = re.compile(r"[*?\[]")
 
@@ -25,10 +25,12 @@ Say = Callable[[str], None]  # is told, in a line, what was left out
 class Input:
     """A recording to work on. `below` is its place in the tree that was named, which outputs mirror: relative to the
     folder, to the fixed part of the pattern, or to the manifest's folder; for a file that was named itself, its name.
+    `fault`: why it cannot be used, if that is known already.
     """
 
     path: Path
     below: Path
+    fault: ClapsepError | None = None
 
 
 def _never(path: Path) -> bool:
@@ -56,8 +58,8 @@ def expand(
     where its outputs go below `out`, that is named after it and is a `.target` or `.residual`, or that `written` tells
     to be ours.
 
-    Raises `AudioError` where an argument names nothing, and where it names no recordings; `ManifestError` for a list
-    that cannot be used.
+    A name that leads to nothing is an input with a `fault`, so that the others are done; where there is no other, it is
+    raised. Raises `AudioError` where an argument is empty, and `ManifestError` for a list that cannot be used.
     """
     if "-" in arguments:
         if len(arguments) > 1:
@@ -65,12 +67,17 @@ def expand(
         return [Input(STDIN, Path("stdin"))]
     found: dict[tuple[int, int, str], Input] = {}
     for argument in arguments:
+        if not argument:
+            raise AudioError("an input has an empty name; is a variable not set?")
         if argument.startswith("@") and not is_there(Path(argument)):
             inputs = _listed(Path(argument[1:]), recursive, say)
         else:
-            inputs = _named(argument, Path(), recursive, say)
+            inputs = _tried(argument, Path(), recursive, say)
         for item in inputs:
-            found.setdefault(_identity(item.path), item)
+            found.setdefault(_identity(item), item)
+    faults = [item.fault for item in found.values() if item.fault]
+    if faults and len(faults) == len(found):
+        raise faults[0]
     return _without_outputs(list(found.values()), out, written, say)
 
 
@@ -90,15 +97,26 @@ def natural(path: Path) -> list[tuple[list[str | int], str]]:
     return [([int(p) if at % 2 else p for at, p in enumerate(split)], part) for part, split in pieces]
 
 
-def _identity(path: Path) -> tuple[int, int, str]:
+def _identity(item: Input) -> tuple[int, int, str]:
     # Hard links are files of their own; one name in two spellings, where the system takes them for one, is not.
-    status = path.stat()
-    return status.st_dev, status.st_ino, folded(str(path.resolve()))
+    if item.fault:
+        return 0, 0, str(item.path)
+    status = item.path.stat()
+    return status.st_dev, status.st_ino, folded(str(item.path.resolve()))
+
+
+def _tried(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:
+    try:
+        return _named(argument, folder, recursive, say)
+    except AudioError as error:
+        return [_faulty(argument, error)]
+
+
+def _faulty(argument: str, fault: AudioError) -> Input:
+    return Input(Path(argument), Path(Path(argument).name), fault)
 
 
 def _named(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:
-    if not argument:
-        raise AudioError("an input has an empty name; is a variable not set?")
     path = path_in(folder, argument)
     try:
         path.stat()
@@ -126,10 +144,16 @@ def _matches(pattern: Path) -> list[Input]:
         found = [match for match in found if not any(part.startswith(".") for part in match.parts)]
     if not found:
         raise AudioError(f"{pattern}: no such file, and nothing matches it as a pattern")
-    recordings = [below for below in found if below.suffix.lower() in SUFFIXES and (root / below).is_file()]
+    # A link that leads nowhere matches, too: it fails later, as it does where the shell fills in the pattern.
+    files = (below for below in found if (root / below).is_file() or not is_there(root / below))
+    recordings = [below for below in files if below.suffix.lower() in SUFFIXES]
     if not recordings:
         raise AudioError(f"{pattern}: matches no recordings, only {min(found, key=natural)} and the like")
-    return [Input(root / below, below) for below in sorted(recordings, key=natural)]
+    return [Input(root / below, below, _missing(root / below)) for below in sorted(recordings, key=natural)]
+
+
+def _missing(path: Path) -> AudioError | None:
+    return None if is_there(path) else AudioError(f"{path}: no such file")
 
 
 def _in_folder(root: Path, recursive: bool, say: Say) -> list[Input]:
@@ -166,7 +190,7 @@ def _in_folder(root: Path, recursive: bool, say: Say) -> list[Input]:
 def _listed(path: Path, recursive: bool, say: Say) -> list[Input]:
     """What a list names: an argument a line, `#` before comments. Names are relative to the list's folder or, where
     they lead to nothing there, to the current one."""
-    found, faults = [], []
+    found: list[Input] = []
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         argument = line.strip()
         if not argument or argument.startswith("#"):
@@ -174,10 +198,12 @@ def _listed(path: Path, recursive: bool, say: Say) -> list[Input]:
         try:
             found += _named_in_list(argument, path.parent, recursive, say)
         except AudioError as error:
-            faults.append(f"line {number}: {error}")
-    check_faults(path, faults)
+            found.append(_faulty(argument, AudioError(f"{path}: line {number}: {error}")))
     if not found:
         raise ManifestError(f"{path}: this list names no recordings")
+    faults = [str(item.fault).removeprefix(f"{path}: ") for item in found if item.fault]
+    if len(faults) == len(found):
+        check_faults(path, faults)
     return found
 
 
@@ -193,9 +219,7 @@ def _named_in_list(argument: str, folder: Path, recursive: bool, say: Say) -> li
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        # What PowerShell writes with ">" is UTF-16, and says so by its first two bytes.
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return decoded(path.read_bytes())  # UTF-16 is what PowerShell writes with ">"
     except OSError as error:
         raise ManifestError(f"{path}: this list cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -209,7 +233,7 @@ def _without_outputs(
     stems: dict[Path, set[str]] = defaultdict(set)  # of the recordings whose outputs would be in a folder
     for item in inputs:
         for folder in (item.path.parent, *([out / item.below.parent] if out else ())):
-            stems[resolved(folder)].add(item.path.stem)
+            stems[resolved(folder)] |= {item.path.stem, item.path.name}
 
     def is_output(path: Path) -> bool:
         others = stems[resolved(path.parent)]
@@ -223,7 +247,7 @@ def _without_outputs(
         except ClapsepError:
             return False
 
-    left = {item: None for item in inputs if is_output(item.path)}  # a set that keeps its order
+    left = {item: None for item in inputs if not item.fault and is_output(item.path)}  # a set that keeps its order
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         say(f"left out, as outputs of other inputs: {next(iter(left)).path}{more}")

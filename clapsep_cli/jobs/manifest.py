@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clapsep_cli.errors import ManifestError
+from clapsep_cli.errors import AudioError, ManifestError
 from clapsep_cli.files import is_there, path_in
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.tables import check_faults, read_table
@@ -28,8 +28,8 @@ class JobRow:
 def read_jobs(path: Path) -> list[JobRow]:
     """Read a CSV of jobs with the column `file` and any of `pos`, `neg`, `query_audio`, `neg_audio`.
 
-    A cell holds several values separated by ";". Paths are relative to the CSV. Raises `ManifestError`, which lists
-    what is wrong line by line.
+    A cell holds several values separated by ";". Paths are relative to the CSV. A recording that is not there is an
+    input with a `fault`, unless all are. Raises `ManifestError`, which lists what is wrong line by line.
     """
     rows = read_table(path, ("file",))
     columns = list(rows[0][1]) if rows else []
@@ -40,12 +40,15 @@ def read_jobs(path: Path) -> list[JobRow]:
         what = f"unknown column {', '.join(map(repr, unknown))}" if unknown else "no column with a query"
         raise ManifestError(f"{path}: {what}; the columns are {','.join(COLUMNS)}")
     faults: list[str] = []
-    jobs = [_job(path.parent, line, row, faults) for line, row in rows]
-    check_faults(path, faults)
+    jobs = [_job(path, line, row, faults) for line, row in rows]
+    missing = [str(job.input.fault).removeprefix(f"{path}: ") for job in jobs if job.input.fault]
+    check_faults(path, faults or (missing if len(missing) == len(jobs) else []))
     return jobs
 
 
-def _job(folder: Path, line: int, row: dict[str, str], faults: list[str]) -> JobRow:
+def _job(path: Path, line: int, row: dict[str, str], faults: list[str]) -> JobRow:
+    folder, fault = path.parent, None
+
     def values(column: str) -> tuple[str, ...]:
         return tuple(value.strip() for value in row.get(column, "").split(";") if value.strip())
 
@@ -58,9 +61,9 @@ def _job(folder: Path, line: int, row: dict[str, str], faults: list[str]) -> Job
     if not row["file"]:
         faults.append(f"line {line}: no file named")
     elif not is_there(recording):
-        faults.append(f"line {line}: no such file {recording}")
+        fault = AudioError(f"{path}: line {line}: no such file {recording}")
     elif recording.is_dir():
         faults.append(f"line {line}: {recording} is a folder")
     below = recording.relative_to(folder) if recording.is_relative_to(folder) else Path(recording.name)
-    item = Input(recording, Path(recording.name) if ".." in below.parts else below)
+    item = Input(recording, Path(recording.name) if ".." in below.parts else below, fault)
     return JobRow(line, item, values("pos"), values("neg"), shots("query_audio"), shots("neg_audio"))

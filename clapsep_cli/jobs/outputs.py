@@ -13,13 +13,14 @@ from string import Formatter
 
 from clapsep_cli.audio.sources import STDIN
 from clapsep_cli.audio.writers import STDOUT
-from clapsep_cli.errors import OutputError
+from clapsep_cli.errors import OutputError, UsageError
 from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import Input, folded
 from clapsep_cli.query import RESIDUAL
 
+MARKS = "_clapsep"  # the folder below the outputs for markers of recordings without outputs
 TEMPLATE = "{stem}.{part}.{ext}"
-FIELDS = ("stem", "part", "ext", "query")
+FIELDS = ("stem", "name", "part", "ext", "query")
 NAME_BYTES = 224  # systems take 255; files that are still being written have some more in their names
 QUERY_BYTES = 96
 MARK_DIGITS = 8  # of the hash that stands for what was cut from a long name
@@ -36,24 +37,26 @@ Paths = Mapping[str, Path]  # of the outputs of one input, by part
 class Destination:
     """Where outputs go, and which parts of a recording become one.
 
-    `folder`: None for beside each recording, `-` for stdout. `template` of `output_paths`. `only` names the targets
-    that are written, of all that are asked for; `residual` adds what they leave of the mixture, and with `remove` only
-    that is written. `picture` adds a picture of each recording.
+    `folder`: None for beside each recording, `-` for stdout. `filename` is the `template` of `output_paths`. `only`
+    names the targets that are written; all if it is empty. `residual` adds what they leave of the mixture (None: unless
+    the output is stdout, which takes one part); with `remove` nothing else is written. `plot` adds a picture of each
+    recording.
     """
 
     folder: Path | None = None
-    template: str = TEMPLATE
+    filename: str = TEMPLATE
     only: Sequence[str] = ()
-    residual: bool = True
+    residual: bool | None = None
     remove: bool = False
-    picture: bool = False
+    plot: bool = False
 
     def parts(self, targets: Sequence[str]) -> list[str]:
         """The parts that are written of a recording with these targets."""
         if self.remove:
             return [RESIDUAL]
         chosen = [name for name in targets if not self.only or name in self.only]
-        return [*chosen, *([RESIDUAL] if self.residual and self.folder != STDOUT else [])]
+        wanted = self.folder != STDOUT if self.residual is None else self.residual
+        return [*chosen, *([RESIDUAL] if wanted else [])]
 
 
 def safe_name(text: str, limit: int = QUERY_BYTES) -> str:
@@ -63,7 +66,7 @@ def safe_name(text: str, limit: int = QUERY_BYTES) -> str:
     """
     letters = (letter if _is_safe(letter) else " " for letter in unicodedata.normalize("NFC", text))
     name = "_".join("".join(letters).split()).lstrip(".-_~").rstrip("._") or "_"
-    return _shortened(f"_{name}" if DEVICES.match(name) else name, limit)
+    return shortened(f"_{name}" if DEVICES.match(name) else name, limit)
 
 
 def _is_safe(letter: str) -> bool:
@@ -75,7 +78,8 @@ def _bytes(name: str) -> bytes:
     return name.encode("utf-8", "surrogatepass")  # names that are not UTF-8 have lone surrogates in Python
 
 
-def _shortened(name: str, limit: int) -> str:
+def shortened(name: str, limit: int) -> str:
+    """`name` in at most `limit` bytes; a longer one keeps its beginning, and a hash stands for the rest."""
     encoded = _bytes(name)
     if len(encoded) <= limit:
         return name
@@ -93,9 +97,10 @@ def output_paths(
 ) -> dict[str, Path]:
     """Where the `parts` of `item` go: beside it, or in `folder` at its place in the tree.
 
-    `template` may use `{stem}` and `{ext}`, `{part}` (which it must where there are several) and `{query}`, and lead
-    into folders below with `/`. Names longer than file systems take keep their beginning, and a hash of the rest.
-    Raises `OutputError` for a template that cannot be used or leads out of the folder.
+    `template` may use `{stem}` or `{name}` (the input's name without or with its suffix) and `{ext}`, `{part}` (which
+    it must where there are several) and `{query}`, and lead into folders below with `/`. Names longer than file systems
+    take keep their beginning, and a hash of the rest. Raises `UsageError` for a template that cannot be used or leads
+    out of the folder.
     """
     template = template.replace("\\", "/")
     _check_template(template, parts)
@@ -103,7 +108,7 @@ def output_paths(
     paths = {}
     for part in parts:
         values = {"part": part, "ext": extension, "query": safe_name(query)}
-        paths[part] = parent / _filled(template, item.below.stem, values)
+        paths[part] = parent / _filled(template, item.below, values)
     return paths
 
 
@@ -112,30 +117,32 @@ def _check_template(template: str, parts: Sequence[str]) -> None:
     try:
         fields = [field for field in Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
-        raise OutputError(f"{where}: cannot be used ({error}); write {{{{ for a brace") from error
+        raise UsageError(f"{where}: cannot be used ({error}); write {{{{ for a brace") from error
     if any(letter in FORBIDDEN_IN_TEMPLATES or unicodedata.category(letter) == "Cc" for letter in template):
-        raise OutputError(f"{where}: has characters that no file name may have on Windows")
+        raise UsageError(f"{where}: has characters that no file name may have on Windows")
     for _, name, spec, conversion in fields:
         if name not in FIELDS or spec or conversion:
             known = ", ".join(f"{{{field}}}" for field in FIELDS)
-            raise OutputError(f"{where}: there is no {{{name}}} as written here; there are {known}")
+            raise UsageError(f"{where}: there is no {{{name}}} as written here; there are {known}")
     if len(parts) > 1 and "part" not in {field[1] for field in fields}:
-        raise OutputError(f"{where}: {', '.join(parts)} would be one file; use {{part}}")
+        raise UsageError(f"{where}: {', '.join(parts)} would be one file; use {{part}}")
 
 
-def _filled(template: str, stem: str, values: Mapping[str, str]) -> Path:
+def _filled(template: str, below: Path, values: Mapping[str, str]) -> Path:
     where = f"--filename {template!r}"
-    filled = template.format(stem=stem, **values)
+    own = {"stem": below.stem, "name": below.name}
+    filled = template.format(**own, **values)
     excess = max(len(_bytes(name)) for name in filled.split("/")) - NAME_BYTES
     if excess > 0:
-        filled = template.format(stem=_shortened(stem, max(0, len(_bytes(stem)) - excess)), **values)
+        own = {field: shortened(text, max(0, len(_bytes(text)) - excess)) for field, text in own.items()}
+        filled = template.format(**own, **values)
     names = filled.split("/")
     if any(len(_bytes(name)) > NAME_BYTES for name in names):
-        raise OutputError(f"{where}: makes names that are too long for a file system")
+        raise UsageError(f"{where}: makes names that are too long for a file system")
     if not names[0] or ".." in names:
-        raise OutputError(f"{where}: leads out of the folder for outputs; use -o to choose another")
+        raise UsageError(f"{where}: leads out of the folder for outputs; use -o to choose another")
     if not names[-1].endswith(f".{values['ext']}"):
-        raise OutputError(f"{where}: gives {names[-1]!r}, which does not end in .{values['ext']}; end it in .{{ext}}")
+        raise UsageError(f"{where}: gives {names[-1]!r}, which does not end in .{values['ext']}; end it in .{{ext}}")
     return Path(*names)
 
 
@@ -157,7 +164,8 @@ def check_outputs(planned: Iterable[tuple[Input, Paths]], overwrite: bool = Fals
                 other, named = writers[place]
                 also = "" if other.name == path.name else f" (for some systems the same as {other.name})"
                 both = f"both {named} and {item.path}" if named != item.path else f"two parts of {item.path}"
-                raise OutputError(f"{path}: {both} would write it{also}; rename one, or use -o or --filename")
+                way = 'use --filename "{name}.{part}.{ext}"' if named.stem == item.path.stem else "use -o or --filename"
+                raise OutputError(f"{path}: {both} would write it{also}; rename one, or {way}")
             if place in read:
                 raise OutputError(
                     f"{path}: is an input ({read[place]}) and would be written for {item.path}; use -o or --filename"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import textwrap
 import unicodedata
+import warnings
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio
-from clapsep_cli.errors import OutputError, UsageError
+from clapsep_cli.errors import ExtraError, OutputError
 from clapsep_cli.files import replacing
 
 if TYPE_CHECKING:
@@ -27,25 +28,28 @@ WINDOW_SECONDS = 0.05  # of the transform, roughly: it has a power of two sample
 BATCH = 384  # transforms at a time, of all parts and channels together
 RANGE_DB = 80  # below the loudest
 TITLE_COLUMNS, TITLE_LINES = 128, 4
-MISSING = "□"  # stands for letters that no font here has
+LOWEST_HZ = 50  # of the frequency axis, which is logarithmic
+# For scripts that matplotlib's own font lacks; those that are installed are used.
+FURTHER_FONTS = ("Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Noto Sans")
 
 
 def check_installed() -> None:
-    """Raise `UsageError` unless what draws is installed; does not import it, which takes a second."""
+    """Raise `ExtraError` unless what draws is installed; does not import it, which takes a second."""
     missing = " and ".join(name for name in ("librosa", "matplotlib") if find_spec(name) is None)
     if missing:
-        raise UsageError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
+        raise ExtraError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
 
 
 class Picture:
     """Gathers what is drawn of a recording as it passes, at `rate` Hz: of each part, the mean power in 128 mel bands
-    (Slaney's), over all channels, in at most 2,000 columns. Memory does not grow with the recording's length.
+    (Slaney's), over all channels, in at most 2,000 columns. Memory does not grow with the recording's length. The time
+    axis begins at `start` seconds.
     """
 
-    def __init__(self, rate: int) -> None:
+    def __init__(self, rate: int, start: float = 0.0) -> None:
         import librosa
 
-        self.rate = rate
+        self.rate, self.start = rate, start
         self.n_fft = 1 << round(math.log2(max(512.0, rate * WINDOW_SECONDS)))
         self._mel: Audio = librosa.filters.mel(sr=rate, n_fft=self.n_fft, n_mels=BANDS).T
         self._hann = np.hanning(self.n_fft + 1)[:-1].astype(np.float32)
@@ -116,7 +120,9 @@ class Picture:
 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary, style.context("default"):  # whatever the user's own settings are
+            # "default", whatever the user's own settings are; a letter that no font has is drawn as a box.
+            with replacing(path) as temporary, style.context("default"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
                 self._draw(title).savefig(temporary, format="png", metadata={"Software": "clapsep"})
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -125,77 +131,44 @@ class Picture:
         from librosa import mel_frequencies
         from librosa.display import specshow
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         level = 10 * np.log10(np.maximum(self.power, 1e-20) / max(float(self.power.max()), 1e-20))
         if not self.power.any():
             level[:] = -RANGE_DB
-        edges = np.arange(level.shape[2] + 1) * self.span / self.rate
+        end = self.start + self.seconds
+        unit = "s" if end < 60 else "m" if end < 3600 else "h"
+        edges = self.start + np.arange(level.shape[2] + 1) * self.span / self.rate
         # Bands are centred on every second of these frequencies, and meet at those between.
         between = mel_frequencies(2 * BANDS + 3, fmin=0, fmax=self.rate / 2)[1::2]
-        text, fonts = _drawable(title)
+        text, fonts = _printable(title), _fonts()
         height = 1.1 + 1.8 * len(self.names) + 0.18 * len(text.splitlines())
         figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
         axes = figure.subplots(len(self.names), 1, sharex=True, squeeze=False)[:, 0]
         for name, values, axis in zip(self.names, level, axes, strict=True):
             mesh = specshow(
-                values, x_coords=edges, y_coords=between, x_axis="time", y_axis="mel", ax=axis, cmap="magma",
+                values, x_coords=edges, y_coords=between, x_axis=unit, y_axis="log", ax=axis, cmap="magma",
                 vmin=-RANGE_DB, vmax=0,
             )  # fmt: skip
-            label, families = _drawable(name)
-            axis.set_title(label, loc="left", fontsize=9.5, fontfamily=families, parse_math=False)
-            axis.set(xlabel="", ylabel="Hz", xlim=(0, self.seconds), ylim=(between[0], between[-1]))
-            ticks = [hz for hz in (500 * 2**octave for octave in range(9)) if hz < between[-1]]
-            axis.set_yticks(ticks, [f"{hz // 1000}k" if hz >= 1000 else str(hz) for hz in ticks])
-            axis.minorticks_off()
-        unit, times, labels = _ticks(self.seconds)
-        axes[-1].set_xticks(times, labels)
-        axes[-1].set_xlabel(f"time ({unit})")
+            axis.set_title(_printable(name), loc="left", fontsize=9.5, fontfamily=fonts, parse_math=False)
+            axis.set(xlim=(self.start, end), ylim=(LOWEST_HZ, between[-1]))
+            axis.label_outer()
+            if unit != "s":  # labels are of whole seconds
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 1.5, 3, 6, 10]))
         figure.colorbar(mesh, ax=list(axes), label="dB relative to the loudest", aspect=12 * len(self.names), pad=0.012)
         figure.suptitle(text, x=0.012, ha="left", fontsize=11, fontfamily=fonts, parse_math=False)
         return figure
 
 
-def _ticks(seconds: float) -> tuple[str, list[float], list[str]]:
-    """The unit of a time axis, where its ticks are in seconds, and how they are labelled."""
-    steps = [10.0**power * step for power in range(-6, 1) for step in (1, 2, 5)] + [10, 15, 30]
-    steps += [60 * step for step in (1, 2, 5, 10, 15, 30, 60, 120, 180, 360, 720)]
-    step = next((step for step in steps if seconds / step <= 12), math.ceil(seconds / 12 / 86400) * 86400)
-    times = [count * step for count in range(math.floor(seconds / step) + 1)]
-    if seconds < 60:
-        return "s", times, [f"{time:g}" for time in times]
-    whole = [round(time) for time in times]
-    if seconds < 3600:
-        return "m:s", times, [f"{time // 60}:{time % 60:02}" for time in whole]
-    return "h:m:s", times, [f"{time // 3600}:{time // 60 % 60:02}:{time % 60:02}" for time in whole]
-
-
-def _drawable(text: str) -> tuple[str, list[str]]:
-    """`text` in lines, and the fonts to draw it with; letters that no font here has are replaced."""
+def _printable(text: str) -> str:
+    """`text` in a few lines, without what cannot be printed."""
     plain = "".join(c if unicodedata.category(c)[0] != "C" else " " * c.isspace() for c in text)
-    fonts, missing = _fonts(frozenset(plain))
-    plain = "".join(MISSING if letter in missing else letter for letter in plain)
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in plain)
-    columns = max(1, TITLE_COLUMNS * len(plain) // (len(plain) + wide)) if plain else TITLE_COLUMNS
-    return "\n".join(textwrap.wrap(plain, columns, max_lines=TITLE_LINES, placeholder=" …")), fonts
+    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in plain)
+    return "\n".join(textwrap.wrap(plain, TITLE_COLUMNS // (1 + wide), max_lines=TITLE_LINES, placeholder=" …"))
 
 
-@lru_cache(maxsize=256)
-def _fonts(letters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-    """The families that together have `letters`, and those that none of them has."""
-    from matplotlib.font_manager import fontManager, get_font
+def _fonts() -> list[str]:
+    """Families to draw text with, the first one that has a letter draws it."""
+    from matplotlib.font_manager import fontManager
 
-    families = ["DejaVu Sans"]  # comes with matplotlib
-    others = {font.name for font in fontManager.ttflist} - set(families)
-    files = {font.name: font.fname for font in fontManager.ttflist if (font.weight, font.style) == (400, "normal")}
-    missing = letters - {" "}
-    for family in families + sorted(others & set(files)):
-        # The one is drawn in colour bitmaps, which matplotlib cannot; the other has a box for everything.
-        if not missing or "emoji" in family.lower() or "last resort" in family.lower():
-            continue
-        try:
-            here = missing & set(map(chr, get_font(files[family]).get_charmap()))
-        except (RuntimeError, OSError, ValueError):  # not a font that can be drawn with, after all
-            continue
-        missing -= here
-        families += [family] if here and family not in families else []
-    return families, missing
+    return ["DejaVu Sans", *(name for name in FURTHER_FONTS if name in fontManager.get_font_names())]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from clapsep_cli.audio.encoding import choose_encoding
-from clapsep_cli.audio.samples import Audio, on_grid
+from clapsep_cli.audio.samples import Audio, Samples, on_grid
 from clapsep_cli.audio.sources import Source
-from clapsep_cli.audio.writers import Outputs, Written
+from clapsep_cli.audio.writers import STDOUT, Outputs, Written
 from clapsep_cli.jobs.plot import Picture
+from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.separation.levels import Meter, Presence
@@ -27,10 +31,39 @@ from clapsep_cli.version import __version__
 WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a block that is under way when all else has ended
 
 
+class Draft:
+    """Blocks of audio, kept in a nameless file in `folder` (by default the system's) until it is known what to write.
+
+    Blocks are `[..., samples]`, of any float type.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._blocks: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, block: Samples) -> None:
+        """Append a block."""
+        self._file.write(np.ascontiguousarray(block).tobytes())
+        self._blocks.append((block.shape, block.dtype))
+
+    def read(self) -> Iterator[Samples]:
+        """Yield the blocks, from the first on."""
+        self._file.seek(0)
+        for shape, dtype in self._blocks:
+            yield np.frombuffer(self._file.read(dtype.itemsize * math.prod(shape)), dtype).reshape(shape)
+
+
 class Recording:
     """A recording that is being separated. Reading and writing go on in threads of `io`, a step ahead and behind.
 
-    `result` waits for what such a thread does. `elapsed` is the time that was spent on this recording alone, in s.
+    `result` waits for what such a thread does; `check` raises where the user wants to stop. `elapsed` is the time that
+    was spent on this recording alone, in s.
     """
 
     def __init__(
@@ -41,12 +74,14 @@ class Recording:
         options: Options,
         io: ThreadPoolExecutor,
         result: Callable[[Future[Any]], Any],
+        check: Callable[[], None],
     ) -> None:
-        self.job, self.model, self.wanted, self.options, self.io, self.result = job, model, wanted, options, io, result
+        self.job, self.model, self.wanted, self.options, self.io = job, model, wanted, options, io
+        self.result, self._check = result, check
         self.windows: deque[Tensor] = deque()
         self.ended, self.samples, self.elapsed = False, 0, 0.0
         self._source, self._outputs = ExitStack(), ExitStack()
-        self._reading: Future[tuple[Audio, Audio, bool]] | None = None
+        self._reading: Future[tuple[Samples, Audio, bool]] | None = None
         self._writing: Future[None] | None = None
         try:
             with self._clocked():
@@ -54,6 +89,11 @@ class Recording:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _decides(self) -> bool:
+        """Whether presence decides what is written."""
+        return self.options.min_presence is not None
 
     @contextmanager
     def _clocked(self) -> Iterator[None]:
@@ -64,8 +104,12 @@ class Recording:
             self.elapsed += time.perf_counter() - began
 
     def _open(self) -> None:
-        opening = self.io.submit(Source, self.job.input.path, self.options.start, self.options.end)
+        options = self.options
+        opening = self.io.submit(
+            Source, self.job.input.path, options.start, options.end, options.lenient, options.stream
+        )
         source: Source = self._source.enter_context(self.result(opening))
+        self._notes = source.notes
         self.rate, self.frames = source.rate, source.frames
         self.encoding = choose_encoding(self.options.format, self.options.subtype, source)
         self._writer = self._outputs.enter_context(
@@ -78,19 +122,25 @@ class Recording:
                 source.tags,
                 f"clapsep {__version__}" + (f" key={self.job.key}" if self.job.key else ""),
                 self.job.overwrite,
+                source.speakers,
             )
         )
-        self._picture = Picture(source.rate) if self.job.picture else None
+        self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
         self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
-        watched = self.model.tells_likeness and (self.options.presence or self.options.min_presence is not None)
+        watched = self.model.tells_likeness and (self.options.presence or self._decides)
         self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
+        # Which of several targets are there is known at the end: until then nothing is written of any part.
+        self._draft: Draft | None = None
+        if self._decides and len(self.job.kept) > 1:
+            folder = next((path.parent for path in self.job.outputs.values() if path != STDOUT), None)
+            self._draft = self._outputs.enter_context(Draft(folder))
         self.passage = Passage(self.model, self.wanted, source.rate, source.channels)
         self._ear = Ear(source.rate, self.model.separator.rate, source.channels)
         self._blocks = source.blocks(BLOCK_SECONDS)
         self._nothing = np.zeros((source.channels, 0), np.float32)
         self._reading = self.io.submit(self._next)
 
-    def _next(self) -> tuple[Audio, Audio, bool]:
+    def _next(self) -> tuple[Samples, Audio, bool]:
         block = next(self._blocks, None)
         if block is None:
             return self._nothing, self._ear.hear(self._nothing, True), True
@@ -129,52 +179,88 @@ class Recording:
         if writing is not None:
             self.result(writing)
 
-    def _store(self, mixture: Audio, stems: Audio) -> None:
+    def _store(self, mixture: Samples, stems: Samples) -> None:
+        heard = mixture.astype(np.float32, copy=False)
         if self.options.consistent:
-            stems = stems + (mixture - stems.sum(0)) / np.float32(len(stems))
+            stems = stems + (mixture - stems.sum(0)) / len(stems)
         for presence, stem in zip(self._presence.values(), stems, strict=False):
-            presence.add(mixture, stem)
+            presence.add(heard, stem.astype(np.float32, copy=False))
+        self._meters[MIXTURE].add(heard)
         # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
-        rounded = [on_grid(stem, self.encoding.bits) for stem in stems]
-        parts = dict(zip(self.job.kept, rounded, strict=True))
-        parts[RESIDUAL] = mixture - np.asarray(sum(rounded), np.float32)
-        written = {part: parts[part] for part in self.job.outputs}
-        for part, audio in ((MIXTURE, mixture), *written.items()):
+        rounded = np.stack([on_grid(stem, self.encoding.bits) for stem in stems])
+        if self._draft is not None:
+            self._draft.write(np.concatenate([mixture[None], rounded]))
+        else:
+            self._write(mixture, rounded, ())
+
+    def _write(self, mixture: Samples, stems: Samples, absent: Collection[str]) -> None:
+        """Write what `stems` and the rest are; stems that are `absent` belong to the rest."""
+        parts = {name: stem for name, stem in zip(self.job.kept, stems, strict=True) if name not in absent}
+        parts[RESIDUAL] = mixture - sum(parts.values())
+        written = {part: parts[part] for part in self.job.outputs if part not in absent}
+        shown = {part: audio.astype(np.float32, copy=False) for part, audio in written.items()}
+        for part, audio in shown.items():
             self._meters[part].add(audio)
         if self._picture is not None:
-            self._picture.add({MIXTURE: mixture, **written})
+            self._picture.add({MIXTURE: mixture.astype(np.float32, copy=False), **shown})
         self._writer.write(written)
 
     def finish(self) -> Extraction:
-        """Give the outputs their names."""
+        """Give the outputs of what is there their names."""
         with self._clocked():
             self._wait()
-            presence = {name: one.read(self._likeness(stem)) for stem, (name, one) in enumerate(self._presence.items())}
-            written = self._is_present(presence)
-            result = self._writer.commit() if written else Written({}, 1.0)
-            if self._picture is not None and self.job.picture is not None and written:
-                title = "; ".join(query.describe() for query in self.job.targets.values())
-                self._picture.save(self.job.picture, title)
+            presence = {}
+            for stem, (name, one) in enumerate(self._presence.items()):
+                self._check()
+                presence[name] = one.read(self._likeness(stem))
+            absent = self._absent(presence)
+            written = len(absent) < len(self.job.kept)
+            if self.job.marker and absent:
+                mark_absent(self.job.marker, absent, presence)
+            result = self._commit(absent) if written else Written({}, 1.0)
+        outputs = {part: path for part, path in self.job.outputs.items() if written and part not in absent}
+        measured = outputs if self._draft is not None else self.job.outputs
         return Extraction(
             mixture=self.job.input.path,
-            outputs=dict(self.job.outputs) if written else {},
+            outputs=outputs,
             seconds=self.seconds,
             elapsed=self.elapsed,
             queries={name: self.job.targets[name].describe() for name in self.job.kept},
             clipped=result.clipped,
             gain=result.gain,
-            levels={part: meter.read() for part, meter in self._meters.items()},
+            levels={part: self._meters[part].read() for part in (MIXTURE, *measured)},
             presence=presence,
+            absent=absent,
             picture=self.job.picture if written else None,
+            notes=list(self._notes),
         )
+
+    def _commit(self, absent: Collection[str]) -> Written:
+        if self._draft is not None:
+            self.result(self.io.submit(self._write_draft, self._draft, absent))
+        for part in absent:
+            if part in self.job.outputs:
+                self._writer.drop(part)
+        result = self._writer.commit()
+        if self._picture is not None and self.job.picture is not None:
+            title = "; ".join(query.describe() for query in self.job.targets.values())
+            self._picture.save(self.job.picture, title)
+        return result
+
+    def _write_draft(self, draft: Draft, absent: Collection[str]) -> None:
+        for mixture, *stems in draft.read():
+            self._check()
+            self._write(mixture, np.stack(stems), absent)
 
     def _likeness(self, stem: int) -> Callable[[Audio], float | None]:
         return lambda mono: self.model.likeness(self.wanted, stem, mono, self.rate)
 
-    def _is_present(self, presence: Mapping[str, dict[str, float] | None]) -> bool:
-        """Whether any target is there, as far as anybody wants to know."""
+    def _absent(self, presence: Mapping[str, dict[str, float] | None]) -> list[str]:
+        """Targets that are not there, as far as anybody wants to know."""
         least = self.options.min_presence
-        return least is None or any(one is not None and one["score"] >= least for one in presence.values())
+        if least is None:
+            return []
+        return [name for name, one in presence.items() if one is None or one["score"] < least]
 
     def close(self) -> None:
         """Let go of everything; what was not finished leaves no trace. Whatever stalls is left to itself."""

@@ -1,4 +1,6 @@
-"""Whether outputs are there already, written for the same recording, query, model and settings."""
+"""Whether a recording was processed before, for the same query, model and settings: by its outputs, or by a marker
+where there are none.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import numpy as np
 
 from clapsep_cli.audio.sources import recordings
 from clapsep_cli.errors import AudioError, ClapsepError
-from clapsep_cli.files import digest, is_there
+from clapsep_cli.files import digest, is_there, replacing
+from clapsep_cli.jobs.outputs import NAME_BYTES, shortened
 from clapsep_cli.query import Excerpt, Query, Shot
 
 KEY_DIGITS = 16
@@ -82,6 +85,26 @@ def finished(paths: Iterable[Path], key: str, read_software: Callable[[Path], st
 def in_the_way(paths: Iterable[Path], key: str, read_software: Callable[[Path], str]) -> Path | None:
     """The first of `paths` that exists but was not written for `key`: to replace it, somebody has to ask for that."""
     return next((path for path in paths if is_there(path) and _key_of(path, read_software) != key), None)
+
+
+def marker_path(folder: Path, name: str, key: str) -> Path:
+    """Return the path of the marker that names the absent targets of a recording; `key` as of its outputs."""
+    return folder / f"{shortened(name, NAME_BYTES - KEY_DIGITS - len('..json'))}.{key}.json"
+
+
+def mark_absent(path: Path, absent: Collection[str], presence: Mapping[str, Mapping[str, float] | None]) -> None:
+    """Write a marker, whole or not at all, with the `absent` targets and the `presence` of each target."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"absent": list(absent), "presence": presence}) + "\n", encoding="utf-8")
+
+
+def read_absent(path: Path) -> list[str]:
+    """Read the absent targets from a marker; none where there is no marker, or a damaged one."""
+    try:
+        return list(map(str, json.loads(path.read_text(encoding="utf-8"))["absent"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _key_of(path: Path, read_software: Callable[[Path], str]) -> str:

@@ -1,23 +1,34 @@
 """The contract between the pipeline and the separators, and between a query-conditioned separator and its encoders.
 
 What a separator is asked for, `wanted`, is made by its family (see `registry.Family.ask`) and opaque to the pipeline.
-For CLAPSep and mini it is a condition for each stem, `[stems, 2 · dim]`, in an embedding space that separator, text
-encoder and audio encoder share. The three are loaded apart, so that a text query never reads the audio encoder and the
-other way round.
+For CLAPSep and mini these are `Conditions`, in an embedding space that separator, text encoder and audio encoder share.
+The three are loaded apart, so that a text query never reads the audio encoder and the other way round.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.stitch.masking import MaskedRecording
-from clapsep_cli.stitch.windows import Stream
+# Targets of a window that are masked together: more make tensors so large that the system maps their memory anew for
+# every operation (40 targets of mini on one core: 4.3 s, 2.9 s by fours).
+TARGETS_AT_ONCE = 4
+
+
+def go_on() -> None:
+    """Never stop: the default of a `check`, which raises where the user wants to stop."""
+
+
+class Conditions(NamedTuple):
+    """What a `MaskSeparator` is asked for: a condition for each target, and which of the targets become stems."""
+
+    targets: Tensor  # float32 [targets, 2 · dim]
+    kept: tuple[int, ...]  # positions among the targets
 
 
 class Separator(nn.Module, ABC):
@@ -31,12 +42,12 @@ class Separator(nn.Module, ABC):
         """Compute from now on in `dtype` wherever that makes inference faster; what comes in and out is float32."""
 
     @abstractmethod
-    def infer(self, windows: Tensor, wanted: Any) -> Tensor:
-        """What is `wanted` in `windows` (float32 `[batch, window]`): float32 `[batch, …]`, for `Stream.accept`."""
+    def infer(self, windows: Tensor, wanted: Any, check: Callable[[], None] = go_on) -> Tensor:
+        """What is `wanted` in `windows` (float32 `[batch, window]`): float32 `[batch, …]`, of which the family's stream
+        makes stems.
 
-    @abstractmethod
-    def stream(self, wanted: Any, rate: int, channels: int, device: torch.device) -> Stream:
-        """A recording of `channels` at `rate` Hz, ready to be pushed."""
+        `check` is called between parts of the work, where these are many; what it raises ends it.
+        """
 
 
 class MaskSeparator(Separator):
@@ -57,14 +68,26 @@ class MaskSeparator(Separator):
         serves all of the other.
         """
 
-    def infer(self, windows: Tensor, wanted: Tensor) -> Tensor:
-        """Masks, float32 `[batch, stems, frames, 513]`; the encoder runs once a window."""
-        if len(wanted) == 1:
-            return self.mask(self.encode(windows), wanted)[:, None]
-        return torch.stack([self.mask(self.encode(window[None]), wanted) for window in windows])
+    def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
+        """Masks of the targets that are kept, float32 `[batch, stems, frames, 513]`; the encoder runs once a window.
 
-    def stream(self, wanted: Tensor, rate: int, channels: int, device: torch.device) -> Stream:
-        return MaskedRecording(self.window, len(wanted), rate, channels, device)
+        Targets share the mixture: where the masks of all of them, kept or not, add up to more than 1, they are scaled
+        to 1, so that what they leave is never negative.
+        """
+        if len(wanted.targets) == 1:
+            return self.mask(self.encode(windows), wanted.targets)[:, None]
+        return torch.stack([self._share(self.encode(window[None]), wanted, check) for window in windows])
+
+    def _share(self, features: Any, wanted: Conditions, check: Callable[[], None]) -> Tensor:
+        kept: dict[int, Tensor] = {}
+        total: Tensor | None = None
+        for first in range(0, len(wanted.targets), TARGETS_AT_ONCE):
+            check()
+            masks = self.mask(features, wanted.targets[first : first + TARGETS_AT_ONCE])
+            total = masks.sum(0) if total is None else total.add_(masks.sum(0))
+            kept |= {at: mask for at, mask in enumerate(masks, first) if at in wanted.kept}
+        assert total is not None, "there is a target"
+        return torch.stack([kept[at] for at in wanted.kept]).div_(total.clamp_(min=1))
 
 
 class TextEncoder(nn.Module, ABC):
@@ -73,6 +96,10 @@ class TextEncoder(nn.Module, ABC):
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed each text: float32 `[len(texts), dim]`, rows of length 1."""
+
+    def unknown(self, text: str) -> dict[str, str | None]:
+        """The words of a text that count for nothing, each with a known one of similar spelling. Here: none."""
+        return {}
 
 
 class AudioEncoder(nn.Module, ABC):

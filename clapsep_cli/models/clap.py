@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import AudioEncoder, TextEncoder
-from clapsep_cli.models.clapsep import CLAPSepConfig, TransformerLayer
+from clapsep_cli.models.clapsep import CLAPSepConfig, TextSize, TransformerLayer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,12 +33,12 @@ class ClapTextEncoder(TextEncoder):
     `ValueError` where its vocabulary is not the one that the network was made for.
     """
 
-    def __init__(self, config: CLAPSepConfig, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, config: TextSize, tokenizer: Tokenizer | None) -> None:
         super().__init__()
         if tokenizer is not None:
             if tokenizer.get_vocab_size() != config.vocabulary:
                 raise ValueError(f"a tokenizer of {tokenizer.get_vocab_size()} tokens instead of {config.vocabulary}")
-            # Padding to the longest text rather than to 77 changes nothing but the time: padding is never attended to.
+            # Padding to the longest text, not to the limit, changes nothing but the time: padding is never attended to.
             tokenizer.enable_padding(pad_id=PADDING_ID, pad_token="<pad>")
             tokenizer.enable_truncation(config.text_tokens)
         self.tokenizer = tokenizer
@@ -48,7 +48,7 @@ class ClapTextEncoder(TextEncoder):
         self.token_type_embeddings = _embedding(1, width)
         self.norm = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
-            TransformerLayer(width, config.text_heads, config.text_feed_forward, "gelu")
+            TransformerLayer(width, config.text_heads, config.text_feed_forward, F.gelu)
             for _ in range(config.text_layers)
         )
         self.pooler = nn.Linear(width, width)
@@ -56,7 +56,7 @@ class ClapTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embed each text, cut to 77 tokens: float32 `[len(texts), dim]`, rows of length 1.
+        """Embed each text, cut to the config's `text_tokens`: float32 `[len(texts), dim]`, rows of length 1.
 
         Raises `ValueError` where there are no texts, or no tokenizer.
         """

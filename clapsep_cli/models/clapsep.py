@@ -6,8 +6,9 @@ conditioned on the queries by FiLM; MaskNet turns the result and the 32 kHz spec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,32 @@ from clapsep_cli.models import htsat
 from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
-from clapsep_cli.models.linear import ActivatedLinear, pack
 
 BINS = N_FFT // 2 + 1
 
 
 @dataclass(frozen=True)
-class CLAPSepConfig:
+class TextSize:
+    """Size of CLAP's text tower; the defaults are the released size."""
+
+    dim: int = 512  # of one query embedding; the condition of CLAPSep has twice as many numbers
+    vocabulary: int = 50_265
+    text_tokens: int = 77  # to which a text is cut, with its <s> and </s>
+    text_positions: int = 514
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    text_feed_forward: int = 3072
+
+
+@dataclass(frozen=True)
+class CLAPSepConfig(TextSize):
     """Size of a separator and of the CLAP towers it was made with; the defaults are the released size.
 
     Raises `ValueError` where the numbers do not fit together.
     """
 
     window: int = 320_000  # samples at 32 kHz that the networks see at once
-    dim: int = 512  # of one query embedding; the condition has twice as many numbers
 
     mels: int = 64
     image: int = 256  # rows and columns of the folded log-mel spectrogram
@@ -43,14 +56,6 @@ class CLAPSepConfig:
     mask_layers: int = 3
     mask_heads: int = 8
     mask_feed_forward: int = 2560
-
-    vocabulary: int = 50_265
-    text_tokens: int = 77  # to which a text is cut, with its <s> and </s>
-    text_positions: int = 514
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    text_feed_forward: int = 3072
 
     def __post_init__(self) -> None:
         frames = self.image * self.image // self.mels
@@ -98,20 +103,21 @@ class CLAPSepConfig:
 class TransformerLayer(nn.Module):
     """Post-norm Transformer encoder layer, as in MaskNet (ReLU) and RoBERTa (GELU)."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, activation: Literal["relu", "gelu"]) -> None:
+    def __init__(self, width: int, heads: int, feed_forward: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.heads = heads
+        self.activation = activation
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
-        self.fc1 = ActivatedLinear(width, feed_forward, activation)
+        self.fc1 = nn.Linear(width, feed_forward)
         self.fc2 = nn.Linear(feed_forward, width)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """`x`: `[batch, tokens, width]`; `attended`: bool, true where a token may be attended to."""
         x = self.norm1(x + self.out(attend(self.qkv(x), self.heads, attended)))
-        return cast(Tensor, self.norm2(x + self.fc2(self.fc1(x))))
+        return cast(Tensor, self.norm2(x + self.fc2(self.activation(self.fc1(x)))))
 
 
 class FiLM(nn.Module):
@@ -214,7 +220,7 @@ class MaskNet(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.layers = nn.Sequential(
             *(
-                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, "relu")
+                TransformerLayer(width, config.mask_heads, config.mask_feed_forward, torch.relu_)
                 for _ in range(config.mask_layers)
             )
         )
@@ -261,9 +267,7 @@ class CLAPSep(MaskSeparator):
         stacks = (self.encoder.layers, self.aggregator.layers, self.aggregator.skip, self.mask_net.layers)
         ends = self.aggregator.inverse_patch_embed.norm, self.mask_net.norm
         for part in (*(layer for stack in stacks for layer in stack), self.aggregator.film, *ends):
-            pack(part, dtype)
             part.to(dtype)
-        pack(self.mask_net, dtype)
         for part in (self.mask_net.input, self.mask_net.output):
             part.to(dtype)
         # As long as one tensor lies in a file that it was mapped from, all that was read of that stays in memory.

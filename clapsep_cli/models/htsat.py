@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from clapsep_cli.dsp import mel_filters, power, spectrum
 from clapsep_cli.models.attention import attend
-from clapsep_cli.models.linear import ActivatedLinear
 
 RATE_HZ = 48_000
 HOP = 480  # samples, at RATE_HZ
@@ -131,11 +130,11 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = ActivatedLinear(width, hidden, "gelu")
+        self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(self.fc1(x)))
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
 
 
 class PatchEmbedding(nn.Module):

@@ -7,10 +7,12 @@ vectors (`weights/make_text.py`); the audio encoder is trained into it.
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -22,6 +24,7 @@ from clapsep_cli import dsp
 from clapsep_cli.errors import QueryError
 from clapsep_cli.models import base
 
+NEAR, NEAR_WORDS = 0.66, 200  # how alike a word is spelt that may have been meant, 0 to 1; how many are compared
 STRETCH_SECONDS = 5  # that the audio encoder hears at once, with silence behind what is shorter: so it was trained
 SILENCE_RMS = 1e-5  # quieter windows are not brought to level: there is nothing in them (−100 dBFS)
 
@@ -186,8 +189,21 @@ def _lay_out(net: nn.Module, _: object) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
+# Words that say nothing of a sound; they count where a text has no others.
+FUNCTION_WORDS = "a an the this that some of in on at by with from to into and or is are was being"
+EMPTY_WORDS = frozenset(f"{FUNCTION_WORDS} sound sounds recording recordings".split())
+CARRIERS = frozenset(("noise", "noises", "audio", "clip", "sample"))  # are empty before "of": "the noise of rain"
+
+
+def essential(words: Sequence[str]) -> list[str]:
+    """The words that say what sounds: "rain" of "the sound of rain". All of them where none does."""
+    followed = zip(words, [*words[1:], ""], strict=True)
+    kept = [word for word, after in followed if word not in EMPTY_WORDS and not (word in CARRIERS and after == "of")]
+    return kept or list(words)
+
+
 class MiniText(base.TextEncoder):
-    """The mean of word vectors; words outside the table count for nothing."""
+    """The mean of the vectors of a text's `essential` words; words outside the table count for nothing."""
 
     def __init__(self, config: MiniConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -202,13 +218,53 @@ class MiniText(base.TextEncoder):
         return torch.stack([self._embed(text) for text in texts])
 
     def _embed(self, text: str) -> Tensor:
-        ids = [i for i in self.tokenizer.encode(text).ids if i < len(self.table)]
+        words = self._words(text)
+        ids = self._known(essential(words)) or self._known(words)
         if not ids:
-            raise QueryError(
-                f"the model 'mini' knows no word of the query {text!r}: describe the sound in plain English"
-            )
+            meant = " ".join(f"did you mean {near!r}?" for near in self.unknown(text).values() if near)
+            advice = meant or "describe the sound in plain English"
+            raise QueryError(f"the model 'mini' knows no word of the query {text!r}: {advice}")
         vectors = self.table[ids].float() * self.scale[ids, None].float()
         return F.normalize(vectors.mean(0), dim=0)
+
+    def _words(self, text: str) -> list[str]:
+        """The words of a text, in the tokenizer's spelling."""
+        normal = self.tokenizer.normalizer.normalize_str(text)
+        return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+    def _known(self, words: Sequence[str]) -> list[int]:
+        ids = map(self.tokenizer.token_to_id, words)
+        return [i for i in ids if i is not None and i < len(self.table)]
+
+    def unknown(self, text: str) -> dict[str, str | None]:
+        """The words of a text that count for nothing because they are not in the table, each with the nearest that is.
+
+        Single letters are left out.
+        """
+        spelt = re.findall(r"[^\W\d_]+", text)
+        return {word: self._nearest(word.lower()) for word in spelt if self._is_unknown(word)}
+
+    def _is_unknown(self, word: str) -> bool:
+        pieces = self._words(word)
+        whole = "".join(pieces) == word.lower() and len(self._known(pieces)) == len(pieces)
+        return not whole and not (len(word) == 1 and word.isascii())
+
+    def _nearest(self, word: str) -> str | None:
+        """The known word of the most similar spelling; of equals the same first letter, then the most frequent."""
+        ends = {other for other in self._vocabulary if other[0] == word[0] or other[-1] == word[-1]}
+        close = [other for other in ends if abs(len(other) - len(word)) <= 2]
+
+        def alike(other: str) -> tuple[bool, float, bool, int]:
+            pairs = ((word, other), (sorted(word), sorted(other)))
+            ratio = sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+            return sorted(word) == sorted(other), ratio, word[0] == other[0], -self._vocabulary[other]
+
+        return max(difflib.get_close_matches(word, close, NEAR_WORDS, NEAR), key=alike, default=None)
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        """The known words with their numbers, which are small for frequent ones."""
+        return {word: number for word, number in self.tokenizer.get_vocab().items() if number < len(self.table)}
 
 
 class MiniAudio(base.AudioEncoder):

@@ -6,7 +6,7 @@ is left out by the others; a second one, for each prompt alone, works out the ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.models.base import Separator
+from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.locoformer import Stack
 from clapsep_cli.models.prompts import PROMPTS
-from clapsep_cli.stitch.stem_stream import StemStream
-from clapsep_cli.stitch.windows import Stream
 
 RATE_HZ = 48_000
 N_FFT = 2048  # samples, window and transform alike
@@ -201,14 +199,10 @@ class Tuss(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def infer(self, windows: Tensor, wanted: Asked) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
         """Stems, float32 `[batch, stems, samples]`; all windows of a batch have one length."""
         with torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.separate(windows, wanted.prompts, wanted.kept)
-
-    def stream(self, wanted: Asked, rate: int, channels: int, device: torch.device) -> Stream:
-        prompts = wanted.prompts.tolist()
-        return StemStream(self.window, [prompts[at] for at in wanted.kept], rate, self.rate, channels, device)
 
     def separate(self, audio: Tensor, prompts: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """One stem for each prompt that is kept, in that order: float32 `[batch, stems, samples]`.

@@ -312,6 +312,7 @@ class Session:
     def _report(self, attempt: Attempt, done: Extraction) -> None:
         """Take in what was made, and look at its parts."""
         attempt.elapsed, attempt.done = done.elapsed, 1.0
+        attempt.notes += done.notes
         attempt.levels = {part: level["rms_db"] for part, level in done.levels.items()}
         for name, told in done.presence.items():
             score = told["score"] if told else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from clapsep_cli.audio.samples import Audio
+from clapsep_cli.audio.samples import Audio, downmix
 
 EXCERPT_SECONDS = 10.0
 EXCERPTS = 3  # of a recording, in which a stem is loudest: there one has to look for it
@@ -41,6 +42,15 @@ def _decibels(amplitude: float) -> float | None:
     return round(20 * float(np.log10(amplitude)), 2) if amplitude > 0 else None
 
 
+class _Excerpt(NamedTuple):
+    """Energies over all channels, and what a model hears of both, `[samples]`."""
+
+    mixture_energy: float
+    stem_energy: float
+    mixture: Audio
+    stem: Audio
+
+
 class Presence:
     """Tells whether what was asked for was there: is a stem more like it than the mixture was?
 
@@ -49,25 +59,24 @@ class Presence:
 
     def __init__(self, rate: int) -> None:
         self._size = round(EXCERPT_SECONDS * rate)
-        self._now: list[tuple[Audio, Audio]] = []  # blocks of mixture and stem, mono
+        self._now: list[tuple[Audio, Audio]] = []  # blocks of mixture and stem, [channels, samples]
         self._held = 0
-        self._loudest: list[tuple[float, Audio, Audio]] = []
+        self._loudest: list[_Excerpt] = []
 
     def add(self, mixture: Audio, stem: Audio) -> None:
         """Take in float32 `[channels, samples]` of both."""
-        pair = mixture.mean(0), stem.mean(0)
-        while pair[0].size:
+        while mixture.shape[1]:
             room = self._size - self._held
-            self._now.append((pair[0][:room], pair[1][:room]))
-            self._held += self._now[-1][0].size
-            pair = pair[0][room:], pair[1][room:]
+            self._now.append((mixture[:, :room], stem[:, :room]))
+            self._held += self._now[-1][0].shape[1]
+            mixture, stem = mixture[:, room:], stem[:, room:]
             if self._held == self._size:
                 self._end()
 
     def _end(self) -> None:
-        mixture, stem = (np.concatenate(list(blocks)) for blocks in zip(*self._now, strict=True))
-        self._loudest.append((float(np.square(stem, dtype=np.float64).sum()), mixture, stem))
-        self._loudest = sorted(self._loudest, key=lambda one: -one[0])[:EXCERPTS]
+        mixture, stem = (np.concatenate(list(blocks), 1) for blocks in zip(*self._now, strict=True))
+        self._loudest.append(_Excerpt(_energy(mixture), _energy(stem), downmix(mixture), downmix(stem)))
+        self._loudest = sorted(self._loudest, key=lambda one: -one.stem_energy)[:EXCERPTS]
         self._now, self._held = [], 0
 
     def read(self, likeness: Likeness) -> dict[str, float] | None:
@@ -79,12 +88,17 @@ class Presence:
         if self._held:
             self._end()
         told = []
-        for energy, mixture, stem in self._loudest:
-            before, after = (likeness(mixture), likeness(stem)) if energy > 0 else (None, None)
+        for excerpt in self._loudest:
+            sounds = excerpt.stem_energy > 0
+            before, after = (likeness(excerpt.mixture), likeness(excerpt.stem)) if sounds else (None, None)
             if before is not None and after is not None:
-                level = 10 * float(np.log10(energy / np.square(mixture, dtype=np.float64).sum()))
+                level = 10 * float(np.log10(excerpt.stem_energy / excerpt.mixture_energy))
                 told.append((before, after, after + LEVEL_WEIGHT * max(level, LEAST_LEVEL_DB)))
         if not told:
             return None
         means = (round(float(np.mean(column)), 4) for column in zip(*told, strict=True))
         return dict(zip(("before", "after", "score"), means, strict=True))
+
+
+def _energy(audio: Audio) -> float:
+    return float(np.square(audio, dtype=np.float64).sum())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ import soxr
 import torch
 from torch import Tensor
 
-from clapsep_cli.audio.samples import Audio, check_finite
-from clapsep_cli.errors import AudioError, QueryError
-from clapsep_cli.query import TARGET, Query, Shot
+from clapsep_cli.audio.samples import Audio, Samples, from_array
+from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
+from clapsep_cli.query import Query, Shot, check_targets
+from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
@@ -40,8 +43,9 @@ class Ear:
         self._channels = channels
         self._stream = soxr.ResampleStream(rate, rate_heard, channels, "float32", "HQ") if rate != rate_heard else None
 
-    def hear(self, block: Audio, last: bool = False) -> Audio:
-        """What is heard of the next block (float32 `[channels, samples]`), as far as it can be told by now."""
+    def hear(self, block: Samples, last: bool = False) -> Audio:
+        """What is heard of the next block (`[channels, samples]`), as far as it can be told by now; float32."""
+        block = block.astype(np.float32, copy=False)
         if self._stream is None:
             return block
         heard = self._stream.resample_chunk(np.ascontiguousarray(block.T), last=last)
@@ -55,21 +59,22 @@ class Passage:
     """
 
     def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
-        self._stream = model.separator.stream(wanted, rate, channels, model.device)
-        self._waiting = [np.zeros((channels, 0), np.float32)]  # the mixture whose stems are still to come
+        self._stream: Stream = model.stream(wanted, rate, channels)
+        self._waiting: list[Samples] = [np.zeros((channels, 0), np.float32)]  # mixture whose stems are still to come
 
-    def push(self, block: Audio, heard: Audio, last: bool = False) -> list[Tensor]:
+    def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:
         """Take in a block and what is heard of it; returns the windows that are to be separated, in their order."""
         self._waiting.append(block)
-        return self._stream.push(block, heard, last)
+        return self._stream.push(block.astype(np.float32, copy=False), heard, last)
 
     def accept(self, result: Tensor) -> None:
         """Take in the result of the oldest window that has none yet."""
         self._stream.accept(result)
 
     @torch.inference_mode()
-    def pull(self) -> tuple[Audio, Audio]:
-        """What is final and was not pulled yet: the mixture `[channels, n]` and its stems `[stems, channels, n]`."""
+    def pull(self) -> tuple[Samples, Audio]:
+        """What is final and was not pulled yet: the mixture `[channels, n]`, as it came, and its stems, float32
+        `[stems, channels, n]`."""
         stems = self._stream.pull().cpu().numpy()
         if not stems.shape[2]:
             return self._waiting[0][:, :0], stems
@@ -79,8 +84,8 @@ class Passage:
 
 
 def stream(
-    model: Model, wanted: Any, blocks: Iterable[Audio], rate: int, channels: int
-) -> Iterator[tuple[Audio, Audio]]:
+    model: Model, wanted: Any, blocks: Iterable[Samples], rate: int, channels: int
+) -> Iterator[tuple[Samples, Audio]]:
     """Separate a recording that arrives in `blocks` (float32 `[channels, samples]` at `rate` Hz).
 
     `wanted` is from `Model.ask`. Yields pairs of mixture and stems (`[stems, channels, samples]`) that join to the
@@ -96,32 +101,48 @@ def stream(
             yield mixture, stems
 
 
-def _with_last(blocks: Iterable[Audio], end: Audio) -> Iterator[tuple[Audio, bool]]:
+def _with_last(blocks: Iterable[Samples], end: Audio) -> Iterator[tuple[Samples, bool]]:
     for block in blocks:
         yield block, False
     yield end, True
 
 
-def separate(audio: Audio, rate: int, query: Query | Mapping[str, Query], model: Model) -> Separation:
+def separate(
+    audio: Any, rate: int, query: Query | Mapping[str, Query], model: Model, mutual: bool = True
+) -> Separation:
     """Separate a recording in memory: one target, or one by each name.
 
-    `audio`: float32 `[samples]` or `[channels, samples]`, full scale ±1, at `rate` Hz. Raises `AudioError` for an empty
-    recording and for samples that are not finite numbers, and whatever `Model.ask` raises.
+    Args:
+        audio: `[samples]` or `[channels, samples]`, NumPy or torch, full scale ±1 (integers: that of their width).
+        rate: sample rate in Hz, a whole number.
+        query: what to extract, or several by name.
+        model: from `load_model`.
+        mutual: whether each of several targets leaves what the others ask for.
+
+    Raises:
+        AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.
+        QueryError: for a query that the model cannot understand. Where it does but may go wrong, as with a word that it
+            does not know, there is a warning.
     """
-    mixture = np.atleast_2d(np.asarray(audio, np.float32))
-    if mixture.ndim != 2 or not mixture.size:
-        raise AudioError(f"audio is [samples] or [channels, samples], at least one of each, not {list(audio.shape)}")
-    check_finite(mixture, "audio", rate)
+    mixture, rate = from_array(audio, rate, "audio")
+    if not isinstance(model, Model):
+        raise UsageError(f"model: is what load_model returns, not {model!r}")
+    shape = mixture.shape if np.ndim(audio) == 2 else mixture.shape[1:]
 
+    @cache  # one object for each span: so it is embedded once
     def excerpt(start: float, end: float) -> Shot:
-        return mixture[:, round(start * rate) : round(end * rate)], rate
+        stretch = mixture[:, round(start * rate) : round(end * rate)]
+        if not stretch.size:
+            raise AudioError(f"the audio ends at {mixture.shape[1] / rate:.2f} s: there is no {start:g}-{end:g} s")
+        return stretch, rate
 
-    targets = {TARGET: query} if isinstance(query, Query) else query
-    if not targets:
-        raise QueryError("no target: give a query, or one for each name")
-    wanted = model.ask([one.within(excerpt) for one in targets.values()])
+    targets = check_targets(query)
+    asked = model.apart(targets) if mutual else targets
+    wanted = model.ask([one.within(excerpt) for one in asked.values()])
+    for doubt in model.doubts(list(asked.values())):
+        warnings.warn(doubt, ClapsepWarning, stacklevel=2)
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
     stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
-    shaped = dict(zip(targets, stems.reshape(len(stems), *np.shape(audio)), strict=True))
-    return Separation(shaped, np.asarray(audio, np.float32) - stems.sum(0).reshape(np.shape(audio)), rate)
+    residual = (mixture - stems.sum(0)).reshape(shape)
+    return Separation(dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)), residual, rate)

@@ -11,6 +11,7 @@ from clapsep_cli.errors import QueryError
 from clapsep_cli.models.prompts import TASKS, indices, untrained
 from clapsep_cli.models.tuss import Asked
 from clapsep_cli.query import Query
+from clapsep_cli.stitch.stem_stream import StemStream
 
 if TYPE_CHECKING:
     from clapsep_cli.store.checkpoint import Model
@@ -25,6 +26,13 @@ def prompts(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> Aske
     """
     numbers = indices(_set(queries), model.config.prompts)
     return Asked(torch.tensor(numbers, device=model.device), tuple(kept))
+
+
+def stream(model: Model, wanted: Asked, rate: int, channels: int) -> StemStream:
+    """A recording of `channels` at `rate` Hz, to be separated into stems."""
+    numbers, separator = wanted.prompts.tolist(), model.separator
+    kept = [numbers[at] for at in wanted.kept]
+    return StemStream(separator.window, kept, rate, separator.rate, channels, model.device)
 
 
 def doubts(model: Model, queries: Sequence[Query]) -> list[str]:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clapsep_cli.audio.samples import PEAK
+from clapsep_cli.audio.samples import PEAK, downmix
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
-from clapsep_cli.stitch.windows import MaskTrack, Stream, Windower, downmix
+from clapsep_cli.stitch.windows import MaskTrack, Stream, Windower
 
 TOP_BINS = 64  # of the mask, 14–16 kHz
 VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -70,10 +69,12 @@ def align_channels(stems: Tensor) -> list[list[int]]:
     sets: list[list[int]] = []
     for channel in range(stems.shape[1]):
         for known in sets:
-            totals = _totals(_correlations(stems[:, known[0]], stems[:, channel], MAX_LAG))
-            (best, order), (second, _) = totals[:2]
+            likeness = _correlations(stems[:, known[0]], stems[:, channel], MAX_LAG).tolist()
+            best, order = best_order(likeness)
+            # The second best differs in one pair at least, so it is the best without one of these pairs.
+            second = max(best_order(_without(likeness, row, column))[0] for row, column in enumerate(order))
             if best - second > MARGIN:
-                stems[:, channel] = stems[list(order), channel]
+                stems[:, channel] = stems[order, channel]
                 known.append(channel)
                 break
         else:
@@ -85,15 +86,47 @@ def continuing(before: Tensor, after: Tensor) -> list[int]:
     """The order of `after` in which it best continues `before`, both `[stems, channels, samples]` of the same moments;
     the given order unless another is clearly better."""
     likeness = _correlations(before.flatten(1), after.flatten(1))
-    best, order = _totals(likeness)[0]
-    return list(order) if best - float(likeness.trace()) > MARGIN else list(range(len(after)))
+    best, order = best_order(likeness.tolist())
+    return order if best - float(likeness.trace()) > MARGIN else list(range(len(after)))
 
 
-def _totals(likeness: Tensor) -> list[tuple[float, tuple[int, ...]]]:
-    """Every order and the sum of correlations that it makes, the best first."""
-    rows = likeness.tolist()
-    orders = permutations(range(len(rows)))
-    return sorted(((sum(row[i] for row, i in zip(rows, order, strict=True)), order) for order in orders), reverse=True)
+def best_order(likeness: list[list[float]]) -> tuple[float, list[int]]:
+    """The column for each row, each column once, of which the likenesses have the greatest sum; that sum, and they.
+
+    The Hungarian method with shortest augmenting paths: n³ steps, where trying all orders takes n!.
+    """
+    count = len(likeness)
+    row_price, column_price = [0.0] * count, [0.0] * (count + 1)
+    row_of = [-1] * (count + 1)  # by column; the last column stands for the row that is being placed
+    for row in range(count):
+        row_of[count], column = row, count
+        least, before, done = [math.inf] * count, [count] * count, [False] * (count + 1)
+        while row_of[column] >= 0:
+            done[column], at = True, row_of[column]
+            for other in range(count):
+                cost = -likeness[at][other] - row_price[at] - column_price[other]
+                if not done[other] and cost < least[other]:
+                    least[other], before[other] = cost, column
+            nearest = min((j for j in range(count) if not done[j]), key=least.__getitem__)
+            step = least[nearest]
+            for other in range(count + 1):
+                if done[other]:
+                    row_price[row_of[other]] += step
+                    column_price[other] -= step
+                else:
+                    least[other] -= step
+            column = nearest
+        while column != count:
+            row_of[column], column = row_of[before[column]], before[column]
+    order = sorted(range(count), key=row_of.__getitem__)
+    return sum(likeness[row][column] for row, column in enumerate(order)), order
+
+
+def _without(likeness: list[list[float]], row: int, column: int) -> list[list[float]]:
+    """The same, with one pair made worse than any order without it."""
+    changed = [list(values) for values in likeness]
+    changed[row][column] = -2.0 * len(likeness) - 1  # a sum of correlations lies within ± their number
+    return changed
 
 
 def _correlations(a: Tensor, b: Tensor, max_lag: int = 0) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 from clapsep_cli.dsp import HOP
 
 OVERLAP_FRAMES = 100  # 1 s over which neighbouring windows cross-fade
-CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
 
 class Stream(ABC):
@@ -43,7 +42,7 @@ class Stream(ABC):
 
 
 class Windower:
-    """Cuts a stream into windows of `window` samples that overlap by `overlap`.
+    """Cuts a stream into windows of `window` samples that overlap by `overlap`, or by as much less as the step takes.
 
     Starts lie on multiples of `step`, as does the distance between them. The last window ends with the recording (to
     within a step, then zeros follow); a recording shorter than a window is one window, zero-padded. Where a stream is
@@ -52,7 +51,7 @@ class Windower:
 
     def __init__(self, window: int, channels: int, overlap: int = OVERLAP_FRAMES * HOP, step: int = HOP) -> None:
         self.window, self.step = window, step
-        self.hop = max(step, window - min(overlap, window // step // 2 * step))
+        self.hop = -(-(window - min(overlap, window // 2)) // step) * step
         self.start = 0  # of the next regular window
         self.buffer = np.zeros((channels, 0), np.float32)
         self.at = 0  # position of the buffer in the stream
@@ -78,18 +77,6 @@ class Windower:
     def _cut(self, start: int) -> tuple[int, NDArray[np.float32]]:
         piece = self.buffer[:, start - self.at :][:, : self.window]
         return start, np.pad(piece, ((0, 0), (0, self.window - piece.shape[1])))
-
-
-def downmix(window: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What a model hears of a window (`[channels, samples]`): the mean of its channels, `[samples]`.
-
-    Where they cancel (a channel with its polarity reversed, say), it is the loudest channel instead.
-    """
-    mean = window.mean(0)
-    energies = np.square(window).sum(1)
-    if np.square(mean).sum() >= CANCELLED * energies.mean():
-        return np.asarray(mean, np.float32)
-    return np.asarray(window[int(energies.argmax())], np.float32)
 
 
 class MaskTrack:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clapsep_cli.errors import CheckpointError, ModelError
+from clapsep_cli.errors import CheckpointError, ExtraError
 from clapsep_cli.store.checkpoint import Model, load_part, read_tensors
 from clapsep_cli.store.whole import read_notes, save_whole
 
@@ -26,11 +26,11 @@ _DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_l
 
 def inject(encoder: nn.Module, rank: int, alpha: float) -> None:
     """Have peft wrap the attention layers of `encoder`, of which A, B and the wrapped layers' biases are then the only
-    parameters that require gradients. B is zero: nothing changes yet. Raises `ModelError` without peft."""
+    parameters that require gradients. B is zero: nothing changes yet. Raises `ExtraError` without peft."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
-        raise ModelError(f"LoRA takes {error.name} too: pip install 'clapsep[train]'") from error
+        raise ExtraError(f"LoRA takes {error.name} too: pip install 'clapsep[train]'") from error
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS), encoder)  # type: ignore[arg-type]
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.endswith(_BASE + "bias"))

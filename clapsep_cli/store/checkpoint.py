@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, UsageError
+from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, QueryError, UsageError
 from clapsep_cli.files import digest
-from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder
+from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder, go_on
 from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import FAMILIES, resolve
 from clapsep_cli.store.texts import CachedTexts
@@ -97,9 +97,23 @@ class Model:
         """
         return resolve(FAMILIES[self.family].ask)(self, queries, range(len(queries)) if kept is None else kept)
 
+    def stream(self, wanted: Any, rate: int, channels: int) -> Any:
+        """What joins the separator's results to the stems of a recording: a `stitch.windows.Stream` of the family."""
+        return resolve(FAMILIES[self.family].stream)(self, wanted, rate, channels)
+
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
-        """The targets as they are to be asked for, so that each leaves what the others ask for."""
-        return targets if FAMILIES[self.family].as_set else mutual(targets)
+        """The targets as they are to be asked for, so that each leaves what the others ask for.
+
+        Raises `QueryError` where two ask for the same, which only a family that hears all at once can tell apart.
+        """
+        if FAMILIES[self.family].as_set:
+            return targets
+        names = list(targets)
+        for position, name in enumerate(names):
+            twin = next((other for other in names[:position] if targets[other] == targets[name]), None)
+            if twin is not None:
+                raise QueryError(f"{twin} and {name} ask {self.name} for the same sound: name it once")
+        return mutual(targets)
 
     def doubts(self, queries: Sequence[Query]) -> list[str]:
         """Why `queries` may go wrong with this model, though they can be asked: a line for each reason."""
@@ -117,9 +131,12 @@ class Model:
         return cast("float | None", resolve(tell)(self, wanted, stem, mono, rate)) if tell else None
 
     @torch.inference_mode()
-    def infer(self, windows: Sequence[Tensor], wanted: Any) -> Tensor:
-        """Have windows (float32 `[window]` each) separated in one go; the results along the first axis."""
-        return self.separator.infer(torch.stack(list(windows)), wanted)
+    def infer(self, windows: Sequence[Tensor], wanted: Any, check: Callable[[], None] = go_on) -> Tensor:
+        """Have windows (float32 `[window]` each) separated in one go; the results along the first axis.
+
+        `check` raises where the user wants to stop (`Separator.infer`).
+        """
+        return self.separator.infer(torch.stack(list(windows)), wanted, check)
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
@@ -178,16 +195,16 @@ def choose_precision(name: str, device: torch.device, near: bool = True) -> torc
     """
     if name not in ("auto", "high", "fast"):
         raise UsageError(f"no precision {name!r}: use auto, high or fast")
-    fast = name == "fast" or (name == "auto" and near and _native_bfloat16(device))
+    fast = name == "fast" or (name == "auto" and near and native_bfloat16(device))
     return torch.bfloat16 if fast else torch.float32
 
 
-def _native_bfloat16(device: torch.device) -> bool:
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware. Elsewhere it works, and is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # PyTorch tells it of itself only since 2.6, and not officially; without a word, float32 is the safe answer.
-    asked = [getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile")]
-    return device.type == "cpu" and any(ask() for ask in asked if ask)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def save_part(

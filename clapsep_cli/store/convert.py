@@ -21,10 +21,9 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
-from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
+from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig, TextSize
 from clapsep_cli.store.checkpoint import read_tensors, save_part
 
-SAFE_GLOBALS_SINCE = (2, 6)  # PyTorch that allows constructors by the name that a pickle gives them
 NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
 LORA_RANK = 16
 LORA_SCALE = 1 / LORA_RANK  # alpha is 1
@@ -89,15 +88,18 @@ class Released:
         self.taken: set[str] = set()
         self.missing: list[str] = []
         self.misshapen: list[str] = []
+        self.not_finite: list[str] = []
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Tensor `name` as float32, or, where it is missing or not of `shape`, one without data in its place."""
+        """Tensor `name` as float32, or, where it is unusable, one without data in its place."""
         self.taken.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
             self.missing.append(name)
         elif tensor.shape != shape:
             self.misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
+        elif not bool(tensor.isfinite().all()):
+            self.not_finite.append(name)
         else:
             return tensor.float()
         return torch.empty(shape, device="meta")
@@ -107,7 +109,12 @@ class Released:
         extra = [name for name in self.tensors if name not in self.taken and not superfluous.match(name)]
         problems = [
             f"{kind}: {first_few(names)}"
-            for kind, names in (("missing", self.missing), ("misshapen", self.misshapen), ("unexpected", extra))
+            for kind, names in (
+                ("missing", self.missing),
+                ("misshapen", self.misshapen),
+                ("not finite", self.not_finite),
+                ("unexpected", extra),
+            )
             if names
         ]
         if problems:
@@ -120,9 +127,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Only tensors, containers, numbers and the few constructors of NumPy scalars are allowed; a pickle that asks for
     anything else is refused before it is run. Raises `CheckpointError`.
     """
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < SAFE_GLOBALS_SINCE:
-        needed = ".".join(map(str, SAFE_GLOBALS_SINCE))
-        raise CheckpointError(f"{path}: to convert it takes PyTorch {needed} or newer, here is {torch.__version__}")
     scalar = np.float64(0).__reduce__()[0]
     scalars: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     allowed = [*scalars, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)), _codecs.encode]
@@ -166,12 +170,17 @@ def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig |
         lacking = "LAION-CLAP's music_audioset_epoch_15_esc_90.14.pt" if clap is None else "CLAPSep's best_model.ckpt"
         raise CheckpointError(f"a CLAPSep model takes two checkpoints, and {lacking} is not among the files given")
     for part, tensors in convert(clap, tuned, config).items():
-        save_part(folder, part, "clapsep", config, tensors, **notes)
-        written = read_tensors(folder / f"{part}.safetensors")
-        wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
-        if wrong:
-            damage = f"is not what was written ({first_few(wrong)}); is the disk sound?"
-            raise CheckpointError(f"{folder / part}.safetensors: {damage}")
+        write_part(folder, part, "clapsep", config, tensors, **notes)
+
+
+def write_part(folder: Path, part: str, family: str, config: Any, tensors: Mapping[str, Tensor], **notes: str) -> None:
+    """Write a part as `save_part` does, read it back and compare. Raises `CheckpointError`, `ModelError`."""
+    save_part(folder, part, family, config, tensors, **notes)
+    path = folder / f"{part}.safetensors"
+    written = read_tensors(path)
+    wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
+    if wrong:
+        raise CheckpointError(f"{path}: is not what was written ({first_few(wrong)}); is the disk sound?")
 
 
 def convert(
@@ -187,29 +196,37 @@ def convert(
     config = config or CLAPSepConfig()
     towers, decoder = Released("LAION-CLAP", clap), Released("CLAPSep", tuned)
     with torch.device("meta"):
-        separator, text, audio = CLAPSep(config), ClapTextEncoder(config, None), ClapAudioEncoder(config)
+        separator, audio = CLAPSep(config), ClapAudioEncoder(config)
 
     encoder_part = {
         name: _merged(_released(name, _ENCODER), shape, towers, decoder)
-        for name, shape in _shapes(separator)
+        for name, shape in needed(separator)
         if name.startswith("encoder.")
     }
     decoder_part = {
         name: decoder.take(_released(name, _DECODER), shape)
-        for name, shape in _shapes(separator)
+        for name, shape in needed(separator)
         if not name.startswith("encoder.")
     }
     state_dicts = {
         "separator": encoder_part | decoder_part,
-        "text": {name: _text_tensor(name, shape, towers) for name, shape in _shapes(text)},
-        "audio": {name: towers.take(_released(name, _AUDIO), shape) for name, shape in _shapes(audio)},
+        "text": convert_text(towers, config),
+        "audio": {name: towers.take(_released(name, _AUDIO), shape) for name, shape in needed(audio)},
     }
     towers.check(_SUPERFLUOUS_CLAP)
     decoder.check(_SUPERFLUOUS_TUNED)
     return state_dicts
 
 
-def _shapes(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
+def convert_text(clap: Released, config: TextSize) -> dict[str, Tensor]:
+    """State dict of `ClapTextEncoder`, from the tensors of a CLAP by their released names."""
+    with torch.device("meta"):
+        text = ClapTextEncoder(config, None)
+    return {name: _text_tensor(name, shape, clap) for name, shape in needed(text)}
+
+
+def needed(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of the tensors that `module` needs."""
     for name, tensor in module.state_dict().items():
         if not name.endswith("num_batches_tracked"):  # plays no part, with a fixed momentum
             yield name, tensor.shape

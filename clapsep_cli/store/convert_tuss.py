@@ -13,8 +13,7 @@ from torch import Tensor
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.locoformer import BASE
 from clapsep_cli.models.tuss import BANDS, LARGE, MEDIUM, TussConfig
-from clapsep_cli.store.checkpoint import read_tensors, save_part
-from clapsep_cli.store.convert import Released, first_few, read_checkpoint
+from clapsep_cli.store.convert import Released, first_few, read_checkpoint, write_part
 
 PREFIX = "model."
 ROTARY = re.compile(r"separator\.(cross_prompt|cond_tse)_module\.\d+\.(freq|frame)_path\.attn\.rope\.freqs$")
@@ -43,13 +42,7 @@ def convert_tuss(files: Sequence[Path], folder: Path, config: TussConfig | None 
         raise CheckpointError(f"a TUSS model takes one checkpoint, not {len(files)}")
     tensors = read_checkpoint(files[0])
     config = config or released_size(tensors)
-    state = convert(tensors, config)
-    save_part(folder, "separator", "tuss", config, state, **notes)
-    written = read_tensors(folder / "separator.safetensors")
-    wrong = [name for name, tensor in state.items() if not torch.equal(written[name], tensor)]
-    if wrong:
-        damage = f"is not what was written ({first_few(wrong)}); is the disk sound?"
-        raise CheckpointError(f"{folder}/separator.safetensors: {damage}")
+    write_part(folder, "separator", "tuss", config, convert(tensors, config), **notes)
 
 
 def released_size(tensors: Mapping[str, Tensor]) -> TussConfig:

@@ -17,15 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
+from clapsep_cli.errors import CheckpointError, ModelError
 from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, resolve, weights_folder
-from clapsep_cli.store import hub
-from clapsep_cli.store.transfer import amount
+from clapsep_cli.store import download
+from clapsep_cli.store.download import SUMS, amount
 
 if TYPE_CHECKING:  # it imports torch, which listing and finding models do not need
     from clapsep_cli.store.checkpoint import Model
-
-SUMS = "SHA256SUMS"  # in a converted model's folder: the hashes of its files, as `sha256sum -c` reads them
 
 Say = Callable[[str], None]  # is told, in a line, what the user should know
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
@@ -97,38 +95,40 @@ def install(
     Raises `DownloadError`, `CheckpointError`, `ModelError`.
     """
     entry = find(name)
+    if files and not entry.remotes:
+        raise ModelError(f"{name} comes with clapsep: there is nothing to convert")
     here = installed(entry)
     if here:
         if files:
             say(f"{name} is here already, so the files were not read; to replace it: clapsep models rm {name}")
         return here
-    with hub.lock(entry.name, say):
+    with download.lock(entry.name, say):
         here = installed(entry)
         if here:  # by the process that this one waited for
             return here
         if files:
             return _convert(entry, files, _given(entry, files, say))
-        size = sum(hub.to_download(remote) for remote in entry.remotes)
+        size = sum(download.to_download(remote) for remote in entry.remotes)
         if size:
             say("; ".join(filter(None, (f"downloading {name}: {amount(size)}", f"licence: {entry.licence}", instead))))
-        fetched = [hub.fetch(remote, partial(progress, remote.name), say) for remote in entry.remotes]
+        fetched = [download.fetch(remote, partial(progress, remote.name)) for remote in entry.remotes]
         sources = {file.path.name: {"sha256": file.sha256, "source": file.source} for file in fetched}
         folder = _convert(entry, [file.path for file in fetched], sources)
         if not keep_original:
-            for original in fetched:
-                hub.discard(original)
+            for remote in entry.remotes:
+                download.clear(remote)
         return folder
 
 
 def _given(entry: Entry, files: Sequence[Path], say: Say) -> _Sources:
     """The hashes of files that somebody carried here; `say` is told of those that are not the pinned ones."""
     pinned = {remote.sha256 for remote in entry.remotes}
-    hashes = {file: hub.digest(file) for file in files}
+    hashes = {file: download.digest(file) for file in files}
     for file, sha256 in hashes.items():
         if sha256 not in pinned:
             say(f"{file} is not the released file that is pinned here (SHA-256 {sha256})")
     return {
-        file.name: {"sha256": sha256, "source": hub.PINNED if sha256 in pinned else "given by hand"}
+        file.name: {"sha256": sha256, "source": download.PINNED if sha256 in pinned else "given by hand"}
         for file, sha256 in hashes.items()
     }
 
@@ -143,8 +143,7 @@ def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
         notes = {"revision": _revision(entry), "pin": pin(entry), "sources": json.dumps(sources)}
         resolve(FAMILIES[entry.family].convert)(files, unfinished, **notes)
         write_tokenizer(entry, unfinished)
-        sums = "".join(f"{hub.digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir()))
-        (unfinished / SUMS).write_text(sums, encoding="utf-8")
+        download.write_sums(unfinished, {file.name: download.digest(file) for file in sorted(unfinished.iterdir())})
         unfinished.replace(folder)
     except OSError as error:
         raise ModelError(f"{folder}: the converted model cannot be written ({error.strerror or error})") from error
@@ -174,43 +173,35 @@ def path_of(name: str) -> Path:
 
 
 def verify(name: str) -> list[Path]:
-    """Read all of a model that is here; the files that were found sound.
+    """Hash all files of a model that is here, and originals that were kept; return those files.
 
-    Its files are what they were when they were converted, every tensor is finite and fits the network; originals that
-    were kept are hashed again. Raises `CheckpointError`, `ModelError`, of damaged originals `DownloadError`.
+    The hashes are compared with `SHA256SUMS` beside the files. Raises `CheckpointError`, `ModelError`.
     """
     entry, folder = find(name), path_of(name)
-    from clapsep_cli.store.checkpoint import Model, choose_device, read_metadata
-
-    sound = _check_sums(entry, folder) if entry.remotes else []
-    model = Model(name, folder, choose_device("cpu"))
-    for part in FAMILIES[entry.family].parts:
-        path = folder / f"{part}.safetensors"
-        if entry.remotes and read_metadata(path).get("pin") != pin(entry):
-            raise CheckpointError(f"{path}: is of another revision; {_again(entry)}")
-        for key, tensor in getattr(model, part).state_dict().items():
-            if not bool(tensor.isfinite().all()):
-                raise CheckpointError(f"{path}: {key} is not finite; {_again(entry)}")
-        sound += [path] if path not in sound else []
-    originals = [hub.verify(remote) for remote in entry.remotes]
-    return sound + [original.path for original in originals if original]
+    sound = _check_sums(folder, [f"{part}.safetensors" for part in FAMILIES[entry.family].parts], _again(entry))
+    for remote in entry.remotes:
+        original = download.find(remote)
+        sound += _check_sums(original.parent, [remote.name], f"delete {original.parent}") if original else []
+    return sound
 
 
-def _check_sums(entry: Entry, folder: Path) -> list[Path]:
-    """The files of a converted model, which are what was written. Raises `CheckpointError`."""
+def _check_sums(folder: Path, needed: Sequence[str], advice: str) -> list[Path]:
+    """The files of `folder` that its `SHA256SUMS` names, all sound, those `needed` among them."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {folder / name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+        sums = download.read_sums(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / SUMS}: cannot be read ({error}); {_again(entry)}") from error
-    for path, sha256 in sums.items():
-        if not path.is_file() or hub.digest(path) != sha256:
-            raise CheckpointError(f"{path}: is not what was written when it was converted; {_again(entry)}")
-    return list(sums)
+        raise CheckpointError(f"{folder / SUMS}: cannot be read ({error}); {advice}") from error
+    for name in dict.fromkeys((*needed, *sums)):
+        if not (folder / name).is_file() or download.digest(folder / name) != sums.get(name):
+            raise CheckpointError(f"{folder / name}: is not what {SUMS} in its folder says; {advice}")
+    return [folder / name for name in sums]
 
 
 def _again(entry: Entry) -> str:
-    return f"clapsep models rm {entry.name}, then clapsep models download {entry.name}"
+    """What to do about a damaged model."""
+    if entry.remotes:
+        return f"clapsep models rm {entry.name}, then clapsep models download {entry.name}"
+    return "it comes with clapsep: install clapsep again"
 
 
 def remove(name: str, say: Say = _nothing) -> list[Path]:
@@ -222,14 +213,14 @@ def remove(name: str, say: Say = _nothing) -> list[Path]:
     if not entry.remotes:
         raise ModelError(f"{name} comes with clapsep and cannot be removed")
     of_any_pin = re.compile(rf"\.?{re.escape(name)}-[0-9a-f]{{{SHORT}}}(\.partial)?")
-    with hub.lock(entry.name, say):
+    with download.lock(entry.name, say):
         models, texts = home() / "models", _text_cache(name)
         kept = sorted(p for p in models.iterdir() if of_any_pin.fullmatch(p.name)) if models.is_dir() else []
         kept += [texts] if texts and texts.is_dir() else []
         try:
             for folder in kept:
                 shutil.rmtree(folder)
-            removed = kept + [file for remote in entry.remotes for file in hub.clear(remote)]
+            removed = kept + [file for remote in entry.remotes for file in download.clear(remote)]
         except OSError as error:
             raise ModelError(f"{error.filename or home()}: cannot be deleted ({error.strerror or error})") from error
     if not removed:
@@ -247,24 +238,23 @@ def load_model(
 ) -> Model:
     """Load a model by name or from a folder; without either, the best one that can be had.
 
-    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told so. A model that is
-    named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
+    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told why. A model that
+    is named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
     (bfloat16), or `auto` (see `checkpoint.choose_precision`). Raises `ModelError` where there
     is no such model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` for an absent device.
     """
-    from clapsep_cli.store.checkpoint import Model, choose_device
+    from clapsep_cli.store.checkpoint import Model, choose_device, native_bfloat16
 
     chosen = choose_device(device)
+    if precision == "fast" and not native_bfloat16(chosen):
+        say(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
     if model is None:
         instead = f"without it: --model {BUNDLED}, smaller and bundled"
         try:
             folder = install(PREFERRED, say=say, progress=progress, instead=instead)
             return Model(PREFERRED, folder, chosen, _text_cache(PREFERRED), precision)
-        except DownloadError:
-            say(
-                f"using the small bundled model, {BUNDLED}: {PREFERRED} is not here and cannot be downloaded now "
-                f"(clapsep models download {PREFERRED} says why; --model {BUNDLED} leaves out this line)"
-            )
+        except (ModelError, OSError) as error:
+            say(f"using the small bundled model, {BUNDLED} (--model {BUNDLED}), without {PREFERRED}: {error}")
             return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, precision=precision)
     if isinstance(model, str) and model in MODELS:
         return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from clapsep_cli.models.base import TextEncoder
 class CachedTexts(TextEncoder):
     """Answers from `folder`, one small file a text, and asks the encoder that `load` returns for what is not there.
 
+    `load` is called once, when it is first needed: reading the encoder takes longer than embedding many texts.
     `folder` must belong to one version of one model. A folder that cannot be written only costs time.
     """
 
@@ -25,12 +27,17 @@ class CachedTexts(TextEncoder):
         super().__init__()
         self.load, self.folder, self.dim, self.device = load, folder, dim, device
 
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """What embeds texts that are not in the folder."""
+        return self.load()
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """As `TextEncoder.embed`; float32 `[len(texts), dim]`."""
         known = {text: found for text in texts if (found := self._read(text)) is not None}
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         if missing:
-            for text, row in zip(missing, self.load().embed(missing), strict=True):
+            for text, row in zip(missing, self.encoder.embed(missing), strict=True):
                 known[text] = row
                 self._write(text, row)
         return torch.stack([known[text].to(self.device) for text in texts])

@@ -1,8 +1,7 @@
-"""Files that are whole or not there: tensors with notes, and links to what another folder holds."""
+"""Files that are whole or not there: tensors with notes, and copies of what another folder holds."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,21 +19,24 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(notes))
+            temporary.chmod(mode)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
-def link(file: Path, place: Path) -> None:
-    """Have `file` at `place` too, without a second copy of its bytes where the disk can. Raises `ModelError`."""
-    if place.exists() and place.samefile(file):
+def copy(file: Path, place: Path) -> None:
+    """Copy `file` to `place`, unless a copy is there already. Raises `ModelError`.
+
+    A link to `file` is replaced by a copy: writing to one must not change the other.
+    """
+    if place.exists() and not place.samefile(file):
         return
     try:
         with replacing(place) as temporary:
-            try:
-                os.link(file.resolve(), temporary)
-            except OSError:  # another disk, or one that knows no links
-                shutil.copyfile(file, temporary)
+            shutil.copyfile(file, temporary)
     except OSError as error:
         raise ModelError(f"{place}: cannot be written ({error.strerror or error})") from error
 

@@ -1,0 +1,320 @@
+"""Download pinned files. A file is used only once its size and SHA-256 were checked.
+
+Downloads lie in `home()/downloads`, each in a folder with `SHA256SUMS`, which is written last: without it a file does
+not count. The Hub's files come by its own client, so HF_ENDPOINT, HF_HUB_OFFLINE and its tokens work, and are used
+from its cache (HF_HOME) where another program has brought them there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from clapsep_cli import files
+from clapsep_cli.errors import DownloadError
+from clapsep_cli.registry import MODELS, SHORT, HubFile, Remote, home
+
+Say = Callable[[str], None]  # is told, in a line, why it takes longer
+Progress = Callable[[int, int], None]  # bytes done, bytes in all; must not raise
+
+SUMS = "SHA256SUMS"  # the hashes of the files in its folder, for `sha256sum -c`
+PINNED, STATED = "pinned by clapsep", "stated by the Hub for the pinned revision"  # whose word a hash is
+PAUSES_S = (1.0, 2.0, 4.0)  # before further attempts; after the last one, the error is the user's
+TIMEOUT_S = 30.0  # of silence
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A checked file: its place, its SHA-256 in hex, and on whose word (`source`) that hash was accepted."""
+
+    path: Path
+    sha256: str
+    source: str
+
+
+@contextmanager
+def lock(name: str, say: Say | None = None) -> Iterator[None]:
+    """Hold the lock `name` among all processes that share `home()`; wait for it if need be, and `say` so first.
+
+    It is free again when its holder dies. Not re-entrant. Raises `DownloadError` if `home()` cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = home() / "locks" / f"{name}.lock"
+    held = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            if say:
+                say(f"waiting for another clapsep, which is at work on {name}")
+            held.acquire()
+    except OSError as error:
+        raise DownloadError(_disk(home(), error)) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
+    """Get the pinned file, downloaded if it is neither in `home()` nor in the Hub's cache.
+
+    Processes that may want the same file must hold a `lock`.
+
+    Args:
+        remote: the file.
+        progress: called with bytes done and bytes in all.
+
+    Returns:
+        The file, checked.
+
+    Raises:
+        DownloadError: one line with what is wrong and what to do.
+    """
+    folder, partial = _folder(remote), _partial(remote)
+    try:
+        kept = find(remote)
+        if kept:
+            return _checked(remote, kept, read_sums(folder).get(kept.name))
+        cached = _cached(remote)
+        if cached:  # the Hub's client names what it caches after the hash that the Hub states
+            return _checked(remote, cached, cached.resolve().name, f"delete {cached}")
+        stated = ask(remote)
+        partial.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(partial).free < remote.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        bring = _from_hub if isinstance(remote, HubFile) else _from_web
+        fetched = _checked(remote, _attempts(remote, lambda: bring(remote, partial, progress)), stated)
+        folder.mkdir(exist_ok=True)
+        path = fetched.path.replace(folder / remote.name)
+        write_sums(folder, {remote.name: fetched.sha256})
+        shutil.rmtree(partial)
+    except OSError as error:
+        raise DownloadError(f"{_disk(folder, error)}; {remote.where} takes {amount(remote.size)}") from error
+    return Fetched(path, fetched.sha256, fetched.source)
+
+
+def find(remote: Remote) -> Path | None:
+    """The file in `home()`, if it was downloaded before."""
+    path = _folder(remote) / remote.name
+    return path if path.is_file() and (path.parent / SUMS).is_file() else None
+
+
+def to_download(remote: Remote) -> int:
+    """The bytes that `fetch` would download. Raises `DownloadError` where the Hub has another file than the pinned."""
+    if find(remote) or _cached(remote):
+        return 0
+    ask(remote)
+    return remote.size
+
+
+def clear(remote: Remote) -> list[Path]:
+    """Delete what `fetch` has brought to `home()`, or left there; return what there was. Raises `OSError`."""
+    found = [path for path in (_folder(remote), _partial(remote)) if path.is_dir()]
+    for path in found:
+        shutil.rmtree(path)
+    return found
+
+
+def ask(remote: Remote) -> str | None:
+    """The SHA-256 that the Hub states for a file of the pinned revision; None where it states none, or of another host.
+
+    Raises `DownloadError` where nothing may be downloaded, or the Hub has another file.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError(f"HF_HUB_OFFLINE is set, and {remote.where} is not here: unset it, {_way_out(remote)}")
+    if not isinstance(remote, HubFile):
+        return None
+    about = _attempts(remote, lambda: get_hf_file_metadata(hf_hub_url(**_pinned(remote)), timeout=TIMEOUT_S))
+    if about.commit_hash != remote.revision or about.size not in (None, remote.size):
+        raise DownloadError(
+            f"{remote.where} is not what was pinned: expected revision {remote.revision} with {remote.size} bytes, "
+            f"{constants.ENDPOINT} has {about.commit_hash} with {about.size}: check HF_ENDPOINT and whether the "
+            f"network wants a login, {_way_out(remote)}"
+        )
+    return about.etag if about.etag and _SHA256.fullmatch(about.etag) else None
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, from a folder's `SHA256SUMS`. Raises `OSError`, `ValueError`."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    """Write a folder's `SHA256SUMS`, whole or not at all. Raises `OSError`."""
+    with files.replacing(folder / SUMS) as temporary:
+        temporary.write_text("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()), encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file in hex, read in blocks. Raises `DownloadError` if it cannot be read."""
+    try:
+        return files.digest(path)
+    except OSError as error:
+        raise DownloadError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def amount(size: int) -> str:
+    """A number of bytes, in words."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _checked(remote: Remote, path: Path, stated: str | None, advice: str = "") -> Fetched:
+    """The file, if it is the pinned one, or the one that the Hub states; without `advice`, what else is deleted."""
+    size = path.stat().st_size
+    sha256 = digest(path) if size == remote.size else "another size"
+    if sha256 in (remote.sha256, stated):
+        return Fetched(path, sha256, PINNED if sha256 == remote.sha256 else STATED)
+    what = f"expected {remote.size} bytes with SHA-256 {stated or remote.sha256}, got {size} bytes with {sha256}"
+    if not advice:
+        clear(remote)
+        advice = "it was deleted, run the command again to download it anew"
+    raise DownloadError(f"{remote.where} is damaged: {what}; {advice}, {_way_out(remote)}")
+
+
+def _folder(remote: Remote) -> Path:
+    return home() / "downloads" / remote.sha256[:SHORT]
+
+
+def _partial(remote: Remote) -> Path:
+    folder = _folder(remote)
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _pinned(remote: HubFile) -> dict[str, Any]:
+    place = {"repo_id": remote.repo, "filename": remote.path}
+    return place | {"repo_type": remote.repo_type, "revision": remote.revision}
+
+
+def _cached(remote: Remote) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(**_pinned(remote)) if isinstance(remote, HubFile) else None
+    return Path(path) if isinstance(path, str) else None
+
+
+def _from_hub(remote: Any, folder: Path, progress: Progress | None) -> Path:
+    """A file of the Hub. Its client goes on where a connection broke."""
+    from huggingface_hub import hf_hub_download
+
+    bar: Any = _bar(progress, remote.size)
+    return Path(hf_hub_download(**_pinned(remote), local_dir=folder, tqdm_class=bar))
+
+
+def _from_web(remote: Any, folder: Path, progress: Progress | None) -> Path:
+    """A file at an address, or at its path below CLAPSEP_ENDPOINT, from its beginning."""
+    import httpx2
+
+    mirror = os.environ.get("CLAPSEP_ENDPOINT", "").rstrip("/")
+    url = mirror + urlsplit(remote.url).path if mirror else remote.url
+    path: Path = folder / remote.name
+    done = 0
+    with (
+        httpx2.Client(follow_redirects=True, timeout=TIMEOUT_S) as client,
+        client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response,
+        path.open("wb") as file,
+    ):
+        response.raise_for_status()
+        for block in response.iter_raw():
+            done += len(block)
+            if done > remote.size:
+                raise DownloadError(f"{remote.where} is longer than the {remote.size} bytes that are pinned")
+            file.write(block)
+            if progress:
+                progress(done, remote.size)
+    if done < remote.size:
+        raise httpx2.RemoteProtocolError(f"the connection ended after {done} of {remote.size} bytes")
+    return path
+
+
+def _bar(progress: Progress | None, total: int) -> type:
+    """A class that the Hub's client takes for a tqdm: it calls `progress`, and prints nothing."""
+
+    class Bar:
+        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
+            self.n, self.total = initial, total
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            if progress:
+                progress(min(self.n, total), total)
+
+        def ignore(self, *_: object, **__: object) -> None:
+            pass
+
+        # With `update_transfer`, the client counts the network's bytes apart, and `update` only the file's.
+        update_transfer = set_transfer_postfix_str = set_postfix_str = refresh = close = __exit__ = ignore
+
+        def __enter__(self) -> Bar:
+            return self
+
+    return Bar
+
+
+def _attempts(remote: Remote, call: Callable[[], _T]) -> _T:
+    """Call until it succeeds, or fails for good: then raise `DownloadError`."""
+    pauses = iter(PAUSES_S)
+    while True:
+        try:
+            return call()
+        except DownloadError:
+            raise
+        except Exception as error:  # the Hub's client raises classes of its own parts: HTTP, Xet, the disk
+            if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+                raise DownloadError(f"{_disk(_folder(remote), error)}") from error
+            pause = next(pauses, None)
+            if pause is None or not _passes(error):
+                raise DownloadError(f"{remote.where} {_reason(error)}, {_way_out(remote)}") from error
+        time.sleep(pause)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether another attempt may help. Where nobody answers at all, the user should not have to wait for it."""
+    import httpx2
+
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in (408, 429) or response.status_code >= 500
+    lost = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+    return isinstance(error, httpx2.TransportError) and not isinstance(error, lost)
+
+
+def _reason(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    if response is None:
+        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        return f"could not be downloaded ({type(error).__name__}: {first}): check the network and try again"
+    status = response.status_code
+    if status in (404, 410):
+        return f"is gone ({status}): look for a newer clapsep"
+    if status in (401, 403):
+        return f"is refused ({status}): check the proxy and whether the network wants a login, for the Hub set HF_TOKEN"
+    return f"cannot be served now (status {status}): try again later"
+
+
+def _disk(folder: Path, error: OSError) -> str:
+    return f"cannot write to {folder} ({error.strerror or error}): free space there, or set CLAPSEP_HOME to another"
+
+
+def _way_out(remote: Remote) -> str:
+    """What to do where its host cannot be reached: the files can be carried."""
+    entry = next((e for e in MODELS.values() if remote in e.remotes), None)
+    name = entry.name if entry else "NAME"
+    names = " ".join(r.name for r in (entry.remotes if entry else (remote,)))
+    return f"or fetch {remote.address} elsewhere, carry it here and run: clapsep models convert {name} --from {names}"

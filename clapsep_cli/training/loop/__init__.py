@@ -1,0 +1,1 @@
+"""The training loop: what it runs, what it draws, its state on disk and its settings."""

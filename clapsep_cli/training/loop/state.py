@@ -1,0 +1,209 @@
+"""A task in training: its steps, and its state on disk, which is whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clapsep_cli.errors import CheckpointError, RecipeError
+from clapsep_cli.store.checkpoint import read_tensors
+from clapsep_cli.store.whole import read_notes, save_whole
+from clapsep_cli.training.loop.muon import Muon
+from clapsep_cli.training.loop.task import Task, Weights
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Means:
+    """Means of figures over the steps since they were last taken."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+
+    def add(self, figures: Mapping[str, Sequence[float]]) -> None:
+        """Add the values of some steps, by name; one by one, so that it does not matter when this is done."""
+        self.steps += max(map(len, figures.values()), default=0)
+        for name, values in figures.items():
+            for value in values:
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        """The means since the last time, by name."""
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+
+class _Through(nn.Module):
+    """Lets a loss be computed inside Fabric's wrapper, which sees to the precision and to gradients across devices."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return compute()
+
+
+def mean_of(several: Sequence[Weights]) -> Weights:
+    """The mean of several networks' weights; what is not a number with a fraction is taken from the first."""
+    return {
+        name: torch.stack([weights[name] for weights in several]).mean(0) if first.is_floating_point() else first
+        for name, first in several[0].items()
+    }
+
+
+class Training:
+    """A task with its optimiser, its averaged weights, and all that a resumed run needs."""
+
+    def __init__(self, task: Task, fabric: Fabric, path: Path) -> None:
+        self.task, self.fabric, self.path = task, fabric, path
+        self.step = 0
+        self.history: list[float] = []  # the validation figure that counts
+        self.means = {"report": Means(), "validate": Means()}  # of figures, since either was last done
+        self._figures: dict[str, list[Tensor]] = {}  # of each step, on the device, since they were last collected
+        trained = {name: p for name, p in task.net.named_parameters() if p.requires_grad}
+        buffers = [name for name in task.net.state_dict() if name not in dict(task.net.named_parameters())]
+        self.kept = {*trained, *buffers}
+        self.module, *self.optimisers = fabric.setup(_Through(task.net), *self._optimisers(trained))
+        plan = task.plan
+        self.average = {n: t.detach().clone() for n, t in task.net.state_dict().items()} if plan.ema else {}
+
+    def _optimisers(self, trained: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """Muon for the hidden layers that the task leaves to it, AdamW for all the rest."""
+        plan, made = self.task.plan, list[torch.optim.Optimizer]()
+        hidden = [name for name in trained if self.task.hidden(name)]
+        others = [name for name in trained if name not in set(hidden)]
+        rate = plan.schedule.rate(0, [])
+        if hidden:
+            made.append(Muon([trained[name] for name in hidden], rate, plan.weight_decay))
+        if others:
+            rest = [trained[name] for name in others]
+            made.append(torch.optim.AdamW(rest, rate, eps=plan.epsilon, weight_decay=plan.weight_decay, fused=True))
+        self.names = [names for names in (hidden, others) if names]  # by optimiser
+        return made
+
+    def weights(self) -> Weights:
+        """All of the network's, averaged where the plan says so."""
+        return self.average or self.task.net.state_dict()
+
+    def advance(self, parts: Sequence[tuple[range, Any]], rate: float) -> None:
+        """One step of the optimiser on this device's rows of the batch."""
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+        sums: dict[str, Tensor] = {}
+        for at, (rows, drawn) in enumerate(parts, 1):
+            with torch.no_grad():
+                prepared = self.task.prepare(self.fabric.to_device(drawn), self.step, rows)
+            with self.fabric.no_backward_sync(self.module, enabled=at < len(parts)):
+                figures = self.module(partial(self.task.loss, prepared))
+                self.fabric.backward(figures["loss"] / len(parts))
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / len(parts)
+        for name, value in sums.items():
+            self._figures.setdefault(name, []).append(value)
+        for optimiser in self.optimisers:
+            self.fabric.clip_gradients(self.module, optimiser, max_norm=self.task.plan.clip, error_if_nonfinite=False)
+            optimiser.step()
+        self.step += 1
+        self._update_average()
+
+    def collect(self) -> None:
+        """Add the figures of the steps since the last time, means over devices, to `means`. Waits for the device.
+
+        Raises `RecipeError` where the loss is no longer a number.
+        """
+        figures: dict[str, list[float]] = {
+            name: cast(Tensor, self.fabric.all_reduce(torch.stack(values), reduce_op="mean")).tolist()
+            for name, values in self._figures.items()
+        }
+        if not all(math.isfinite(value) for values in figures.values() for value in values):
+            raise RecipeError(
+                f"the loss is not finite after step {self.step} of the {self.task.name}; what was saved before is "
+                "kept; try a lower learning rate, under another --out"
+            )
+        for kept in self.means.values():
+            kept.add(figures)
+        self._figures = {}
+
+    def _update_average(self) -> None:
+        keep = min(self.task.plan.ema, (1 + self.step) / (10 + self.step))
+        for name, value in self.task.net.state_dict().items() if self.average else ():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - keep)
+            else:
+                self.average[name].copy_(value)
+
+    def best(self) -> Weights | None:
+        """The mean of the weights that fared best in validation, if those of now are among them.
+
+        The plan says how many they are; if more than one, they are kept beside the state.
+        """
+        count, latest = self.task.plan.keep_best, len(self.history) - 1
+        order = sorted(range(len(self.history)), key=lambda at: (-self.history[at], at))[:count]
+        if latest not in order or count == 1:
+            return self.weights() if latest in order else None
+        kept = {at: self.path.with_name(f"best-{at + 1}.safetensors") for at in order}
+        save_whole(self.weights(), kept[latest], {})
+        for path in set(self.path.parent.glob("best-*.safetensors")) - {*kept.values()}:
+            path.unlink()
+        return mean_of([read_tensors(path) for path in kept.values() if path.exists()])
+
+    def save(self) -> None:
+        """Write all that it takes to go on: weights, moments, means, and where it stands."""
+        tensors = {f"net.{k}": v for k, v in self.task.net.state_dict().items() if k in self.kept}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for optimiser, names in zip(self.optimisers, self.names, strict=True):
+            moments = optimiser.state_dict()["state"]
+            for index, name in enumerate(names):
+                tensors |= {f"optimiser.{name}.{k}": v for k, v in moments.get(index, {}).items()}
+        means = {name: [kept.sums, kept.steps] for name, kept in self.means.items()}
+        notes = {"step": str(self.step), "history": json.dumps(self.history), "means": json.dumps(means)}
+        save_whole(tensors, self.path, notes)
+
+    def resume(self) -> None:
+        """Go on from the state on disk, if there is one. Raises `CheckpointError` where it is not of this task."""
+        if not self.path.exists():
+            return
+        tensors = read_tensors(self.path)
+        notes = read_notes(self.path)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        try:
+            weights = part("net.")
+            if weights.keys() != self.kept:
+                raise KeyError(next(iter(weights.keys() ^ self.kept)))
+            self.task.net.load_state_dict(weights, strict=False)
+            for name, value in part("average.").items():
+                self.average[name].copy_(value)
+            parameters = dict(self.task.net.named_parameters())
+            for optimiser, names in zip(self.optimisers, self.names, strict=True):
+                # The fused optimiser walks weights and moments by their place in memory: lay the moments out alike.
+                state = {
+                    index: {
+                        k: torch.empty_like(parameters[name]).copy_(v) if v.dim() else v
+                        for k, v in part(f"optimiser.{name}.").items()
+                    }
+                    for index, name in enumerate(names)
+                }
+                optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            self.step, self.history = int(notes["step"]), json.loads(notes.get("history", "[]"))
+            for name, (sums, steps) in json.loads(notes.get("means", "{}")).items():
+                self.means[name].sums, self.means[name].steps = sums, steps
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: was written by a run of another configuration; use another --out"
+            ) from error

@@ -1,0 +1,371 @@
+"""Training, whatever is trained: one loop on Lightning Fabric, which brings the devices, machines and precisions.
+
+A `Recipe` says what to do with a corpus; it has the loop fit one `Task` after another.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
+from clapsep_cli.errors import DeviceError, ExtraError, RecipeError, StoppedError
+from clapsep_cli.store.checkpoint import choose_precision
+from clapsep_cli.store.whole import read_notes
+from clapsep_cli.training.loop import record
+from clapsep_cli.training.loop.pool import Store
+from clapsep_cli.training.loop.sampling import ahead
+from clapsep_cli.training.loop.settings import Seed, Workers, settings
+from clapsep_cli.training.loop.state import Training
+from clapsep_cli.training.loop.task import Plan, Task, Weights
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true", "bf16-mixed": "bf16-mixed"}
+SILENT_SECONDS = 10.0  # after which a run says how far it is, also between two reports
+AGREED_EVERY = 10  # steps after which several processes ask each other whether to stop
+ESTIMATE = "estimate"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run says of itself while it goes on.
+
+    `figures` are means since the last report, such as the loss in dB; in the stage "validation", means of `measure` by
+    kind of query or by set; in the stage "estimate", the seconds that each stage will take. A report without figures
+    only says that the run goes on. `seconds_left` counts to the end of the stage; in an estimate, to that of all
+    stages. `text`: more to be said.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    figures: Mapping[str, float]
+    seconds_left: float = math.nan
+    measure: str = ""
+    text: str = ""
+
+
+Listener = Callable[[Report], None]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """On what to train, as Lightning Fabric names it. `batch` is always that of all devices together."""
+
+    accelerator: str = "auto"
+    devices: str = "1"
+    nodes: int = 1
+    precision: str = ""  # the recipe's if empty
+
+
+@settings
+class Recipe(ABC):
+    """What every recipe can be set to. `free`: names of settings that a resumed run may change. `use`: the command
+    that uses the model in a `{folder}`."""
+
+    free: ClassVar[frozenset[str]] = frozenset({"precision", "report_every", "save_every", "workers"})
+    use: ClassVar[str] = 'clapsep extract --model {folder} MIX --pos "…"'
+
+    seed: Seed = 0
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"  # bfloat16 where the device has it natively
+    min_clips: PositiveInt = 1  # of a label; fewer are taken for a mistake
+    store: Store = "auto"  # where clips are held
+    workers: Workers = 1  # threads that decode, on each device
+    report_every: PositiveInt = 50  # steps
+    save_every: PositiveInt = 250  # steps
+
+    @property
+    def needs(self) -> str:
+        """The model that it starts from, by name or folder; none if empty."""
+        return ""
+
+    @property
+    def labelling(self) -> Labelling:
+        """How a manifest is to say what its clips are of."""
+        return LABELS
+
+    def suited(self, corpus: Corpus) -> Recipe:
+        """Return the recipe with all that depends on the size of `corpus` and was not set."""
+        return self
+
+    @abstractmethod
+    def check(self, corpus: Corpus) -> None:
+        """Raise `ClapsepError` for what is missing to train on `corpus` by this recipe, before anything is written."""
+
+    @abstractmethod
+    def train(self, run: Run) -> None:
+        """Train on the run's corpus and leave a model in the run's folder."""
+
+
+@dataclass
+class Run:
+    """A corpus, a folder, and the devices to train on. `leads`: in the one process that writes and reports. Once `stop`
+    is set, the state is saved after the step at hand, and `StoppedError` raised."""
+
+    fabric: Fabric
+    folder: Path
+    corpus: Corpus
+    listen: Listener
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def device(self) -> torch.device:
+        """On which this process computes."""
+        return self.fabric.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.fabric.is_global_zero)
+
+    def tell(self, report: Report) -> None:
+        """Let whoever listens know, from the one process that reports."""
+        if self.leads:
+            self.listen(report)
+
+    def fit(self, task: Task) -> Weights:
+        """Train until the plan's steps, from wherever the state in the folder stands; the weights at the end.
+
+        Raises `StoppedError` where it was stopped before; the state is saved then.
+        """
+        plan, training = task.plan, Training(task, self.fabric, self.folder / task.state)
+        training.resume()
+        task.ready()
+        clock = Clock(training.step)
+        log = record.Log(self.folder, task.name, training.step) if self.leads else None
+        try:
+            for drawn in self._drawn(task, training.step):
+                rate = plan.schedule.rate(training.step, training.history)
+                training.advance(drawn, rate)
+                report, validate, save = map(partial(_due, training.step, plan.steps), plan.every)
+                report, stop = report or training.step == 1, self._stopped(training.step)
+                if report or validate or save or stop:
+                    training.collect()
+                left = clock.seconds_left(training.step, plan.steps)
+                if report:
+                    speed = plan.batch / clock.seconds_a_step(training.step)
+                    figures = {**training.means["report"].take(), "lr": rate, "examples/s": speed}
+                    self._tell(Report(task.name, training.step, plan.steps, figures, left), log, clock)
+                elif clock.silent > SILENT_SECONDS:
+                    self._tell(Report(task.name, training.step, plan.steps, {}, left), None, clock)
+                if validate:
+                    with clock.stopped():
+                        figures = dict(self._validate(training))
+                    if figures:
+                        told = Report("validation", training.step, plan.steps, figures, left, task.measure)
+                        self._tell(told, log, clock)
+                if (save or stop) and self.leads:
+                    training.save()
+                if stop:
+                    raise StoppedError(
+                        f"stopped after step {training.step} of {plan.steps} of the {task.name}; its state is saved in "
+                        f"{self.folder}, and the same command goes on from there"
+                    )
+        finally:
+            if log:
+                log.close()
+        if self.leads and not (plan.keep_best and training.history):
+            task.write(training.weights())
+        self.fabric.barrier()
+        return training.weights()
+
+    def rehearse(self, task: Task) -> float:
+        """Seconds that `task` will take from where its state stands, by the second of two steps. It is spent then."""
+        training = Training(task, self.fabric, self.folder / task.state)
+        done = int(read_notes(training.path)["step"]) if training.path.exists() else 0
+        task.ready()
+        began = time.monotonic()
+        for drawn in islice(self._drawn(task, 0), 2):
+            self.check_stop()
+            clock = time.monotonic()
+            training.advance(drawn, 0.0)
+            training.collect()
+            began = clock
+        return (time.monotonic() - began) * max(0, task.plan.steps - done)
+
+    def check_stop(self) -> None:
+        """Raise `StoppedError` where the run is to stop and has nothing to save, unless other processes wait for it."""
+        if self.stop.is_set() and self.fabric.world_size == 1:
+            raise StoppedError(f"stopped; the same command goes on from what is in {self.folder}")
+
+    def _stopped(self, step: int) -> bool:
+        """Whether to stop after `step`, in all processes alike."""
+        if self.fabric.world_size == 1:
+            return self.stop.is_set()
+        if step % AGREED_EVERY:
+            return False
+        asked = torch.tensor(float(self.stop.is_set()), device=self.device)
+        return bool(cast(Tensor, self.fabric.all_reduce(asked, reduce_op="sum")) > 0)
+
+    def _drawn(self, task: Task, first: int) -> Iterator[list[tuple[range, Any]]]:
+        """What is drawn for this process's rows of each step, in parts, from step `first` on."""
+        parts = self._rows(task.plan)
+
+        def draw(step: int) -> list[tuple[range, Any]]:
+            return [(rows, self._pinned(task.draw(step, rows))) for rows in parts]
+
+        return ahead(draw, range(first, task.plan.steps), task.plan.workers)
+
+    def _tell(self, report: Report, log: record.Log | None, clock: Clock) -> None:
+        clock.told = time.monotonic()
+        if log:
+            log.add(report.step, report.figures)
+        self.tell(report)
+
+    def _validate(self, training: Training) -> Mapping[str, float]:
+        """Validate in the leading process, and let all of them know; keep the best weights where that is the plan."""
+        task, history = training.task, training.history
+        figures: dict[str, float] = {}
+        if self.leads:
+            figures = dict(task.validate(training.weights()))
+            task.ready()
+        figures = self.fabric.broadcast(figures)
+        loss = training.means["validate"].take()["loss"]
+        history.append(next(iter(figures.values()), -loss))  # without clips to validate on, the loss is watched
+        best = training.best() if task.plan.keep_best and self.leads else None
+        if best:
+            task.write(best)
+        return figures
+
+    def _rows(self, plan: Plan) -> list[range]:
+        """The rows of each batch that are this process's, in as many parts as are accumulated."""
+        parts = self.fabric.world_size * plan.accumulate
+        size, rest = divmod(plan.batch, parts)
+        if rest or not size:
+            raise RecipeError(f"a batch of {plan.batch} cannot be shared evenly by {parts} (devices times accumulate)")
+        first = self.fabric.global_rank * plan.accumulate
+        return [range(at * size, (at + 1) * size) for at in range(first, first + plan.accumulate)]
+
+    def _pinned(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """In memory that a GPU fetches from while it computes."""
+        return tuple(tensor.pin_memory() for tensor in drawn) if self.device.type == "cuda" else drawn
+
+
+def _due(step: int, steps: int, every: int) -> bool:
+    return step % every == 0 or step == steps
+
+
+class Clock:
+    """Time per step since a run went on, without what it spent on other things. In seconds."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+        self.began = self.told = time.monotonic()
+
+    @property
+    def silent(self) -> float:
+        """For how long nothing was told."""
+        return time.monotonic() - self.told
+
+    def seconds_a_step(self, step: int) -> float:
+        """On average, at the end of `step`."""
+        return (time.monotonic() - self.began) / max(1, step - self.step)
+
+    def seconds_left(self, step: int, steps: int) -> float:
+        """From the end of `step` to that of the last of `steps`, at the same pace."""
+        return self.seconds_a_step(step) * (steps - step)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Not to count what is done meanwhile."""
+        since = time.monotonic()
+        yield
+        self.began += time.monotonic() - since
+
+
+def train(
+    manifest: Path,
+    out: Path,
+    recipe: Recipe,
+    listen: Listener = lambda report: None,
+    hardware: Hardware | None = None,
+    stop: threading.Event | None = None,
+) -> bool:
+    """Train by `recipe` on the clips that `manifest` lists, and leave a model in the folder `out`.
+
+    A run that was stopped goes on from `out`; what it would have drawn does not change.
+
+    Args:
+        manifest: a CSV `file,label[,captions,split]`; clips whose split is not "train" are only validated on.
+        out: the run's folder.
+        recipe: from `presets.build`, or one of the classes in `mini`, `clapsep` and `tuss`; it says what labels there
+            may be.
+        listen: is called with each report.
+        hardware: the devices; with several, Fabric starts this program once for each.
+        stop: an event that, once set, stops the run after the step at hand; its state is saved.
+
+    Returns:
+        True in the one process that writes.
+
+    Raises:
+        ManifestError: what is wrong with the clips, all at once.
+        RecipeError: settings that do not fit.
+        CheckpointError: `out` holds another run.
+        ModelError: a model is missing.
+        ExtraError: a package is missing.
+        StoppedError: `stop` was set.
+    """
+    hardware = hardware or Hardware()
+    if hardware.precision and hardware.precision not in PRECISIONS:
+        raise RecipeError(f"no precision {hardware.precision!r}: use {' or '.join(PRECISIONS)}")
+    try:
+        for package in ("lightning_fabric", "tensorboard"):  # the logger needs the latter
+            import_module(package)
+    except ModuleNotFoundError as error:
+        raise ExtraError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
+    corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling)
+    recipe = recipe.suited(corpus)
+    recipe.check(corpus)
+    record.check(out, recipe, corpus)
+    asked = next(name for name in (hardware.precision, recipe.precision) if name)
+    before = record.precision(out) if asked == "auto" else ""
+    fabric, precision = _fabric(hardware, before or asked)
+    run = Run(fabric, out, corpus, listen, stop or threading.Event())
+    if run.leads:
+        out.mkdir(parents=True, exist_ok=True)
+        on = {"accelerator": fabric.device.type, "devices": fabric.world_size, "precision": precision}
+        record.write(out, recipe, corpus, {"nodes": hardware.nodes, **on})
+    why = " (as it began)" if before else " (no native bfloat16)" if asked == "auto" and precision == "32-true" else ""
+    text = f"on {fabric.device}, {precision}{why}"
+    run.tell(Report("clips read", len(corpus.clips), len(corpus.clips), {"hours": corpus.hours}, text=text))
+    fabric.barrier()
+    recipe.train(run)
+    return run.leads
+
+
+def _fabric(hardware: Hardware, precision: str) -> tuple[Fabric, str]:
+    """Launch Fabric; "auto" becomes bfloat16 where the device has it natively, and float32 where it would be slower.
+
+    Raises `DeviceError` for devices that are not there.
+    """
+    from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of precisions and processes
+    try:
+        devices = hardware.devices if hardware.devices == "auto" else int(hardware.devices)
+        build = partial(Fabric, accelerator=hardware.accelerator, devices=devices, num_nodes=hardware.nodes)
+        if precision == "auto":
+            native = choose_precision("auto", build().device) == torch.bfloat16
+            precision = "bf16-mixed" if native else "32-true"
+        fabric = build(precision=PRECISIONS[precision])
+        fabric.launch()
+    except (ValueError, RuntimeError) as error:  # Fabric's own words for what is not there
+        raise DeviceError(f"cannot train there: {' '.join(str(error).split())}") from error
+    return fabric, precision

@@ -1,0 +1,1 @@
+"""What can be trained: mini, CLAPSep and TUSS, the presets, and what the three share."""

@@ -1,0 +1,166 @@
+"""Mixing and augmentation in training, on the device. What is random comes from generators that the caller seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clapsep_cli import dsp
+from clapsep_cli.audio.samples import PEAK, Audio
+from clapsep_cli.training.loop.settings import Share, settings
+
+EQ_POINTS = 8  # control points of a random equaliser, evenly on a log scale …
+LOWEST_HZ = 20.0  # … from here to half the rate
+LOWEST_CUT_HZ, HIGHEST_CUT_HZ = 2500.0, 15_000.0  # of a low-pass: from telephones to lossy codecs
+CUT_WIDTH = 0.06  # of the cut's frequency, over which a low-pass falls by 1/e in amplitude
+LOWEST_RUMBLE_HZ, RUMBLE_OCTAVES = 40.0, 3.0  # of a high-pass
+QUIETEST_FLOOR_DB, LOUDEST_FLOOR_DB = -60.0, -20.0  # of a noise floor, relative to the clip
+ROOM_SECONDS = 1.0  # of an impulse response; the rest is cut
+
+
+@settings
+class Acoustics:
+    """How often a clip is made to sound as if it had been recorded elsewhere: shares of the clips.
+
+    `eq_db`: standard deviation of the random equaliser at its control points, in dB.
+    """
+
+    eq: Share = 0.6
+    eq_db: NonNegativeFloat = 5.0
+    low_pass: Share = 0.3
+    high_pass: Share = 0.2
+    room: Share = 0.25  # where there are impulse responses
+    floor: Share = 0.5  # a noise floor of its own
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A generator that depends on the numbers of `key` alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def levelled(targets: Tensor, interferers: Tensor, snr_db: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets and interferers, float32 `[batch, samples]`, such that their sum is a mixture at `snr_db` (`[batch]`),
+    scaled to a peak of 0.9 where it would exceed 1 (paper IV-A)."""
+    wanted, others = torch.empty_like(targets), torch.empty_like(interferers)
+    for row, snr in enumerate(snr_db):  # one by one, they stay in a processor's cache
+        target, interferer = targets[row], interferers[row]
+        ratio = (target.norm() + 1e-6) / (interferer.norm() + 1e-6)
+        torch.mul(interferer, ratio * torch.pow(10, -snr / 20), out=others[row])
+        peak = torch.add(target, others[row]).abs_().max()
+        scale = torch.where(peak > 1, PEAK / peak.clamp(min=1), 1.0)
+        torch.mul(target, scale, out=wanted[row])
+        others[row] *= scale
+    return wanted, others
+
+
+def elsewhere(
+    audio: Tensor, rooms: Tensor | None, acoustics: Acoustics, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Clips as if recorded by others: through a random equaliser and band limits, in a room, over a noise floor.
+
+    Args:
+        audio: float32 `[clips, samples]`.
+        rooms: what `room_spectra` made of impulse responses for clips of this length, or None.
+        acoustics: how often each of it happens.
+        generators: one for each clip, on the CPU, so that every device draws the same.
+
+    Returns:
+        Float32 `[clips, samples]`, each clip at the energy it had before the noise floor was added.
+    """
+    made, samples = [], audio.shape[1]
+    size = samples + int(ROOM_SECONDS * dsp.RATE_HZ)
+    for clip, generator in zip(audio, generators, strict=True):  # one by one, they stay in a processor's cache
+        response = _response(size, acoustics, generator)
+        in_room, which = torch.rand(2, generator=generator).tolist()
+        if rooms is not None and in_room < acoustics.room:
+            room = rooms[int(which * len(rooms))]
+            response = room if response is None else response.to(room.device) * room
+        energy, heard = clip.norm(), clip
+        if response is not None:
+            heard = torch.fft.irfft(torch.fft.rfft(clip, n=size) * response.to(clip.device), n=size)[:samples]
+            heard = heard * (energy / (heard.norm() + 1e-6))
+        floor = _floor(samples, acoustics, generator)
+        made.append(heard if floor is None else heard + floor.to(clip.device) * energy)
+    return torch.stack(made)
+
+
+def _response(size: int, acoustics: Acoustics, generator: torch.Generator) -> Tensor | None:
+    """A random amplitude response for a transform of `size` samples, `[size // 2 + 1]`; None where it is flat."""
+    eq, low_pass, cut, high_pass, rumble = torch.rand(5, generator=generator).tolist()
+    points = torch.randn(EQ_POINTS, generator=generator) * acoustics.eq_db
+    hertz = torch.arange(size // 2 + 1) * (dsp.RATE_HZ / size)
+    parts = []
+    if eq < acoustics.eq:
+        octaves = torch.log(hertz.clamp(min=LOWEST_HZ) / LOWEST_HZ) / math.log(dsp.RATE_HZ / 2 / LOWEST_HZ)
+        at = octaves * (EQ_POINTS - 1)
+        lower = at.long().clamp(max=EQ_POINTS - 2)
+        points -= points.mean()
+        parts.append(torch.pow(10, torch.lerp(points[lower], points[lower + 1], at - lower) / 20))
+    if low_pass < acoustics.low_pass:
+        edge = LOWEST_CUT_HZ * (HIGHEST_CUT_HZ / LOWEST_CUT_HZ) ** cut
+        parts.append(torch.exp(-(hertz / edge - 1).clamp(min=0) / CUT_WIDTH))
+    if high_pass < acoustics.high_pass:
+        slope = (hertz / (LOWEST_RUMBLE_HZ * 2 ** (RUMBLE_OCTAVES * rumble))).square()
+        parts.append(slope / (1 + slope))
+    response: Tensor | None = torch.stack(parts).prod(0) if parts else None
+    return response
+
+
+def _floor(samples: int, acoustics: Acoustics, generator: torch.Generator) -> Tensor | None:
+    """A noise floor between white and dull for a clip of energy 1, float32 `[samples]`; None where there is none."""
+    happens, level, dullness = torch.rand(3, generator=generator).tolist()
+    if happens >= acoustics.floor:
+        return None
+    noise = torch.randn(samples, generator=generator)
+    noise += 3 * dullness * F.avg_pool1d(F.pad(noise[None], (8, 7)), 16, 1)[0]
+    decibel = QUIETEST_FLOOR_DB + (LOUDEST_FLOOR_DB - QUIETEST_FLOOR_DB) * level
+    gain: float = math.pow(10, decibel / 20) / noise.norm().item()
+    return noise * gain
+
+
+def room_spectra(rooms: Sequence[Audio], samples: int) -> Tensor:
+    """Spectra of impulse responses at `RATE_HZ`, as far as `ROOM_SECONDS`, for `elsewhere` on clips of `samples`:
+    complex64 `[rooms, bins]`."""
+    longest = int(ROOM_SECONDS * dsp.RATE_HZ)
+    cut = np.stack([np.pad(room[:longest], (0, max(0, longest - len(room)))) for room in rooms])
+    spectra: Tensor = torch.fft.rfft(torch.from_numpy(np.asarray(cut, np.float32)), n=samples + longest)
+    return spectra
+
+
+def stripes(count: int, size: int, widest: int, generator: torch.Generator) -> Tensor:
+    """SpecAugment along one axis (paper IV-B): 1 `[count, size]`, and 0 in two random stripes of up to `widest`."""
+    at, kept = torch.arange(size), torch.ones(count, size)
+    for _ in range(2):
+        width = torch.randint(0, widest, (count, 1), generator=generator)
+        start = (torch.rand(count, 1, generator=generator) * (size - width)).long()
+        kept *= ((at < start) | (at >= start + width)).float()
+    return kept
+
+
+def striped(power: Tensor, generator: torch.Generator, batch: int, rows: range) -> Tensor:
+    """Leave out stripes of time and bins of what an audio encoder hears, power `[rows, frames, 513]`.
+
+    They are drawn for the whole `batch`, of which `power` holds the given rows.
+    """
+    _, frames, bins = power.shape
+    own = slice(rows.start, rows.stop)
+    over_bins = stripes(batch, bins, bins // 10, generator)
+    over_time = stripes(batch, frames, frames // 8, generator)
+    return power * (over_time[own, :, None] * over_bins[own, None]).to(power.device)
+
+
+@contextmanager
+def masked(layer: nn.Module, kept: Tensor) -> Iterator[None]:
+    """While it lasts, what `layer` returns is multiplied by `kept`: SpecAugment inside an encoder."""
+    hook = layer.register_forward_hook(lambda module, arguments, output: output * kept)
+    try:
+        yield
+    finally:
+        hook.remove()

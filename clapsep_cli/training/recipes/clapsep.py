@@ -1,0 +1,310 @@
+"""Training of CLAPSep by the paper's recipe (arXiv 2402.17455, III and IV-B): CLAP frozen, LoRA in the separator's
+encoder, the decoder trained from scratch or further."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn import functional as F
+
+from clapsep_cli import dsp
+from clapsep_cli.audio.samples import Audio
+from clapsep_cli.data import Corpus, fit
+from clapsep_cli.errors import ManifestError, RecipeError
+from clapsep_cli.models import htsat
+from clapsep_cli.models.base import condition
+from clapsep_cli.models.clap import ClapAudioEncoder
+from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig, Features
+from clapsep_cli.store import adapters
+from clapsep_cli.store.checkpoint import Model, load_part, save_part
+from clapsep_cli.store.library import load_model
+from clapsep_cli.store.whole import copy
+from clapsep_cli.training.loop.pool import Pool, open_pool
+from clapsep_cli.training.loop.record import settings_of
+from clapsep_cli.training.loop.schedules import Plateau
+from clapsep_cli.training.loop.settings import Share, Shares, Workers, settings
+from clapsep_cli.training.loop.task import Plan, Task, Weights
+from clapsep_cli.training.loop.train import Recipe, Run
+from clapsep_cli.training.recipes.augment import levelled, masked, seeded, stripes
+from clapsep_cli.training.recipes.conditions import embed_all
+from clapsep_cli.training.recipes.objective import waveform_loss
+from clapsep_cli.training.recipes.validation import Case, cases, improvements
+
+ADAPTER = "adapter.safetensors"
+TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: width below which a stripe of frames, or of mel bins, is (IV-B)
+TRIES = 1000  # at drawing a clip that sounds unlike another
+
+
+@settings
+class ClapsepRecipe(Recipe):
+    """`base`: the model whose CLAP is used, by name or folder. `init`: one whose separator is trained further, with its
+    CLAP; if empty, the separator's encoder starts as CLAP's and its decoder from scratch.
+
+    `encoder` (Table IV): trained by LoRA, frozen, trained from scratch in full, or none, with zeros in its place.
+    `queries`: α ~ U(0, 1) (Eq. 3), 0 or 1. `valence`: shares of the steps with the positive query alone, the negative
+    alone, and both.
+    """
+
+    free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
+
+    min_clips: PositiveInt = 2
+    workers: Workers = 4
+    save_every: PositiveInt = 500
+    base: str = "clapsep"
+    init: str = ""
+    encoder: Literal["lora", "frozen", "scratch", "none"] = "lora"
+    lora_only: bool = False  # the decoder stays as it is
+    lora_rank: PositiveInt = 16
+    lora_alpha: PositiveFloat = 1.0
+    queries: Literal["hybrid", "text", "audio"] = "hybrid"
+    valence: Annotated[Shares, Field(min_length=3, max_length=3)] = (0.25, 0.25, 0.5)
+    speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(min_length=1)] = (
+        0.9,
+        1.1,
+    )  # at one of which a query shot is played
+    spec_augment: bool = True  # of query shots
+    snr_weight: Share = 0.9  # λ of Eq. 14
+    epochs: PositiveInt = 150  # in each of which every clip is a target once
+    batch: PositiveInt = 32
+    accumulate: PositiveInt = 1  # parts of a device's batch that are computed one after the other
+    lr: NonNegativeFloat = 1e-4
+    lr_floor: NonNegativeFloat = 5e-6
+    lr_factor: Share = 0.3
+    stale_epochs: PositiveInt = 5  # without improvement, until the learning rate is lowered
+    weight_decay: NonNegativeFloat = 0.01
+    clip: PositiveFloat = 5.0  # norm of the gradient
+    validation_mixtures: NonNegativeInt = 100
+
+    @property
+    def needs(self) -> str:
+        return self.init or self.base
+
+    def check(self, corpus: Corpus) -> None:
+        if self.lora_only and not (self.init and self.encoder == "lora"):
+            raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
+        model = self.model(torch.device("cpu"))
+        if not isinstance(model.config, CLAPSepConfig):
+            raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains CLAPSep models")
+
+    def model(self, device: torch.device) -> Model:
+        found = load_model(self.needs, "cpu")
+        return Model(found.name, found.folder, device, precision="high")
+
+    def train(self, run: Run) -> None:
+        model, pool = self.model(run.device), open_pool(run.corpus, self.store)
+        if run.leads:
+            for name in ("text.safetensors", "audio.safetensors", "tokenizer.json"):
+                copy(model.folder / name, run.folder / name)
+        net = build(self, model)
+        captions = sorted({c for i in run.corpus.train for c in run.corpus.clips[i].captions})
+        embedded = embed_all(model.text, captions)
+        window = net.config.window
+        audio = None if self.queries == "text" else model.audio  # of CLAP; never read where no shot is a query
+        validated = cases(pool, run.corpus.held_out, self.validation_mixtures, window, model.text, audio)
+        del model.text  # it has said all that is needed of it
+        run.fit(ClapsepTask(self, run, model, net, pool, embedded, validated))
+
+
+def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
+    """The separator as training finds it, on the CPU."""
+    torch.manual_seed(recipe.seed)
+    if recipe.init:
+        net: CLAPSep = load_part(model.folder, "separator", model.family, model.config)
+    else:
+        net = CLAPSep(model.config)
+        net.encoder.load_state_dict(load_part(model.folder, "audio", model.family, model.config).htsat.state_dict())
+    net.requires_grad_(not recipe.lora_only)
+    ENCODERS[recipe.encoder](net, recipe)
+    return net
+
+
+def _lora(net: CLAPSep, recipe: ClapsepRecipe) -> None:
+    adapters.inject(net.encoder, recipe.lora_rank, recipe.lora_alpha)
+
+
+def _frozen(net: CLAPSep, recipe: ClapsepRecipe) -> None:
+    net.encoder.requires_grad_(False)
+
+
+def _scratch(net: CLAPSep, recipe: ClapsepRecipe) -> None:
+    net.encoder = net.config.build_htsat(stretch=False)
+
+
+def _none(net: CLAPSep, recipe: ClapsepRecipe) -> None:
+    """An encoder of zeros, which hears nothing: the condition and the spectrum are left, and a model like any other."""
+    net.encoder.requires_grad_(False)
+    for parameter in net.encoder.parameters():
+        parameter.data.zero_()
+
+
+ENCODERS: Mapping[str, Callable[[CLAPSep, ClapsepRecipe], None]] = {
+    "lora": _lora,
+    "frozen": _frozen,
+    "scratch": _scratch,
+    "none": _none,
+}
+
+
+class Prepared(NamedTuple):
+    """Mixtures and targets, float32 `[rows, window]`, the former at the encoder's rate too, and the conditions."""
+
+    mixtures: Tensor
+    heard: Tensor
+    targets: Tensor
+    conditions: Tensor
+
+
+class ClapsepTask(Task):
+    """The separator learns to mask mixtures of two clips at 0 dB, made on the fly."""
+
+    name, state = "separator", "state.safetensors"
+
+    def __init__(
+        self,
+        recipe: ClapsepRecipe,
+        run: Run,
+        model: Model,
+        net: CLAPSep,
+        pool: Pool,
+        embedded: Mapping[str, Tensor],
+        validated: Sequence[Case],
+    ) -> None:
+        self.recipe, self.run, self.model, self.pool, self.validated = recipe, run, model, pool, validated
+        self.net: CLAPSep = net
+        self.clips = run.corpus.train
+        epoch = max(1, len(self.clips) // recipe.batch)
+        self.draws = Draws(recipe.seed, recipe.batch, epoch, tuple(self.clips))
+        self.plan = Plan(
+            steps=recipe.epochs * epoch,
+            batch=recipe.batch,
+            accumulate=recipe.accumulate,
+            schedule=Plateau(recipe.lr, recipe.lr_floor, recipe.lr_factor, recipe.stale_epochs),
+            weight_decay=recipe.weight_decay,
+            clip=recipe.clip,
+            report_every=recipe.report_every,
+            validate_every=epoch,
+            save_every=recipe.save_every,
+            keep_best=1,
+            workers=recipe.workers,
+        )
+        row = {text: at for at, text in enumerate(embedded)}
+        self.captions = {i: [row[c] for c in run.corpus.clips[i].captions if c in row] for i in self.clips}
+        self.texts = torch.stack(list(embedded.values())).to(run.device)  # [captions, dim]
+        self.window = net.config.window
+        self.audio: ClapAudioEncoder | None = None
+        if recipe.queries != "text":
+            assert isinstance(model.audio, ClapAudioEncoder)
+            self.audio = model.audio.requires_grad_(False)
+            self.players = [
+                dsp.Resampler(round(dsp.RATE_HZ * speed), self.audio.rate).to(run.device) for speed in recipe.speeds
+            ]
+
+    def draw(self, step: int, rows: range) -> tuple[Tensor, ...]:
+        audio = np.empty((2, len(rows), self.window), np.float32)
+        captions = np.empty((len(rows), 2), np.int64)
+        for at, row in enumerate(rows):
+            rng = np.random.default_rng((self.recipe.seed, step, row))
+            target = self.draws.target(step, row)
+            for side, clip in enumerate((target, self._interferer(target, rng))):
+                audio[side, at] = self._crop(clip, rng)
+                captions[at, side] = rng.choice(self.captions[clip])
+        targets, interferers = torch.from_numpy(audio)
+        return targets, interferers, torch.from_numpy(captions)
+
+    def _interferer(self, target: int, rng: np.random.Generator) -> int:
+        """Another clip whose label is another, and which is described otherwise."""
+        clip = self.pool.clips[target]
+        for _ in range(TRIES):
+            index = int(rng.choice(self.clips))
+            other = self.pool.clips[index]
+            if other.label != clip.label and not set(other.captions) & set(clip.captions):
+                return index
+        raise ManifestError(f"{clip.path}: hardly a clip in the manifest sounds unlike it")
+
+    def _crop(self, clip: int, rng: np.random.Generator) -> Audio:
+        start = int(rng.integers(max(0, self.pool.samples(clip) - self.window) + 1))
+        return fit(self.pool.read(clip, start, start + self.window), self.window)
+
+    def prepare(self, drawn: tuple[Tensor, ...], step: int, rows: range) -> Prepared:
+        clips, captions = (drawn[0], drawn[1]), drawn[2]
+        targets, interferers = levelled(clips[0], clips[1], torch.zeros(len(captions), device=captions.device))
+        rng = np.random.default_rng((self.recipe.seed, 1, step))
+        alpha = {"hybrid": float(rng.random()), "text": 0.0, "audio": 1.0}[self.recipe.queries]
+        asked = ((True, False), (False, True), (True, True))[rng.choice(3, p=self.recipe.valence)]
+        sides = [
+            self._query(clips[side], captions[:, side], alpha, (step, side), rows) if wanted else None
+            for side, wanted in enumerate(asked)
+        ]
+        mixtures = targets + interferers
+        return Prepared(mixtures, self.net.resample(mixtures), targets, condition(*sides))
+
+    def _query(self, clips: Tensor, captions: Tensor, alpha: float, key: tuple[int, int], rows: range) -> Tensor:
+        """α · audio + (1 − α) · text (Eq. 3) of one side; the audio is the clip itself, disguised: `[rows, dim]`."""
+        texts = self.texts[captions]
+        return texts if self.audio is None else alpha * self._shots(clips, key, rows) + (1 - alpha) * texts
+
+    def _shots(self, clips: Tensor, key: tuple[int, int], rows: range) -> Tensor:
+        """Embeddings of clips, played a little slower or faster, and with stripes of time and mel left out."""
+        assert self.audio is not None
+        generator, batch = seeded(self.recipe.seed, 2, *key), self.plan.batch
+        speed = int(torch.randint(len(self.players), (), generator=generator))
+        played = self.players[speed](clips)[:, : self.audio.window]
+        played = F.pad(played, (0, self.audio.window - played.shape[1]))
+        frames = dsp.spectrum(played[:1], htsat.HOP).shape[1]
+        kept = stripes(batch, frames, TIME_STRIPE, generator)[:, :, None]
+        kept = kept * stripes(batch, self.audio.htsat.mels, MEL_STRIPE, generator)[:, None]
+        own = kept[rows.start : rows.stop].to(clips.device) if self.recipe.spec_augment else torch.ones(())
+        with masked(self.audio.htsat.bn0, own), self.run.fabric.autocast():
+            return self.audio.embed_windows(played).float()
+
+    def loss(self, prepared: Prepared) -> dict[str, Tensor]:
+        spectrum = dsp.spectrum(prepared.mixtures)
+        # Taken apart, as resampling would suffer from the precision that does for networks.
+        features = Features(spectrum.abs(), self.net.encoder(prepared.heard))
+        mask = self.net.mask(features, prepared.conditions).float()
+        estimate = dsp.waveform(spectrum * mask, self.window)
+        return {"loss": waveform_loss(estimate, prepared.targets, self.recipe.snr_weight)}
+
+    def ready(self) -> None:
+        self.net.train(not self.recipe.lora_only)
+        self.net.encoder.train(self.recipe.encoder == "scratch")
+
+    def validate(self, weights: Weights) -> Mapping[str, float]:
+        return improvements(self.net.eval(), self.validated)
+
+    def write(self, weights: Weights) -> None:
+        recipe, folder = self.recipe, self.run.folder
+        plain = adapters.merged(weights, recipe.lora_alpha / recipe.lora_rank)
+        tensors = {name: tensor.cpu() for name, tensor in plain.items() if not name.endswith("num_batches_tracked")}
+        save_part(folder, "separator", self.model.family, self.net.config, tensors, base=self.model.name)
+        if recipe.lora_only:
+            settings = settings_of(recipe)
+            adapters.save(folder / ADAPTER, weights, self.model, recipe.lora_rank, recipe.lora_alpha, settings)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which clip is the target of a row: each of `clips` once an epoch of `steps` steps, in another order each time."""
+
+    seed: int
+    batch: int
+    steps: int
+    clips: tuple[int, ...]
+
+    def target(self, step: int, row: int) -> int:
+        """The index of the clip that a row of a step's batch has for a target: each clip once an epoch."""
+        epoch, within = divmod(step, self.steps)
+        return self.clips[_order(self.seed, epoch, len(self.clips))[(within * self.batch + row) % len(self.clips)]]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    order: list[int] = np.random.default_rng((seed, 3, epoch)).permutation(count).tolist()
+    return order

@@ -1,0 +1,303 @@
+"""Every option of every command has an effect, or is refused where it would have none."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import typer
+from conftest import Clapsep, Stub
+from stand_ins import Moody
+
+from clapsep_cli.cli.app import app
+from clapsep_cli.jobs import batch
+from clapsep_cli.store import adapters, library
+
+Observed = dict[str, Any]
+LIBRARYS_OWN = {"--help", "--install-completion", "--show-completion"}  # typer's
+TIMING = re.compile(r'in [\d.]+ s \(\d+ times real time\)|"(?:elapsed|real_time_factor)": [\d.e-]+')
+
+SHARED = {  # by option: a line, and what of it makes a difference when it is added
+    "--recursive": ("in -o out {query}", "-r"),
+    "--start": ("mix.wav {query}", "--start 0.2"),
+    "--end": ("mix.wav {query}", "--end 0.2"),
+    "--out": ("mix.wav {query}", "-o out"),
+    "--filename": ("mix.wav {query}", "--filename {{part}}/{{stem}}.{{ext}}"),
+    "--format": ("mix.wav {query}", "-f flac"),
+    "--subtype": ("mix.wav {query}", "--subtype pcm24"),
+    "--clip": ("loud.wav --subtype pcm16 {query}", "--clip rescale"),
+    "--plot": ("mix.wav --end 0.2 {query}", "--plot"),
+    "--overwrite": ("old.wav {query}", "--overwrite"),
+    "--skip-existing": ("old.wav {query}", "--skip-existing"),
+    "--model": ("mix.wav {query}", "--model mini"),
+    "--adapter": ("mix.wav {query}", "--adapter adapter.safetensors"),
+    "--device": ("mix.wav {query}", "-d cpu"),
+    "--precision": ("mix.wav {query}", "--precision fast"),
+    "--model-dir": ("mix.wav {query}", "--model-dir kept"),
+    "--threads": ("mix.wav {query}", "--threads 3"),
+    "--batch-size": ("mix.wav {query}", "--batch-size 2"),
+    "--jobs": ("mix.wav {query}", "-j 5"),
+    "--json": ("mix.wav {query}", "--json"),
+    "--progress": ("mix.wav {query}", "--progress json"),
+    "--quiet": ("mix.wav {query}", "-q"),
+}
+TWO = "mix.wav --target one=dog --target two=two.flac"
+EVALUATE = "--mixtures mixtures.csv --audio labels"
+MAKE = "labels --per-clip 1 -o new.csv"
+EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
+    "clapsep": {"--version": ("", "--version")},
+    "extract": {
+        **{option: (line.format(query="--pos dog"), more.format()) for option, (line, more) in SHARED.items()},
+        "--pos": ("mix.wav --neg rain", "--pos dog"),
+        "--neg": ("mix.wav --pos dog", "--neg rain"),
+        "--query-audio": ("mix.wav --pos dog", "--query-audio two.flac"),
+        "--neg-audio": ("mix.wav --pos dog", "--neg-audio two.flac"),
+        "--pos-span": ("mix.wav --pos dog", "--pos-span 0-0.2"),
+        "--neg-span": ("mix.wav --pos dog", "--neg-span 0-0.2"),
+        "--alpha": ("mix.wav --pos dog --query-audio two.flac", "--alpha 0.9"),
+        "--target": ("mix.wav", "--target one=dog"),
+        "--mutual": (f"{TWO} --no-mutual", "--mutual"),
+        "--no-mutual": (TWO, "--no-mutual"),
+        "--manifest": ("", "--manifest jobs.csv"),
+        "--presence": ("mix.wav --pos dog", "--presence"),
+        "--no-presence": ("mix.wav --pos dog --json", "--no-presence"),
+        "--min-presence": ("mix.wav --pos dog", "--min-presence 9"),
+        "--residual": ("mix.wav --pos dog --no-residual", "--residual"),
+        "--no-residual": ("mix.wav --pos dog", "--no-residual"),
+        "--remove": ("mix.wav --pos dog", "--remove"),
+    },
+    "separate": {
+        **{option: (line.format(query="--prompts dog rain"), more.format()) for option, (line, more) in SHARED.items()},
+        "--prompts": ("mix.wav", "--prompts dog rain"),
+        "--task": ("mix.wav", "--task music"),
+        "--only": ("mix.wav --prompts dog rain", "--only dog"),
+        "--residual": ("mix.wav --prompts dog rain", "--residual"),
+        "--consistent": ("mix.wav --prompts dog rain", "--consistent"),
+    },
+    "demo": {"--out": ("", "-o somewhere")},
+    "train": {
+        "--manifest": ("", "--manifest mine.csv"),
+        "--out": ("mine.csv", "-o out"),
+        "--preset": ("mine.csv", "--preset clapsep-text"),
+        "--init": ("mine.csv", "--init clapsep"),
+        "--lora-only": ("mine.csv --init clapsep", "--lora-only"),
+        "--encoder": ("mine.csv --preset clapsep-text", "--encoder frozen"),
+        "--config": ("mine.csv", "--config settings.toml"),
+        "--set": ("mine.csv", "--set separator.batch=3"),
+        "--text": ("mine.csv", "--text kept"),
+        "--paraphrases": ("mine.csv", "--paraphrases more.csv"),
+        "--steps": ("mine.csv", "--steps 3"),
+        "--audio-steps": ("mine.csv", "--audio-steps 3"),
+        "--epochs": ("mine.csv --preset clapsep-text", "--epochs 3"),
+        "--seed": ("mine.csv", "--seed 3"),
+        "--accelerator": ("mine.csv", "--accelerator cpu"),
+        "--devices": ("mine.csv", "--devices 2"),
+        "--nodes": ("mine.csv", "--nodes 2"),
+        "--precision": ("mine.csv", "--precision 32-true"),
+        "--model-dir": ("mine.csv --init clapsep", "--model-dir kept"),
+        "--quiet": ("mine.csv", "-q"),
+    },
+    "evaluate": {
+        "--mixtures": ("--audio labels", "--mixtures mixtures.csv"),
+        "--audio": ("--mixtures mixtures.csv", "--audio labels"),
+        "--model": (EVALUATE, "--model mini"),
+        "--device": (EVALUATE, "-d cpu"),
+        "--model-dir": (EVALUATE, "--model-dir kept"),
+        "--queries": (EVALUATE, "--queries pos"),
+        "--shots": (f"{EVALUATE} --shots-csv shots.csv", "--shots 1"),
+        "--shots-csv": (f"{EVALUATE} --shots 1", "--shots-csv shots.csv"),
+        "--text": (f"{EVALUATE} --shots 1 --shots-csv shots.csv --no-text", "--text"),
+        "--no-text": (f"{EVALUATE} --shots 1 --shots-csv shots.csv", "--no-text"),
+        "--bss": (f"{EVALUATE} --no-bss", "--bss"),
+        "--no-bss": (EVALUATE, "--no-bss"),
+        "--out": (EVALUATE, "-o scores"),
+        "--report": (EVALUATE, "--report new.html"),
+        "--json": (EVALUATE, "--json"),
+        "--labels": (EVALUATE, "--labels"),
+        "--skip-missing": ("--mixtures more.csv --audio labels", "--skip-missing"),
+        "--overwrite": (f"{EVALUATE} --report old.html", "--overwrite"),
+        "--quiet": (EVALUATE, "-q"),
+    },
+    "mixtures make": {
+        "--out": ("labels", "-o new.csv"),
+        "--per-clip": (MAKE, "--per-clip 2"),
+        "--per-label": (MAKE, "--per-label 1"),
+        "--shots": (MAKE, "--shots 1"),
+        "--split": ("clips.csv -o new.csv", "--split test"),
+        "--seed": (MAKE, "--seed 5"),
+        "--overwrite": ("labels", "--overwrite"),
+        "--quiet": (MAKE, "-q"),
+    },
+    "models list": {"--json": ("", "--json"), "--model-dir": ("", "--model-dir kept")},
+    "models download": {
+        "--keep-original": ("mini", "--keep-original"),
+        "--quiet": ("mini", "-q"),
+        "--model-dir": ("mini", "--model-dir kept"),
+    },
+    "models convert": {
+        "--from": ("mini", "--from mix.wav"),
+        "--quiet": ("mini --from mix.wav", "-q"),
+        "--model-dir": ("mini --from mix.wav", "--model-dir kept"),
+    },
+    "models verify": {"--model-dir": ("mini", "--model-dir kept")},
+    "models path": {"--model-dir": ("mini", "--model-dir kept")},
+    "models rm": {"--model-dir": ("mini", "--model-dir kept")},
+    "env": {"--json": ("", "--json"), "--model-dir": ("", "--model-dir kept")},
+}
+CALLS = (("remove", [Path("a")]), ("path_of", "a"), ("statuses", []))  # of the library of models, and their results
+REFUSED = [
+    ("extract mix.wav --pos dog", "--alpha 0.9"),
+    ("extract mix.wav --pos dog --neg-audio two.flac", "--alpha 0.9"),
+    ("extract mix.wav --target a=dog --target b=cat", "--alpha 0.9"),
+    (f"extract {TWO} --no-mutual", "--alpha 0.9"),
+    (f"extract {TWO} --neg rain", "--alpha 7"),
+    ("extract mix.wav --pos dog", "--no-mutual"),
+    ("extract mix.wav --target a=dog", "--mutual"),
+    ("extract --manifest jobs.csv", "--recursive"),
+    ("extract mix.wav --pos dog --min-presence 0", "--no-presence"),
+    ("extract mix.wav --pos dog --remove", "--no-residual"),
+    ("extract mix.wav --pos dog -o -", "--residual"),
+    ("extract mix.wav --pos dog -o -", "--overwrite"),
+    ("extract mix.wav --pos dog -o -", "--skip-existing"),
+    ("extract mix.wav --pos dog -o -", "--plot"),
+    ("extract mix.wav --pos dog -o -", "--filename {part}.wav"),
+    ("extract mix.wav --pos dog -o -", "--json"),
+    ("separate mix.wav --prompts dog rain --only dog -o -", "--residual"),
+    (f"evaluate {EVALUATE}", "--overwrite"),
+    (f"evaluate {EVALUATE}", "--no-text"),
+    (f"evaluate {EVALUATE}", "--shots 1"),
+    ("train mine.csv", "--epochs 3"),
+    ("train mine.csv", "--lora-only"),
+    ("train mine.csv --preset clapsep-text", "--text kept"),
+    ("train mine.csv --preset tuss-medium", "--encoder frozen"),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Recordings and lists for all the lines above."""
+    place = tmp_path / "here"
+    for folder in ("in/deep", "labels/dog", "labels/rain", "labels/bell", "kept"):
+        (place / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("mix.wav", "two.flac", "old.wav", "in/one.wav", "in/deep/two.wav"):
+        soundfile.write(place / name, 0.1 * rng.standard_normal((5000, 1)), 8000, "PCM_16")
+    soundfile.write(place / "loud.wav", 3 * rng.standard_normal(3000), 8000, "FLOAT")
+    for label in ("dog", "rain", "bell"):
+        for n in range(3):
+            soundfile.write(place / "labels" / label / f"{n}.wav", 0.1 * rng.standard_normal(8000), 8000)
+    clips = [f"labels/{label}/{n}.wav" for label in ("dog", "rain", "bell") for n in range(3)]
+    rows = [f"{name},{name.split('/')[1]},{'test' if '0' in name else 'train'}" for name in clips]
+    (place / "clips.csv").write_text("\n".join(["file,label,split", *rows, "labels/dog/0.wav,cat,test"]))
+    listed = "source_file,positive_caption,noise_file,negative_caption\ndog/0.wav,a dog,rain/0.wav,rain\n"
+    (place / "mixtures.csv").write_text(listed)
+    (place / "more.csv").write_text(f"{listed}none.wav,a dog,rain/0.wav,rain\n")
+    (place / "shots.csv").write_text("class,file\na dog,dog/1.wav\nrain,rain/1.wav\n")
+    (place / "jobs.csv").write_text("file,pos\nmix.wav,dog\n")
+    (place / "settings.toml").write_text("seed = 9\n")
+    (place / "mine.csv").touch()
+    (place / "old.html").touch()
+    for part in ("target", "residual", "dog", "rain"):
+        (place / f"old.{part}.wav").touch()
+    return place
+
+
+@pytest.fixture
+def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Observed]:
+    """Run a line; what can be seen of it: what it prints, writes, and asks of the model and the machine."""
+    seen: list[Any] = []
+    monkeypatch.setenv("CLAPSEP_HOME", str(place / "home"))
+
+    def noted(name: str, result: Any = None) -> Callable[..., Any]:
+        def note(*arguments: Any, **named: Any) -> Any:
+            told = {key: value for key, value in named.items() if key not in ("say", "progress")}
+            plain = [a for a in arguments if not callable(a)]
+            seen.append((name, repr(plain), repr(told), os.environ["CLAPSEP_HOME"]))
+            return result
+
+        return note
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, **settings: Any) -> None:
+            seen.append(("threads", workers))
+            super().__init__(workers, **settings)
+
+    def run(line: str) -> Observed:
+        seen.clear()
+        model = Stub(Moody(8000))
+        model.family = "clapsep"
+        loaded = noted("load", model)
+        monkeypatch.setattr(library, "load_model", lambda *a, **k: loaded(*a, **k))
+        monkeypatch.setattr(adapters, "apply", lambda model, path: noted("adapter")(path))
+        monkeypatch.setattr(torch, "set_num_threads", noted("torch"))
+        monkeypatch.setattr(batch, "ThreadPoolExecutor", Pool)
+        monkeypatch.setattr("clapsep_cli.training.loop.train.train", noted("train", True))
+        for name, result in (("install", Path("a")), ("verify", [Path("a")]), *CALLS):
+            monkeypatch.setattr(library, name, noted(name, result))
+        before = {path for path in place.rglob("*") if path.is_file()}
+        for path in before:
+            os.utime(path, (1, 1))
+        kept = {path: path.read_bytes() for path in before}
+        done = clapsep(*shlex.split(line), cwd=place)
+        files = {path.relative_to(place): content(path) for path in place.rglob("*") if path.is_file()}
+        for path in [path for path in place.rglob("*") if path.is_file()]:
+            path.unlink() if path not in kept else path.write_bytes(kept[path])
+        printed = [TIMING.sub("", text) for text in (done.stdout, done.stderr)]
+        batches = sorted(model.separator.batches)
+        return {"code": done.returncode, "printed": printed, "files": files, "seen": list(seen), "batches": batches}
+
+    return run
+
+
+def content(path: Path) -> str:
+    """What a file holds; of a recording without its tags, where a key would show options that change nothing else."""
+    if path.suffix in (".wav", ".flac") and path.stat().st_size:
+        audio, rate = soundfile.read(path)
+        return f"{hashlib.sha256(audio.tobytes()).hexdigest()} {rate} {soundfile.info(path).subtype}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def commands(command: Any, name: str = "clapsep") -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for nested in getattr(command, "commands", {}).values():
+        yield from commands(nested, nested.name if name == "clapsep" else f"{name} {nested.name}")
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands(typer.main.get_command(app))))
+def test_every_option_has_a_line_above(name: str, command: Any) -> None:
+    options = {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")}
+    assert options - LIBRARYS_OWN == set(EFFECTS.get(name, {}))
+
+
+@pytest.mark.parametrize("command", EFFECTS)
+def test_every_option_has_an_effect(observe: Callable[[str], Observed], command: str) -> None:
+    lines = {
+        option: (f"{command} {line}".removeprefix("clapsep "), more)
+        for option, (line, more) in EFFECTS[command].items()
+    }
+    without = {line: observe(line) for line, _ in lines.values()}
+    some = next(iter(without))
+    assert observe(some) == without[some], "what is compared has to be the same at every run"
+    for option, (line, more) in lines.items():
+        changed = observe(f"{line} {more}")
+        assert changed != without[line], f"{option} has no effect"
+        assert changed["code"] == 0 or option == "--skip-existing", changed["printed"]
+
+
+@pytest.mark.parametrize(("line", "option"), REFUSED)
+def test_an_option_without_effect_is_refused(observe: Callable[[str], Observed], line: str, option: str) -> None:
+    refused = observe(f"{line} {option}")
+    assert refused["code"] == 2, refused["printed"]
+    assert option.split()[0].strip("-").replace("-", "_") in refused["printed"][1].replace("-", "_")
+    if not line.startswith("train"):
+        assert observe(line)["code"] == 0
