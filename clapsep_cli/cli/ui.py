@@ -19,7 +19,9 @@ def ui(
     mix: Annotated[Path | None, typer.Argument(metavar="[MIX]", help="A recording to open at once.")] = None,
     model: ModelOption = None,
     device: DeviceOption = "auto",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="To listen on; 0 takes any free one.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="N", help="To listen on; 0 takes any free one.")
+    ] = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
     _model_dir: ModelDirOption = None,
 ) -> None:
