@@ -325,7 +325,7 @@ def test_pictures_are_refused_before_anything_is_done(
 
 
 @pytest.mark.parametrize("columns", [50, 60, 80, 200])
-@pytest.mark.parametrize("command", ["extract", "separate", "evaluate", "train"])
+@pytest.mark.parametrize("command", ["extract", "separate", "ui", "evaluate", "train"])
 def test_help_names_every_option_in_full_however_narrow(columns: int, command: str, tmp_path: Path) -> None:
     shown = process(command, "--help", cwd=tmp_path, COLUMNS=str(columns)).stdout
     whole: Any = typer.main.get_command(app)

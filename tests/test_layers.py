@@ -57,6 +57,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"planning"},
         ],
     ),
+    ("page", [{"guard", "overview", "wishes"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
     ("evaluation", [{"figures", "mixtures"}, {"scores"}, {"evaluate"}, {"report"}]),
     (
@@ -81,7 +82,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "cli",
         [
             {"environment", "terminal"},
-            {"evaluate", "models", "options"},
+            {"evaluate", "models", "options", "ui"},
             {"run"},
             {"extract", "separate", "train"},
             {"demo"},

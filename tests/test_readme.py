@@ -28,6 +28,8 @@ from clapsep_cli.registry import FAMILIES, MODELS, HubFile
 from clapsep_cli.training.recipes.presets import PRESETS
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
+pytest.importorskip("starlette", reason="the page takes the packages of clapsep[ui]")
+pytest.importorskip("uvicorn", reason="the page takes the packages of clapsep[ui]")
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -83,6 +85,8 @@ def place(tmp_path: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) ->
     for name, script in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    monkeypatch.setattr("clapsep_cli.page.server.Page.run", lambda self: None)  # which has tests of its own
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     return place
 
