@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SCORES = "scores.csv"
 PIPE_COLUMNS = 160
 SIDES = {"both": "both", "pos": "positive", "neg": "negative"}
-TITLES = {"sdri": "SDRi", "si_sdri": "SI-SDRi", "bss_sdri": "BSS-eval SDRi"}
 
 mixtures = typer.Typer(no_args_is_help=True, help="Make lists of mixtures to evaluate on.")
 
@@ -214,13 +213,13 @@ def _print_json(settings: Mapping[str, object], scores: Sequence[Score]) -> None
 def _print_table(scores: Sequence[Score]) -> None:
     from rich.table import Table
 
-    from clapsep_cli.evaluation.scores import presence, summary
+    from clapsep_cli.evaluation.scores import METRICS, presence, summary
 
     rows = summary(scores)
-    measured = [metric for metric in TITLES if any(metric in figures for figures in rows.values())]
+    measured = [metric for metric in METRICS if any(metric in figures for figures in rows.values())]
     table = Table(box=None, title="mean ± standard deviation (median), dB", title_justify="left", pad_edge=False)
     table.add_column("query")
-    for title in ("mixtures", *(TITLES[metric] for metric in measured), "level (median)"):
+    for title in ("mixtures", *(METRICS[metric] for metric in measured), "level (median)"):
         table.add_column(title, justify="right")
     for query, s in rows.items():
         cells = [f"{s[m]:.2f} ± {s[f'{m}_std']:5.2f} ({s[f'{m}_median']:6.2f})" for m in measured]

@@ -15,7 +15,7 @@ from clapsep_cli.errors import OutputError
 from clapsep_cli.evaluation.mixtures import Mixture
 
 DECIMALS = 4  # of a figure in dB; rounded at once, so that a resumed table is that of a run in one go
-METRICS = ("sdri", "si_sdri", "bss_sdri")
+METRICS = {"sdri": "SDRi", "si_sdri": "SI-SDRi", "bss_sdri": "BSS-eval SDRi"}  # columns, and their titles
 SHOT, ABSENT = "shot", "absent"  # kinds of query that have columns of their own in a list of mixtures
 
 
