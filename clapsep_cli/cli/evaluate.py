@@ -158,31 +158,30 @@ def evaluate(
         raise typer.BadParameter("--no-text leaves nothing to ask: give recordings with --shots and --shots-csv")
     sides, counts = _sides(queries), _counts(shots)
     from clapsep_cli.errors import OutputError
-    from clapsep_cli.evaluation.evaluate import Plan, evaluate_into, settings
-    from clapsep_cli.evaluation.evaluate import evaluate as evaluate_rows
-    from clapsep_cli.evaluation.mixtures import check_files, read_mixtures, read_shots
+    from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate_into, provenance
+    from clapsep_cli.evaluation.evaluate import evaluate as evaluate_set
+    from clapsep_cli.evaluation.mixtures import EvaluationSet, check_files, read_mixtures, read_shots
     from clapsep_cli.store.library import load_model
 
     if report and report.exists() and not overwrite:
         raise OutputError(f"{report}: exists already; use --overwrite to replace it")
-    every = read_mixtures(listed)
-    rows, kept = check_files(every, read_shots(shots_csv) if shots_csv else {}, audio, skip_missing)
-    if len(rows) < len(every):
-        left_out = f"{len(every) - len(rows)} of {len(every)} mixtures are left out"
-        notes(quiet)(f"{listed}: {left_out}, their recordings are missing")
+    every = EvaluationSet(read_mixtures(listed), audio, read_shots(shots_csv) if shots_csv else {})
+    data = check_files(every, skip_missing)
+    if skipped := len(every.rows) - len(data.rows):
+        notes(quiet)(f"{listed}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
     with downloads(quiet) as shown:
         loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
-    plan = Plan(sides, text, counts, bss)
-    run = evaluate_into(out / SCORES, loaded, rows, audio, plan, kept) if out else None
-    scores = _collect(run or evaluate_rows(loaded, rows, audio, plan, kept), len(rows), listed.name, quiet)
-    stated = settings(loaded, rows, audio, plan, kept) if report or as_json else {}
+    kinds = EvaluationOptions(sides, text, counts, bss)
+    run = evaluate_into(out / SCORES, loaded, data, kinds) if out else evaluate_set(loaded, data, kinds)
+    scores = _collect(run, len(data.rows), listed.name, quiet)
+    settings = provenance(loaded, data, kinds) if report or as_json else {}
     if report:
         from clapsep_cli.evaluation.report import examples, write_report
 
         source = {"list": listed.name, "date": f"{date.today():%d %B %Y}"}
-        write_report(report, scores, examples(loaded, scores, audio, plan, kept), stated, source)
+        write_report(report, scores, examples(loaded, scores, data, kinds), settings, source)
     if as_json:
-        _print_json(stated, scores)
+        _print_json(settings, scores)
     elif not quiet:
         _print_table(scores)
         if labels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -18,20 +18,49 @@ from clapsep_cli.files import replacing
 from clapsep_cli.tables import MAX_FAULTS_SHOWN, check_faults, read_table
 
 PREFIX = "the sound of"  # before labels, as in the paper (IV-A2)
-Shots = Mapping[str, Sequence[str]]  # files by class, which is a label or a caption, in lower case
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A row of a list of mixtures; files are relative to the audio folder. The first four columns are the paper's."""
+    """A row of a list of mixtures. The first four columns are the paper's.
+
+    Attributes:
+        source_file: recording of the target, relative to the audio folder, as all files.
+        positive_caption: text query for the target.
+        noise_file: recording of the interferer.
+        negative_caption: text query for the interferer.
+        label: class of the target.
+        shot_file: a recording of the same label that is not in the mixture.
+        absent_caption: text query for a sound that is not in the mixture.
+    """
 
     source_file: str
     positive_caption: str
     noise_file: str
     negative_caption: str
     label: str = ""
-    shot_file: str = ""  # a recording of the same label that is not in the mixture
-    absent_caption: str = ""  # something that is not in the mixture
+    shot_file: str = ""
+    absent_caption: str = ""
+
+    @property
+    def files(self) -> list[str]:
+        """The recordings that the row names."""
+        return [file for file in (self.source_file, self.noise_file, self.shot_file) if file]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Mixtures to evaluate on.
+
+    Attributes:
+        rows: the mixtures.
+        folder: the folder of their files.
+        shots: recordings in `folder` to query with, by class: a label or a caption, in lower case.
+    """
+
+    rows: Sequence[Mixture]
+    folder: Path
+    shots: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 NEEDED = [f.name for f in fields(Mixture)][:4]
@@ -70,22 +99,29 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
     return shots
 
 
-def check_files(
-    rows: Sequence[Mixture], shots: Shots, folder: Path, skip: bool = False
-) -> tuple[list[Mixture], dict[str, list[str]]]:
-    """The mixtures whose recordings are all in `folder`, and the shots that are; without `skip`, all must be.
+def check_files(data: EvaluationSet, skip: bool = False) -> EvaluationSet:
+    """Check that all recordings are there.
 
-    Raises `ManifestError`, which names files that are not there.
+    Args:
+        data: the mixtures and shots to check.
+        skip: drop mixtures and shots whose recordings are missing.
+
+    Returns:
+        The mixtures and shots whose recordings are all there.
+
+    Raises:
+        ManifestError: for missing files without `skip`, and where no mixture is left.
     """
-    named = dict.fromkeys(file for row in rows for file in (row.source_file, row.noise_file, row.shot_file) if file)
-    named |= dict.fromkeys(file for files in shots.values() for file in files)
-    missing = {file: None for file in named if not (folder / file).is_file()}
-    whole = [row for row in rows if not missing.keys() & {row.source_file, row.noise_file, row.shot_file}]
+    named = dict.fromkeys(file for row in data.rows for file in row.files)
+    named |= dict.fromkeys(file for files in data.shots.values() for file in files)
+    missing = {file: None for file in named if not (data.folder / file).is_file()}
+    whole = [row for row in data.rows if not missing.keys() & {*row.files}]
     if (missing and not skip) or not whole:
         shown = ", ".join(list(missing)[:MAX_FAULTS_SHOWN]) + (" …" if len(missing) > MAX_FAULTS_SHOWN else "")
-        hint = "" if skip else "; --skip-missing leaves out what needs them"
-        raise ManifestError(f"{folder}: {len(missing)} of {len(named)} files are not there: {shown}{hint}")
-    return whole, {name: [file for file in files if file not in missing] for name, files in shots.items()}
+        hint = "" if skip else "; --skip-missing skips the mixtures that need them"
+        raise ManifestError(f"{data.folder}: {len(missing)} of {len(named)} files are missing: {shown}{hint}")
+    shots = {name: [file for file in files if file not in missing] for name, files in data.shots.items()}
+    return EvaluationSet(whole, data.folder, shots)
 
 
 def labelled_clips(source: Path, split: str | None = None, prefix: str = PREFIX) -> tuple[list[Clip], Path]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.errors import OutputError
-from clapsep_cli.evaluation.evaluate import Conditions, Plan, estimates, masking, mixer
+from clapsep_cli.evaluation.evaluate import EvaluationOptions, mask_separator, mixer
 from clapsep_cli.evaluation.figures import (
     FREQUENCIES,
     Bar,
@@ -22,9 +22,10 @@ from clapsep_cli.evaluation.figures import (
     spectrogram,
     violins,
 )
-from clapsep_cli.evaluation.mixtures import Shots
+from clapsep_cli.evaluation.mixtures import EvaluationSet
 from clapsep_cli.evaluation.scores import ABSENT, METRICS, Score, by_label, presence, summary
 from clapsep_cli.files import replacing
+from clapsep_cli.separation.embedding import Embedder
 from clapsep_cli.store.checkpoint import Model
 
 MOST_LABELS = 100  # that are all shown; of more, the best and the worst
@@ -43,7 +44,7 @@ PUBLISHED: dict[str, tuple[float, float, float | None]] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A mixture to listen to, mono at 32 kHz: what went in, what came out, and what should have."""
+    """A mixture to listen to, with its estimate and its target: float32 `[samples]` each, mono at 32 kHz."""
 
     title: str
     score: Score
@@ -53,37 +54,54 @@ class Example:
 
 
 def main_query(scores: Sequence[Score]) -> str:
-    """The kind of query that labels and examples are shown for: "both", or else the first of the run."""
+    """Choose the kind of query to show labels and examples for: "both", or else the first of the run."""
     kinds = list(dict.fromkeys(s.query for s in scores))
     return "both" if "both" in kinds else kinds[0]
 
 
 @torch.inference_mode()
-def examples(model: Model, scores: Sequence[Score], folder: Path, plan: Plan, shots: Shots) -> list[Example]:
-    """The best, the median and the worst mixture by SI-SDRi under the main kind of query, separated once more."""
+def examples(model: Model, scores: Sequence[Score], data: EvaluationSet, options: EvaluationOptions) -> list[Example]:
+    """Separate the best, the median and the worst mixture by SI-SDRi once more, under the main kind of query.
+
+    Args:
+        model: the model that was evaluated.
+        scores: its scores.
+        data: the mixtures and recordings to query with.
+        options: the kinds of query.
+    """
     query = main_query(scores)
     ranked = sorted((s for s in scores if s.query == query), key=lambda s: -s.si_sdri)
     chosen = {"Best": ranked[0], "Median": ranked[(len(ranked) - 1) // 2], "Worst": ranked[-1]}
-    conditions, mixed = Conditions(model), mixer(folder, model.separator.window)
+    embedder, mixed = Embedder(model, silence=True), mixer(data.folder, model.separator.window)
     found = []
     for title, score in chosen.items():
         mixture, target = mixed(score.mixture)
-        wanted = conditions(plan.queries(score.mixture, folder, shots)[query])
-        (estimate,) = estimates(masking(model), torch.from_numpy(mixture)[None].to(model.device), [wanted])
-        found.append(Example(title, score, mixture, estimate[0], target))
+        condition = embedder.condition(options.queries(score.mixture, data)[query])
+        (estimate,) = mask_separator(model).estimate(torch.from_numpy(mixture)[None].to(model.device), [condition])
+        found.append(Example(title, score, mixture, estimate[0].cpu().numpy(), target))
     return found
 
 
 def write_report(
     path: Path,
     scores: Sequence[Score],
-    heard: Sequence[Example],
+    examples: Sequence[Example],
     settings: Mapping[str, object],
     source: Mapping[str, str],
 ) -> None:
-    """Write the report of `scores`. `settings`: those of the run; `source`: more to be stated, as the list's name
-    and the date. Raises `OutputError`."""
-    text = render(scores, heard, settings, source)
+    """Write the report of an evaluation.
+
+    Args:
+        path: the HTML file.
+        scores: all scores of the run.
+        examples: mixtures to listen to.
+        settings: what the scores depend on, from `provenance`.
+        source: the name of the list, as `list`, and the `date`.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    text = render(scores, examples, settings, source)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
