@@ -69,18 +69,11 @@ class Bar(NamedTuple):
     mark: float | None
 
 
-class Violins(NamedTuple):
-    """Rows of a violin chart and their axis."""
+class Chart(NamedTuple):
+    """Rows of a chart and the axis they share."""
 
     axis: Axis
-    rows: list[Violin]
-
-
-class Bars(NamedTuple):
-    """Rows of a bar chart and their axis."""
-
-    axis: Axis
-    rows: Sequence[Bar]
+    rows: Sequence[Violin] | Sequence[Bar]
 
 
 def number(value: float, decimals: int = 1) -> str:
@@ -89,7 +82,7 @@ def number(value: float, decimals: int = 1) -> str:
     return text.lstrip("-") if not float(text) else text.replace("-", "−")
 
 
-def violins(samples: Mapping[str, Sequence[float]]) -> Violins:
+def violins(samples: Mapping[str, Sequence[float]]) -> Chart:
     """Draw a violin for each sample. The axis leaves out half a percent of all values at either end."""
     low, high = np.percentile(np.concatenate([np.asarray(values) for values in samples.values()]), [0.5, 99.5])
     axis = Axis(float(low) - 1, float(high) + 1)
@@ -103,7 +96,7 @@ def violins(samples: Mapping[str, Sequence[float]]) -> Violins:
         outline = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.flat, y.flat, strict=True))
         q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
         rows.append(Violin(name, outline, (q1, median, q3), float(values.mean())))
-    return Violins(axis, rows)
+    return Chart(axis, rows)
 
 
 def _density(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -116,10 +109,10 @@ def _density(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np
     return np.asarray(density / max(density.max(), 1e-30))  # values beyond the axis leave nothing to draw
 
 
-def bars(rows: Sequence[Bar]) -> Bars:
+def bars(rows: Sequence[Bar]) -> Chart:
     """Draw a bar from zero for each row."""
     values = [x for row in rows for x in (row.value, row.mark) if x is not None]
-    return Bars(Axis(min(0.0, *values) - 0.5, max(0.0, *values) + 0.5), rows)
+    return Chart(Axis(min(0.0, *values) - 0.5, max(0.0, *values) + 0.5), rows)
 
 
 def band_powers(audio: Audio) -> NDArray[np.float32]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -42,15 +42,24 @@ PUBLISHED: dict[str, tuple[float, float, float | None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Example:
-    """A mixture to listen to, with its estimate and its target: float32 `[samples]` each, mono at 32 kHz."""
+PAGE = Environment(
+    loader=PackageLoader("clapsep_cli.evaluation", ""),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+PAGE.filters |= {"number": number, "percent": lambda share, decimals=2: f"{share:.{decimals}%}"}
+
+
+class Example(NamedTuple):
+    """A mixture to listen to: float32 `[samples]` each, mono at 32 kHz."""
 
     title: str
     score: Score
     mixture: Audio
     estimate: Audio
-    target: Audio
+    reference: Audio
 
 
 def main_query(scores: Sequence[Score]) -> str:
@@ -114,60 +123,42 @@ def render(
     scores: Sequence[Score], examples: Sequence[Example], settings: Mapping[str, object], source: Mapping[str, str]
 ) -> str:
     """Render the page of `write_report`."""
-    table, query = summary(scores), main_query(scores)
-    beside = by_label(scores, "positive") if query == "both" else {}
+    query, table, found = main_query(scores), summary(scores), presence(scores)
+    marks = {label: s["si_sdri"] for label, s in by_label(scores, "positive").items()} if query == "both" else {}
     labels = [
-        Bar(name, int(s["mixtures"]), s["si_sdri"], beside[name]["si_sdri"] if name in beside else None)
-        for name, s in by_label(scores, query).items()
+        Bar(label, int(s["mixtures"]), s["si_sdri"], marks.get(label)) for label, s in by_label(scores, query).items()
     ]
-    metrics = {metric: title for metric, title in METRICS.items() if any(metric in s for s in table.values())}
-    levels, found = _by_query(scores, "level"), presence(scores)
-    page = Environment(
-        loader=PackageLoader("clapsep_cli.evaluation", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters |= {"number": number, "percent": lambda share, decimals=2: f"{share:.{decimals}%}"}
-    return page.get_template("report.html").render(
+    half = MOST_LABELS // 2
+    levels = {"there": _values(scores, "positive", "level"), "absent": _values(scores, ABSENT, "level")}
+    distributions = {
+        metric: {kind: values for kind in table if kind != ABSENT and (values := _values(scores, kind, metric))}
+        for metric in METRICS
+    }
+    return PAGE.get_template("report.html").render(
         settings=settings,
         source=source,
         stated={name: _text(value) for name, value in {**source, **settings}.items()},
         table=table,
-        metrics=metrics,
+        metrics={metric: title for metric, title in METRICS.items() if any(metric in s for s in table.values())},
         absent=ABSENT,
         published=PUBLISHED,
         ten_shots=TEN_SHOTS,
-        distributions={
-            metric: violins(samples) for metric in metrics if (samples := _by_query(scores, metric, but=ABSENT))
-        },
+        distributions={metric: violins(samples) for metric, samples in distributions.items() if samples},
         presence=found,
-        levels=violins({"there": levels["positive"], "absent": levels[ABSENT]}) if found else None,
+        levels=violins(levels) if found else None,
         query=query,
         label_count=len(labels),
-        labels=bars(
-            labels if len(labels) <= MOST_LABELS else [*labels[: MOST_LABELS // 2], *labels[-MOST_LABELS // 2 :]]
-        ),
-        examples=[(example, _parts(example)) for example in examples],
+        labels=bars(labels if len(labels) <= MOST_LABELS else [*labels[:half], *labels[-half:]]),
+        examples=examples,
         frequencies=FREQUENCIES,
+        band_powers=band_powers,
+        spectrogram=spectrogram,
+        compressed=compressed,
     )
 
 
-def _by_query(scores: Sequence[Score], metric: str, but: str = "") -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for s in scores:
-        value = getattr(s, metric)
-        if s.query != but and value is not None:
-            found.setdefault(s.query, []).append(value)
-    return found
-
-
-def _parts(example: Example) -> list[tuple[str, str, str]]:
-    """Name, spectrogram and sound of each part of an example."""
-    loudest = float(band_powers(example.mixture).max())
-    parts = {"mixture": example.mixture, "estimate": example.estimate, "reference": example.target}
-    return [(name, spectrogram(audio, loudest), compressed(audio)) for name, audio in parts.items()]
+def _values(scores: Sequence[Score], query: str, metric: str) -> list[float]:
+    return [value for s in scores if s.query == query and (value := getattr(s, metric)) is not None]
 
 
 def _text(value: object) -> str:
