@@ -61,9 +61,9 @@ class EvaluationOptions:
                 for side in self.sides if self.text or not words else ():
                     named = captions if side == "both" else (side,)
                     if all(len(files[name]) >= count for name in named):
-                        texts = [captions[name][-1] if words and name in named else () for name in captions]
-                        shots = [files[name][:count] if name in named else () for name in captions]
-                        found[kind(side, words, count)] = Query(*texts, *shots)
+                        pos, neg = ([captions[name][-1]] if words and name in named else [] for name in captions)
+                        pos_audio, neg_audio = (files[name][:count] if name in named else [] for name in captions)
+                        found[kind(side, words, count)] = Query(pos, neg, pos_audio, neg_audio)
         if row.shot_file and "positive" in self.sides:
             found[SHOT] = Query(pos_audio=data.folder / row.shot_file)
         if row.absent_caption and "positive" in self.sides and self.text:

@@ -61,10 +61,10 @@ class Violin(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """Mean of `count` values, and a second value as a mark if there is one."""
+    """Mean of a number of mixtures, and a second value as a mark if there is one."""
 
     name: str
-    count: int
+    mixtures: int
     value: float
     mark: float | None
 
