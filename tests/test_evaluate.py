@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from clapsep_cli import Query
 from clapsep_cli.cli.evaluate import _sides
 from clapsep_cli.data import Clip
-from clapsep_cli.errors import ClapsepError, ManifestError, OutputError
+from clapsep_cli.errors import AudioError, ClapsepError, ManifestError, OutputError
 from clapsep_cli.evaluation import evaluate as module
 from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_into
 from clapsep_cli.evaluation.mixtures import (
@@ -203,6 +203,19 @@ def test_a_mixture_is_asked_for_as_by_extract(
         (estimate,) = module.mask_separator(tiny).estimate(torch.from_numpy(mixture)[None], [wanted])
         expected = si_sdr(estimate[0].detach().numpy(), target) - si_sdr(mixture, target)
         assert s.si_sdri == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_list_may_name_a_silent_shot_and_one_caption_twice(half: Model, folder: Path, tmp_path: Path) -> None:
+    """Extract refuses both, where they are mistakes. In a released list they must not end a run of hours."""
+    for name in ("dog/0.wav", "rain/0.wav"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    soundfile.write(tmp_path / "silent.wav", np.zeros(8000), 16_000)
+    row = Mixture("dog/0.wav", "noise", "rain/0.wav", "noise", "dog", "silent.wav")
+    (scores,) = evaluate(half, EvaluationSet([row], tmp_path), EvaluationOptions(bss=False))
+    assert [s.query for s in scores] == ["both", "positive", "negative", "shot"]
+    with pytest.raises(AudioError, match=r"silent\.wav: is silent"):
+        half.ask([Query(pos_audio=tmp_path / "silent.wav")])
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(half: Model, folder: Path, rows: list[Mixture], tmp_path: Path) -> None:
