@@ -256,7 +256,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_computed(
     half: Model, folder: Path, rows: list[Mixture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = [replace(row, shot_file="") for row in rows]
-    with pytest.raises(ManifestError, match="nothing to ask"):
+    with pytest.raises(ManifestError, match="there is no query"):
         next(evaluate(half, EvaluationSet(bare, folder), EvaluationOptions(text=False)))
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ClapsepError, match=r"pip install 'clapsep\[evaluate\]'"):

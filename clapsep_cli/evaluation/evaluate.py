@@ -144,7 +144,7 @@ def evaluate(
     asked = [options.queries(row, data) for row in data.rows]
     anything = next((query for queries in asked for query in queries.values()), None)
     if anything is None:
-        raise ManifestError("there is nothing to ask: no text, and for no mixture enough shots")
+        raise ManifestError("there is no query: texts are off, and no mixture has enough shots")
     embedder, mixed = Embedder(model, silence=True), mixer(data.folder, model.separator.window)
     embedder.embed_texts(text for queries in asked for query in queries.values() for text in (*query.pos, *query.neg))
     size = BATCH.get(model.device.type, GPU_BATCH)
