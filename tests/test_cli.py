@@ -287,6 +287,8 @@ def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
     installed = tmp_path / "installed"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    for page in ("report.html", "report.css"):
+        assert (installed / "clapsep_cli" / "evaluation" / page).is_file()
     empty = tmp_path / "empty"
     empty.mkdir()
     query = ("--model", "mini", "--pos", "a dog barking")

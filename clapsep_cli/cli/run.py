@@ -110,11 +110,11 @@ def _work(todo: Todo, model: Model, options: Options, common: Common, lines: _Li
 def _options(common: Common, measured: dict[str, Any]) -> Options:
     from typing import get_args
 
-    from clapsep_cli.audio.writers import Clip
+    from clapsep_cli.audio.writers import Clipping
     from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.times import parse_time
 
-    for option, value, known in (("clip", common.clip, get_args(Clip)), ("progress", common.progress, PROGRESS)):
+    for option, value, known in (("clip", common.clip, get_args(Clipping)), ("progress", common.progress, PROGRESS)):
         if value not in known:
             raise UsageError(f"there is no --{option} {value!r}; there are {', '.join(known)}")
     return Options(

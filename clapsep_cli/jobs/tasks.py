@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clapsep_cli.audio.writers import Clip
+from clapsep_cli.audio.writers import Clipping
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
@@ -32,7 +32,7 @@ class Options:
     stream: int | None = None
     format: str = "wav"
     subtype: str | None = None
-    clip: Clip = "warn"
+    clip: Clipping = "warn"
     overwrite: bool = False
     consistent: bool = False
     presence: bool | None = None
