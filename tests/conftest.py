@@ -96,6 +96,7 @@ class Stub(Model):
         return conditions(self, queries, range(len(queries)) if kept is None else kept)
 
     tells_likeness = True
+    gains_by_refining = False
 
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
         return mutual(targets)

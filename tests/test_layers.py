@@ -30,7 +30,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "models",
         [
             {"attention", "base", "linear", "locoformer", "prompts"},
-            {"htsat", "mini", "tuss"},
+            {"htsat", "mini", "refined", "tuss"},
             {"clapsep"},
             {"clap"},
         ],

@@ -102,6 +102,9 @@ def evaluate(
         Path | None, typer.Option("--shots-csv", metavar="CSV", help="Those recordings: class,file (one, or a list).")
     ] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Ask in words, alone and with the recordings.")] = True,
+    refine: Annotated[
+        bool | None, typer.Option("--refine/--no-refine", help="Separate in two passes, as extract does; mini does.")
+    ] = None,
     bss: Annotated[bool, typer.Option("--bss/--no-bss", help="Also BSS-eval's SDR, with a filter of 512 taps.")] = True,
     out: Annotated[
         Path | None,
@@ -139,6 +142,8 @@ def evaluate(
         note(f"{listed}: {len(every) - len(rows)} of {len(every)} mixtures are left out, their recordings are missing")
     with downloads(quiet) as shown:
         loaded = load_model(model, device, "high", say=note, progress=shown)
+    if loaded.gains_by_refining if refine is None else refine:
+        loaded.refine()
     plan = Plan(sides, text, counts, bss)
     run = evaluate_into(out / SCORES, loaded, rows, audio, plan, kept) if out else None
     scores = _collect(run or evaluate_rows(loaded, rows, audio, plan, kept), len(rows), listed.name, quiet)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.options import OUTPUT, Common, takes
+from clapsep_cli.cli.options import MODEL, OUTPUT, Common, takes
 from clapsep_cli.cli.run import carry_out, find
 from clapsep_cli.errors import QueryError, UsageError
 
@@ -73,6 +73,14 @@ def extract(
         float | None,
         _query("--min-presence", metavar="X", help="Write nothing where the presence is below; 0 is a good start."),
     ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine",
+            rich_help_panel=MODEL,
+            help="Separate in two passes: what the first one leaves tells the second what to leave; mini does.",
+        ),
+    ] = None,
     residual: Annotated[
         bool, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write what is left.")
     ] = True,
@@ -113,7 +121,7 @@ def extract(
         queries = {}
     asked = _asked(inputs or [], manifest, queries, sides, common)
     destination = Destination(residual=residual, remove=remove)
-    carry_out(asked, common, destination, mutual, presence=presence, min_presence=min_presence)
+    carry_out(asked, common, destination, mutual, refine, presence=presence, min_presence=min_presence)
 
 
 def _asked(

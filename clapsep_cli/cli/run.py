@@ -57,10 +57,13 @@ def _say(common: Common) -> Any:
     return (lambda line: None) if common.quiet else note
 
 
-def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bool, **measured: Any) -> None:
+def carry_out(
+    asked: Asked, common: Common, destination: Destination, mutual: bool, refine: bool | None = False, **measured: Any
+) -> None:
     """Separate what is `asked` for, print what came of it, and raise `typer.Exit` if anything failed.
 
-    Where it is `mutual`, each of several targets leaves what the others ask for. `measured` are more of the `Options`.
+    Where it is `mutual`, each of several targets leaves what the others ask for. `refine`: in two passes, or, if None,
+    as the model gains by it. `measured` are more of the `Options`.
     """
     from clapsep_cli.jobs.outputs import TEMPLATE
     from clapsep_cli.jobs.planning import lay_out, plan
@@ -72,6 +75,8 @@ def carry_out(asked: Asked, common: Common, destination: Destination, mutual: bo
     destination = replace(destination, folder=common.out, template=common.filename or TEMPLATE, picture=common.plot)
     jobs = lay_out(asked, options, destination, common.skip_existing)  # before a model is loaded, perhaps downloaded
     model = _load(common)
+    if model.gains_by_refining if refine is None else refine:
+        model.refine()
     todo = plan(jobs, model, options, common.skip_existing, mutual)
     for doubt in _doubts(model, jobs):
         _say(common)(doubt)
