@@ -23,6 +23,7 @@ class Family:
     as_set: bool = False  # hears all that it is asked for at once, so that no target has to be told what to leave
     doubts: str = ""  # says, of a model and queries, why they may go wrong though they can be asked
     likeness: str = ""  # how alike a recording is to what a stem is asked for
+    refine: bool = False  # whether it separates in two passes unless told otherwise
     near_in_bfloat16: bool = True  # to its float32 output, 40 dB or more: so near that it is used unasked
     text: str = ""  # made from the config and a tokenizer
     audio: str = ""  # made from the config
@@ -54,6 +55,7 @@ FAMILIES = {
         stream="clapsep_cli.separation.embedding:stream",
         doubts="clapsep_cli.separation.embedding:doubts",
         likeness="clapsep_cli.separation.embedding:likeness",
+        refine=True,
         near_in_bfloat16=False,
         text="clapsep_cli.models.mini:MiniText",
         audio="clapsep_cli.models.mini:MiniAudio",

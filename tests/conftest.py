@@ -101,6 +101,7 @@ class Stub(Model):
         return stream(self, wanted, rate, channels)
 
     tells_likeness = True
+    gains_by_refining = False
 
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
         return mutual(targets)

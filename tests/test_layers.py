@@ -29,7 +29,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "models",
         [
             {"attention", "base", "convolution", "locoformer", "prompts"},
-            {"htsat", "mini", "resunet", "tuss"},
+            {"htsat", "mini", "refined", "resunet", "tuss"},
             {"clapsep"},
             {"audiosep", "clap"},
         ],

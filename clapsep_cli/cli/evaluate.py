@@ -136,6 +136,9 @@ def evaluate(
         typer.Option("--shots-csv", metavar="CSV", help="Recordings for --shots: class,file (one, or a list)."),
     ] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Query with texts, alone and with recordings.")] = True,
+    refine: Annotated[
+        bool | None, typer.Option("--refine/--no-refine", help="Separate in two passes; by default with mini.")
+    ] = None,
     bss: Annotated[bool, typer.Option("--bss/--no-bss", help="Also compute BSS-eval SDR (512-tap filter).")] = True,
     out: Annotated[
         Path | None,
@@ -177,6 +180,8 @@ def evaluate(
         notes(quiet)(f"{listed}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
     with downloads(quiet) as shown:
         loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
+    if loaded.gains_by_refining if refine is None else refine:
+        loaded.refine()
     kinds = EvaluationOptions(sides, text, counts, bss)
     run = evaluate_into(out / SCORES, loaded, data, kinds) if out else evaluate_set(loaded, data, kinds)
     scores = _collect(run, len(data.rows), listed.name, quiet)

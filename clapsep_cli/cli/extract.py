@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.options import OUTPUT, Common, takes
+from clapsep_cli.cli.options import MODEL, OUTPUT, Common, takes
 from clapsep_cli.cli.run import carry_out, find
 from clapsep_cli.errors import QueryError, UsageError
 
@@ -75,6 +75,14 @@ def extract(
         float | None,
         _query("--min-presence", metavar="X", help="Write nothing if the presence is below this; try 0."),
     ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine",
+            rich_help_panel=MODEL,
+            help="Separate in two passes: what the first one leaves tells the second what to leave; mini does.",
+        ),
+    ] = None,
     residual: Annotated[
         bool | None, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write the rest.")
     ] = None,
@@ -119,7 +127,7 @@ def extract(
     if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
         raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
     destination = Destination(residual=residual, remove=remove)
-    carry_out(asked, common, destination, mutual, presence=presence, min_presence=min_presence)
+    carry_out(asked, common, destination, mutual, refine, presence=presence, min_presence=min_presence)
 
 
 def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:

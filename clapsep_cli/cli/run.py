@@ -53,10 +53,18 @@ def _to_stdout(common: Common) -> bool:
     return str(common.out) == "-"
 
 
-def carry_out(asked: Requests, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
+def carry_out(
+    asked: Requests,
+    common: Common,
+    destination: Destination,
+    mutual: bool | None,
+    refine: bool | None = False,
+    **measured: Any,
+) -> None:
     """Separate the recordings, print the results, and raise `typer.Exit` if anything failed.
 
-    `mutual`: whether each of several targets leaves what the others ask for; None for yes, by default. `measured` are
+    `mutual`: whether each of several targets leaves what the others ask for; None for yes, by default. `refine`:
+    separate in two passes; None for what suits the model. `measured` are
     more of the `Options`.
     """
     from clapsep_cli.jobs.outputs import TEMPLATE
@@ -73,6 +81,8 @@ def carry_out(asked: Requests, common: Common, destination: Destination, mutual:
         options = replace(options, presence=common.json and model.tells_likeness)
     if mutual is not None and all(model.apart(job.targets) == job.targets for job in jobs):
         raise UsageError(f"--mutual, --no-mutual: {model.name} always separates all targets together; leave it out")
+    if model.gains_by_refining if refine is None else refine:
+        model.refine()
     todo = plan(jobs, model, options, common.skip_existing, mutual is not False)
     for doubt in _doubts(model, jobs):
         notes(common.quiet)(doubt)
