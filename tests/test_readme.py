@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import soundfile
 from clips import write_clips
-from conftest import TINY_MINI, Clapsep
+from conftest import TINY_MINI, Clapsep, pinned
 from recordings import noise
 from tuss_stand_in import TINY, released, save_released
 
-from clapsep_cli.registry import FAMILIES, MODELS
+from clapsep_cli.registry import FAMILIES, MODELS, HubFile
 from clapsep_cli.training.recipes.presets import PRESETS
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
@@ -101,7 +101,9 @@ def small(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "mini", replace(PRESETS["mini"], settings=mini))
     monkeypatch.setitem(PRESETS, "clapsep-hybrid", replace(PRESETS["clapsep-hybrid"], settings=paper))
     monkeypatch.setitem(FAMILIES, "tuss", replace(FAMILIES["tuss"], convert="tuss_stand_in:convert_tiny"))
-    save_released(tmp_path / "served" / MODELS["tuss-medium"].remotes[0].name, released(TINY))
+    medium, path = MODELS["tuss-medium"], tmp_path / "served" / MODELS["tuss-medium"].remotes[0].name
+    save_released(path, released(TINY))
+    monkeypatch.setitem(MODELS, "tuss-medium", replace(medium, remotes=(HubFile(**pinned(path)),)))
 
 
 def run(command: str, place: Path, clapsep: Clapsep) -> None:
