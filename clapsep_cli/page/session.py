@@ -283,7 +283,6 @@ class Session:
     def _run(self, attempt: Attempt, recording: Recording) -> Extraction:
         from clapsep_cli.jobs.batch import run
         from clapsep_cli.jobs.inputs import Input
-        from clapsep_cli.jobs.outputs import Destination
         from clapsep_cli.jobs.planning import lay_out, plan
         from clapsep_cli.jobs.tasks import Failure, Options
 
@@ -292,11 +291,11 @@ class Session:
 
         model = self._load(attempt.model)
         path = recording.sound.path
-        options = Options(format=own_format(path), presence=model.tells_likeness)
+        options = Options(out=attempt.folder, format=own_format(path), presence=model.tells_likeness)
         asked = [(Input(path, Path(path.name)), attempt.wish.queries())]
-        jobs = lay_out(asked, options, Destination(attempt.folder))
+        jobs = lay_out(asked, options)
         attempt.notes += model.doubts(list(jobs[0].targets.values()))
-        (outcome,) = run(plan(jobs, model, options, mutual=True).jobs, model, options, told, attempt.stop)
+        (outcome,) = run(plan(jobs, model, options).jobs, model, options, told, attempt.stop)
         if isinstance(outcome, Failure):
             raise outcome.error
         return outcome
@@ -306,7 +305,10 @@ class Session:
 
         if self._model is None or self._model[0] != name:
             self._model = None  # so that two never lie in memory
-            self._model = name, load_model(name, self.device)
+            model = load_model(name, self.device)
+            if model.gains_by_refining:  # as the command does
+                model.refine()
+            self._model = name, model
         return self._model[1]
 
     def _report(self, attempt: Attempt, done: Extraction) -> None:
