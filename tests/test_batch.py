@@ -504,18 +504,17 @@ def test_options_that_extract_cannot_follow_are_refused(folder: Path) -> None:
         (Options(start=2, end=1), "--end"),
         (Options(remove=True, residual=False), "--remove"),
         (Options(skip_existing=True), "skip_existing"),
+        (Options(only=["cat"]), "only: cat"),
     ):
         with pytest.raises(UsageError, match=named):
             extract(path, DOG, model, folder / "out", options)
     assert not (folder / "out").exists()
     done = extract(path, DOG, model, options=Options(out=folder / "out", format="flac", remove=True))
     assert sorted(contents(folder / "out")) == [done.target.name] == ["0.residual.flac"]
-    assert extract(
-        path, DOG, model, options=Options(out=folder / "out", format="flac", overwrite=True)
-    ).outputs.keys() == {
-        "target",
-        "residual",
-    }
+    done = extract(
+        path, DOG, model, str(folder / "out"), Options(format="flac", overwrite=True, filename="{part}.{ext}")
+    )
+    assert {path.name for path in done.outputs.values()} == {"target.flac", "residual.flac"}
 
 
 def test_a_picture_that_is_missing_is_made(folder: Path) -> None:

@@ -25,6 +25,7 @@ from clapsep_cli.errors import (
     QueryError,
     UsageError,
 )
+from clapsep_cli.jobs import resume
 from clapsep_cli.jobs.inputs import STDIN, Input, expand
 from clapsep_cli.jobs.manifest import read_jobs
 from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
@@ -534,7 +535,7 @@ def test_a_signature_outlives_names_and_order(tree: Callable[..., None]) -> None
     assert signature(moved, {"target": again}, "mini", {"y": "2", "x": "1"}) == first
 
 
-def test_finished_means_all_of_it_for_the_same_key(tree: Callable[..., None]) -> None:
+def test_finished_means_all_of_it_for_the_same_key(tree: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     tags = {
         "a": "clapsep 0.2.0 key=0123456789abcdef (libsndfile-1.2.2)",
         "b": "clapsep 0.2.0 key=0123456789abcdef",
@@ -551,11 +552,13 @@ def test_finished_means_all_of_it_for_the_same_key(tree: Callable[..., None]) ->
             raise AudioError("damaged")
         return tags[path.name]
 
+    monkeypatch.setattr(resume, "read_software", read_software)
+
     def done(*paths: str) -> bool:
-        return finished(map(Path, paths), key, read_software)
+        return finished(map(Path, paths), key)
 
     def obstacle(*paths: str) -> Path | None:
-        return in_the_way(map(Path, paths), key, read_software)
+        return in_the_way(map(Path, paths), key)
 
     assert done("a", "b")
     for path in ("c", "d", "e", "bad"):
@@ -621,7 +624,7 @@ def test_targets(tree: Callable[..., None]) -> None:
         "../x=dog": "part of a file's name",
         "con=dog": "part of a file's name",
         "a b=dog": "part of a file's name",
-        "Residual=dog": "cannot be called",
+        "Residual=dog": "reserved",
         "siren=none.wav": "no such file",
     }
     for argument, message in faults.items():

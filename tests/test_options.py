@@ -79,6 +79,8 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--residual": ("mix.wav --pos dog --no-residual", "--residual"),
         "--no-residual": ("mix.wav --pos dog", "--no-residual"),
         "--remove": ("mix.wav --pos dog", "--remove"),
+        "--refine": ("mix.wav --pos dog --no-refine", "--refine"),
+        "--no-refine": ("mix.wav --pos dog --refine", "--no-refine"),
     },
     "separate": {
         **{option: (line.format(query="--prompts dog rain"), more.format()) for option, (line, more) in SHARED.items()},
@@ -87,6 +89,13 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--only": ("mix.wav --prompts dog rain", "--only dog"),
         "--residual": ("mix.wav --prompts dog rain", "--residual"),
         "--consistent": ("mix.wav --prompts dog rain", "--consistent"),
+    },
+    "ui": {
+        "--model": ("", "--model mini"),
+        "--device": ("", "-d cpu"),
+        "--port": ("", "--port 8080"),
+        "--no-browser": ("", "--no-browser"),
+        "--model-dir": ("", "--model-dir kept"),
     },
     "demo": {"--out": ("", "-o somewhere")},
     "train": {
@@ -122,6 +131,8 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--shots-csv": (f"{EVALUATE} --shots 1", "--shots-csv shots.csv"),
         "--text": (f"{EVALUATE} --shots 1 --shots-csv shots.csv --no-text", "--text"),
         "--no-text": (f"{EVALUATE} --shots 1 --shots-csv shots.csv", "--no-text"),
+        "--refine": (f"{EVALUATE} --no-refine", "--refine"),
+        "--no-refine": (f"{EVALUATE} --refine", "--no-refine"),
         "--bss": (f"{EVALUATE} --no-bss", "--bss"),
         "--no-bss": (EVALUATE, "--no-bss"),
         "--out": (EVALUATE, "-o scores"),
@@ -188,6 +199,21 @@ REFUSED = [
 ]
 
 
+class Opened:
+    """Stands in for a page and its session."""
+
+    address = "http://127.0.0.1/"
+
+    def __repr__(self) -> str:
+        return "opened"
+
+    def run(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Recordings and lists for all the lines above."""
@@ -242,7 +268,8 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
     def run(line: str) -> Observed:
         seen.clear()
-        model = Stub(Moody(8000))
+        separator = Moody(8000)
+        model = Stub(separator)
         model.family = "clapsep"
         loaded = noted("load", model)
         monkeypatch.setattr(library, "load_model", lambda *a, **k: loaded(*a, **k))
@@ -250,6 +277,9 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setattr(torch, "set_num_threads", noted("torch"))
         monkeypatch.setattr(batch, "ThreadPoolExecutor", Pool)
         monkeypatch.setattr("clapsep_cli.training.loop.train.train", noted("train", True))
+        monkeypatch.setattr("clapsep_cli.page.session.Session", noted("session", Opened()))
+        monkeypatch.setattr("clapsep_cli.page.server.Page", noted("page", Opened()))
+        monkeypatch.setattr("webbrowser.open", noted("browser"))
         for name, result in (("install", Path("a")), ("verify", [Path("a")]), *CALLS):
             monkeypatch.setattr(library, name, noted(name, result))
         before = {path for path in place.rglob("*") if path.is_file()}
@@ -261,7 +291,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         for path in [path for path in place.rglob("*") if path.is_file()]:
             path.unlink() if path not in kept else path.write_bytes(kept[path])
         printed = [TIMING.sub("", text) for text in (done.stdout, done.stderr)]
-        batches = sorted(model.separator.batches)
+        batches = sorted(separator.batches)
         return {"code": done.returncode, "printed": printed, "files": files, "seen": list(seen), "batches": batches}
 
     return run

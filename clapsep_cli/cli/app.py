@@ -50,7 +50,7 @@ app.add_typer(models, name="models")
 
 
 def run() -> NoReturn:
-    """`main`, as a process of its own: ends without the half second that an interpreter takes to put torch away."""
+    """Run `main` as a process of its own. It exits at once: unloading torch would take half a second."""
     prepare()
     unprinted = replace_closed_streams()
     try:
@@ -71,7 +71,7 @@ def run() -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run the command; a user's mistake ends with one line on stderr, never with a traceback."""
+    """Run the command. Errors are printed as one line on stderr, never as a traceback."""
     command = get_command(app)
     _simplify_help(command)
     try:
@@ -101,7 +101,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _simplify_help(command: Any) -> None:
-    """Have --help show no type of a flag (`--overwrite <bool>` would take a value) or of an argument."""
+    """Hide the type of flags and arguments in --help: `--overwrite <bool>` looks as if it took a value."""
     for parameter in command.get_params(command.context_class(command)):
         if isinstance(parameter, TyperArgument) or parameter.is_flag:
             parameter.display_type_rich = lambda ctx: None
@@ -132,7 +132,7 @@ def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
     _model_dir: ModelDirOption = None,
 ) -> None:
-    """Print what a bug report needs; no names, no secrets."""
+    """Print the versions and the machine for a bug report; no names, no secrets."""
     from clapsep_cli.cli.environment import environment
 
     facts = environment()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,8 +27,8 @@ def demo(out: OutOption = Path("clapsep-demo")) -> None:
     _run(mix, out / "by-audio", query_audio=[out / "another-dog.flac"])
 
 
-def _run(mix: Path, folder: Path, **query: list[str] | list[Path]) -> None:
-    """Run `clapsep extract` on the example, and print how much nearer the target is to the clean dog."""
+def _run(mix: Path, folder: Path, **query: Any) -> None:
+    """Run `clapsep extract` on the example, and print the improvement of SDR and SI-SDR against the clean dog."""
     import soundfile
 
     from clapsep_cli.metrics import sdr, si_sdr

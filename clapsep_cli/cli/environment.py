@@ -1,4 +1,4 @@
-"""What a report of a bug needs to say about the machine and what is installed on it. Never a token or a password."""
+"""Collects facts for a bug report: versions and the machine, never a token or a password."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WAIT_SECONDS = 5  # for a program to say its version
 
 
 def environment() -> dict[str, str]:
-    """The facts by name, in the order in which to show them; `unknown (why)` for one that cannot be found out."""
+    """Return the facts by name, in the order to print them; `unknown (reason)` for one that cannot be determined."""
     facts: dict[str, Callable[[], str]] = {
         "clapsep": lambda: f"{__version__} in {Path(__file__).parents[1]}",
         "python": lambda: f"{platform.python_version()} ({platform.python_implementation()}) in {sys.prefix}",
@@ -66,7 +66,7 @@ def _tried(fact: Callable[[], str]) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a program prints, if it is there and works."""
+    """Return the output of a program; "" if it is not installed."""
     program = shutil.which(command[0])
     if program is None:
         return ""

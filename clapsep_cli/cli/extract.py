@@ -8,35 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.options import (
-    MODEL,
-    OUTPUT,
-    AdapterOption,
-    BatchSizeOption,
-    ClipOption,
-    EndOption,
-    FilenameOption,
-    FormatOption,
-    InputsArgument,
-    JobsOption,
-    JsonOption,
-    LenientOption,
-    OutOption,
-    OverwriteOption,
-    PlotOption,
-    PrecisionOption,
-    ProgressOption,
-    RecursiveOption,
-    SkipExistingOption,
-    StartOption,
-    StreamOption,
-    SubtypeOption,
-    ThreadsOption,
-    options_of,
-    setup_of,
-)
+from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import carry_out, find
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption
+from clapsep_cli.cli.terminal import MODEL, DeviceOption, ModelDirOption, ModelOption, QuietOption
 from clapsep_cli.errors import QueryError, UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +26,7 @@ def _query(name: str, **settings: Any) -> Any:
 
 
 def extract(
-    inputs: InputsArgument = None,
+    inputs: opt.Inputs = None,
     pos: Annotated[
         list[str] | None, _query("--pos", metavar="TEXT", help="The sound to keep, in words; several are averaged.")
     ] = None,
@@ -106,43 +80,42 @@ def extract(
         ),
     ] = None,
     residual: Annotated[
-        bool | None, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write the rest.")
+        bool | None, typer.Option("--residual/--no-residual", rich_help_panel=opt.OUTPUT, help="Also write the rest.")
     ] = None,
     remove: Annotated[
-        bool, typer.Option("--remove", rich_help_panel=OUTPUT, help="Write only the rest, without the target.")
+        bool, typer.Option("--remove", rich_help_panel=opt.OUTPUT, help="Write only the rest, without the target.")
     ] = False,
-    recursive: RecursiveOption = False,
-    start: StartOption = None,
-    end: EndOption = None,
-    lenient: LenientOption = False,
-    stream: StreamOption = None,
-    out: OutOption = None,
-    filename: FilenameOption = None,
-    format: FormatOption = "wav",  # noqa: A002
-    subtype: SubtypeOption = None,
-    clip: ClipOption = "warn",
-    plot: PlotOption = False,
-    overwrite: OverwriteOption = False,
-    skip_existing: SkipExistingOption = False,
+    recursive: opt.Recursive = False,
+    start: opt.Start = None,
+    end: opt.End = None,
+    lenient: opt.Lenient = False,
+    stream: opt.Stream = None,
+    out: opt.Out = None,
+    filename: opt.Filename = None,
+    format: opt.Format = "wav",  # noqa: A002
+    subtype: opt.Subtype = None,
+    clip: opt.Clip = "warn",
+    plot: opt.Plot = False,
+    overwrite: opt.Overwrite = False,
+    skip_existing: opt.SkipExisting = False,
     model: ModelOption = None,
-    adapter: AdapterOption = None,
+    adapter: opt.Adapter = None,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    precision: opt.Precision = "auto",
     _model_dir: ModelDirOption = None,
-    threads: ThreadsOption = None,
-    batch_size: BatchSizeOption = 0,
-    jobs: JobsOption = 2,
-    json: JsonOption = False,
-    progress: ProgressOption = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = 0,
+    jobs: opt.Jobs = 2,
+    json: opt.Json = False,
+    progress: opt.Progress = "auto",
     quiet: QuietOption = False,
 ) -> None:
     """Write what matches the query to MIX.target.wav and the rest to MIX.residual.wav.
 
     Give at least one query, of either side, as text or as audio.
     """
-    given = locals()
-    from clapsep_cli.jobs.targets import parse_targets
-    from clapsep_cli.query import DEFAULT_ALPHA, Query
+    given = locals()  # all options by name
+    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query
     from clapsep_cli.times import parse_span
 
     sides: dict[str, Any] = {
@@ -154,25 +127,35 @@ def extract(
         "pos_spans": [parse_span(span) for span in pos_span or ()],
         "neg_spans": [parse_span(span) for span in neg_span or ()],
     }
-    if target:
-        if pos or query_audio or pos_span or manifest:
-            raise UsageError(
-                "--target says itself what to keep: use it without --pos, --query-audio, --pos-span and --manifest"
-            )
-        named = parse_targets(target)
-        left = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
-        queries = {
-            name: Query(pos_audio=[wish], **left) if isinstance(wish, Path) else Query(pos=wish, **left)
-            for name, wish in named.items()
-        }
+    if target and (pos or query_audio or pos_span or manifest):
+        raise UsageError(
+            "--target names the sound to keep: use it without --pos, --query-audio, --pos-span, --manifest"
+        )
+    if manifest and (inputs or recursive):
+        extra = "recordings" if inputs else "--recursive"
+        raise UsageError(f"{manifest} names the recordings: give either a manifest or {extra}")
+    if manifest:
+        asked = _rows(manifest, sides)
     else:
-        queries = {}
-    asked = _requests(inputs or [], recursive, out, manifest, queries, sides)
-    if mutual is not None and len(queries) < 2:
+        targets = _targets(target, sides) if target else {TARGET: Query(**sides)}
+        asked = [(item, targets) for item in find(inputs or [], recursive, out)]
+    if mutual is not None and len(target or ()) < 2:
         raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
     if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
         raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
-    carry_out(asked, options_of(given), setup_of(given))
+    carry_out(asked, opt.options_of(given), opt.setup_of(given))
+
+
+def _targets(arguments: Sequence[str], sides: dict[str, Any]) -> Mapping[str, Query]:
+    """Return the queries of several targets by name, which share the negative side of `sides`."""
+    from clapsep_cli.jobs.targets import parse_targets
+    from clapsep_cli.query import Query
+
+    shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
+    return {
+        name: Query(pos_audio=[sound], **shared) if isinstance(sound, Path) else Query(pos=sound, **shared)
+        for name, sound in parse_targets(arguments).items()
+    }
 
 
 def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
@@ -186,31 +169,11 @@ def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
     )
 
 
-def _requests(
-    inputs: Sequence[str],
-    recursive: bool,
-    out: Path | None,
-    manifest: Path | None,
-    targets: Mapping[str, Query],
-    sides: dict[str, Any],
-) -> Requests:
-    """Pair each recording with its targets: those given, or one with the query of the manifest's row and the options.
-
-    Args:
-        inputs, recursive, out: arguments of `find`.
-        manifest: instead of `inputs`, a CSV of recordings with queries.
-        targets: as given by `--target`.
-        sides: arguments of the `Query` that the other options give.
-    """
+def _rows(manifest: Path, sides: dict[str, Any]) -> Requests:
+    """Read the recordings of a manifest with their queries; `sides` are used where a row has none."""
     from clapsep_cli.jobs.manifest import read_jobs
     from clapsep_cli.query import TARGET, Query
 
-    if manifest is None:
-        wanted = targets or {TARGET: Query(**sides)}
-        return [(item, wanted) for item in find(inputs, recursive, out)]
-    if inputs or recursive:
-        given = "recordings" if inputs else "--recursive"
-        raise UsageError(f"{manifest} names the recordings: give either a manifest or {given}")
     asked: list[tuple[Input, Mapping[str, Query]]] = []
     known: dict[Query, Mapping[str, Query]] = {}  # recordings that share their queries are separated together
     for row in read_jobs(manifest):

@@ -24,7 +24,7 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")] = False,
     _model_dir: ModelDirOption = None,
 ) -> None:
-    """List all models, and where those that are here lie."""
+    """List all models, with the folder of those that are installed."""
     from clapsep_cli.store.download import amount
     from clapsep_cli.store.library import statuses
 
@@ -53,12 +53,12 @@ def download(
 @models.command()
 def convert(
     name: NameArgument,
-    files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files, carried here.")],
+    files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     quiet: QuietOption = False,
     _model_dir: ModelDirOption = None,
 ) -> None:
-    """Make a model from files that are already here: what a machine without a network needs."""
+    """Convert released files that were downloaded elsewhere, for machines without a network."""
     from clapsep_cli.store.library import install
 
     # A parser gives an option one value: further files behind --from arrive as arguments.
@@ -69,7 +69,7 @@ def convert(
 
 @models.command()
 def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Hash all files of a model, and downloads that were kept, and say whether they are sound."""
+    """Check the hashes of a model's files, and of downloads that were kept."""
     from clapsep_cli.store.library import verify as verify_model
 
     for path in verify_model(name):
@@ -78,7 +78,7 @@ def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
 
 @models.command()
 def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Print the folder of a model that is here."""
+    """Print the folder of an installed model."""
     from clapsep_cli.store.library import path_of
 
     typer.echo(path_of(name))
@@ -86,7 +86,7 @@ def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
 
 @models.command("rm")
 def remove(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
-    """Delete a model, and whatever is left of downloading and converting it."""
+    """Delete a model, with everything left of its download and conversion."""
     from clapsep_cli.store.library import remove as remove_model
 
     for path in remove_model(name, note):

@@ -19,85 +19,88 @@ if TYPE_CHECKING:
 INPUT, OUTPUT = "Recordings", "Outputs"  # panels of --help, as MODEL and RUN are
 
 
-def _option(panel: str, help: str, *names: str, known: tuple[str, ...] = (), **settings: Any) -> Any:  # noqa: A002
-    completed = {"autocompletion": among(*known)} if known else {}
-    return typer.Option(*names, rich_help_panel=panel, help=help, **completed, **settings)
+def _option(panel: str, text: str, *names: str, known: tuple[str, ...] = (), **settings: Any) -> Any:
+    completion = among(*known) if known else None
+    return typer.Option(*names, rich_help_panel=panel, help=text, autocompletion=completion, **settings)
 
 
-def _number(panel: str, help: str, *names: str, most: int = 1024, least: int = 1) -> Any:  # noqa: A002
-    return _option(panel, help, *names, metavar="N", min=least, max=most)
+def _number(panel: str, text: str, *names: str, most: int = 1024, least: int = 1) -> Any:
+    return _option(panel, text, *names, metavar="N", min=least, max=most)
 
 
+# Values that shells complete.
 CLIPS = ("warn", "rescale", "error")
 FORMATS = ("wav", "flac", "ogg", "opus", "mp3")
 SUBTYPES = ("pcm16", "pcm24", "float")
 PRECISIONS = ("auto", "high", "fast")
 
-InputsArgument = Annotated[
+Inputs = Annotated[
     list[str] | None,
     typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
 ]
-RecursiveOption = Annotated[bool, _option(INPUT, "Read folders with all their subfolders.", "--recursive", "-r")]
-StartOption = Annotated[
-    str | None, _option(INPUT, "Start at this time: seconds, or as 1:02:03.", "--start", metavar="TIME")
-]
-EndOption = Annotated[str | None, _option(INPUT, "End at this time.", "--end", metavar="TIME")]
-LenientOption = Annotated[bool, _option(INPUT, "Read damaged or truncated recordings as far as possible.", "--lenient")]
-StreamOption = Annotated[int | None, _number(INPUT, "Read this sound track of a film; else the first.", "--stream")]
+Recursive = Annotated[bool, _option(INPUT, "Read folders with all their subfolders.", "--recursive", "-r")]
+Start = Annotated[str | None, _option(INPUT, "Start at this time: seconds, or as 1:02:03.", "--start", metavar="TIME")]
+End = Annotated[str | None, _option(INPUT, "End at this time.", "--end", metavar="TIME")]
+Lenient = Annotated[bool, _option(INPUT, "Read damaged or truncated recordings as far as possible.", "--lenient")]
+Stream = Annotated[int | None, _number(INPUT, "Read this sound track of a film; else the first.", "--stream")]
 
-OutOption = Annotated[
+Out = Annotated[
     Path | None,
     _option(OUTPUT, "Output folder; by default that of each input; - is stdout.", "--out", "-o", metavar="DIR"),
 ]
-FilenameOption = Annotated[
+Filename = Annotated[
     str | None,
     _option(OUTPUT, 'Output name, "{stem}.{part}.{ext}"; also {name}, {query}.', "--filename", metavar="NAME"),
 ]
-FormatOption = Annotated[
+Format = Annotated[
     str, _option(OUTPUT, "wav, flac, ogg, opus or mp3.", "--format", "-f", metavar="NAME", known=FORMATS)
 ]
-SubtypeOption = Annotated[
+Subtype = Annotated[
     str | None,
     _option(
-        *(OUTPUT, "pcm16, pcm24 or float; by default the input's, at least 16 bit.", "--subtype"),
+        OUTPUT,
+        "pcm16, pcm24 or float; by default the input's, at least 16 bit.",
+        "--subtype",
         metavar="NAME",
         known=SUBTYPES,
     ),
 ]
-ClipOption = Annotated[
+Clip = Annotated[
     str,
     _option(
-        *(OUTPUT, "Samples over full scale: warn and clip, rescale all parts by one gain, or error.", "--clip"),
+        OUTPUT,
+        "Samples over full scale: warn and clip, rescale all parts by one gain, or error.",
+        "--clip",
         metavar="HOW",
         known=CLIPS,
     ),
 ]
-PlotOption = Annotated[bool, _option(OUTPUT, "Also write a picture of the parts, {stem}.png.", "--plot")]
-OverwriteOption = Annotated[bool, _option(OUTPUT, "Replace existing outputs.", "--overwrite")]
-SkipExistingOption = Annotated[
+Plot = Annotated[bool, _option(OUTPUT, "Also write a picture of the parts, {stem}.png.", "--plot")]
+Overwrite = Annotated[bool, _option(OUTPUT, "Replace existing outputs.", "--overwrite")]
+SkipExisting = Annotated[
     bool, _option(OUTPUT, "Skip recordings already processed with the same settings.", "--skip-existing")
 ]
 
-AdapterOption = Annotated[
+Adapter = Annotated[
     Path | None,
     _option(MODEL, "An adapter for the model, from `clapsep train --lora-only`.", "--adapter", metavar="FILE"),
 ]
-PrecisionOption = Annotated[
+Precision = Annotated[
     str,
     _option(
-        *(MODEL, "high (float32), fast (bfloat16), or auto: fast where it is native.", "--precision"),
+        MODEL,
+        "high (float32), fast (bfloat16), or auto: fast where it is native.",
+        "--precision",
         metavar="HOW",
         known=PRECISIONS,
     ),
 ]
 
-ThreadsOption = Annotated[int | None, _number(RUN, "Threads that compute; by default all cores.", "--threads")]
-BatchSizeOption = Annotated[
-    int, _number(RUN, "Windows processed at once; 0 chooses by the device.", "--batch-size", least=0)
-]
-JobsOption = Annotated[int, _number(RUN, "Threads that read and write files.", "--jobs", "-j", most=64)]
-JsonOption = Annotated[bool, _option(RUN, "Print a JSON object for each recording on stdout.", "--json")]
-ProgressOption = Annotated[
+Threads = Annotated[int | None, _number(RUN, "Threads that compute; by default all cores.", "--threads")]
+BatchSize = Annotated[int, _number(RUN, "Windows processed at once; 0 chooses by the device.", "--batch-size", least=0)]
+Jobs = Annotated[int, _number(RUN, "Threads that read and write files.", "--jobs", "-j", most=64)]
+Json = Annotated[bool, _option(RUN, "Print a JSON object for each recording on stdout.", "--json")]
+Progress = Annotated[
     str,
     _option(
         RUN, "auto (bars on a terminal), json (lines on stderr) or none.", "--progress", metavar="HOW", known=PROGRESS
@@ -107,7 +110,7 @@ ProgressOption = Annotated[
 
 @dataclass(frozen=True)
 class Setup:
-    """The model, the device and the messages of a run, by the names of the command's options."""
+    """Options for the model, the device and the messages of a run, named as those of the commands."""
 
     model: str | None
     adapter: Path | None
@@ -121,12 +124,12 @@ class Setup:
 
 
 def options_of(given: Mapping[str, Any]) -> Options:
-    """Make `Options` from the arguments of a command, by name. Raises `UsageError` for a time that is none."""
+    """Make `Options` from the arguments of a command, by name. Raises `QueryError` for an invalid time."""
     from clapsep_cli.jobs.tasks import Options
 
-    times = {name: parse_time(given[name]) for name in ("start", "end") if given[name] is not None}
-    named = {f.name: given[f.name] for f in fields(Options) if f.name in given and f.name not in ("start", "end")}
-    return Options(**named, **times)
+    times = {name: None if given[name] is None else parse_time(given[name]) for name in ("start", "end")}
+    values = {**given, **times, "start": times["start"] or 0.0}
+    return Options(**{f.name: values[f.name] for f in fields(Options) if f.name in values})
 
 
 def setup_of(given: Mapping[str, Any]) -> Setup:

@@ -133,7 +133,7 @@ def _warn_of_doubts(model: Model, jobs: Sequence[Job]) -> None:
 
 
 def _stops() -> list[signal.Signals]:
-    """The signals that stop a run. SIGHUP, which a closed terminal sends, stays ignored under nohup."""
+    """Return the signals that stop a run. SIGHUP, sent by a closed terminal, stays ignored under nohup."""
     stops = [signal.SIGINT, signal.SIGTERM]
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         stops.append(signal.SIGHUP)
@@ -142,7 +142,7 @@ def _stops() -> list[signal.Signals]:
 
 @contextmanager
 def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
+    """Yield an event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:

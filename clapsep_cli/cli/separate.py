@@ -10,32 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from clapsep_cli.cli.options import (
-    OUTPUT,
-    AdapterOption,
-    BatchSizeOption,
-    ClipOption,
-    EndOption,
-    FilenameOption,
-    FormatOption,
-    InputsArgument,
-    JobsOption,
-    JsonOption,
-    LenientOption,
-    OutOption,
-    OverwriteOption,
-    PlotOption,
-    PrecisionOption,
-    ProgressOption,
-    RecursiveOption,
-    SkipExistingOption,
-    StartOption,
-    StreamOption,
-    SubtypeOption,
-    ThreadsOption,
-    options_of,
-    setup_of,
-)
+from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import carry_out, find
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, among
 from clapsep_cli.errors import DownloadError, UsageError
@@ -71,7 +46,7 @@ def repeated(args: Sequence[str]) -> list[str]:
 
 
 def separate(
-    inputs: InputsArgument = None,
+    inputs: opt.Inputs = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,34 +77,38 @@ def separate(
             help="Write only these of the parts.",
         ),
     ] = None,
-    residual: Annotated[bool, typer.Option("--residual", rich_help_panel=OUTPUT, help="Also write the rest.")] = False,
+    residual: Annotated[
+        bool, typer.Option("--residual", rich_help_panel=opt.OUTPUT, help="Also write the rest.")
+    ] = False,
     consistent: Annotated[
         bool,
-        typer.Option("--consistent", rich_help_panel=OUTPUT, help="Add the rest to the parts, so that they add up."),
+        typer.Option(
+            "--consistent", rich_help_panel=opt.OUTPUT, help="Add the rest to the parts, so that they add up."
+        ),
     ] = False,
-    recursive: RecursiveOption = False,
-    start: StartOption = None,
-    end: EndOption = None,
-    lenient: LenientOption = False,
-    stream: StreamOption = None,
-    out: OutOption = None,
-    filename: FilenameOption = None,
-    format: FormatOption = "wav",  # noqa: A002
-    subtype: SubtypeOption = None,
-    clip: ClipOption = "warn",
-    plot: PlotOption = False,
-    overwrite: OverwriteOption = False,
-    skip_existing: SkipExistingOption = False,
+    recursive: opt.Recursive = False,
+    start: opt.Start = None,
+    end: opt.End = None,
+    lenient: opt.Lenient = False,
+    stream: opt.Stream = None,
+    out: opt.Out = None,
+    filename: opt.Filename = None,
+    format: opt.Format = "wav",  # noqa: A002
+    subtype: opt.Subtype = None,
+    clip: opt.Clip = "warn",
+    plot: opt.Plot = False,
+    overwrite: opt.Overwrite = False,
+    skip_existing: opt.SkipExisting = False,
     model: ModelOption = None,
-    adapter: AdapterOption = None,
+    adapter: opt.Adapter = None,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    precision: opt.Precision = "auto",
     _model_dir: ModelDirOption = None,
-    threads: ThreadsOption = None,
-    batch_size: BatchSizeOption = 0,
-    jobs: JobsOption = 2,
-    json: JsonOption = False,
-    progress: ProgressOption = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = 0,
+    jobs: opt.Jobs = 2,
+    json: opt.Json = False,
+    progress: opt.Progress = "auto",
     quiet: QuietOption = False,
 ) -> None:
     """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.
@@ -146,16 +125,18 @@ def separate(
         raise UsageError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
     names = list(TASKS[task]) if task else list(prompts or ())
     if not inputs and (swallowed := [word for word in (*names, *(only or ())) if is_there(Path(word))]):
-        raise UsageError(f"{swallowed[0]} was taken for a prompt: name the recordings first, or another option between")
+        raise UsageError(
+            f"{swallowed[0]} was taken for a prompt: name recordings before the prompts, or after another option"
+        )
     named = parts(names)
     unknown = set(only or ()) - {*named, *names}
     if unknown:
-        raise UsageError(f"--only {min(unknown)}: is not among what is separated ({', '.join(named)})")
+        raise UsageError(f"--only {min(unknown)}: is not one of the parts ({', '.join(named)})")
     chosen = [part for part, name in named.items() if {part, name} & set(only or ())]
     targets = {part: Query(pos=name) for part, name in named.items()}
     asked = [(item, targets) for item in find(inputs or [], recursive, out)]
     try:
-        carry_out(asked, options_of({**given, "only": chosen}), setup_of({**given, "model": model or DEFAULT}))
+        carry_out(asked, opt.options_of({**given, "only": chosen}), opt.setup_of({**given, "model": model or DEFAULT}))
     except DownloadError as error:
         if model:
             raise
@@ -175,7 +156,7 @@ def parts(names: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         if folded(safe_name(name)) in TAKEN:
-            raise UsageError(f"--prompts {name}: a part cannot be called so; choose another name")
+            raise UsageError(f"--prompts {name}: this name is reserved; choose another one")
         taken = set(map(folded, found))
         numbered = (safe_name(name) + (f"-{number}" if number > 1 else "") for number in count(1))
         found[next(part for part in numbered if folded(part) not in taken)] = name

@@ -1,4 +1,4 @@
-"""What all commands share: common options, notes and progress on stderr."""
+"""Options of several commands, and notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ NAME_LETTERS = 40  # of a recording's name beside its bar
 
 
 def plain(text: str) -> str:
-    """`text` with escapes for what no terminal should be sent: control characters and the like, in file names say."""
+    """Escape control characters and the like in `text`, which harm a terminal; file names may contain them."""
     letters = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
     return "".join(letters)
 
 
 def echo(line: str, stream: TextIO) -> None:
-    """Print a line, whatever is in it and whatever the stream can show."""
+    """Print a line on any stream; characters that its encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     try:
         typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
@@ -113,14 +113,14 @@ def echo(line: str, stream: TextIO) -> None:
 
 
 def note(line: str) -> None:
-    """Print on stderr; of a line that is very long, by a text of the user's for instance, the beginning and the end."""
+    """Print on stderr; of a very long line, the beginning and the end."""
     half = LINE_LETTERS // 2
     lines = (one if len(one) <= LINE_LETTERS else f"{one[:half]} … {one[-half:]}" for one in line.split("\n"))
     echo("clapsep: " + "\n".join(lines), sys.stderr)
 
 
 def notes(quiet: bool) -> Callable[[str], None]:
-    """`note`, or nothing if `quiet`: for everything that is no error."""
+    """Return `note`, or a function that prints nothing if `quiet`: for everything except errors."""
     return (lambda line: None) if quiet else note
 
 
@@ -143,7 +143,7 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:
-    """Progress bars on stderr, disabled if `quiet` or without a terminal; of a `transfer` in bytes and their rate."""
+    """Make progress bars on stderr, disabled if `quiet` or without a terminal; for a `transfer` with bytes and rate."""
     from rich import progress
     from rich.console import Console
 
@@ -161,7 +161,7 @@ def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:
 
 @contextmanager
 def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr for each file that is downloaded while it lasts."""
+    """Yield a callback that shows a progress bar on stderr for each downloaded file."""
     tasks: dict[str, TaskID] = {}
     with progress_bars(quiet, transfer=True) as bars:
 
@@ -174,9 +174,12 @@ def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class Reporter:
-    """Shows how a run of `count` recordings goes on, on stderr: bars for each and for all, or lines of JSON.
+    """Shows the progress of a run on stderr: bars for each recording and for all, or lines of JSON.
 
-    `how`: one of `PROGRESS`, "auto" for bars where there is a terminal.
+    Args:
+        how: one of `PROGRESS`; "auto" shows bars on a terminal.
+        quiet: show nothing.
+        count: number of recordings.
     """
 
     def __init__(self, how: str, quiet: bool, count: int) -> None:
@@ -197,7 +200,7 @@ class Reporter:
         self.bars.__exit__(None, None, None)
 
     def update(self, job: Job, done: float, total: float) -> None:
-        """Of a recording `done` seconds are separated, of `total` (0 if that is not known)."""
+        """Show that `done` seconds of a recording are separated, of `total` (0 if unknown)."""
         path = job.input.path
         if self.json:
             self._say("progress", path, seconds=round(done, 3), total=round(total, 3) or None)
@@ -211,7 +214,7 @@ class Reporter:
         self._update_all()
 
     def finish(self, path: Path, failed: bool) -> None:
-        """A recording is done, or has failed."""
+        """Show that a recording is done or has failed."""
         self.finished += 1
         if self.json:
             self._say("failed" if failed else "done", path, finished=self.finished, count=self.count)
@@ -234,7 +237,7 @@ class Reporter:
 
 @dataclass
 class _Under:
-    """A recording under way: its bar, and how much of it is separated, in seconds and as a share of all."""
+    """A recording in progress: its bar, and what is separated of it, in seconds and as a share."""
 
     task: TaskID
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""`clapsep train`: from options to settings, one library call, and what is said meanwhile."""
+"""`clapsep train`: makes settings from options, trains, and prints the progress."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _recipe(
     given: Mapping[str, object],
     quiet: bool,
 ) -> Recipe:
-    """The preset with all that overrides it. The model that it starts from is there afterwards."""
+    """Return the preset with all overrides. Downloads the model that it starts from."""
     from clapsep_cli.store.library import load_model
     from clapsep_cli.training.loop.settings import parse_setting, read_settings
     from clapsep_cli.training.recipes import presets

@@ -1,7 +1,7 @@
-"""From files to files: reads, separates and writes recordings, several at once, so that the model never waits.
+"""Runs jobs: reads, separates and writes several recordings at a time, so that the model never waits.
 
-The windows of several recordings share a batch; what is read ahead and still to be written is bounded, so memory does
-not grow with the length of recordings or their number. A recording that fails does not stop the rest.
+Windows of several recordings share a batch. Memory does not grow with the length or number of recordings. A recording
+that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputError, StoppedError
 from clapsep_cli.jobs.recording import Recording
@@ -25,30 +24,35 @@ from clapsep_cli.query import Excerpt
 from clapsep_cli.store.checkpoint import Model
 
 MAX_OPEN = 32  # recordings
-MAX_ASKED = 64  # different sets of targets whose embeddings are held
+MAX_ASKED = 64  # sets of targets whose embeddings are kept
 MAX_FILES = 160  # open at once; systems allow a process 256 or more
 SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, that a batch of windows may take
-LOOK_SECONDS = 0.2  # how often whoever waits for a file looks whether to stop
+LOOK_SECONDS = 0.2  # between checks for a stop while waiting for a file
 
 Result = TypeVar("Result")
-
-
-def _quiet(job: Job, done: float, total: float) -> None:
-    pass
 
 
 def run(
     jobs: Iterable[Job],
     model: Model,
     options: Options = Options(),
-    progress: JobProgress = _quiet,
+    progress: JobProgress = lambda job, done, total: None,
     stop: threading.Event | None = None,
 ) -> Generator[Extraction | Failure, None, None]:
-    """Do `jobs`, yielding what became of each as soon as it is known.
+    """Run `jobs`, and yield the result of each as soon as it is known.
 
-    Once `stop` is set, the windows at hand are finished, what is unfinished is taken back, and `StoppedError` raised.
-    Raises `QueryError` and `AudioError` at once where all recordings share queries that cannot be used, `ModelError`
-    where the model cannot, and `DeviceError` where the device has not the memory for a single window.
+    Args:
+        jobs: from `planning.plan`.
+        model: separates them.
+        options: the same as in `plan`.
+        progress: is called with a job, the seconds of it that are done, and their total (0 if unknown).
+        stop: once it is set, the current windows are finished and unfinished outputs removed.
+
+    Raises:
+        StoppedError: `stop` was set.
+        QueryError, AudioError: all recordings share queries that cannot be used.
+        ModelError: the model cannot be used.
+        DeviceError: the device lacks memory for a single window.
     """
     waiting = deque(jobs)
     with _Opened(model, options, stop or threading.Event()) as opened:
@@ -62,14 +66,14 @@ def run(
 
 
 class _Opened(ExitStack):
-    """The recordings at work on, in the order they were opened."""
+    """The open recordings, in the order they were opened."""
 
     def __init__(self, model: Model, options: Options, stop: threading.Event) -> None:
         super().__init__()
         self.model, self.options, self.stop = model, options, stop
-        self.at_once = options.batch_size  # windows; 0 until the device was asked
+        self.at_once = options.batch_size  # windows; 0 until it is chosen by the device
         self.recordings: list[Recording] = []
-        self.failures: list[Failure] = []  # that nobody was told of yet
+        self.failures: list[Failure] = []  # not yielded yet
         self.asked: dict[tuple[int, tuple[str, ...]], tuple[Job, Any]] = {}
         self.io = ThreadPoolExecutor(max(1, options.jobs), thread_name_prefix="clapsep-io")
         self.callback(self._close)
@@ -81,18 +85,18 @@ class _Opened(ExitStack):
                 stack.callback(recording.close)
 
     def check(self) -> None:
-        """Raise `StoppedError` if the user asked for that."""
+        """Raise `StoppedError` if `stop` is set."""
         if self.stop.is_set():
             raise StoppedError("stopped; recordings that were done are kept, --skip-existing goes on from there")
 
     def result(self, future: Future[Result]) -> Result:
-        """What a thread was to do. Whoever stalls, a pipe perhaps, does not keep the user from stopping."""
+        """Wait for the result of a thread. The user can stop meanwhile, even if a pipe stalls."""
         while not wait([future], LOOK_SECONDS).done:
             self.check()
         return future.result()
 
     def ask(self, job: Job) -> Any:
-        """What the model is asked for; recordings that share their targets share it, and so can share a batch."""
+        """Embed the queries of a job. Recordings with the same targets share the result, and so can share a batch."""
         key = id(job.targets), tuple(job.kept)
         if key in self.asked:
             return self.asked[key][1]
@@ -109,9 +113,9 @@ class _Opened(ExitStack):
         return wanted
 
     def feed(self, waiting: deque[Job]) -> None:
-        """Read on, the oldest recordings first, until there are windows for a batch or nothing more to read.
+        """Read, the oldest recordings first, until there are windows for a batch or nothing is left to read.
 
-        One recording more than that takes is open, so that it is read while the model works.
+        One more recording than that is open, so that it is read while the model works.
         """
         for recording in list(self.recordings):
             self._read(recording)
@@ -122,7 +126,7 @@ class _Opened(ExitStack):
         return not self.recordings or sum(len(recording.windows) for recording in self.recordings) < self.at_once
 
     def _has_room(self, job: Job) -> bool:
-        """Whether one more may be open: each takes a file to read, and up to two for each of its parts."""
+        """Return True if another recording may be open; each needs one file to read, and up to two for each part."""
         return len(self.recordings) < max(2, min(MAX_OPEN, MAX_FILES // (1 + 2 * len(job.outputs))))
 
     def _open(self, job: Job) -> None:
@@ -146,23 +150,24 @@ class _Opened(ExitStack):
 
     def _fail(self, job: Job, error: ClapsepError | OSError) -> None:
         if isinstance(error, (StoppedError, ModelError, DeviceError)):
-            raise error  # which would befall all others, too
+            raise error  # all other recordings would fail likewise
         if isinstance(error, OSError):
             error = OutputError(f"{error.filename or job.input.path}: {error.strerror or error}")
         self.failures.append(Failure(job.input.path, error))
 
     def separate(self) -> None:
-        """Have windows separated that ask for the same, as many as make a batch."""
+        """Separate one batch of windows with the same queries."""
         batch = [(recording, window) for recording in self.recordings for window in recording.windows]
-        batch = [one for one in batch if _alike(one, batch[0])][: self.at_once]
         if not batch:
             return
+        first, shape = batch[0][0], batch[0][1].shape
+        batch = [one for one in batch if one[0].wanted is first.wanted and one[1].shape == shape][: self.at_once]
         began = time.perf_counter()
         try:
-            results = self.model.infer([window for _, window in batch], batch[0][0].wanted, self.check)
+            results = self.model.infer([window for _, window in batch], first.wanted, self.check)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
-                raise DeviceError(f"{self.model.device} has not the memory for a window; use -d cpu") from error
+                raise DeviceError(f"{self.model.device} lacks the memory for a window; use -d cpu") from error
             self.at_once = len(batch) // 2  # the windows are still there
             return
         share = (time.perf_counter() - began) / len(batch)
@@ -172,7 +177,7 @@ class _Opened(ExitStack):
             recording.passage.accept(result)
 
     def deliver(self, progress: JobProgress) -> Iterator[Extraction | Failure]:
-        """Hand on what is final; yield the recordings that are done, and those that failed."""
+        """Write what is final, and yield the recordings that are done or failed."""
         for recording in list(self.recordings):
             try:
                 if recording.deliver():
@@ -194,15 +199,10 @@ class _Opened(ExitStack):
         recording.close()
 
 
-def _alike(one: tuple[Recording, Tensor], other: tuple[Recording, Tensor]) -> bool:
-    """Whether two windows can be separated in one go."""
-    return one[0].wanted is other[0].wanted and one[1].shape == other[1].shape
-
-
 def windows_at_once(model: Model, wanted: Any) -> int:
-    """How many windows the device separates best in one go: on a GPU as many as fit into half of its free memory.
+    """Choose the number of windows in a batch: on a GPU as many as fit into half of its free memory, else one.
 
-    On a CPU one: two would save a twentieth in lower precision, but tie a recording's last bits to its neighbours.
+    On a CPU, two would save 5 % in lower precision, but the last bits of a recording would depend on its neighbours.
     """
     if model.device.type != "cuda":
         return 1

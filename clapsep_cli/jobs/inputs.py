@@ -74,7 +74,10 @@ def expand(
         if argument.startswith("@") and not is_there(Path(argument)):
             inputs = _listed(Path(argument[1:]), recursive)
         else:
-            inputs = _tried(argument, Path(), recursive)
+            try:
+                inputs = _named(argument, Path(), recursive)
+            except AudioError as error:
+                inputs = [_faulty(argument, error)]
         for item in inputs:
             found.setdefault(_identity(item), item)
     faults = [item.fault for item in found.values() if item.fault]
@@ -105,13 +108,6 @@ def _identity(item: Input) -> tuple[int, int, str]:
         return 0, 0, str(item.path)
     status = item.path.stat()
     return status.st_dev, status.st_ino, folded(str(item.path.resolve()))
-
-
-def _tried(argument: str, folder: Path, recursive: bool) -> list[Input]:
-    try:
-        return _named(argument, folder, recursive)
-    except AudioError as error:
-        return [_faulty(argument, error)]
 
 
 def _faulty(argument: str, fault: AudioError) -> Input:
@@ -151,11 +147,10 @@ def _matches(pattern: Path) -> list[Input]:
     recordings = [below for below in files if below.suffix.lower() in SUFFIXES]
     if not recordings:
         raise AudioError(f"{pattern}: matches no recordings, only {min(found, key=natural)} and the like")
-    return [Input(root / below, below, _missing(root / below)) for below in sorted(recordings, key=natural)]
-
-
-def _missing(path: Path) -> AudioError | None:
-    return None if is_there(path) else AudioError(f"{path}: no such file")
+    inputs = ((root / below, below) for below in sorted(recordings, key=natural))
+    return [
+        Input(path, below, None if is_there(path) else AudioError(f"{path}: no such file")) for path, below in inputs
+    ]
 
 
 def _in_folder(root: Path, recursive: bool) -> list[Input]:
@@ -190,10 +185,18 @@ def _in_folder(root: Path, recursive: bool) -> list[Input]:
 
 
 def _listed(path: Path, recursive: bool) -> list[Input]:
-    """What a list names: an argument a line, `#` before comments. Names are relative to the list's folder or, where
-    they lead to nothing there, to the current one."""
+    """Find the inputs that a list names: one argument a line; lines that begin with `#` are comments.
+
+    Names are relative to the folder of the list, or to the current one where they do not exist there.
+    """
     found: list[Input] = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    try:
+        text = decoded(path.read_bytes())  # UTF-16 is what PowerShell writes with ">"
+    except OSError as error:
+        raise ManifestError(f"{path}: this list cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: this list is not UTF-8") from error
+    for number, line in enumerate(text.split("\n"), 1):
         argument = line.strip()
         if not argument or argument.startswith("#"):
             continue
@@ -217,15 +220,6 @@ def _named_in_list(argument: str, folder: Path, recursive: bool) -> list[Input]:
             return _named(argument, Path(), recursive)
         except AudioError:
             raise beside from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return decoded(path.read_bytes())  # UTF-16 is what PowerShell writes with ">"
-    except OSError as error:
-        raise ManifestError(f"{path}: this list cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: this list is not UTF-8") from error
 
 
 def _without_outputs(inputs: Sequence[Input], out: Path | None, written: Callable[[Path], bool]) -> list[Input]:

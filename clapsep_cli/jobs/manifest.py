@@ -1,4 +1,4 @@
-"""Manifests of jobs: recordings, each with what is asked of it."""
+"""Reads manifests: recordings with queries of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")
 
 @dataclass(frozen=True)
 class JobRow:
-    """A row of a manifest: a recording, and what is asked of it; what is empty is as the command says for all."""
+    """A row of a manifest: a recording and its queries; where these are empty, the options of the command hold."""
 
     line: int
     input: Input
@@ -26,10 +26,10 @@ class JobRow:
 
 
 def read_jobs(path: Path) -> list[JobRow]:
-    """Read a CSV of jobs with the column `file` and any of `pos`, `neg`, `query_audio`, `neg_audio`.
+    """Read a CSV of recordings with the column `file` and any of `pos`, `neg`, `query_audio`, `neg_audio`.
 
-    A cell holds several values separated by ";". Paths are relative to the CSV. A recording that is not there is an
-    input with a `fault`, unless all are. Raises `ManifestError`, which lists what is wrong line by line.
+    Values in a cell are separated by ";". Paths are relative to the CSV. A recording that does not exist is an input
+    with a `fault`. Raises `ManifestError` with all faults by line, also where no recording exists.
     """
     rows = read_table(path, ("file",))
     columns = list(rows[0][1]) if rows else []

@@ -1,4 +1,4 @@
-"""Makes jobs from requests: which parts of which recordings go where, and which are done already."""
+"""Makes jobs from requests: chooses output paths, checks options, and finds recordings that are done already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import get_args
 
 from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.sources import STDIN, recordings
-from clapsep_cli.audio.writers import STDOUT, Clipping, read_software
+from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
 from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
@@ -83,8 +83,8 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Tod
     """
     for option, given in (("--presence", options.presence), ("--min-presence", options.min_presence is not None)):
         if given and not model.tells_likeness:
-            raise UsageError(f"{option}: {model.name} cannot tell how alike sounds are; use another --model")
-    # One object for all recordings that share their targets: by that `run` tells what can be done in one go.
+            raise UsageError(f"{option}: {model.name} cannot measure presence; use another --model")
+    # One object for all recordings with the same targets: by its identity `run` finds windows for one batch.
     apart = {id(job.targets): model.apart(job.targets) for job in jobs}
     several = [job.targets for job in jobs if len(job.targets) > 1]
     if options.mutual is not None and several and all(apart[id(targets)] == targets for targets in several):
@@ -103,7 +103,7 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Tod
         elif (blocking := _in_the_way(job)) is not None:
             what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
             todo.blocked.append(Failure(job.input.path, OutputError(what)))
-        else:  # what is there of it is its own
+        else:  # existing outputs are its own
             todo.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
     clear_unfinished(path for job in jobs for path in job.outputs.values())
     clear_unfinished(job.marker for job in todo.jobs if job.marker)
@@ -121,7 +121,7 @@ def _check(asked: Requests, options: Options) -> None:
     if options.min_presence is not None and not isfinite(options.min_presence):
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
     if options.presence is False and options.min_presence is not None:
-        raise UsageError("--min-presence tells the presence: use it without --no-presence")
+        raise UsageError("--min-presence measures the presence: use it without --no-presence")
     if options.remove and options.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
@@ -130,8 +130,10 @@ def _check(asked: Requests, options: Options) -> None:
         raise UsageError(str(error)) from error
     for item, targets in {id(targets): (item, targets) for item, targets in asked}.values():
         check_targets(targets)
-        if options.min_presence is not None and not all(_positive(query) for query in targets.values()):
-            raise UsageError("--min-presence needs to know what to look for: give a positive query, e.g. --pos")
+        if unknown := set(options.only) - set(targets):
+            raise UsageError(f"only: {min(unknown)} is not one of the targets ({', '.join(targets)})")
+        if options.min_presence is not None and not all(q.pos or q.pos_audio or q.pos_spans for q in targets.values()):
+            raise UsageError("--min-presence needs a positive query for each target, e.g. --pos")
         if item.path == STDIN and any(query.pos_spans or query.neg_spans for query in targets.values()):
             raise UsageError("a span of the mixture needs a file: standard input can be read only once")
         shots = [shot for query in targets.values() for shot in (*query.pos_audio, *query.neg_audio)]
@@ -155,14 +157,14 @@ def _check_stdout(asked: Requests, options: Options) -> None:
         "--overwrite": options.overwrite,
     }
     for option in (option for option, given in idle.items() if given):
-        raise UsageError(f"-o - makes no files, so {option} means nothing: leave it out, or use another -o")
+        raise UsageError(f"-o - makes no files, so {option} has no effect: leave it out, or use another -o")
 
 
 def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
     if item.fault:
         return Job(item, targets, {}, [])
     parts = options.parts(list(targets))
-    whole = options.consistent or RESIDUAL in parts  # it takes all targets to know what they leave
+    whole = options.consistent or RESIDUAL in parts  # the residual needs all targets
     kept = [name for name in targets if whole or name in parts]
     if options.out == STDOUT:
         return Job(item, targets, dict.fromkeys(parts, STDOUT), kept)
@@ -179,7 +181,7 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
-    """The key that outputs of this job carry; "" for standard input, which cannot be recognised again."""
+    """Return the key of this job that its outputs store; "" for standard input, which cannot be recognised again."""
     if job.input.path == STDIN:
         return ""
     decisive = {name: str(getattr(options, name)) for name in DECISIVE}
@@ -194,20 +196,16 @@ def _as_done(job: Job) -> Job | None:
     if absent and set(job.kept) <= set(absent):
         return replace(job, outputs={}, picture=None)
     job = replace(job, outputs={part: path for part, path in job.outputs.items() if part not in absent})
-    finished_all = finished(job.outputs.values(), job.key, read_software)
+    finished_all = finished(job.outputs.values(), job.key)
     return job if finished_all and (job.picture is None or job.picture.exists()) else None
 
 
 def _in_the_way(job: Job) -> Path | None:
-    """A file in the place of an output that was not written for this."""
+    """Return an existing file at the path of an output that was not written for this job."""
     there = [path for path in job.outputs.values() if is_there(path)]
     if not there and job.picture and is_there(job.picture):  # it is made after the outputs
         return job.picture
-    return in_the_way(there, job.key, read_software) if job.key else next(iter(there), None)
-
-
-def _positive(query: Query) -> bool:
-    return bool(query.pos or query.pos_audio or query.pos_spans)
+    return in_the_way(there, job.key) if job.key else next(iter(there), None)
 
 
 def extract(
@@ -238,6 +236,7 @@ def extract(
         UsageError: options contradict each other, have an unknown value, or do not fit the model.
         AudioError, QueryError, OutputError: the recording, a query or an output cannot be used.
     """
+    out = options.out if out is None else out
     for name, value in (("mixture", mixture), *([("out", out)] if out is not None else [])):
         if not isinstance(value, str | Path):
             raise AudioError(f"{name}: is the path of a file, not {type(value).__name__}; for arrays, use separate")
@@ -246,8 +245,7 @@ def extract(
     if options.skip_existing:
         raise UsageError("skip_existing: is for the commands; extract would have no result to return")
     path = Path(mixture)
-    if out is not None:
-        options = replace(options, out=Path(out))
+    options = replace(options, out=None if out is None else Path(out))
     todo = plan(lay_out([(Input(path, Path(path.name)), check_targets(query))], options), model, options)
     (outcome,) = run(todo.jobs, model, options, progress)
     for doubt in model.doubts(list(todo.jobs[0].targets.values())):

@@ -1,4 +1,4 @@
-"""Pictures of a separation: log-mel spectrograms of mixture, targets and residual, above each other."""
+"""Draws log-mel spectrograms of mixture, targets and residual, above each other."""
 
 from __future__ import annotations
 
@@ -34,16 +34,20 @@ FURTHER_FONTS = ("Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "Microsoft Ya
 
 
 def check_installed() -> None:
-    """Raise `ExtraError` unless what draws is installed; does not import it, which takes a second."""
+    """Raise `ExtraError` if librosa or matplotlib is not installed; does not import them, which takes a second."""
     missing = " and ".join(name for name in ("librosa", "matplotlib") if find_spec(name) is None)
     if missing:
         raise ExtraError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
 
 
 class Picture:
-    """Gathers what is drawn of a recording as it passes, at `rate` Hz: of each part, the mean power in 128 mel bands
-    (Slaney's), over all channels, in at most 2,000 columns. Memory does not grow with the recording's length. The time
-    axis begins at `start` seconds.
+    """The picture of a recording: mean power of each part in 128 mel bands (Slaney's), over all channels.
+
+    It is built block by block, in at most 2,000 columns, so memory does not grow with the recording's length.
+
+    Args:
+        rate: in Hz.
+        start: of the time axis, in seconds.
     """
 
     def __init__(self, rate: int, start: float = 0.0) -> None:
@@ -62,7 +66,7 @@ class Picture:
         self._waiting = np.zeros((0, 0, 0), np.float32)  # [parts, channels, samples], from where the next frame begins
 
     def add(self, parts: Mapping[str, Audio]) -> None:
-        """Add a block: each part in the order in which they are drawn, float32 `[channels, samples]`."""
+        """Add a block of each part, in the order in which they are drawn: float32 `[channels, samples]`."""
         block = np.stack([np.asarray(part, np.float32) for part in parts.values()])
         if not self.names:
             self.names = list(parts)
@@ -72,7 +76,7 @@ class Picture:
 
     @property
     def seconds(self) -> float:
-        """How much was added."""
+        """Duration of what was added."""
         return self.samples / self.rate
 
     def _push(self, block: Audio) -> None:
@@ -108,14 +112,14 @@ class Picture:
 
     @cached_property
     def power(self) -> Audio:
-        """What is drawn, float32 `[parts, bands, columns]` of `span` samples each; after this, nothing can be added."""
+        """Mean power, float32 `[parts, bands, columns]`, columns of `span` samples. Nothing can be added afterwards."""
         if not self.names:
-            raise OutputError("nothing was separated, so there is nothing to draw")
+            raise OutputError("nothing was separated: nothing to draw")
         self._push(np.zeros((*self._waiting.shape[:2], self.n_fft // 2), np.float32))
         return np.stack([*self._columns, *([self._banded()] if self._frames else [])], 2)
 
     def save(self, path: Path, title: str) -> None:
-        """Write the picture as a PNG of that `title`, by way of a temporary name. Raises `OutputError`."""
+        """Write the picture with a `title` as a PNG, whole or not at all. Raises `OutputError`."""
         from matplotlib import style
 
         try:
@@ -161,14 +165,14 @@ class Picture:
 
 
 def _printable(text: str) -> str:
-    """`text` in a few lines, without what cannot be printed."""
+    """Wrap `text` into a few lines, without characters that cannot be printed."""
     plain = "".join(c if unicodedata.category(c)[0] != "C" else " " * c.isspace() for c in text)
     wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in plain)
     return "\n".join(textwrap.wrap(plain, TITLE_COLUMNS // (1 + wide), max_lines=TITLE_LINES, placeholder=" …"))
 
 
 def _fonts() -> list[str]:
-    """Families to draw text with, the first one that has a letter draws it."""
+    """Return the installed fonts for text; each letter is drawn by the first one that has it."""
     from matplotlib.font_manager import fontManager
 
     return ["DejaVu Sans", *(name for name in FURTHER_FONTS if name in fontManager.get_font_names())]

@@ -1,4 +1,4 @@
-"""A recording on its way from its file to those of its parts."""
+"""One recording being separated, from its file to the files of its parts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Ear, Passage
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
-WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a block that is under way when all else has ended
+WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for the last block of a thread on closing
 
 
 class Draft:
-    """Blocks of audio, kept in a nameless file in `folder` (by default the system's) until it is known what to write.
+    """A nameless file of audio blocks, kept until it is known which parts to write.
 
-    Blocks are `[..., samples]`, of any float type.
+    It lies in `folder`, by default the system's. Blocks are `[..., samples]`, of any float type.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -53,17 +53,25 @@ class Draft:
         self._blocks.append((block.shape, block.dtype))
 
     def read(self) -> Iterator[Samples]:
-        """Yield the blocks, from the first on."""
+        """Yield all blocks."""
         self._file.seek(0)
         for shape, dtype in self._blocks:
             yield np.frombuffer(self._file.read(dtype.itemsize * math.prod(shape)), dtype).reshape(shape)
 
 
 class Recording:
-    """A recording that is being separated. Reading and writing go on in threads of `io`, a step ahead and behind.
+    """A recording that is being separated. Threads read one block ahead and write one block behind.
 
-    `result` waits for what such a thread does; `check` raises where the user wants to stop. `elapsed` is the time that
-    was spent on this recording alone, in s.
+    Args:
+        job: the recording, its targets and outputs.
+        model: separates it.
+        wanted: the embedded queries, from `model.ask`.
+        options: how it is read and written.
+        io: runs the threads.
+        result: waits for the result of a thread.
+        check: raises `StoppedError` if the user wants to stop.
+
+    `elapsed` is the time in s that was spent on this recording alone.
     """
 
     def __init__(
@@ -92,7 +100,7 @@ class Recording:
 
     @property
     def _decides(self) -> bool:
-        """Whether presence decides what is written."""
+        """True if presence decides what is written."""
         return self.options.min_presence is not None
 
     @contextmanager
@@ -148,16 +156,16 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """How much is separated."""
+        """Duration of what is separated."""
         return self.samples / self.rate
 
     @property
     def total(self) -> float:
-        """How long the recording is; 0 if that is not known."""
+        """Duration of the recording; 0 if unknown."""
         return max(self.frames, self.samples) / self.rate if self.frames else 0.0
 
     def read(self) -> None:
-        """Take in the next block; it may complete windows."""
+        """Read the next block, which may complete windows."""
         assert self._reading is not None, "a recording that has ended is not read on"
         with self._clocked():
             block, heard, self.ended = self.result(self._reading)
@@ -165,7 +173,7 @@ class Recording:
             self.windows.extend(self.passage.push(block, heard, self.ended))
 
     def deliver(self) -> bool:
-        """Have what is final written; whether there was any."""
+        """Write the audio that is final. Returns True if there was any."""
         with self._clocked():
             mixture, stems = self.passage.pull()
             if mixture.size:
@@ -194,7 +202,7 @@ class Recording:
             self._write(mixture, rounded, ())
 
     def _write(self, mixture: Samples, stems: Samples, absent: Collection[str]) -> None:
-        """Write what `stems` and the rest are; stems that are `absent` belong to the rest."""
+        """Write `stems` and the residual; stems that are `absent` stay in the residual."""
         parts = {name: stem for name, stem in zip(self.job.kept, stems, strict=True) if name not in absent}
         parts[RESIDUAL] = mixture - sum(parts.values())
         written = {part: parts[part] for part in self.job.outputs if part not in absent}
@@ -206,7 +214,7 @@ class Recording:
         self._writer.write(written)
 
     def finish(self) -> Extraction:
-        """Give the outputs of what is there their names."""
+        """Rename the finished outputs of the targets that are present, and return the result."""
         with self._clocked():
             self._wait()
             presence = {}
@@ -256,14 +264,14 @@ class Recording:
         return lambda mono: self.model.likeness(self.wanted, stem, mono, self.rate)
 
     def _absent(self, presence: Mapping[str, dict[str, float] | None]) -> list[str]:
-        """Targets that are not there, as far as anybody wants to know."""
+        """Return the targets below `min_presence`, if that is set."""
         least = self.options.min_presence
         if least is None:
             return []
         return [name for name, one in presence.items() if one is None or one["score"] < least]
 
     def close(self) -> None:
-        """Let go of everything; what was not finished leaves no trace. Whatever stalls is left to itself."""
+        """Close all files, and remove unfinished outputs. Does not wait for threads that stall."""
         if _is_over(self._writing, WRITING_SECONDS):
             self._outputs.close()
         if _is_over(self._reading, READING_SECONDS):
@@ -271,5 +279,5 @@ class Recording:
 
 
 def _is_over(work: Future[Any] | None, seconds: float) -> bool:
-    """Whether a thread has done its work, or does so within some seconds."""
+    """Return True if a thread has ended, or ends within some seconds."""
     return work is None or work.cancel() or bool(wait([work], seconds).done)

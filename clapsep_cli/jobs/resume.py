@@ -1,6 +1,4 @@
-"""Whether a recording was processed before, for the same query, model and settings: by its outputs, or by a marker
-where there are none.
-"""
+"""Recognises recordings processed before with the same query, model and settings, by their outputs or by a marker."""
 
 from __future__ import annotations
 
@@ -8,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from clapsep_cli.audio.sources import recordings
+from clapsep_cli.audio.writers import read_software
 from clapsep_cli.errors import AudioError, ClapsepError
 from clapsep_cli.files import digest, is_there, replacing
 from clapsep_cli.jobs.outputs import NAME_BYTES, shortened
@@ -24,11 +23,16 @@ KEY_DIGITS = 16
 
 
 def signature(recording: Path, queries: Mapping[str, Query], model: str, settings: Mapping[str, str]) -> str:
-    """16 hex digits that stand for all that decides what is written for `recording`: its size and time of change, the
-    query of each target (texts, weight, spans, the content of its shots), `model` (name and pin) and `settings`.
+    """Return a key, 16 hex digits, of everything that decides which samples are written for a recording.
 
-    The recording's name and place do not count, nor does the order of texts and shots, which are averaged. Raises
-    `AudioError` where a file is not there.
+    Args:
+        recording: its size and time of change count, its name does not.
+        queries: the query of each target: texts, weight, spans, and the content of recordings, in any order.
+        model: its name and revision.
+        settings: options that change the outputs.
+
+    Raises:
+        AudioError: a file does not exist or cannot be read.
     """
     _, status = _with_status(recording)
     asked = {
@@ -66,7 +70,7 @@ def _digests(shot: Shot) -> list[str]:
     return [_digest(file.absolute(), status.st_size, status.st_mtime_ns) for file, status in map(_with_status, files)]
 
 
-@lru_cache(maxsize=1 << 12)  # by size and time of change: a shot is read once for all recordings
+@lru_cache(maxsize=1 << 12)  # a query recording is read once for all inputs, unless its size or time changes
 def _digest(file: Path, size: int, changed: int) -> str:
     try:
         return digest(file)
@@ -74,17 +78,17 @@ def _digest(file: Path, size: int, changed: int) -> str:
         raise AudioError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
-def finished(paths: Iterable[Path], key: str, read_software: Callable[[Path], str]) -> bool:
-    """Whether every one of `paths` is there and names `key=<key>` in its software tag, which `read_software` reads.
+def finished(paths: Iterable[Path], key: str) -> bool:
+    """Return True if all `paths` exist and have `key=<key>` in their software tag.
 
-    A file gets its name once it is complete; the key tells for what it was made.
+    A file with its final name is complete.
     """
-    return all(is_there(path) and _key_of(path, read_software) == key for path in paths)
+    return all(is_there(path) and _key_of(path) == key for path in paths)
 
 
-def in_the_way(paths: Iterable[Path], key: str, read_software: Callable[[Path], str]) -> Path | None:
-    """The first of `paths` that exists but was not written for `key`: to replace it, somebody has to ask for that."""
-    return next((path for path in paths if is_there(path) and _key_of(path, read_software) != key), None)
+def in_the_way(paths: Iterable[Path], key: str) -> Path | None:
+    """Return the first of `paths` that exists but was not written for `key`; only `--overwrite` replaces it."""
+    return next((path for path in paths if is_there(path) and _key_of(path) != key), None)
 
 
 def marker_path(folder: Path, name: str, key: str) -> Path:
@@ -107,7 +111,7 @@ def read_absent(path: Path) -> list[str]:
         return []
 
 
-def _key_of(path: Path, read_software: Callable[[Path], str]) -> str:
+def _key_of(path: Path) -> str:
     try:
         software = read_software(path)
     except (ClapsepError, OSError):

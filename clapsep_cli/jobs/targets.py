@@ -1,4 +1,4 @@
-"""The targets of a run, where it has several: `--target dog="dog barking" --target siren=siren.wav`."""
+"""Parses several targets: `--target dog="dog barking" --target siren=siren.wav`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from clapsep_cli.jobs.inputs import folded
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.query import MIXTURE, RESIDUAL
 
-TAKEN = (MIXTURE, RESIDUAL)  # every run has these; no target can be called so
+TAKEN = (MIXTURE, RESIDUAL)  # reserved names
 
 
 def parse_target(argument: str) -> tuple[str, str | Path]:
-    """The name and the query of `dog=dog barking` or `siren=siren.wav`: audio where the value is a file or folder that
-    exists, text otherwise. Raises `QueryError` for a name that cannot be part of a file name, `AudioError` for what is
-    named like a recording that is not there.
+    """Return the name and the query of `dog=dog barking` or `siren=siren.wav`.
+
+    The query is audio if it names a file or folder that exists, else text. Raises `QueryError` for a name that cannot
+    be part of a file name, and `AudioError` for the name of a recording that does not exist.
     """
     name, equals, value = (piece.strip() for piece in argument.partition("="))
     name = unicodedata.normalize("NFC", name)
@@ -28,7 +29,7 @@ def parse_target(argument: str) -> tuple[str, str | Path]:
     if safe_name(name) != name:
         raise QueryError(f"--target {argument!r}: the name becomes part of a file's name; use letters, digits and -")
     if folded(name) in TAKEN:
-        raise QueryError(f"--target {argument!r}: a target cannot be called {name}; choose another name")
+        raise QueryError(f"--target {argument!r}: this name is reserved; choose another one")
     if is_there(Path(value)):
         return name, Path(value)
     if Path(value).suffix.lower() in SUFFIXES:
@@ -37,7 +38,7 @@ def parse_target(argument: str) -> tuple[str, str | Path]:
 
 
 def parse_targets(arguments: Iterable[str]) -> dict[str, str | Path]:
-    """The targets of a run by name, as `parse_target` reads them. Raises `QueryError` also where two share a name."""
+    """Return the query of each target by name (see `parse_target`). Raises `QueryError` also for equal names."""
     targets: dict[str, str | Path] = {}
     for name, value in map(parse_target, arguments):
         if folded(name) in map(folded, targets):

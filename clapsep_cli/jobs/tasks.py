@@ -140,7 +140,7 @@ class Extraction:
 
     @property
     def target(self) -> Path:
-        """The first of the outputs."""
+        """The path of the first output."""
         return next(iter(self.outputs.values()))
 
     def as_json(self) -> dict[str, Any]:
