@@ -141,7 +141,7 @@ def estimates(separator: MaskSeparator, mixtures: Tensor, wanted: Iterable[Tenso
     conditions `wanted` (`[batch or 1, 2 · dim]`). What the separator hears is encoded once."""
     features, spectrum = separator.encode(mixtures), dsp.spectrum(mixtures)
     for asked in wanted:
-        yield dsp.waveform(spectrum * separator.mask(features, asked), mixtures.shape[1]).cpu().numpy()
+        yield dsp.masked(spectrum, separator.mask(features, asked), mixtures.shape[1]).cpu().numpy()
 
 
 def _gains(estimate: Audio, mixture: Audio, target: Audio) -> tuple[float, float, float]:

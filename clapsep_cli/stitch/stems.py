@@ -1,64 +1,20 @@
-"""Stems of overlapping segments, separated one by one, joined into whole ones: as `windows.MaskTrack` does with masks.
+"""Brings stems of equal prompts into one order, over channels and over overlapping windows.
 
-Which of several equal prompts gets which source is arbitrary, in every segment and, where channels are separated
+Which of several equal prompts gets which source is arbitrary, in every window and, where channels are separated
 apart, in every channel. So equal prompts, and only they, are put into one order before anything is joined: first the
-channels of a segment, which hear the same sources, then the segment after what came before, on what both have heard.
+channels of a window, which hear the same sources, then the window after what came before, on what both have heard.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-OVERLAP = 48_000  # samples by which regular segments should overlap: 1 s, a sixth of the released models' segment
 MAX_LAG = 96  # samples by which a source may come later in one channel than in another: 2 ms, 70 cm of air
 MARGIN = 0.1  # sum of correlations by which an order must be better than another to be believed
 INAUDIBLE = 1e-6  # of the loudest stem's energy (−60 dB): what is far below it correlates with nothing
-
-
-class StemTrack:
-    """Cross-fades the stems of overlapping segments into whole ones; holds no more than one segment.
-
-    `prompts` are the stems' prompts, names or numbers; stems of equal prompts are matched, others never change places.
-    Segments are of one length, in order; each fades in, by a raised cosine, over all that it shares with those before.
-    What agrees is left bit for bit as it is.
-    """
-
-    def __init__(self, prompts: Sequence[Hashable]) -> None:
-        alike = ([i for i, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts))
-        self.alike = [members for members in alike if len(members) > 1]
-        self.start = 0  # the first sample held
-        self.held: Tensor | None = None
-
-    def add(self, start: int, stems: Tensor) -> Tensor:
-        """Add the segment at sample `start`, float32 `[stems, channels, window]`; return what is before it, now final,
-        `[stems, channels, start − the last start]`."""
-        held = stems[..., :0] if self.held is None else self.held
-        final, before = held.tensor_split([start - self.start], dim=-1)
-        shared = before.shape[-1]
-        stems = self._in_order(before, stems)
-        fade = 0.5 - 0.5 * torch.cos(math.pi * (torch.arange(shared, device=stems.device) + 0.5) / max(1, shared))
-        joined = torch.lerp(before, stems[..., :shared], fade.to(stems.dtype))
-        self.held, self.start = torch.cat([joined, stems[..., shared:]], -1), start
-        return final
-
-    def finish(self, samples: int) -> Tensor:
-        """The rest of a recording of `samples` in all, `[stems, channels, …]`; a shorter segment's padding is cut."""
-        assert self.held is not None, "a recording has at least one segment"
-        return self.held[..., : samples - self.start]
-
-    def _in_order(self, before: Tensor, stems: Tensor) -> Tensor:
-        stems = stems.clone()
-        for members in self.alike:
-            group, continued = stems[members], before[members]
-            for channels in align_channels(group):
-                order = continuing(continued[:, channels], group[:, channels, : before.shape[-1]])
-                group[:, channels] = group[order][:, channels]
-            stems[members] = group
-        return stems
 
 
 def align_channels(stems: Tensor) -> list[list[int]]:

@@ -104,6 +104,6 @@ def improvements(separator: MaskSeparator, validated: Sequence[Case]) -> dict[st
         for kind, wanted in case.conditions.items():
             mixture, target = (signal[None].to(wanted.device) for signal in (case.mixture, case.target))
             mask = separator.mask(separator.encode(mixture), wanted)
-            estimate = dsp.waveform(dsp.spectrum(mixture) * mask, mixture.shape[1])
+            estimate = dsp.masked(dsp.spectrum(mixture), mask, mixture.shape[1])
             gains.setdefault(kind, []).append(float(si_snr(estimate, target) - si_snr(mixture, target)))
     return {kind: float(np.mean(values)) for kind, values in gains.items()}
