@@ -1,4 +1,4 @@
-"""Model families and models, as data. A further family is a row here and a file in `models/`."""
+"""Lists model families and models, as data that needs no torch."""
 
 from __future__ import annotations
 
@@ -6,68 +6,34 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
-class Family:
-    """The classes of a family as "module:name"; imported when a model of it is loaded. "" where it has none."""
+class Traits:
+    """Describes a family as far as that is possible without torch; `families` holds the rest.
 
-    config: str
-    separator: str  # made from the config
-    ask: str  # makes, of a model, queries and which of them are kept, what the separator is asked for
-    stream: str  # makes, of a model, what it is asked for, a rate and channels, what joins its results to a recording
-    as_set: bool = False  # hears all that it is asked for at once, so that no target has to be told what to leave
-    doubts: str = ""  # says, of a model and queries, why they may go wrong though they can be asked
-    likeness: str = ""  # how alike a recording is to what a stem is asked for
-    near_in_bfloat16: bool = True  # to its float32 output, 40 dB or more: so near that it is used unasked
-    text: str = ""  # made from the config and a tokenizer
-    audio: str = ""  # made from the config
-    convert: str = ""  # writes the parts of a model, from files as they were released
-    tokenizer: str = ""  # of the released text encoder, below the bundled weights
+    Attributes:
+        parts: its networks, each a file on disk.
+        takes: the kinds of queries it takes: "text", "audio", "negatives", "prompts".
+        tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" where there is none.
+    """
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The networks of its models, each a file on disk."""
-        return tuple(part for part in ("separator", "text", "audio") if getattr(self, part))
+    parts: tuple[str, ...]
+    takes: tuple[str, ...]
+    tokenizer: str = ""
 
 
 FAMILIES = {
-    "clapsep": Family(
-        config="clapsep_cli.models.clapsep:CLAPSepConfig",
-        separator="clapsep_cli.models.clapsep:CLAPSep",
-        ask="clapsep_cli.separation.embedding:conditions",
-        stream="clapsep_cli.separation.embedding:stream",
-        likeness="clapsep_cli.separation.embedding:likeness",
-        text="clapsep_cli.models.clap:ClapTextEncoder",
-        audio="clapsep_cli.models.clap:ClapAudioEncoder",
-        convert="clapsep_cli.store.convert:convert_clapsep",
+    "clapsep": Traits(
+        parts=("separator", "text", "audio"),
+        takes=("text", "audio", "negatives"),
         tokenizer="roberta-tokenizer.json.gz",
     ),
-    "mini": Family(
-        config="clapsep_cli.models.mini:MiniConfig",
-        separator="clapsep_cli.models.mini:Mini",
-        ask="clapsep_cli.separation.embedding:conditions",
-        stream="clapsep_cli.separation.embedding:stream",
-        doubts="clapsep_cli.separation.embedding:doubts",
-        likeness="clapsep_cli.separation.embedding:likeness",
-        near_in_bfloat16=False,
-        text="clapsep_cli.models.mini:MiniText",
-        audio="clapsep_cli.models.mini:MiniAudio",
-    ),
-    "tuss": Family(
-        config="clapsep_cli.models.tuss:TussConfig",
-        separator="clapsep_cli.models.tuss:Tuss",
-        ask="clapsep_cli.separation.prompting:prompts",
-        stream="clapsep_cli.separation.prompting:stream",
-        as_set=True,
-        doubts="clapsep_cli.separation.prompting:doubts",
-        near_in_bfloat16=False,
-        convert="clapsep_cli.store.convert_tuss:convert_tuss",
-    ),
+    "mini": Traits(parts=("separator", "text", "audio"), takes=("text", "audio", "negatives")),
+    "tuss": Traits(parts=("separator",), takes=("prompts",)),
+    "audiosep": Traits(parts=("separator", "text"), takes=("text",), tokenizer="roberta-tokenizer.json.gz"),
 }
 
 
@@ -170,7 +136,7 @@ class WebFile(Remote):
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that can be named. It is bundled (`remotes` is empty), or made from the files `remotes` by `convert`."""
+    """Describes a model that has a name: a bundled one (`remotes` is empty), or one converted from `remotes`."""
 
     name: str
     family: str
@@ -246,15 +212,41 @@ _ENTRIES = [
             ),
         ),
     ),
+    Entry(
+        name="audiosep",
+        family="audiosep",
+        licence="MIT, as its Space states",
+        about="the released AudioSep: words only, no negative queries (arXiv 2308.05037)",
+        remotes=(
+            HubFile(
+                repo="Audio-AGI/AudioSep",
+                repo_type="space",
+                revision="0807a713283035d8b0d0628f1b8e3d6580459f7b",
+                path="checkpoint/audiosep_base_4M_steps.ckpt",
+                size=1_264_844_076,
+                sha256="f8cda01bfd0ebd141eef45d41db7a3ada23a56568465840d3cff04b8010ce82c",
+            ),
+        ),
+    ),
+    Entry(
+        name="audiosep-hive",
+        family="audiosep",
+        licence="Apache-2.0, as its repository states",
+        about="newer weights for AudioSep, by others; reported, not checked here",
+        remotes=(
+            HubFile(
+                repo="AlayaLab/AudioSep-hive",
+                repo_type="model",
+                revision="113d2e4399a4f19b6a0d567bbde38f2fe1b11794",
+                path="audiosep_hive.ckpt",
+                size=1_264_846_755,
+                sha256="a13fff5fa4ece1a8bc13e42e1c7b8d90e21603075302ca89e4339c9471973300",
+            ),
+        ),
+    ),
 ]
 MODELS = {entry.name: entry for entry in _ENTRIES}
 PREFERRED, BUNDLED = "clapsep", "mini"
-
-
-def resolve(target: str) -> Any:
-    """The object that "module:name" names."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
 
 
 def weights_folder() -> Path:

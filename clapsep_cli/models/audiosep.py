@@ -70,7 +70,7 @@ def waveform(spec: Tensor, samples: int) -> Tensor:
     )
 
 
-class AudioSep(Separator):
+class AudioSep(Separator[Tensor]):
     """The separator. What it is asked for is a condition for each stem, `[stems, dim]`, rows of length 1."""
 
     rate = RATE_HZ
@@ -103,7 +103,11 @@ class AudioSep(Separator):
         """Complex masks, complex64 `[batch, stems, frames, 1025]`; all windows of a batch have one length."""
         spec = spectrum(F.pad(windows, (0, max(0, FEWEST - windows.shape[1]))))
         image = self.hear(spec)
-        return torch.stack([self.mask(image, c.expand(len(windows), -1))[:, : spec.shape[1]] for c in wanted], 1)
+        masks = []
+        for condition in wanted:
+            check()  # a mask takes seconds
+            masks.append(self.mask(image, condition.expand(len(windows), -1))[:, : spec.shape[1]])
+        return torch.stack(masks, 1)
 
     def forward(self, audio: Tensor, condition: Tensor) -> Tensor:
         """What `condition` (`[batch, dim]`) asks for in `audio`: float32 `[batch, samples]`, any length, any level."""

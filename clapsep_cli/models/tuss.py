@@ -154,14 +154,14 @@ class BandDecoder(nn.Module):
         return torch.complex(real, imaginary).flatten(2)
 
 
-class Asked(NamedTuple):
+class Prompted(NamedTuple):
     """A set of prompts (int64 `[prompts]`), and the places in it whose stems are wanted."""
 
     prompts: Tensor
     kept: tuple[int, ...]
 
 
-class Tuss(Separator):
+class Tuss(Separator[Prompted]):
     """The separator. `rate` (Hz) is of all audio, `window` is the length in samples that it was trained on."""
 
     rate = RATE_HZ
@@ -199,7 +199,7 @@ class Tuss(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Prompted, check: Callable[[], None] = go_on) -> Tensor:
         """Stems, float32 `[batch, stems, samples]`; all windows of a batch have one length."""
         with torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.separate(windows, wanted.prompts, wanted.kept)

@@ -1,9 +1,10 @@
-"""From queries to the conditions of a separator that shares an embedding space with a text and an audio encoder."""
+"""Embeds queries for separators that share an embedding space with a text and an audio encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +13,27 @@ from torch import Tensor
 from clapsep_cli.audio.samples import Audio, downmix, from_array, to_rate
 from clapsep_cli.audio.sources import read_mono, recordings
 from clapsep_cli.errors import AudioError, QueryError
-from clapsep_cli.models.base import Conditions, condition
+from clapsep_cli.families.base import Askable
+from clapsep_cli.models.base import Conditions, MaskSeparator, condition
 from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.stitch.masking import MaskedRecording
-from clapsep_cli.store.checkpoint import Model
 
 
 @torch.inference_mode()
-def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
-    """What asks `model` for those of `queries` that are `kept`. Each text and each recording is embedded once.
+def conditions(model: Askable[Any], queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
+    """Embed queries and join both sides of each. Every text and every recording is embedded once.
 
-    Raises `AudioError` for a shot that cannot be read or is silent, `QueryError` for a text it cannot understand.
+    Args:
+        model: a model with a text and an audio encoder.
+        queries: the queries.
+        kept: positions of the queries that become stems.
+
+    Returns:
+        A condition for each query, and `kept`.
+
+    Raises:
+        AudioError: for a recording that cannot be read or is silent.
+        QueryError: for a text that the model cannot understand, or that is on both sides.
     """
     texts = list(dict.fromkeys(text for query in queries for text in (*query.pos, *query.neg)))
     shots = {_key(shot): shot for query in queries for shot in (*query.pos_audio, *query.neg_audio)}
@@ -44,18 +55,20 @@ def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> C
     return Conditions(torch.cat(rows), tuple(kept))
 
 
-def stream(model: Model, wanted: Conditions, rate: int, channels: int) -> MaskedRecording:
-    """A recording of `channels` at `rate` Hz, to be masked."""
-    return MaskedRecording(model.separator.window, len(wanted.kept), rate, channels, model.device)
+def stream(
+    separator: MaskSeparator, wanted: Conditions, rate: int, channels: int, device: torch.device
+) -> MaskedRecording:
+    """Make the stream that masks a recording of `channels` at `rate` Hz."""
+    return MaskedRecording(separator.window, len(wanted.kept), rate, channels, device)
 
 
 def _key(shot: Shot) -> Hashable:
-    """What tells a shot from others. Targets that leave one another's sounds hold the very same arrays."""
+    """Identify a shot. Targets that are negative queries of one another hold the very same arrays."""
     return id(shot) if isinstance(shot, tuple) else shot
 
 
-def doubts(model: Model, queries: Sequence[Query]) -> list[str]:
-    """Words of `queries` that the model does not know, and so leaves out: a line for each.
+def unknown_words(model: Askable[Any], queries: Sequence[Query]) -> list[str]:
+    """Return a line for each word of `queries` that the model does not know and so leaves out.
 
     Raises `QueryError` for a text of such words alone.
     """
@@ -69,7 +82,16 @@ def doubts(model: Model, queries: Sequence[Query]) -> list[str]:
 
 
 def joined(texts: Sequence[Tensor], shots: Sequence[Tensor], alpha: float) -> Tensor | None:
-    """One side of a query, `[1, dim]`, of the embeddings of its texts and of its shots, `[dim]` each (paper, Eq. 3)."""
+    """Join the embeddings of one side of a query (paper, Eq. 3).
+
+    Args:
+        texts: embeddings of its texts, `[dim]` each.
+        shots: embeddings of its recordings, likewise.
+        alpha: weight of the recordings where there are both, 0 to 1.
+
+    Returns:
+        `[1, dim]`; None for a side that is empty.
+    """
     # Means of unit vectors, not scaled to length 1 again: so were the released weights trained.
     means = [torch.stack(list(given)).mean(0, keepdim=True) for given in (texts, shots) if given]
     if len(means) < 2:
@@ -82,7 +104,7 @@ def _files(shot: Shot) -> Sequence[Shot]:
     return recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
 
 
-def _embed_shot(model: Model, shot: Shot) -> Tensor:
+def _embed_shot(model: Askable[Any], shot: Shot) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, tuple):
         name = "a recording given as a query"
@@ -102,18 +124,26 @@ def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
     try:
         return read_mono(shot.path, rate, shot.start, shot.end, shot.lenient, shot.stream)
     except AudioError as error:
-        raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s is not to be had: {error}") from error
+        raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s cannot be read: {error}") from error
 
 
-def _embed(model: Model, mono: Audio) -> Tensor:
+def _embed(model: Askable[Any], mono: Audio) -> Tensor:
     return model.audio.embed(torch.from_numpy(np.ascontiguousarray(mono)).to(model.device))
 
 
 @torch.inference_mode()
-def likeness(model: Model, wanted: Conditions, stem: int, mono: Audio, rate: int) -> float | None:
-    """How alike a recording (float32 `[samples]` at `rate` Hz) is to what a stem's positive query asks for.
+def likeness(model: Askable[Any], wanted: Conditions, stem: int, mono: Audio, rate: int) -> float | None:
+    """Compare a recording with the positive query of a stem.
 
-    The cosine in the query space; None for silence, and where the query is negative alone.
+    Args:
+        model: a model with an audio encoder.
+        wanted: what it was asked for.
+        stem: number of the stem.
+        mono: the recording, float32 `[samples]`.
+        rate: its sample rate in Hz.
+
+    Returns:
+        The cosine of the two in the query space; None for silence, and where the query is negative alone.
     """
     positive = wanted.targets[wanted.kept[stem]].chunk(2)[0]
     if not np.any(mono) or not positive.any():

@@ -1,0 +1,16 @@
+"""The bundled small model: texts of words that it knows, and recordings, positive and negative."""
+
+from clapsep_cli.families.base import Family
+from clapsep_cli.families.embedding import conditions, likeness, stream, unknown_words
+from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig, MiniText
+
+FAMILY = Family(
+    config=MiniConfig,
+    separator=Mini,
+    text=MiniText,
+    audio=MiniAudio,
+    ask=conditions,
+    stream=stream,
+    doubts=unknown_words,
+    likeness=likeness,
+)
