@@ -42,7 +42,7 @@ SHORT = 12  # digits of a hash that name a folder or a revision
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(ABC):
-    """A file to download, pinned by its `size` in bytes and its SHA-256 in hex. Each kind says where it lies."""
+    """Describes a file to download, pinned by its `size` in bytes and its SHA-256 in hex."""
 
     size: int
     sha256: str
@@ -50,32 +50,32 @@ class Remote(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The file's own name."""
+        """The file name."""
 
     @property
     @abstractmethod
     def where(self) -> str:
-        """The file and its place, in words."""
+        """The file and where it is published, in words."""
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where a browser finds it."""
+        """The address for a browser."""
 
     @property
     @abstractmethod
     def version(self) -> str:
-        """What was released, and which of it, in short."""
+        """The short name of the release and its revision."""
 
     @property
     @abstractmethod
     def pinned(self) -> tuple[str | int, ...]:
-        """All that makes it another file if it changes."""
+        """The values that identify the file: a change of any makes it another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubFile(Remote):
-    """A file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit.
+    """Describes a file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit.
 
     The hash that the Hub states for that revision is believed, too: the revision is what is pinned.
     """
@@ -109,7 +109,7 @@ class HubFile(Remote):
 
 @dataclass(frozen=True, kw_only=True)
 class WebFile(Remote):
-    """A file at an HTTPS address. Nothing but its content pins it: the address may change, and the file stays."""
+    """Describes a file at an HTTPS address, pinned by its content alone: the address may change."""
 
     url: str
 
@@ -250,21 +250,21 @@ PREFERRED, BUNDLED = "clapsep", "mini"
 
 
 def weights_folder() -> Path:
-    """Where the bundled weights lie: in the installed package, or at the top of a checkout."""
+    """Return the folder of the bundled weights: in the installed package, or at the top of a checkout."""
     package = Path(__file__).parent
     installed = package / "weights"
     return installed if installed.is_dir() else package.parent / "weights"
 
 
 def examples_folder() -> Path:
-    """Where the example recordings lie, likewise."""
+    """Return the folder of the example recordings, likewise."""
     package = Path(__file__).parent
     installed = package / "examples"
     return installed if installed.is_dir() else package.parent / "examples"
 
 
 def home() -> Path:
-    """Where clapsep keeps converted models and records: CLAPSEP_HOME, or a folder in the platform's user cache."""
+    """Return the folder of converted models and records: CLAPSEP_HOME, or one in the platform's user cache."""
     own = os.environ.get("CLAPSEP_HOME")
     if own:
         return Path(own).expanduser().absolute()

@@ -72,7 +72,7 @@ def carry_out(asked: Requests, common: Common, destination: Destination, mutual:
     if options.presence is None:
         options = replace(options, presence=common.json and model.tells_likeness)
     if mutual is not None and all(model.apart(job.targets) == job.targets for job in jobs):
-        raise UsageError(f"--mutual, --no-mutual: {model.name} takes targets as they are; leave it out")
+        raise UsageError(f"--mutual, --no-mutual: {model.name} never makes targets negative queries; leave it out")
     todo = plan(jobs, model, options, common.skip_existing, mutual is not False)
     for doubt in _doubts(model, jobs):
         notes(common.quiet)(doubt)

@@ -1,4 +1,4 @@
-"""AudioSep: one description in words for each target."""
+"""Defines the family AudioSep: one description in words for each target."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Askable(Protocol[ConfigOf]):
 
 @dataclass(frozen=True, kw_only=True)
 class Family(Generic[Config, Network, Wanted]):
-    """The networks of a family and what is done with them.
+    """Describes the networks of a family, how queries ask them and how their results join.
 
     Attributes:
         config: makes the configuration from the values that a model's files hold.
@@ -68,7 +68,7 @@ class Family(Generic[Config, Network, Wanted]):
 
     config: Callable[..., Config]
     separator: Callable[[Config], Network]
-    text: Callable[[Config, Tokenizer | None], TextEncoder] | None = None
+    text: Callable[[Config, Tokenizer], TextEncoder] | None = None
     audio: Callable[[Config], AudioEncoder] | None = None
     ask: Callable[[Askable[Config], Sequence[Query], Sequence[int]], Wanted]
     stream: Callable[[Network, Wanted, int, int, torch.device], Stream]

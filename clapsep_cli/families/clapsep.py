@@ -1,4 +1,4 @@
-"""CLAPSep: texts and recordings, positive and negative, in CLAP's space."""
+"""Defines the family CLAPSep: texts and recordings, positive and negative, embedded by CLAP."""
 
 from clapsep_cli.families.base import Family
 from clapsep_cli.families.embedding import conditions, likeness, stream

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from clapsep_cli.stitch.masking import MaskedRecording
 
 
 @torch.inference_mode()
-def conditions(model: Askable[Any], queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
+def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
     """Embed queries and join both sides of each. Every text and every recording is embedded once.
 
     Args:
@@ -67,7 +66,7 @@ def _key(shot: Shot) -> Hashable:
     return id(shot) if isinstance(shot, tuple) else shot
 
 
-def unknown_words(model: Askable[Any], queries: Sequence[Query]) -> list[str]:
+def unknown_words(model: Askable[object], queries: Sequence[Query]) -> list[str]:
     """Return a line for each word of `queries` that the model does not know and so leaves out.
 
     Raises `QueryError` for a text of such words alone.
@@ -104,7 +103,7 @@ def _files(shot: Shot) -> Sequence[Shot]:
     return recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
 
 
-def _embed_shot(model: Askable[Any], shot: Shot) -> Tensor:
+def _embed_shot(model: Askable[object], shot: Shot) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, tuple):
         name = "a recording given as a query"
@@ -127,12 +126,12 @@ def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
         raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s cannot be read: {error}") from error
 
 
-def _embed(model: Askable[Any], mono: Audio) -> Tensor:
+def _embed(model: Askable[object], mono: Audio) -> Tensor:
     return model.audio.embed(torch.from_numpy(np.ascontiguousarray(mono)).to(model.device))
 
 
 @torch.inference_mode()
-def likeness(model: Askable[Any], wanted: Conditions, stem: int, mono: Audio, rate: int) -> float | None:
+def likeness(model: Askable[object], wanted: Conditions, stem: int, mono: Audio, rate: int) -> float | None:
     """Compare a recording with the positive query of a stem.
 
     Args:

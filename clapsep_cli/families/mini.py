@@ -1,4 +1,4 @@
-"""The bundled small model: texts of words that it knows, and recordings, positive and negative."""
+"""Defines the family of the bundled small model: known words and recordings, positive and negative."""
 
 from clapsep_cli.families.base import Family
 from clapsep_cli.families.embedding import conditions, likeness, stream, unknown_words

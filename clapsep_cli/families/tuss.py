@@ -1,4 +1,4 @@
-"""TUSS: a set of prompts, heard together, of which some become stems."""
+"""Defines the family TUSS: a set of prompts, processed jointly, of which some become stems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pipeline: audio → windows → query embedding → separator → stitched stems, and what they leave of the mixture."""
+"""Runs the pipeline: audio → windows → query embedding → separator → joined stems and residual."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK_SECONDS = 5.0  # of audio read at a time
 
 @dataclass(frozen=True)
 class Separation:
-    """Stems by name and the residual, float32, of the mixture's shape and `rate` (Hz). They add up to the mixture."""
+    """Holds stems by name and the residual, float32, of the mixture's shape and `rate` (Hz); they add up to it."""
 
     stems: dict[str, Audio]
     residual: Audio
@@ -32,7 +32,7 @@ class Separation:
 
     @property
     def target(self) -> Audio:
-        """The only stem there is, or the first."""
+        """The only stem, or the first."""
         return next(iter(self.stems.values()))
 
 
@@ -134,7 +134,7 @@ def separate(
         rate: sample rate in Hz, a whole number.
         query: what to extract, or several by name.
         model: from `load_model`.
-        mutual: whether each of several targets leaves what the others ask for.
+        mutual: whether the other targets are negative queries of each.
 
     Raises:
         AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.

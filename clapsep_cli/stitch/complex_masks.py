@@ -157,7 +157,7 @@ class ComplexMaskStream(Stream):
         return torch.addcmul(stems[:-1], self._gain(count)[:, None], unheard)
 
     def _gain(self, count: int) -> Tensor:
-        """The gain of what was not heard, for the next `count` samples: float32 `[stems, count]`."""
+        """Interpolate the gain of what was not heard at the next `count` samples: float32 `[stems, count]`."""
         at = torch.arange(self.pulled, self.pulled + count, dtype=torch.float64, device=self.device)
         self.pulled += count
         at = (at * (RATE_HZ / HOP / self.rate) - self.gain_frame).clamp(max=self.gains.shape[1] - 1)

@@ -149,7 +149,7 @@ class MaskedRecording(Stream):
         return added.flatten(1)[:, : (frames - 1) * self.hop + size]
 
     def _mask(self, count: int) -> Tensor:
-        """The masks at the next `count` frames and the bins of this stream, `[stems, count, bins]`; drops the past."""
+        """Interpolate the masks at the next `count` frames and all bins, `[stems, count, bins]`; drop those before."""
         at = (self.frame + torch.arange(count + 1, dtype=torch.float64)) * self.frames_per_hop - self.mask_frame
         held = self.mask.shape[1]
         mask = _interpolate(self.mask, at[:count].clamp(max=held - 1).to(self.mask.device), 1)
@@ -160,7 +160,7 @@ class MaskedRecording(Stream):
 
 
 def _smooth(size: int) -> int:
-    """The next length without a prime factor over 5: FFTs are fast for it. (SciPy takes 0.3 s to import for this.)"""
+    """Return the next length without a prime factor over 5, fast for FFTs. (SciPy takes 0.3 s to import for this.)"""
     while True:
         rest = size
         for factor in (2, 3, 5):
@@ -176,7 +176,7 @@ def _reflect(audio: Tensor, before: int, after: int) -> Tensor:
 
 
 def _interpolate(values: Tensor, at: Tensor, axis: int) -> Tensor:
-    """`values` at fractional indices `at` along `axis`, linearly; exact where `at` is whole."""
+    """Interpolate `values` linearly at fractional indices `at` along `axis`; exact where `at` is whole."""
     lower, fraction = at.floor().long(), (at - at.floor()).float()
     if not fraction.any():
         return values.index_select(axis, lower)

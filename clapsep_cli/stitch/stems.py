@@ -18,9 +18,13 @@ INAUDIBLE = 1e-6  # of the loudest stem's energy (−60 dB): what is far below i
 
 
 def align_channels(stems: Tensor) -> list[list[int]]:
-    """Bring `stems` (`[stems, channels, samples]`, in place) into one order in all channels that hear the same.
+    """Bring stems into one order in all channels that hear the same sources.
 
-    Returns the channels in sets; those of different sets have nothing in common by which to tell.
+    Args:
+        stems: `[stems, channels, samples]`, changed in place.
+
+    Returns:
+        The channels in sets; those of different sets have too little in common to be compared.
     """
     sets: list[list[int]] = []
     for channel in range(stems.shape[1]):
@@ -39,17 +43,30 @@ def align_channels(stems: Tensor) -> list[list[int]]:
 
 
 def continuing(before: Tensor, after: Tensor) -> list[int]:
-    """The order of `after` in which it best continues `before`, both `[stems, channels, samples]` of the same moments;
-    the given order unless another is clearly better."""
+    """Find the order of stems in which they best continue others.
+
+    Args:
+        before: `[stems, channels, samples]`.
+        after: stems of the same moments, likewise.
+
+    Returns:
+        Positions in `after`; as they are unless another order is clearly better.
+    """
     likeness = _correlations(before.flatten(1), after.flatten(1))
     best, order = best_order(likeness.tolist())
     return order if best - float(likeness.trace()) > MARGIN else list(range(len(after)))
 
 
 def best_order(likeness: list[list[float]]) -> tuple[float, list[int]]:
-    """The column for each row, each column once, of which the likenesses have the greatest sum; that sum, and they.
+    """Assign columns to rows, each once, so that the sum of the likenesses is greatest.
 
-    The Hungarian method with shortest augmenting paths: n³ steps, where trying all orders takes n!.
+    This is the Hungarian method with shortest augmenting paths: n³ steps, where trying all orders takes n!.
+
+    Args:
+        likeness: a square matrix, row by row.
+
+    Returns:
+        The sum, and the column of each row.
     """
     count = len(likeness)
     row_price, column_price = [0.0] * count, [0.0] * (count + 1)
@@ -79,16 +96,16 @@ def best_order(likeness: list[list[float]]) -> tuple[float, list[int]]:
 
 
 def _without(likeness: list[list[float]], row: int, column: int) -> list[list[float]]:
-    """The same, with one pair made worse than any order without it."""
+    """Return `likeness` with one pair made worse than any order without it."""
     changed = [list(values) for values in likeness]
     changed[row][column] = -2.0 * len(likeness) - 1  # a sum of correlations lies within ± their number
     return changed
 
 
 def _correlations(a: Tensor, b: Tensor, max_lag: int = 0) -> Tensor:
-    """Correlation of every row of `a` with every row of `b`: `[rows, rows]`, within ±1; 0 where either is silent.
+    """Correlate every row of `a` with every row of `b`: `[rows, rows]`, within ±1; 0 where either is silent.
 
-    With a lag, it is the greatest within ± `max_lag` samples, whatever its sign.
+    With `max_lag`, each value is the greatest magnitude within ± that many samples.
     """
     energies = a.square().sum(1), b.square().sum(1)
     floor = INAUDIBLE * torch.cat(energies).max() + 1e-30
