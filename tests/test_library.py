@@ -141,12 +141,12 @@ def test_a_failed_conversion_leaves_nothing_that_is_believed(
         convert_tiny(files, folder, **notes)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(library, "resolve", lambda target: fails)
+    monkeypatch.setattr(library, "converter", lambda family: fails)
     with pytest.raises(KeyboardInterrupt):
         library.install("clapsep")
     assert library.installed(MODELS["clapsep"]) is None
     assert not list((home / "models").iterdir())
-    monkeypatch.setattr(library, "resolve", lambda target: convert_tiny)
+    monkeypatch.setattr(library, "converter", lambda family: convert_tiny)
     assert library.install("clapsep").is_dir()
 
 
