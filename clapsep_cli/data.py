@@ -1,4 +1,4 @@
-"""Labelled clips: the manifests that list them, what can be wrong with those, and decoding."""
+"""Labelled clips: reads and checks the manifests that list them, decodes and mixes them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from clapsep_cli.errors import AudioError, ManifestError
 from clapsep_cli.files import path_in
 from clapsep_cli.tables import check_faults, read_table
 
-TRAIN = "train"  # the split that is trained on
-STREAMED = ("OGG", "MP3")  # end where they are cut, without a header that says more
-EDGE = 1024  # samples at either end of a clip that are read to see whether it is whole
+TRAIN = "train"  # the split to train on
+STREAMED = ("OGG", "MP3")  # have no length in a header: a cut file looks whole, only shorter
+EDGE = 1024  # samples to decode at either end of a clip, to see that it is whole
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One labelled recording. `captions` describe its sound; any of them is a good text query for it."""
+    """A labelled recording. Each of its `captions` is a text query for its sound."""
 
     path: Path
     label: str
@@ -37,12 +37,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class Labelling:
-    """How a manifest says what its clips are of."""
+    """Rules for the labels of a manifest.
 
-    columns: tuple[str, ...] = ("label",)  # the first of them that there is counts
-    known: tuple[str, ...] = ()  # labels that may occur; any if empty
-    captions: bool = True  # whether they are read
-    alone: bool = False  # whether one label is enough to train on
+    Attributes:
+        columns: names of the column with labels; the first that the manifest has is read.
+        known: labels that are allowed; any if empty.
+        captions: read captions, too.
+        alone: one label is enough to train on.
+    """
+
+    columns: tuple[str, ...] = ("label",)
+    known: tuple[str, ...] = ()
+    captions: bool = True
+    alone: bool = False
 
 
 LABELS = Labelling()
@@ -53,7 +60,7 @@ def _captions(listed: str) -> tuple[str, ...]:
 
 
 def _read_clips(path: Path, labelling: Labelling) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
-    """Each row's line, clip, and whether its caption was left empty; and what is wrong, by line."""
+    """Read each row's line, clip, and whether its caption is empty; and the faults, with their lines."""
     rows, faults = [], []
     for line, row in read_table(path, ("file", " or ".join(labelling.columns))):
         column = next(name for name in labelling.columns if name in row)
@@ -69,10 +76,10 @@ def _read_clips(path: Path, labelling: Labelling) -> tuple[list[tuple[int, Clip,
 
 
 def read_manifest(path: Path) -> list[Clip]:
-    """Read a CSV with the columns `file` (relative to the CSV), `label`, and optionally `captions`
-    (separated by ";"; the label itself where empty) and `split`.
+    """Read a CSV of labelled clips.
 
-    Raises `ManifestError` that lists what is wrong, line by line.
+    Its columns are `file` (relative to the CSV) and `label`, and optionally `captions` (separated by ";"; the label
+    where empty) and `split` ("train" where empty). Raises `ManifestError` that lists all faults by line.
     """
     rows, faults = _read_clips(path, LABELS)
     check_faults(path, [f"line {line}: {fault}" for line, fault in faults] or ([] if rows else ["no rows"]))
@@ -81,10 +88,14 @@ def read_manifest(path: Path) -> list[Clip]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The clips of a manifest that was found fit to be trained on. `seconds` and `rates` (Hz): of each clip, as its
-    header says.
+    """Clips of a manifest that was checked for training.
 
-    `digest` changes with anything that training would notice, and not with where the files lie.
+    Attributes:
+        manifest: the CSV.
+        clips: its clips.
+        seconds: length of each clip, by its header.
+        rates: sample rate of each clip in Hz.
+        digest: hash of all that training depends on; it does not depend on the folder of the files.
     """
 
     manifest: Path
@@ -95,34 +106,39 @@ class Corpus:
 
     @property
     def train(self) -> list[int]:
-        """Indices of the clips to train on; the others are for validation."""
+        """Indices of the clips to train on."""
         return [index for index, clip in enumerate(self.clips) if clip.split == TRAIN]
 
     @property
     def hours(self) -> float:
-        """How long all clips are together."""
+        """Length of all clips together."""
         return sum(self.seconds) / 3600
 
     @property
     def held_out(self) -> list[int]:
-        """The indices of clips of every split other than `train`."""
+        """Indices of the clips to validate on: of every split other than `train`."""
         return [index for index, clip in enumerate(self.clips) if clip.split != TRAIN]
 
 
 def read_corpus(path: Path, min_clips: int = 1, labelling: Labelling = LABELS) -> Corpus:
-    """Read a manifest as `read_manifest` does, and look into every file.
+    """Read a manifest as `read_manifest` does, and check every file for training.
 
-    Raises one `ManifestError` that lists, by line, all there is to mend: files that are missing, empty or cannot be
-    decoded, empty labels and captions, labels that are not known, files named twice, labels of fewer than `min_clips`
-    clips to train on, and fewer than two of such labels.
+    Args:
+        path: the manifest.
+        min_clips: clips that each label needs in the split `train`.
+        labelling: rules for the labels.
+
+    Raises:
+        ManifestError: lists, by line, all that is to be corrected: files that are missing, empty, listed twice or
+            cannot be decoded, empty or unknown labels, empty captions, and too few clips or labels to train on.
     """
     rows, faults = _read_clips(path, labelling)
     missing = {line for line, _ in faults}
     with ThreadPoolExecutor(8) as pool:
-        probed = list(pool.map(lambda row: (0.0, 0) if row[0] in missing else _probe(row[1].path), rows))
+        inspected = list(pool.map(lambda row: (0.0, 0) if row[0] in missing else _inspect(row[1].path), rows))
     first: dict[Path, int] = {}
     trained = Counter(clip.label for _, clip, _ in rows if clip.split == TRAIN and clip.label)
-    for (line, clip, uncaptioned), found in zip(rows, probed, strict=True):
+    for (line, clip, uncaptioned), found in zip(rows, inspected, strict=True):
         if isinstance(found, str):
             faults.append((line, f"{clip.path} {found}"))
         if clip.label and labelling.known and clip.label not in labelling.known:
@@ -141,13 +157,12 @@ def read_corpus(path: Path, min_clips: int = 1, labelling: Labelling = LABELS) -
         listed = "".join(f"\n  line {line}: {fault}" for line, fault in sorted(faults))
         raise ManifestError(f"{path}: {len(faults)} faults{listed}")
     clips = tuple(clip for _, clip, _ in rows)
-    seconds, rates = zip(*((found[0], found[1]) for found in probed if not isinstance(found, str)), strict=True)
+    seconds, rates = zip(*((found[0], found[1]) for found in inspected if not isinstance(found, str)), strict=True)
     return Corpus(path, clips, seconds, rates, _digest(clips, path.parent, seconds))
 
 
-def _probe(path: Path) -> tuple[float, int] | str:
-    """Seconds of a recording and its rate, or what is wrong with it. Its ends are decoded, which shows a file cut
-    short."""
+def _inspect(path: Path) -> tuple[float, int] | str:
+    """Return seconds and rate of a recording, or its fault. Its ends are decoded, which shows a file cut short."""
     try:
         with soundfile.SoundFile(path) as file:
             if not file.frames:
@@ -185,7 +200,7 @@ def read_paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def read_clip(path: Path, rate_out: int = RATE_HZ) -> Audio:
-    """Decode a clip to mono at `rate_out` Hz, float32 `[samples]`. Raises `ManifestError`."""
+    """Decode a clip to mono at `rate_out` Hz, float32 `[samples]`. Raises `ManifestError` if it cannot be read."""
     try:
         return read_mono(path, rate_out)
     except AudioError as error:
@@ -193,12 +208,21 @@ def read_clip(path: Path, rate_out: int = RATE_HZ) -> Audio:
 
 
 def fit(audio: Audio, samples: int) -> Audio:
-    """The first `samples` of `audio`, zero-padded at the end where it is shorter (paper IV-A)."""
+    """Cut `audio`, float32 `[any]`, to its first `samples`, or pad it with zeros at the end (paper IV-A)."""
     return np.asarray(np.pad(audio[:samples], (0, max(0, samples - len(audio)))), np.float32)
 
 
 def mix(target: Audio, interferer: Audio, snr_db: float = 0.0) -> tuple[Audio, Audio]:
-    """Mix two signals of one length at `snr_db`; returns (mixture, target), scaled together if the peak exceeds 1."""
+    """Mix two signals.
+
+    Args:
+        target: float32 `[samples]`.
+        interferer: likewise, of the same length.
+        snr_db: level of the target over the interferer, which is scaled, in dB.
+
+    Returns:
+        The mixture and the target, scaled together to a peak of 0.9 if the mixture's exceeds 1.
+    """
     ratio = (np.square(target, dtype=np.float64).sum() + 1e-12) / (
         np.square(interferer, dtype=np.float64).sum() + 1e-12
     )

@@ -95,7 +95,7 @@ class Resampler(nn.Module):
 
 def mel_filters(rate: int, bands: int, low: float, high: float) -> Tensor:
     """Triangular filters of equal area between `low` and `high` Hz, on Slaney's mel scale: float32 `[513, bands]`."""
-    edges = _mel_to_hz(torch.linspace(_hz_to_mel(low), _hz_to_mel(high), bands + 2, dtype=torch.float64, device="cpu"))
+    edges = _mel_to_hz(torch.linspace(hz_to_mel(low), hz_to_mel(high), bands + 2, dtype=torch.float64, device="cpu"))
     bins = torch.linspace(0, rate / 2, N_FFT // 2 + 1, dtype=torch.float64, device="cpu")[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
@@ -107,7 +107,8 @@ _LINEAR_HZ_PER_MEL = 200 / 3
 _LOG_STEP = math.log(6.4) / 27
 
 
-def _hz_to_mel(hz: float) -> float:
+def hz_to_mel(hz: float) -> float:
+    """Convert a frequency to mels, on Slaney's scale."""
     return hz / _LINEAR_HZ_PER_MEL if hz < 1000 else 15 + math.log(hz / 1000) / _LOG_STEP
 
 

@@ -1,4 +1,4 @@
-"""CSV files as people and Excel write them, read with the numbers of their lines."""
+"""CSV files: reads those that people and Excel write, with line numbers, and writes plain ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import codecs
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from clapsep_cli.errors import ManifestError
+from clapsep_cli.errors import ManifestError, OutputError
+from clapsep_cli.files import replacing
 
 MAX_FAULTS_SHOWN = 10
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -79,3 +80,15 @@ def check_faults(path: Path, faults: Sequence[str]) -> None:
     if faults:
         more = f"; and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
         raise ManifestError(f"{path}: {'; '.join(faults[:MAX_FAULTS_SHOWN])}{more}")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV, whole or not at all, and its folder if there is none. Raises `OutputError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(rows)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -1,7 +1,8 @@
 """AudioSep against a plain eager forward, on one thread, with stand-in weights: `python tests/bench_audiosep.py`.
 
 Times are processor seconds, user and system (a third of the plain one's goes into mapping memory), medians of rounds
-that take turns; peaks are of processes of their own.
+that take turns; peaks are of processes of their own, measured
+before PyTorch is imported here: a child's peak would count what its parent held.
 """
 
 from __future__ import annotations
@@ -80,5 +81,5 @@ if __name__ == "__main__":
         peak(int(sys.argv[2]))
     else:
         row("load average", f"{os.getloadavg()[0]:.2f}")
-        bench_time()
         bench_memory()
+        bench_time()

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,11 @@ from torch import Tensor
 
 from clapsep_cli import Query, extract
 from clapsep_cli.audio.encoding import Encoding
-from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError
+from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError, UsageError
 from clapsep_cli.files import clear_unfinished
 from clapsep_cli.jobs import recording
 from clapsep_cli.jobs.batch import MAX_OPEN, run
 from clapsep_cli.jobs.inputs import Input
-from clapsep_cli.jobs.outputs import Destination
 from clapsep_cli.jobs.planning import Todo, lay_out, plan
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
 from clapsep_cli.models.base import TARGETS_AT_ONCE, Conditions, go_on
@@ -52,17 +52,15 @@ def planned(
     items: Sequence[tuple[Input, Query]],
     model: Model,
     options: Options = Options(),
-    destination: Destination = Destination(),
-    skip: bool = False,
 ) -> Todo:
     shared = {query: {"target": query} for _, query in items}
-    return plan(lay_out([(item, shared[q]) for item, q in items], options, destination, skip), model, options, skip)
+    return plan(lay_out([(item, shared[q]) for item, q in items], options), model, options)
 
 
 def outcomes(
     items: Sequence[tuple[Input, Query]], model: Model, folder: Path, options: Options = Options()
 ) -> list[Extraction | Failure]:
-    return list(run(planned(items, model, options, Destination(folder)).jobs, model, options))
+    return list(run(planned(items, model, replace(options, out=folder)).jobs, model, options))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,8 +132,8 @@ def test_a_target_is_the_same_whether_others_are_written_or_not(tmp_path: Path) 
     item, model = record(tmp_path, "mix.wav", samples=20_000), Stub(Moody())
     targets = {f"t{number}": Query("x" * (number + 1)) for number in range(6)}
     for only in ((), ("t1", "t4"), ("t4",)):
-        destination = Destination(tmp_path / f"{len(only)}", only=only, residual=not only)
-        (done,) = run(plan(lay_out([(item, targets)], destination=destination), model).jobs, model)
+        options = Options(out=tmp_path / f"{len(only)}", only=only, residual=not only)
+        (done,) = run(plan(lay_out([(item, targets)], options), model, options).jobs, model)
         assert isinstance(done, Extraction)
         assert set(done.outputs) == (set(only) or {*targets, "residual"})
     whole, some, one = (contents(tmp_path / str(number)) for number in (0, 2, 1))
@@ -332,9 +330,7 @@ def test_progress_rises_to_the_length(tmp_path: Path) -> None:
 def test_once_stopped_what_was_done_stays_and_nothing_else(tmp_path: Path) -> None:
     items = [(record(tmp_path, f"{n}.wav", 20_000), DOG) for n in range(6)]
     model, stop = Stub(Moody()), threading.Event()
-    running = run(
-        planned(items, model, destination=Destination(tmp_path / "out")).jobs, model, Options(batch_size=1), stop=stop
-    )
+    running = run(planned(items, model, Options(out=tmp_path / "out")).jobs, model, Options(batch_size=1), stop=stop)
     first = next(running)
     stop.set()
     with pytest.raises(StoppedError, match="--skip-existing"):
@@ -353,7 +349,7 @@ def test_a_stop_does_not_wait_for_all_targets(tmp_path: Path) -> None:
             return super().mask(features, condition)
 
     model, targets = Stub(Many()), {str(number): Query("x" * (number + 1)) for number in range(40)}
-    jobs = plan(lay_out([(item, targets)], destination=Destination(tmp_path / "out")), model).jobs
+    jobs = plan(lay_out([(item, targets)], Options(out=tmp_path / "out")), model).jobs
     with pytest.raises(StoppedError):
         next(run(jobs, model, stop=stop))
     assert sum(masked) == TARGETS_AT_ONCE
@@ -378,7 +374,7 @@ def test_each_text_and_each_shot_is_embedded_once_however_many_targets(
 def test_whoever_goes_away_leaves_nothing_open(tmp_path: Path) -> None:
     items = [(record(tmp_path, f"{n}.wav", 20_000), DOG) for n in range(4)]
     model = Stub(Moody())
-    running = run(planned(items, model, destination=Destination(tmp_path / "out")).jobs, model)
+    running = run(planned(items, model, Options(out=tmp_path / "out")).jobs, model)
     next(running)
     running.close()
     assert sorted(contents(tmp_path / "out")) == ["0.residual.wav", "0.target.wav"]
@@ -388,7 +384,7 @@ def test_a_stalled_pipe_does_not_keep_from_stopping(tmp_path: Path) -> None:
     fifo, stop = tmp_path / "fifo.wav", threading.Event()
     os.mkfifo(fifo)
     item, model = Input(fifo, Path("fifo.wav")), Stub(Moody())
-    (job,) = lay_out([(item, {"target": DOG})], destination=Destination(tmp_path / "out"))
+    (job,) = lay_out([(item, {"target": DOG})], Options(out=tmp_path / "out"))
     running = run([job], model, stop=stop)
     timer = threading.Timer(0.3, stop.set)
     timer.start()
@@ -427,9 +423,9 @@ def folder(tmp_path: Path) -> Path:
 
 def again(folder: Path, model: Model | None = None, query: Query = DOG, **options: object) -> Todo:
     items = [(Input(path, Path(path.name)), query) for path in sorted((folder / "in").iterdir())]
-    destination = Destination(folder / "out", plot=bool(options.pop("picture", False)))
-    model, chosen = model or Stub(Moody()), Options(**options)  # type: ignore[arg-type]
-    todo = planned(items, model, chosen, destination, skip=not chosen.overwrite)
+    chosen = Options(out=folder / "out", skip_existing=not options.get("overwrite"), **options)  # type: ignore[arg-type]
+    model = model or Stub(Moody())
+    todo = planned(items, model, chosen)
     assert len(todo.jobs) + len(todo.done) + len(todo.blocked) == 3
     assert all(isinstance(outcome, Extraction) for outcome in run(todo.jobs, model, chosen))
     return todo
@@ -455,6 +451,7 @@ def test_what_is_done_is_skipped_and_what_is_not_is_done(folder: Path) -> None:
         {"subtype": "float"},
         {"clip": "rescale"},
         {"consistent": True},
+        {"min_presence": -9.0},
     ],
 )
 def test_what_was_done_for_something_else_is_in_the_way(folder: Path, change: dict[str, object]) -> None:
@@ -470,7 +467,7 @@ def test_what_was_done_for_something_else_is_in_the_way(folder: Path, change: di
     assert len(again(folder, **change).done) == 3  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 3}, {"jobs": 1}, {"presence": True}])
+@pytest.mark.parametrize("change", [{"batch_size": 3}, {"jobs": 1}, {"presence": True}, {"lenient": True}])
 def test_what_changes_no_output_does_not_count(folder: Path, change: dict[str, object]) -> None:
     again(folder)
     assert len(again(folder, **change).done) == 3  # type: ignore[arg-type]
@@ -491,16 +488,38 @@ def test_a_file_of_somebody_else_is_never_replaced_unasked(folder: Path) -> None
     for name in ("0.target.wav", "1.residual.wav", "2.png"):
         (folder / "out" / name).write_text("precious")
     before = contents(folder / "out")
-    todo = again(folder, picture=True)
+    todo = again(folder, plot=True)
     assert [failure.mixture.name for failure in todo.blocked] == ["0.wav", "1.wav", "2.wav"]
     assert contents(folder / "out") == before
     items = [(Input(path, Path(path.name)), DOG) for path in sorted((folder / "in").iterdir())]
     with pytest.raises(OutputError, match="exists already"):
-        planned(items, Stub(Moody()), destination=Destination(folder / "out"))
+        planned(items, Stub(Moody()), Options(out=folder / "out"))
+
+
+def test_options_that_extract_cannot_follow_are_refused(folder: Path) -> None:
+    model, path = Stub(Moody()), folder / "in" / "0.wav"
+    for options, named in (
+        (Options(clip="loud"), "--clip 'loud'"),  # type: ignore[arg-type]
+        (Options(format="flack"), "flack"),
+        (Options(start=2, end=1), "--end"),
+        (Options(remove=True, residual=False), "--remove"),
+        (Options(skip_existing=True), "skip_existing"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            extract(path, DOG, model, folder / "out", options)
+    assert not (folder / "out").exists()
+    done = extract(path, DOG, model, options=Options(out=folder / "out", format="flac", remove=True))
+    assert sorted(contents(folder / "out")) == [done.target.name] == ["0.residual.flac"]
+    assert extract(
+        path, DOG, model, options=Options(out=folder / "out", format="flac", overwrite=True)
+    ).outputs.keys() == {
+        "target",
+        "residual",
+    }
 
 
 def test_a_picture_that_is_missing_is_made(folder: Path) -> None:
     again(folder)
-    assert len(again(folder, picture=True).jobs) == 3
-    assert len(again(folder, picture=True).done) == 3
+    assert len(again(folder, plot=True).jobs) == 3
+    assert len(again(folder, plot=True).done) == 3
     assert len(list((folder / "out").glob("*.png"))) == 3

@@ -287,6 +287,8 @@ def test_the_wheel_brings_its_weights(tmp_path: Path, mix: Path) -> None:
     installed = tmp_path / "installed"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    for page in ("report.html", "report.css"):
+        assert (installed / "clapsep_cli" / "evaluation" / page).is_file()
     empty = tmp_path / "empty"
     empty.mkdir()
     query = ("--model", "mini", "--pos", "a dog barking")
@@ -325,7 +327,7 @@ def test_pictures_are_refused_before_anything_is_done(
 
 
 @pytest.mark.parametrize("columns", [50, 60, 80, 200])
-@pytest.mark.parametrize("command", ["extract", "separate", "evaluate", "train"])
+@pytest.mark.parametrize("command", ["extract", "separate", "ui", "evaluate", "train"])
 def test_help_names_every_option_in_full_however_narrow(columns: int, command: str, tmp_path: Path) -> None:
     shown = process(command, "--help", cwd=tmp_path, COLUMNS=str(columns)).stdout
     whole: Any = typer.main.get_command(app)

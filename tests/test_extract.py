@@ -590,6 +590,26 @@ def test_min_presence_holds_for_each_of_several_targets(clapsep: Clapsep, tmp_pa
     assert not (tmp_path / "neither").exists()
 
 
+def test_a_recording_without_some_of_the_targets_is_skipped_too(clapsep: Clapsep, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples" / "mix.flac", tmp_path / "mix.flac")
+    targets = ["--target", "dog=dog barking", "--target", "violin=violin", "--end", "2"]
+    line = ["extract", "mix.flac", "--model", "mini", "--min-presence", "0", "--skip-existing", "--json", *targets]
+
+    def status() -> tuple[str, list[str]]:
+        told = json.loads(clapsep(*line, cwd=tmp_path).stdout)
+        return told["status"], sorted(told["outputs"])
+
+    assert status() == ("done", ["dog", "residual"])
+    assert status() == ("skipped", ["dog", "residual"])
+    (marker,) = (tmp_path / "_clapsep").iterdir()
+    for damaged in (b"", b'{"absent', b"[]", b"\xff"):
+        marker.write_bytes(damaged)
+        assert status() == ("done", ["dog", "residual"])
+    assert status() == ("skipped", ["dog", "residual"])
+    (tmp_path / "mix.dog.wav").unlink()
+    assert status() == ("done", ["dog", "residual"])
+
+
 def test_below_min_presence_nothing_is_written(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     common = ["extract", "mix.wav", "--pos", "dog", "--model", tiny_folder, "--json", "--min-presence"]
     told = json.loads(clapsep(*common, "9", "-o", "out", cwd=mix.parent).stdout)

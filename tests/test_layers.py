@@ -29,7 +29,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "models",
         [
             {"attention", "base", "convolution", "locoformer", "prompts"},
-            {"htsat", "mini", "resunet", "tuss"},
+            {"htsat", "mini", "refined", "resunet", "tuss"},
             {"clapsep"},
             {"audiosep", "clap"},
         ],
@@ -59,6 +59,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"planning"},
         ],
     ),
+    ("page", [{"guard", "overview", "wishes"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
     ("evaluation", [{"figures", "mixtures"}, {"scores"}, {"evaluate"}, {"report"}]),
     (
@@ -83,7 +84,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "cli",
         [
             {"environment", "terminal"},
-            {"evaluate", "models", "options"},
+            {"evaluate", "models", "options", "ui"},
             {"run"},
             {"extract", "separate", "train"},
             {"demo"},

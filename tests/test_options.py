@@ -17,6 +17,8 @@ import soundfile
 import torch
 import typer
 from conftest import Clapsep, Stub
+from media_files import encode
+from recordings import noise
 from stand_ins import Moody
 
 from clapsep_cli.cli.app import app
@@ -31,6 +33,8 @@ SHARED = {  # by option: a line, and what of it makes a difference when it is ad
     "--recursive": ("in -o out {query}", "-r"),
     "--start": ("mix.wav {query}", "--start 0.2"),
     "--end": ("mix.wav {query}", "--end 0.2"),
+    "--lenient": ("cut.wav {query}", "--lenient"),
+    "--stream": ("film.mkv {query}", "--stream 2"),
     "--out": ("mix.wav {query}", "-o out"),
     "--filename": ("mix.wav {query}", "--filename {{part}}/{{stem}}.{{ext}}"),
     "--format": ("mix.wav {query}", "-f flac"),
@@ -134,6 +138,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--per-label": (MAKE, "--per-label 1"),
         "--shots": (MAKE, "--shots 1"),
         "--split": ("clips.csv -o new.csv", "--split test"),
+        "--prefix": (MAKE, "--prefix some"),
         "--seed": (MAKE, "--seed 5"),
         "--overwrite": ("labels", "--overwrite"),
         "--quiet": (MAKE, "-q"),
@@ -193,6 +198,9 @@ def place(tmp_path: Path) -> Path:
     for name in ("mix.wav", "two.flac", "old.wav", "in/one.wav", "in/deep/two.wav"):
         soundfile.write(place / name, 0.1 * rng.standard_normal((5000, 1)), 8000, "PCM_16")
     soundfile.write(place / "loud.wav", 3 * rng.standard_normal(3000), 8000, "FLOAT")
+    whole = (place / "mix.wav").read_bytes()
+    (place / "cut.wav").write_bytes(whole[:-4000])
+    encode(place / "film.mkv", noise(2, 5000), 8000, "flac", further=[noise(2, 5000, seed=1)])
     for label in ("dog", "rain", "bell"):
         for n in range(3):
             soundfile.write(place / "labels" / label / f"{n}.wav", 0.1 * rng.standard_normal(8000), 8000)

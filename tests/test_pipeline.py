@@ -266,7 +266,7 @@ def test_targets_leave_one_another_s_sounds_unless_told_not_to(tmp_path: Path) -
     for mutual, same in ((True, both), (False, targets)):
         result = separate(mixture, 16_000, targets, model, mutual)
         expected = separate(mixture, 16_000, same, model, mutual=False)
-        done = extract(tmp_path / "mix.wav", targets, model, tmp_path / str(mutual), mutual=mutual)
+        done = extract(tmp_path / "mix.wav", targets, model, tmp_path / str(mutual), Options(mutual=mutual))
         for name in targets:
             np.testing.assert_array_equal(result.stems[name], expected.stems[name])
             written = soundfile.read(done.outputs[name], dtype="float32")[0]

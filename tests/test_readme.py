@@ -20,15 +20,17 @@ import numpy as np
 import pytest
 import soundfile
 from clips import write_clips
-from conftest import TINY_MINI, Clapsep
+from conftest import TINY_MINI, Clapsep, pinned
 from recordings import noise
 from tuss_stand_in import TINY, convert_tiny, released, save_released
 
-from clapsep_cli.registry import MODELS
+from clapsep_cli.registry import MODELS, HubFile
 from clapsep_cli.store import convert_tuss
 from clapsep_cli.training.recipes.presets import PRESETS
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
+pytest.importorskip("starlette", reason="the page takes the packages of clapsep[ui]")
+pytest.importorskip("uvicorn", reason="the page takes the packages of clapsep[ui]")
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -84,6 +86,8 @@ def place(tmp_path: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) ->
     for name, script in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    monkeypatch.setattr("clapsep_cli.page.server.Page.run", lambda self: None)  # which has tests of its own
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     return place
 
@@ -102,7 +106,9 @@ def small(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "mini", replace(PRESETS["mini"], settings=mini))
     monkeypatch.setitem(PRESETS, "clapsep-hybrid", replace(PRESETS["clapsep-hybrid"], settings=paper))
     monkeypatch.setattr(convert_tuss, "convert_tuss", convert_tiny)
-    save_released(tmp_path / "served" / MODELS["tuss-medium"].remotes[0].name, released(TINY))
+    path = tmp_path / "served" / "tuss.pth"
+    save_released(path, released(TINY))
+    monkeypatch.setitem(MODELS, "tuss-medium", replace(MODELS["tuss-medium"], remotes=(HubFile(**pinned(path)),)))
 
 
 def run(command: str, place: Path, clapsep: Clapsep) -> None:

@@ -18,7 +18,7 @@ from conftest import Clapsep
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clapsep_cli.evaluation.figures import bars, number, player, spectrogram, ticks, violins
+from clapsep_cli.evaluation.figures import FREQUENCIES, Axis, compressed, number, spectrogram, violins
 from clapsep_cli.evaluation.mixtures import Mixture
 from clapsep_cli.evaluation.report import PUBLISHED, Example, render, write_report
 from clapsep_cli.evaluation.scores import Score, summary
@@ -99,8 +99,7 @@ def test_a_run_of_one_kind_of_query_has_a_report() -> None:
 def test_a_spectrogram_is_an_image_of_the_sound() -> None:
     """A tone is one bright line at its height, in a well-formed PNG."""
     tone = (0.5 * np.sin(2 * np.pi * 2000 * np.arange(32_000) / 32_000)).astype(np.float32)
-    element = spectrogram(tone, 1.0)
-    png = base64.b64decode(element.split("base64,")[1].split('"')[0])
+    png = base64.b64decode(spectrogram(tone, 1.0).removeprefix("data:image/png;base64,"))
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     at, chunks = 8, {}
     while at < len(png):
@@ -112,27 +111,32 @@ def test_a_spectrogram_is_an_image_of_the_sound() -> None:
     width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
     lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)
     bright = lines[:, 1 + width // 2].argmax()
-    mark = float(re.search(r"bottom:([\d.]+)%\">2k", element).group(1))  # type: ignore[union-attr]
-    assert 100 * (1 - (bright + 0.5) / height) == pytest.approx(mark, abs=1.5)
+    assert 1 - (bright + 0.5) / height == pytest.approx(FREQUENCIES["2k"], abs=0.015)
 
 
 def test_a_player_plays_the_sound() -> None:
     tone = (0.5 * np.sin(2 * np.pi * 440 * np.arange(32_000) / 32_000)).astype(np.float32)
-    data = base64.b64decode(player(tone).split("base64,")[1].split('"')[0])
+    data = base64.b64decode(compressed(tone).split("base64,")[1])
     heard, rate = soundfile.read(io.BytesIO(data), dtype="float32")
     assert (rate, heard.shape) == (32_000, tone.shape)
     assert np.abs(heard - tone).max() < 0.05
 
 
 def test_violins_and_bars_stand_where_their_values_are() -> None:
-    chart = violins({"a": [0.0, 5.0, 10.0], "b": [5.0, 5.0, 5.0]})
-    medians = re.findall(r'class="median" x1="([\d.]+)"', chart)
-    assert medians == ["500.0", "500.0"]
-    drawn = bars([("up", 2, 9.5, None), ("down_here", 1, -9.5, 0.0)])
-    assert "left:50.00%;width:47.50%" in drawn
-    assert "left:2.50%;width:47.50%" in drawn
-    assert "down here <small>1</small>" in drawn
-    assert '<b style="left:50.00%">' in drawn
+    gains = {"both": {"up": 9.5, "down_here": -9.5}, "positive": {"up": 0.0}}
+    scores = [
+        Score(Mixture("", "", "", "", label), query, gain, gain, None, 0.0)
+        for query, by_label in gains.items()
+        for label, gain in by_label.items()
+    ]
+    page = " ".join(render(scores, [], SETTINGS, SOURCE).split())
+    medians = [float(x) for x in re.findall(r'class="median" x1="([\d.]+)"', page)]
+    assert medians == [pytest.approx(500, abs=0.1)] * 4
+    bars = page[page.index("By label") :]
+    assert "left:50.00%;width:47.50%" in bars
+    assert "left:2.50%;width:47.50%" in bars
+    assert "down here <small>1</small>" in bars
+    assert bars.count('<b style="left:50.00%">') == 1, "the mark of the one label that has a positive score"
 
 
 @pytest.mark.parametrize(
@@ -144,16 +148,14 @@ def test_violins_and_bars_stand_where_their_values_are() -> None:
 )
 def test_nearly_constant_scores_have_a_violin(samples: dict[str, list[float]]) -> None:
     chart = violins(samples)
-    assert "nan" not in chart
-    for points in re.findall(r'class="violin" points="([^"]+)"', chart):
-        assert all(0 <= float(pair.split(",")[1]) <= 60 for pair in points.split())
-    widest = [max(float(p.split(",")[1]) for p in s.split()) for s in re.findall(r'points="([^"]+)"', chart)]
-    assert widest[0] == 57.0
+    heights = [[float(point.split(",")[1]) for point in violin.outline.split()] for violin in chart.rows]
+    assert all(0 <= y <= 60 for row in heights for y in row)
+    assert max(heights[0]) == 57.0
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-2, 1e4))
 def test_ticks_are_few_and_within(low: float, span: float) -> None:
-    found = ticks(low, low + span)
+    found = Axis(low, low + span).ticks()
     assert 1 <= len(found) <= 10
     assert all(low - span / 1e6 <= x <= low + span + span / 1e6 for x in found)
 

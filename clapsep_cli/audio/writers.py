@@ -29,7 +29,7 @@ STDOUT = Path("-")
 CONVERTED_AT_ONCE = 2**18  # samples
 LIBSNDFILE = re.compile(r" \(libsndfile-[^)]*\)$")  # which it adds to the name of a software
 
-Clip = Literal["warn", "rescale", "error"]
+Clipping = Literal["warn", "rescale", "error"]  # what to do about samples over full scale
 _FOLDERS = Lock()  # so that no folder is made for one output while the failure of another removes it
 
 
@@ -154,7 +154,7 @@ class Outputs:
         rate: int,
         channels: int,
         encoding: Encoding,
-        clip: Clip = "warn",
+        clip: Clipping = "warn",
         tags: Mapping[str, str] | None = None,
         software: str = "",
         overwrite: bool = False,

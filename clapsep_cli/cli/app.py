@@ -22,6 +22,7 @@ from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
 from clapsep_cli.cli.terminal import ModelDirOption, note, warnings_as_notes
 from clapsep_cli.cli.train import train
+from clapsep_cli.cli.ui import ui
 from clapsep_cli.errors import ClapsepError, ModelError
 from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
@@ -40,6 +41,7 @@ app = typer.Typer(
 
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
+app.command()(ui)
 app.command()(demo)
 app.command()(train)
 app.command()(evaluate)

@@ -1,4 +1,4 @@
-"""The commands that measure a model: lists of mixtures, and scores on them."""
+"""The commands `mixtures make` and `evaluate`: lists of mixtures, and scores of a model on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SCORES = "scores.csv"
 PIPE_COLUMNS = 160
 SIDES = {"both": "both", "pos": "positive", "neg": "negative"}
-TITLES = {"sdri": "SDRi", "si_sdri": "SI-SDRi", "bss_sdri": "BSS-eval SDRi"}
 
 mixtures = typer.Typer(no_args_is_help=True, help="Make lists of mixtures to evaluate on.")
 
@@ -41,31 +40,33 @@ def make(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The list to write.")] = Path("mixtures.csv"),
     per_clip: Annotated[
-        int, typer.Option("--per-clip", metavar="N", min=1, help="Interferers of each target, one at a time.")
+        int,
+        typer.Option("--per-clip", metavar="N", min=1, help="Mixtures of each target, with different interferers."),
     ] = 5,
     per_label: Annotated[
         int | None,
-        typer.Option("--per-label", metavar="N", min=1, help="Targets of each label, drawn; all by default."),
+        typer.Option("--per-label", metavar="N", min=1, help="Targets of each label, drawn at random; default: all."),
     ] = None,
     shots: Annotated[
         int,
         typer.Option(
-            "--shots", metavar="N", min=0, help="Clips of each label to keep out of the mixtures, as audio queries."
+            "--shots", metavar="N", min=0, help="Clips of each label to keep out of the mixtures, for audio queries."
         ),
     ] = 0,
     split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Take clips of this split of the manifest alone.")
+        str | None, typer.Option("--split", metavar="NAME", help="Use only clips of this split of the manifest.")
     ] = None,
     prefix: Annotated[
-        str | None, typer.Option("--prefix", metavar="TEXT", help='Before the labels of a folder; "the sound of".')
+        str | None,
+        typer.Option("--prefix", metavar="TEXT", help='Before the labels of a folder; "the sound of".'),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Everything drawn at random follows from it.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all random draws.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing list.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a list of mixtures of two clips of different labels, for `clapsep evaluate`.
+    """Write a list of mixtures for `clapsep evaluate`: two clips of different labels each.
 
-    With --shots, FILE.shots.csv lists the clips kept for queries.
+    With --shots, FILE.shots.csv lists the clips kept for audio queries.
     """
     from clapsep_cli.errors import OutputError
     from clapsep_cli.evaluation.mixtures import (
@@ -98,7 +99,7 @@ def make(
 
 
 def _sides(text: str) -> tuple[str, ...]:
-    short = {name: side for side, name in SIDES.items()}  # tables have the long names: take both
+    short = {name: side for side, name in SIDES.items()}  # accept the long names of the tables, too
     chosen = {short.get(part.strip(), part.strip()) for part in text.split(",")}
     if not chosen <= set(SIDES):
         raise typer.BadParameter(f"{text!r}: name one or more of {', '.join(SIDES)}, separated by commas")
@@ -115,75 +116,83 @@ def _counts(text: str | None) -> tuple[int, ...]:
 def evaluate(
     listed: Annotated[
         Path,
-        typer.Option("--mixtures", metavar="CSV", help="source_file,positive_caption,noise_file,negative_caption[,…]."),
+        typer.Option(
+            "--mixtures", metavar="CSV", help="List of mixtures, by `mixtures make` or as released with CLAPSep."
+        ),
     ],
-    audio: Annotated[Path, typer.Option("--audio", metavar="DIR", help="Folder that the list's files are in.")],
+    audio: Annotated[Path, typer.Option("--audio", metavar="DIR", help="Folder of the list's files.")],
     model: ModelOption = None,
     device: DeviceOption = "auto",
     _model_dir: ModelDirOption = None,
     queries: Annotated[
-        str, typer.Option("--queries", metavar="NAME", help="Which sides to name: pos, neg, both.")
+        str, typer.Option("--queries", metavar="NAME", help="Sides of the query to use: pos, neg, both.")
     ] = "both,pos,neg",
     shots: Annotated[
-        str | None, typer.Option("--shots", metavar="K,…", help="Also ask by so many recordings of a class: 1,5,10.")
+        str | None,
+        typer.Option("--shots", metavar="K,…", help="Also query with so many recordings: 1,5,10."),
     ] = None,
     shots_csv: Annotated[
-        Path | None, typer.Option("--shots-csv", metavar="CSV", help="Those recordings: class,file (one, or a list).")
+        Path | None,
+        typer.Option("--shots-csv", metavar="CSV", help="Recordings for --shots: class,file (one, or a list)."),
     ] = None,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="Ask in words, alone and with the recordings.")] = True,
-    bss: Annotated[bool, typer.Option("--bss/--no-bss", help="Also BSS-eval's SDR, with a filter of 512 taps.")] = True,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Query with texts, alone and with recordings.")] = True,
+    refine: Annotated[
+        bool | None, typer.Option("--refine/--no-refine", help="Separate in two passes; by default with mini.")
+    ] = None,
+    bss: Annotated[bool, typer.Option("--bss/--no-bss", help="Also compute BSS-eval SDR (512-tap filter).")] = True,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Keep scores.csv here as it grows; stopped, a run goes on."),
+        typer.Option("--out", "-o", metavar="DIR", help="Write scores.csv here; a stopped run continues from it."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a report, one file for any browser.")
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a report as one self-contained page.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all summaries as one JSON object.")] = False,
-    labels: Annotated[bool, typer.Option("--labels", help="Also print the scores of each label.")] = False,
+    labels: Annotated[bool, typer.Option("--labels", help="Also print scores by label.")] = False,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out mixtures of which a recording is not there.")
+        bool, typer.Option("--skip-missing", help="Skip mixtures whose recordings are missing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a model on a list of mixtures: 10 s at 0 dB, SDRi, SI-SDRi and BSS-eval SDRi in dB.
+    """Score a model on a list of mixtures of 10 s at 0 dB: SDRi, SI-SDRi and BSS-eval SDRi in dB.
 
     The lists released with CLAPSep work as they are.
     """
     if bool(shots) != bool(shots_csv):
-        raise typer.BadParameter("--shots and --shots-csv go together: how many recordings, and which")
+        raise typer.BadParameter("--shots and --shots-csv go together: give the number of recordings, and their list")
     if overwrite and not report:
-        raise typer.BadParameter("--overwrite replaces a report: name it with --report")
+        raise typer.BadParameter("--overwrite replaces a report: add --report FILE.html")
     if not text and not shots:
-        raise typer.BadParameter("--no-text leaves nothing to ask: give recordings with --shots and --shots-csv")
+        raise typer.BadParameter("--no-text needs audio queries: add --shots and --shots-csv")
     sides, counts = _sides(queries), _counts(shots)
     from clapsep_cli.errors import OutputError
-    from clapsep_cli.evaluation.evaluate import Plan, evaluate_into, settings
-    from clapsep_cli.evaluation.evaluate import evaluate as evaluate_rows
-    from clapsep_cli.evaluation.mixtures import check_files, read_mixtures, read_shots
+    from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate_into, provenance
+    from clapsep_cli.evaluation.evaluate import evaluate as evaluate_set
+    from clapsep_cli.evaluation.mixtures import EvaluationSet, check_files, read_mixtures, read_shots
     from clapsep_cli.store.library import load_model
 
     if report and report.exists() and not overwrite:
         raise OutputError(f"{report}: exists already; use --overwrite to replace it")
-    every = read_mixtures(listed)
-    rows, kept = check_files(every, read_shots(shots_csv) if shots_csv else {}, audio, skip_missing)
-    if len(rows) < len(every):
-        left_out = f"{len(every) - len(rows)} of {len(every)} mixtures are left out"
-        notes(quiet)(f"{listed}: {left_out}, their recordings are missing")
+    every = EvaluationSet(read_mixtures(listed), audio, read_shots(shots_csv) if shots_csv else {})
+    data = check_files(every, skip_missing)
+    if skipped := len(every.rows) - len(data.rows):
+        notes(quiet)(f"{listed}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
     with downloads(quiet) as shown:
         loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
-    plan = Plan(sides, text, counts, bss)
-    run = evaluate_into(out / SCORES, loaded, rows, audio, plan, kept) if out else None
-    scores = _collect(run or evaluate_rows(loaded, rows, audio, plan, kept), len(rows), listed.name, quiet)
-    stated = settings(loaded, rows, audio, plan, kept) if report or as_json else {}
+    if loaded.gains_by_refining if refine is None else refine:
+        loaded.refine()
+    kinds = EvaluationOptions(sides, text, counts, bss)
+    run = evaluate_into(out / SCORES, loaded, data, kinds) if out else evaluate_set(loaded, data, kinds)
+    scores = _collect(run, len(data.rows), listed.name, quiet)
+    settings = provenance(loaded, data, kinds) if report or as_json else {}
     if report:
         from clapsep_cli.evaluation.report import examples, write_report
 
         source = {"list": listed.name, "date": f"{date.today():%d %B %Y}"}
-        write_report(report, scores, examples(loaded, scores, audio, plan, kept), stated, source)
+        write_report(report, scores, examples(loaded, scores, data, kinds), settings, source)
     if as_json:
-        _print_json(stated, scores)
+        _print_json(settings, scores)
     elif not quiet:
         _print_table(scores)
         if labels:
@@ -214,13 +223,13 @@ def _print_json(settings: Mapping[str, object], scores: Sequence[Score]) -> None
 def _print_table(scores: Sequence[Score]) -> None:
     from rich.table import Table
 
-    from clapsep_cli.evaluation.scores import presence, summary
+    from clapsep_cli.evaluation.scores import METRICS, presence, summary
 
     rows = summary(scores)
-    measured = [metric for metric in TITLES if any(metric in figures for figures in rows.values())]
+    measured = [metric for metric in METRICS if any(metric in figures for figures in rows.values())]
     table = Table(box=None, title="mean ± standard deviation (median), dB", title_justify="left", pad_edge=False)
     table.add_column("query")
-    for title in ("mixtures", *(TITLES[metric] for metric in measured), "level (median)"):
+    for title in ("mixtures", *(METRICS[metric] for metric in measured), "level (median)"):
         table.add_column(title, justify="right")
     for query, s in rows.items():
         cells = [f"{s[m]:.2f} ± {s[f'{m}_std']:5.2f} ({s[f'{m}_median']:6.2f})" for m in measured]
@@ -228,8 +237,9 @@ def _print_table(scores: Sequence[Score]) -> None:
     _show(table)
     if found := presence(scores):
         typer.echo(
-            f"level of the output: {found['present_level']:.1f} dB for what is there, {found['absent_level']:.1f} dB "
-            f"for what is not (medians); area under the ROC curve {found['roc_area']:.3f}"
+            f"level of the output: {found['present_level']:.1f} dB for sounds that are there, "
+            f"{found['absent_level']:.1f} dB for sounds that are not (medians); area under the ROC curve "
+            f"{found['roc_area']:.3f}"
         )
 
 
@@ -252,5 +262,5 @@ def _print_labels(scores: Sequence[Score]) -> None:
 def _show(table: Table) -> None:
     from rich.console import Console
 
-    # In a file or a pipe nothing is wrapped: a row is a line.
+    # In a file or a pipe, do not wrap: one row is one line.
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)

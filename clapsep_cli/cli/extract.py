@@ -8,8 +8,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.options import OUTPUT, Common, takes
+from clapsep_cli.cli.options import (
+    MODEL,
+    OUTPUT,
+    AdapterOption,
+    BatchSizeOption,
+    ClipOption,
+    EndOption,
+    FilenameOption,
+    FormatOption,
+    InputsArgument,
+    JobsOption,
+    JsonOption,
+    LenientOption,
+    OutOption,
+    OverwriteOption,
+    PlotOption,
+    PrecisionOption,
+    ProgressOption,
+    RecursiveOption,
+    SkipExistingOption,
+    StartOption,
+    StreamOption,
+    SubtypeOption,
+    ThreadsOption,
+    options_of,
+    setup_of,
+)
 from clapsep_cli.cli.run import carry_out, find
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption
 from clapsep_cli.errors import QueryError, UsageError
 
 if TYPE_CHECKING:
@@ -24,13 +51,8 @@ def _query(name: str, **settings: Any) -> Any:
     return typer.Option(name, rich_help_panel=QUERY, **settings)
 
 
-@takes(Common)
 def extract(
-    common: Common,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
-    ] = None,
+    inputs: InputsArgument = None,
     pos: Annotated[
         list[str] | None, _query("--pos", metavar="TEXT", help="The sound to keep, in words; several are averaged.")
     ] = None,
@@ -75,18 +97,50 @@ def extract(
         float | None,
         _query("--min-presence", metavar="X", help="Write nothing if the presence is below this; try 0."),
     ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine",
+            rich_help_panel=MODEL,
+            help="Separate in two passes: what the first one leaves tells the second what to leave; mini does.",
+        ),
+    ] = None,
     residual: Annotated[
         bool | None, typer.Option("--residual/--no-residual", rich_help_panel=OUTPUT, help="Also write the rest.")
     ] = None,
     remove: Annotated[
         bool, typer.Option("--remove", rich_help_panel=OUTPUT, help="Write only the rest, without the target.")
     ] = False,
+    recursive: RecursiveOption = False,
+    start: StartOption = None,
+    end: EndOption = None,
+    lenient: LenientOption = False,
+    stream: StreamOption = None,
+    out: OutOption = None,
+    filename: FilenameOption = None,
+    format: FormatOption = "wav",  # noqa: A002
+    subtype: SubtypeOption = None,
+    clip: ClipOption = "warn",
+    plot: PlotOption = False,
+    overwrite: OverwriteOption = False,
+    skip_existing: SkipExistingOption = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    _model_dir: ModelDirOption = None,
+    threads: ThreadsOption = None,
+    batch_size: BatchSizeOption = 0,
+    jobs: JobsOption = 2,
+    json: JsonOption = False,
+    progress: ProgressOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Write what matches the query to MIX.target.wav and the rest to MIX.residual.wav.
 
     Give at least one query, of either side, as text or as audio.
     """
-    from clapsep_cli.jobs.outputs import Destination
+    given = locals()
     from clapsep_cli.jobs.targets import parse_targets
     from clapsep_cli.query import DEFAULT_ALPHA, Query
     from clapsep_cli.times import parse_span
@@ -113,17 +167,16 @@ def extract(
         }
     else:
         queries = {}
-    asked = _requests(inputs or [], manifest, queries, sides, common)
+    asked = _requests(inputs or [], recursive, out, manifest, queries, sides)
     if mutual is not None and len(queries) < 2:
         raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
     if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
         raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
-    destination = Destination(residual=residual, remove=remove)
-    carry_out(asked, common, destination, mutual, presence=presence, min_presence=min_presence)
+    carry_out(asked, options_of(given), setup_of(given))
 
 
 def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
-    """Whether any side of any target has text and audio, so that their weight matters."""
+    """True if a side of a target has text and audio, so that their weight matters."""
     from clapsep_cli.query import mutual
 
     return any(
@@ -134,16 +187,28 @@ def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
 
 
 def _requests(
-    inputs: Sequence[str], manifest: Path | None, targets: Mapping[str, Query], sides: dict[str, Any], common: Common
+    inputs: Sequence[str],
+    recursive: bool,
+    out: Path | None,
+    manifest: Path | None,
+    targets: Mapping[str, Query],
+    sides: dict[str, Any],
 ) -> Requests:
-    """Each recording with its targets: those given, or one with the query of the manifest's row and the options."""
+    """Pair each recording with its targets: those given, or one with the query of the manifest's row and the options.
+
+    Args:
+        inputs, recursive, out: arguments of `find`.
+        manifest: instead of `inputs`, a CSV of recordings with queries.
+        targets: as given by `--target`.
+        sides: arguments of the `Query` that the other options give.
+    """
     from clapsep_cli.jobs.manifest import read_jobs
     from clapsep_cli.query import TARGET, Query
 
     if manifest is None:
         wanted = targets or {TARGET: Query(**sides)}
-        return [(item, wanted) for item in find(inputs, common)]
-    if inputs or common.recursive:
+        return [(item, wanted) for item in find(inputs, recursive, out)]
+    if inputs or recursive:
         given = "recordings" if inputs else "--recursive"
         raise UsageError(f"{manifest} names the recordings: give either a manifest or {given}")
     asked: list[tuple[Input, Mapping[str, Query]]] = []

@@ -1,200 +1,136 @@
-"""The options that `extract` and `separate` share, and a decorator that adds them to a command."""
+"""The options that `extract` and `separate` share."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.terminal import PROGRESS, among, device_option, model_option, quiet_option, use_home
+from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, among
+from clapsep_cli.errors import UsageError
+from clapsep_cli.times import parse_time
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    from clapsep_cli.jobs.tasks import Options
 
-Command = Callable[..., None]
-Options = TypeVar("Options", bound="DataclassInstance")
-
-INPUT, OUTPUT, MODEL, RUN = "Recordings", "Outputs", "Model", "Run"  # panels of --help
+INPUT, OUTPUT = "Recordings", "Outputs"  # panels of --help, as MODEL and RUN are
 
 
-def _option(name: str, *more: str, panel: str, **settings: Any) -> Any:
-    return typer.Option(name, *more, rich_help_panel=panel, **settings)
+def _option(panel: str, help: str, *names: str, known: tuple[str, ...] = (), **settings: Any) -> Any:  # noqa: A002
+    completed = {"autocompletion": among(*known)} if known else {}
+    return typer.Option(*names, rich_help_panel=panel, help=help, **completed, **settings)
+
+
+def _number(panel: str, help: str, *names: str, most: int = 1024, least: int = 1) -> Any:  # noqa: A002
+    return _option(panel, help, *names, metavar="N", min=least, max=most)
+
+
+CLIPS = ("warn", "rescale", "error")
+FORMATS = ("wav", "flac", "ogg", "opus", "mp3")
+SUBTYPES = ("pcm16", "pcm24", "float")
+PRECISIONS = ("auto", "high", "fast")
+
+InputsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
+]
+RecursiveOption = Annotated[bool, _option(INPUT, "Read folders with all their subfolders.", "--recursive", "-r")]
+StartOption = Annotated[
+    str | None, _option(INPUT, "Start at this time: seconds, or as 1:02:03.", "--start", metavar="TIME")
+]
+EndOption = Annotated[str | None, _option(INPUT, "End at this time.", "--end", metavar="TIME")]
+LenientOption = Annotated[bool, _option(INPUT, "Read damaged or truncated recordings as far as possible.", "--lenient")]
+StreamOption = Annotated[int | None, _number(INPUT, "Read this sound track of a film; else the first.", "--stream")]
+
+OutOption = Annotated[
+    Path | None,
+    _option(OUTPUT, "Output folder; by default that of each input; - is stdout.", "--out", "-o", metavar="DIR"),
+]
+FilenameOption = Annotated[
+    str | None,
+    _option(OUTPUT, 'Output name, "{stem}.{part}.{ext}"; also {name}, {query}.', "--filename", metavar="NAME"),
+]
+FormatOption = Annotated[
+    str, _option(OUTPUT, "wav, flac, ogg, opus or mp3.", "--format", "-f", metavar="NAME", known=FORMATS)
+]
+SubtypeOption = Annotated[
+    str | None,
+    _option(
+        *(OUTPUT, "pcm16, pcm24 or float; by default the input's, at least 16 bit.", "--subtype"),
+        metavar="NAME",
+        known=SUBTYPES,
+    ),
+]
+ClipOption = Annotated[
+    str,
+    _option(
+        *(OUTPUT, "Samples over full scale: warn and clip, rescale all parts by one gain, or error.", "--clip"),
+        metavar="HOW",
+        known=CLIPS,
+    ),
+]
+PlotOption = Annotated[bool, _option(OUTPUT, "Also write a picture of the parts, {stem}.png.", "--plot")]
+OverwriteOption = Annotated[bool, _option(OUTPUT, "Replace existing outputs.", "--overwrite")]
+SkipExistingOption = Annotated[
+    bool, _option(OUTPUT, "Skip recordings already processed with the same settings.", "--skip-existing")
+]
+
+AdapterOption = Annotated[
+    Path | None,
+    _option(MODEL, "An adapter for the model, from `clapsep train --lora-only`.", "--adapter", metavar="FILE"),
+]
+PrecisionOption = Annotated[
+    str,
+    _option(
+        *(MODEL, "high (float32), fast (bfloat16), or auto: fast where it is native.", "--precision"),
+        metavar="HOW",
+        known=PRECISIONS,
+    ),
+]
+
+ThreadsOption = Annotated[int | None, _number(RUN, "Threads that compute; by default all cores.", "--threads")]
+BatchSizeOption = Annotated[
+    int, _number(RUN, "Windows processed at once; 0 chooses by the device.", "--batch-size", least=0)
+]
+JobsOption = Annotated[int, _number(RUN, "Threads that read and write files.", "--jobs", "-j", most=64)]
+JsonOption = Annotated[bool, _option(RUN, "Print a JSON object for each recording on stdout.", "--json")]
+ProgressOption = Annotated[
+    str,
+    _option(
+        RUN, "auto (bars on a terminal), json (lines on stderr) or none.", "--progress", metavar="HOW", known=PROGRESS
+    ),
+]
 
 
 @dataclass(frozen=True)
-class Common:
-    """Options for inputs, outputs, the model and messages."""
+class Setup:
+    """The model, the device and the messages of a run, by the names of the command's options."""
 
-    recursive: Annotated[
-        bool, _option("--recursive", "-r", panel=INPUT, help="Read folders with all their subfolders.")
-    ] = False
-    start: Annotated[
-        str | None, _option("--start", panel=INPUT, metavar="TIME", help="Start at this time: seconds, or as 1:02:03.")
-    ] = None
-    end: Annotated[str | None, _option("--end", panel=INPUT, metavar="TIME", help="End at this time.")] = None
-    lenient: Annotated[
-        bool, _option("--lenient", panel=INPUT, help="Take what there is of recordings that are cut or damaged.")
-    ] = False
-    stream: Annotated[
-        int | None,
-        _option(
-            "--stream",
-            panel=INPUT,
-            min=1,
-            max=1024,
-            metavar="N",
-            help="Take this sound track of a film; else the first.",
-        ),
-    ] = None
-
-    out: Annotated[
-        Path | None,
-        _option(
-            "--out",
-            "-o",
-            panel=OUTPUT,
-            metavar="DIR",
-            help="Output folder; by default that of each input; - is stdout.",
-        ),
-    ] = None
-    filename: Annotated[
-        str | None,
-        _option(
-            "--filename", panel=OUTPUT, metavar="NAME", help='Output name, "{stem}.{part}.{ext}"; also {name}, {query}.'
-        ),
-    ] = None
-    format: Annotated[
-        str,
-        _option(
-            "--format",
-            "-f",
-            panel=OUTPUT,
-            metavar="NAME",
-            autocompletion=among("wav", "flac", "ogg", "opus", "mp3"),
-            help="wav, flac, ogg, opus or mp3.",
-        ),
-    ] = "wav"
-    subtype: Annotated[
-        str | None,
-        _option(
-            "--subtype",
-            panel=OUTPUT,
-            metavar="NAME",
-            autocompletion=among("pcm16", "pcm24", "float"),
-            help="pcm16, pcm24 or float; by default the input's, at least 16 bit.",
-        ),
-    ] = None
-    clip: Annotated[
-        str,
-        _option(
-            "--clip",
-            panel=OUTPUT,
-            metavar="HOW",
-            autocompletion=among("warn", "rescale", "error"),
-            help="Samples over full scale: warn and clip, rescale all parts by one gain, or error.",
-        ),
-    ] = "warn"
-    plot: Annotated[bool, _option("--plot", panel=OUTPUT, help="Also write a picture of the parts, {stem}.png.")] = (
-        False
-    )
-    overwrite: Annotated[bool, _option("--overwrite", panel=OUTPUT, help="Replace existing outputs.")] = False
-    skip_existing: Annotated[
-        bool, _option("--skip-existing", panel=OUTPUT, help="Skip recordings already processed with the same settings.")
-    ] = False
-
-    model: Annotated[str | None, model_option(MODEL)] = None
-    adapter: Annotated[
-        Path | None,
-        _option(
-            "--adapter", panel=MODEL, metavar="FILE", help="An adapter for the model, from `clapsep train --lora-only`."
-        ),
-    ] = None
-    device: Annotated[str, device_option(MODEL)] = "auto"
-    precision: Annotated[
-        str,
-        _option(
-            "--precision",
-            panel=MODEL,
-            metavar="HOW",
-            autocompletion=among("auto", "high", "fast"),
-            help="high (float32), fast (bfloat16), or auto: fast where it is native.",
-        ),
-    ] = "auto"
-    model_dir: Annotated[
-        Path | None,
-        _option(
-            "--model-dir",
-            panel=MODEL,
-            metavar="DIR",
-            callback=use_home,
-            help="Folder of the models; like the variable CLAPSEP_HOME.",
-        ),
-    ] = None
-
-    threads: Annotated[
-        int | None,
-        _option(
-            "--threads", panel=RUN, min=1, max=1024, metavar="N", help="Threads that compute; by default all cores."
-        ),
-    ] = None
-    batch_size: Annotated[
-        int,
-        _option(
-            "--batch-size",
-            panel=RUN,
-            min=0,
-            max=1024,
-            metavar="N",
-            help="Windows processed at once; 0 chooses by the device.",
-        ),
-    ] = 0
-    jobs: Annotated[
-        int, _option("--jobs", "-j", panel=RUN, min=1, max=64, metavar="N", help="Threads that read and write files.")
-    ] = 2
-    json: Annotated[bool, _option("--json", panel=RUN, help="Print a JSON object for each recording on stdout.")] = (
-        False
-    )
-    progress: Annotated[
-        str,
-        _option(
-            "--progress",
-            panel=RUN,
-            metavar="HOW",
-            autocompletion=among(*PROGRESS),
-            help="auto (bars on a terminal), json (lines on stderr) or none.",
-        ),
-    ] = "auto"
-    quiet: Annotated[bool, quiet_option(RUN)] = False
+    model: str | None
+    adapter: Path | None
+    device: str
+    precision: str
+    threads: int | None
+    json: bool
+    progress: str
+    quiet: bool
+    refine: bool | None = False  # None for what suits the model
 
 
-def takes(options: type[Options]) -> Callable[[Command], Command]:
-    """Give a command the fields of a dataclass as options of its own; it gets them as the argument `common`."""
+def options_of(given: Mapping[str, Any]) -> Options:
+    """Make `Options` from the arguments of a command, by name. Raises `UsageError` for a time that is none."""
+    from clapsep_cli.jobs.tasks import Options
 
-    def decorate(command: Command) -> Command:
-        hints = get_type_hints(options, include_extras=True)
-        shared = [
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if f.default is MISSING else f.default,
-                annotation=hints[f.name],
-            )
-            for f in fields(options)
-        ]
+    times = {name: parse_time(given[name]) for name in ("start", "end") if given[name] is not None}
+    named = {f.name: given[f.name] for f in fields(Options) if f.name in given and f.name not in ("start", "end")}
+    return Options(**named, **times)
 
-        def wrapper(**values: Any) -> None:
-            common = options(**{f.name: values.pop(f.name) for f in fields(options) if f.name in values})
-            command(common=common, **values)
 
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "common"]
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-        wrapper.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
-        return wrapper
-
-    return decorate
+def setup_of(given: Mapping[str, Any]) -> Setup:
+    """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for an unknown `--progress`."""
+    if given["progress"] not in PROGRESS:
+        raise UsageError(f"there is no --progress {given['progress']!r}; there are {', '.join(PROGRESS)}")
+    return Setup(**{f.name: given[f.name] for f in fields(Setup) if f.name in given})

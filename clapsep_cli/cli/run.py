@@ -7,6 +7,7 @@ import signal
 import sys
 import textwrap
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -14,75 +15,74 @@ from dataclasses import replace
 from math import log10
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from clapsep_cli.cli.options import Common
-from clapsep_cli.cli.terminal import PROGRESS, Reporter, downloads, echo, note, notes
-from clapsep_cli.errors import ClapsepError, StoppedError, UsageError
+from clapsep_cli.cli.options import Setup
+from clapsep_cli.cli.terminal import Reporter, downloads, echo, note, notes
+from clapsep_cli.errors import ClapsepError, ClapsepWarning, StoppedError, UsageError
 from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.outputs import Destination
     from clapsep_cli.jobs.planning import Requests, Todo
     from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model
 
-FAILED = 1  # something that was asked for could not be done; usage errors exit with 2
+FAILED = 1  # exit code if a recording or an output failed; usage errors exit with 2
 DONE, ABSENT, BEFORE, FAULTY = OUTCOMES = ("done", "without what was asked for", "done before", "failed")
 HEADER_LETTERS = 160  # of the queries in the first line
 
 
-def find(inputs: Sequence[str], common: Common) -> list[Input]:
-    """The recordings that the arguments name."""
+def find(inputs: Sequence[str], recursive: bool, out: Path | None) -> list[Input]:
+    """Find the recordings that the arguments name, but no outputs of earlier runs (see `expand`)."""
     from clapsep_cli.audio.writers import read_software
     from clapsep_cli.jobs.inputs import expand
 
     if not inputs:
         raise UsageError("no recordings: name files, folders, patterns or @list.txt")
-    folder = None if common.out is None or _to_stdout(common) else common.out
-    return expand(
-        inputs, common.recursive, folder, lambda path: read_software(path).startswith("clapsep "), notes(common.quiet)
-    )
+    folder = None if _is_stdout(out) else out
+    return expand(inputs, recursive, folder, lambda path: read_software(path).startswith("clapsep "))
 
 
-def _to_stdout(common: Common) -> bool:
-    return str(common.out) == "-"
+def _is_stdout(out: Path | None) -> bool:
+    return str(out) == "-"
 
 
-def carry_out(asked: Requests, common: Common, destination: Destination, mutual: bool | None, **measured: Any) -> None:
-    """Separate the recordings, print the results, and raise `typer.Exit` if anything failed.
+def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
+    """Separate the recordings and print the results.
 
-    `mutual`: whether each of several targets leaves what the others ask for; None for yes, by default. `measured` are
-    more of the `Options`.
+    Args:
+        asked: recordings, each with its targets by name.
+        options: how they are read and written.
+        setup: the model, the device and the messages.
+
+    Raises:
+        typer.Exit: a recording failed.
+        ClapsepError: nothing can be done.
     """
-    from clapsep_cli.jobs.outputs import TEMPLATE
     from clapsep_cli.jobs.planning import lay_out, plan
 
-    set_threads(common.threads)
-    options = _options(common, measured)
-    if _to_stdout(common) and common.json:
+    set_threads(setup.threads)
+    if _is_stdout(options.out) and setup.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
-    destination = replace(destination, folder=common.out, filename=common.filename or TEMPLATE, plot=common.plot)
-    jobs = lay_out(asked, options, destination, common.skip_existing)  # before a model is loaded, perhaps downloaded
-    model = _load(common)
+    jobs = lay_out(asked, options)  # before a model is loaded, perhaps downloaded
+    model = _load(setup)
     if options.presence is None:
-        options = replace(options, presence=common.json and model.tells_likeness)
-    if mutual is not None and all(model.apart(job.targets) == job.targets for job in jobs):
-        raise UsageError(f"--mutual, --no-mutual: {model.name} never makes targets negative queries; leave it out")
-    todo = plan(jobs, model, options, common.skip_existing, mutual is not False)
-    for doubt in _doubts(model, jobs):
-        notes(common.quiet)(doubt)
-    lines = _Lines(common, model, len(jobs))
+        options = replace(options, presence=setup.json and model.tells_likeness)
+    if model.gains_by_refining if setup.refine is None else setup.refine:
+        model.refine()
+    todo = plan(jobs, model, options)
+    _warn_of_doubts(model, jobs)
+    lines = _Lines(setup, model, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)
     if todo.jobs:
         lines.begin(jobs)
-    _work(todo, model, options, common, lines)
+    _work(todo, model, options, setup, lines)
 
 
-def _work(todo: Todo, model: Model, options: Options, common: Common, lines: _Lines) -> None:
+def _work(todo: Todo, model: Model, options: Options, setup: Setup, lines: _Lines) -> None:
     from clapsep_cli.jobs.batch import run
     from clapsep_cli.jobs.tasks import Failure
 
@@ -92,8 +92,8 @@ def _work(todo: Todo, model: Model, options: Options, common: Common, lines: _Li
         lines.failed(failure)
     try:
         with (
-            stoppable(common.quiet) as stop,
-            Reporter(common.progress, common.quiet, len(todo.jobs)) as reporter,
+            stoppable(setup.quiet) as stop,
+            Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
             closing(run(todo.jobs, model, options, reporter.update, stop)) as outcomes,
         ):
             for outcome in outcomes:
@@ -107,55 +107,29 @@ def _work(todo: Todo, model: Model, options: Options, common: Common, lines: _Li
         raise typer.Exit(FAILED)
 
 
-def _options(common: Common, measured: dict[str, Any]) -> Options:
-    from typing import get_args
-
-    from clapsep_cli.audio.writers import Clip
-    from clapsep_cli.jobs.tasks import Options
-    from clapsep_cli.times import parse_time
-
-    for option, value, known in (("clip", common.clip, get_args(Clip)), ("progress", common.progress, PROGRESS)):
-        if value not in known:
-            raise UsageError(f"there is no --{option} {value!r}; there are {', '.join(known)}")
-    return Options(
-        start=parse_time(common.start) if common.start is not None else 0.0,
-        end=parse_time(common.end) if common.end is not None else None,
-        lenient=common.lenient,
-        stream=common.stream,
-        format=common.format,
-        subtype=common.subtype,
-        clip=common.clip,  # type: ignore[arg-type]
-        overwrite=common.overwrite,
-        batch_size=common.batch_size,
-        jobs=common.jobs,
-        **measured,
-    )
-
-
-def _load(common: Common) -> Model:
-    """Load a model, showing a download if it takes one."""
+def _load(setup: Setup) -> Model:
+    """Load the model with its adapter, and show a download if one is needed."""
     from clapsep_cli.store.library import load_model
 
-    with downloads(common.quiet) as shown:
-        model = load_model(common.model, common.device, common.precision, say=notes(common.quiet), progress=shown)
-    if common.adapter:
+    with downloads(setup.quiet) as shown:
+        model = load_model(setup.model, setup.device, setup.precision, say=notes(setup.quiet), progress=shown)
+    if setup.adapter:
         from clapsep_cli.store.adapters import apply
 
-        apply(model, common.adapter)
+        apply(model, setup.adapter)
     return model
 
 
-def _doubts(model: Model, jobs: Sequence[Job]) -> list[str]:
-    """Reasons why results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
+def _warn_of_doubts(model: Model, jobs: Sequence[Job]) -> None:
+    """Warn where results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
     sets = {id(job.targets): job.targets for job in jobs}.values()
-    doubts: dict[str, None] = {}  # a set that keeps its order
     for targets in sets:
         try:
-            doubts |= dict.fromkeys(model.doubts(list(targets.values())))
+            for doubt in model.doubts(list(targets.values())):
+                warnings.warn(doubt, ClapsepWarning, stacklevel=2)
         except ClapsepError:
             if len(sets) == 1:
                 raise
-    return list(doubts)
 
 
 def _stops() -> list[signal.Signals]:
@@ -191,18 +165,17 @@ def _named(path: Path, stream: str) -> str:
 
 
 class _Lines:
-    """Prints a run of `count` recordings: for people, or as JSON; on stderr if stdout carries audio."""
+    """Prints the results of `count` recordings on `stream`, as text or as JSON."""
 
-    def __init__(self, common: Common, model: Model, count: int) -> None:
-        self.json, self.model, self.count = common.json, model, count
-        self.silent, self.say = common.quiet and not common.json, notes(common.quiet)
-        self.piped = _to_stdout(common)
+    def __init__(self, setup: Setup, model: Model, count: int, stream: TextIO) -> None:
+        self.json, self.model, self.count, self.stream = setup.json, model, count, stream
+        self.silent, self.say = setup.quiet and not setup.json, notes(setup.quiet)
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
 
     def _print(self, line: str) -> None:
         if not self.silent:
-            echo(line, sys.stderr if self.piped else sys.stdout)
+            echo(line, self.stream)
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Print the model, the device and the queries."""

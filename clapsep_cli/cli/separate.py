@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +10,34 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from clapsep_cli.cli.options import OUTPUT, Common, takes
+from clapsep_cli.cli.options import (
+    OUTPUT,
+    AdapterOption,
+    BatchSizeOption,
+    ClipOption,
+    EndOption,
+    FilenameOption,
+    FormatOption,
+    InputsArgument,
+    JobsOption,
+    JsonOption,
+    LenientOption,
+    OutOption,
+    OverwriteOption,
+    PlotOption,
+    PrecisionOption,
+    ProgressOption,
+    RecursiveOption,
+    SkipExistingOption,
+    StartOption,
+    StreamOption,
+    SubtypeOption,
+    ThreadsOption,
+    options_of,
+    setup_of,
+)
 from clapsep_cli.cli.run import carry_out, find
-from clapsep_cli.cli.terminal import among
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, among
 from clapsep_cli.errors import DownloadError, UsageError
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.registry import BUNDLED
@@ -24,14 +48,14 @@ DEFAULT = "tuss-medium"
 
 
 class ListCommand(TyperCommand):
-    """Lets `--prompts` and `--only` take all words up to the next option."""
+    """A command whose options `--prompts` and `--only` take all words up to the next option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, repeated(args))
 
 
 def repeated(args: Sequence[str]) -> list[str]:
-    """Each value of a list option with the option before it: `--prompts a b` becomes `--prompts a --prompts b`."""
+    """Repeat a list option before each of its values: `--prompts a b` becomes `--prompts a --prompts b`."""
     out: list[str] = []
     option, first = "", False
     for position, word in enumerate(args):
@@ -46,13 +70,8 @@ def repeated(args: Sequence[str]) -> list[str]:
     return out
 
 
-@takes(Common)
 def separate(
-    common: Common,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt; or - for stdin."),
-    ] = None,
+    inputs: InputsArgument = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,13 +107,37 @@ def separate(
         bool,
         typer.Option("--consistent", rich_help_panel=OUTPUT, help="Add the rest to the parts, so that they add up."),
     ] = False,
+    recursive: RecursiveOption = False,
+    start: StartOption = None,
+    end: EndOption = None,
+    lenient: LenientOption = False,
+    stream: StreamOption = None,
+    out: OutOption = None,
+    filename: FilenameOption = None,
+    format: FormatOption = "wav",  # noqa: A002
+    subtype: SubtypeOption = None,
+    clip: ClipOption = "warn",
+    plot: PlotOption = False,
+    overwrite: OverwriteOption = False,
+    skip_existing: SkipExistingOption = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    _model_dir: ModelDirOption = None,
+    threads: ThreadsOption = None,
+    batch_size: BatchSizeOption = 0,
+    jobs: JobsOption = 2,
+    json: JsonOption = False,
+    progress: ProgressOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.
 
     The prompts should name all that is in the recording, not only what is wanted: see --only.
     """
+    given = locals()
     from clapsep_cli.files import is_there
-    from clapsep_cli.jobs.outputs import Destination
     from clapsep_cli.query import Query
 
     if bool(prompts) == bool(task):
@@ -110,19 +153,18 @@ def separate(
         raise UsageError(f"--only {min(unknown)}: is not among what is separated ({', '.join(named)})")
     chosen = [part for part, name in named.items() if {part, name} & set(only or ())]
     targets = {part: Query(pos=name) for part, name in named.items()}
-    asked = [(item, targets) for item in find(inputs or [], common)]
-    destination = Destination(only=chosen, residual=residual)
+    asked = [(item, targets) for item in find(inputs or [], recursive, out)]
     try:
-        carry_out(asked, replace(common, model=common.model or DEFAULT), destination, None, consistent=consistent)
+        carry_out(asked, options_of({**given, "only": chosen}), setup_of({**given, "model": model or DEFAULT}))
     except DownloadError as error:
-        if common.model:
+        if model:
             raise
         instead = f"without a network, --model {BUNDLED} takes any words: --prompts {' '.join(names)}"
         raise DownloadError(f"{error}; {instead}") from error
 
 
 def parts(names: Sequence[str]) -> dict[str, str]:
-    """What the parts of a list of prompts are called: `speech`, `speech-2`, each with its prompt.
+    """Name the part of each prompt: `speech`, `speech-2`. Returns the prompts by name.
 
     Raises `UsageError` for a name that another part has.
     """

@@ -28,7 +28,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def among(*names: str) -> Callable[[str], list[str]]:
-    """What a shell completes the value of an option to."""
+    """Return the completion of an option that takes one of `names`."""
 
     def matches(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -36,64 +36,58 @@ def among(*names: str) -> Callable[[str], list[str]]:
     return matches
 
 
-def model_option(panel: str | None = None) -> Any:
-    """`--model`, in a panel of --help."""
-    return typer.Option(
-        "--model",
-        metavar="NAME|PATH",
-        envvar="CLAPSEP_MODEL",
-        autocompletion=among(*MODELS),
-        rich_help_panel=panel,
-        help="A model by name or folder; by default the best available.",
-    )
-
-
-def device_option(panel: str | None = None) -> Any:
-    """`--device`, likewise."""
-    return typer.Option(
-        "--device",
-        "-d",
-        metavar="NAME",
-        envvar="CLAPSEP_DEVICE",
-        autocompletion=among(*DEVICES),
-        rich_help_panel=panel,
-        help="auto, cpu, cuda, cuda:N or mps.",
-    )
-
-
-def silence(quiet: bool) -> bool:
-    """Drop the library's warnings from now on if `quiet`."""
+def _silence(quiet: bool) -> bool:
+    """Ignore the library's warnings from now on if `quiet`."""
     if quiet:
         warnings.simplefilter("ignore", ClapsepWarning)
     return quiet
 
 
-def quiet_option(panel: str | None = None) -> Any:
-    """`--quiet`, likewise."""
-    return typer.Option("--quiet", "-q", callback=silence, rich_help_panel=panel, help="Print nothing but errors.")
-
-
-ModelOption = Annotated[str | None, model_option()]
-DeviceOption = Annotated[str, device_option()]
-QuietOption = Annotated[bool, quiet_option()]
-
-
-def use_home(folder: Path | None) -> Path | None:
+def _use_home(folder: Path | None) -> Path | None:
     """Keep models in `folder` from now on."""
     if folder is not None:
         os.environ["CLAPSEP_HOME"] = str(folder)
     return folder
 
 
+MODEL, RUN = "Model", "Run"  # panels of --help
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME|PATH",
+        envvar="CLAPSEP_MODEL",
+        autocompletion=among(*MODELS),
+        rich_help_panel=MODEL,
+        help="A model by name or folder; by default the best available.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        "-d",
+        metavar="NAME",
+        envvar="CLAPSEP_DEVICE",
+        autocompletion=among(*DEVICES),
+        rich_help_panel=MODEL,
+        help="auto, cpu, cuda, cuda:N or mps.",
+    ),
+]
 ModelDirOption = Annotated[
     Path | None,
     typer.Option(
         "--model-dir",
         metavar="DIR",
-        callback=use_home,
+        callback=_use_home,
         expose_value=False,
+        rich_help_panel=MODEL,
         help="Folder of the models; like the variable CLAPSEP_HOME.",
     ),
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_silence, rich_help_panel=RUN, help="Print nothing but errors.")
 ]
 
 

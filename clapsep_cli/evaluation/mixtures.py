@@ -1,11 +1,10 @@
-"""Lists of mixtures to evaluate on: reading those released with the paper, and making others by its rule (IV-A2)."""
+"""Lists of mixtures to evaluate on: reads those released with the paper, and makes others by its rule (IV-A2)."""
 
 from __future__ import annotations
 
 import ast
-import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -13,32 +12,60 @@ import numpy as np
 
 from clapsep_cli.audio.sources import SUFFIXES
 from clapsep_cli.data import Clip, read_manifest
-from clapsep_cli.errors import ManifestError, OutputError
-from clapsep_cli.files import replacing
-from clapsep_cli.tables import MAX_FAULTS_SHOWN, check_faults, read_table
+from clapsep_cli.errors import ManifestError
+from clapsep_cli.tables import MAX_FAULTS_SHOWN, check_faults, read_table, write_table
 
 PREFIX = "the sound of"  # before labels, as in the paper (IV-A2)
-Shots = Mapping[str, Sequence[str]]  # files by class, which is a label or a caption, in lower case
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A row of a list of mixtures; files are relative to the audio folder. The first four columns are the paper's."""
+    """A row of a list of mixtures. The first four columns are the paper's.
+
+    Attributes:
+        source_file: recording of the target, relative to the audio folder, as all files.
+        positive_caption: text query for the target.
+        noise_file: recording of the interferer.
+        negative_caption: text query for the interferer.
+        label: class of the target.
+        shot_file: a recording of the same label that is not in the mixture.
+        absent_caption: text query for a sound that is not in the mixture.
+    """
 
     source_file: str
     positive_caption: str
     noise_file: str
     negative_caption: str
     label: str = ""
-    shot_file: str = ""  # a recording of the same label that is not in the mixture
-    absent_caption: str = ""  # something that is not in the mixture
+    shot_file: str = ""
+    absent_caption: str = ""
+
+    @property
+    def files(self) -> list[str]:
+        """The recordings that the row names."""
+        return [file for file in (self.source_file, self.noise_file, self.shot_file) if file]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Mixtures to evaluate on.
+
+    Attributes:
+        rows: the mixtures.
+        folder: the folder of their files.
+        shots: recordings in `folder` to query with, by class: a label or a caption, in lower case.
+    """
+
+    rows: Sequence[Mixture]
+    folder: Path
+    shots: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 NEEDED = [f.name for f in fields(Mixture)][:4]
 
 
 def read_mixtures(path: Path) -> list[Mixture]:
-    """Read a list of mixtures, of which the first four columns are needed. Raises `ManifestError`."""
+    """Read a list of mixtures; the first four columns are required. Raises `ManifestError`."""
     rows, faults = [], []
     for line, row in read_table(path, NEEDED):
         faults += [f"line {line}: no {name}" for name in NEEDED if not row[name]]
@@ -58,7 +85,7 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
     for line, row in read_table(path, ("class", "file")):
         name, cell = row["class"].lower(), row["file"]
         try:
-            # Literals alone: nothing in a cell is ever run.
+            # Literals only: nothing in a cell is executed.
             files = ast.literal_eval(cell) if cell.startswith("[") else [cell]
             if not name or not files or not all(isinstance(file, str) and file for file in files):
                 raise ValueError
@@ -70,48 +97,60 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
     return shots
 
 
-def check_files(
-    rows: Sequence[Mixture], shots: Shots, folder: Path, skip: bool = False
-) -> tuple[list[Mixture], dict[str, list[str]]]:
-    """The mixtures whose recordings are all in `folder`, and the shots that are; without `skip`, all must be.
+def check_files(data: EvaluationSet, skip: bool = False) -> EvaluationSet:
+    """Check that all recordings are there.
 
-    Raises `ManifestError`, which names files that are not there.
+    Args:
+        data: the mixtures and shots to check.
+        skip: drop mixtures and shots whose recordings are missing.
+
+    Returns:
+        The mixtures and shots whose recordings are all there.
+
+    Raises:
+        ManifestError: for missing files without `skip`, and where no mixture is left.
     """
-    named = dict.fromkeys(file for row in rows for file in (row.source_file, row.noise_file, row.shot_file) if file)
-    named |= dict.fromkeys(file for files in shots.values() for file in files)
-    missing = {file: None for file in named if not (folder / file).is_file()}
-    whole = [row for row in rows if not missing.keys() & {row.source_file, row.noise_file, row.shot_file}]
+    named = dict.fromkeys(file for row in data.rows for file in row.files)
+    named |= dict.fromkeys(file for files in data.shots.values() for file in files)
+    missing = {file: None for file in named if not (data.folder / file).is_file()}
+    whole = [row for row in data.rows if not missing.keys() & {*row.files}]
     if (missing and not skip) or not whole:
         shown = ", ".join(list(missing)[:MAX_FAULTS_SHOWN]) + (" …" if len(missing) > MAX_FAULTS_SHOWN else "")
-        hint = "" if skip else "; --skip-missing leaves out what needs them"
-        raise ManifestError(f"{folder}: {len(missing)} of {len(named)} files are not there: {shown}{hint}")
-    return whole, {name: [file for file in files if file not in missing] for name, files in shots.items()}
+        hint = "" if skip else "; --skip-missing skips the mixtures that need them"
+        raise ManifestError(f"{data.folder}: {len(missing)} of {len(named)} files are missing: {shown}{hint}")
+    shots = {name: [file for file in files if file not in missing] for name, files in data.shots.items()}
+    return EvaluationSet(whole, data.folder, shots)
 
 
 def labelled_clips(source: Path, split: str | None = None, prefix: str = PREFIX) -> tuple[list[Clip], Path]:
-    """The clips of a manifest, or of a folder with a sub-folder for each label, and the folder their files are in.
+    """List labelled clips.
 
-    In a folder, the caption is `prefix` and the label; a manifest has captions of its own. `split`: take those of one
-    split alone. Raises `ManifestError`.
+    Args:
+        source: a manifest, or a folder with a sub-folder for each label.
+        split: take only clips of this split of the manifest.
+        prefix: text before a label, which makes its caption; a manifest has captions of its own.
+
+    Returns:
+        The clips, and the folder their files are in.
+
+    Raises:
+        ManifestError: for a manifest that cannot be used, and where there are no clips.
     """
-    if source.is_dir():
-        if split is not None:
-            raise ManifestError(f"{source}: a folder has no splits; use --split with a manifest")
-        files = sorted(p for p in source.glob("*/**/*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        labels = [file.relative_to(source).parts[0] for file in files]
-        clips = [
-            Clip(file, label, (f"{prefix} {label.replace('_', ' ')}".strip(),), "")
-            for file, label in zip(files, labels, strict=True)
-        ]
-        if not clips:
-            raise ManifestError(f"{source}: no recordings in sub-folders; each is a label: {source}/dog/1.wav")
-        return clips, source
-    clips = read_manifest(source)
-    chosen = [clip for clip in clips if split in (None, clip.split)]
-    if not chosen:
+    if not source.is_dir():
+        clips = read_manifest(source)
+        if chosen := [clip for clip in clips if split in (None, clip.split)]:
+            return chosen, source.parent
         splits = ", ".join(sorted({clip.split for clip in clips}))
         raise ManifestError(f"{source}: no clips of the split {split!r}; there are: {splits}")
-    return chosen, source.parent
+    if split is not None:
+        raise ManifestError(f"{source}: a folder has no splits; use --split with a manifest")
+    clips = []
+    for file in sorted(p for p in source.glob("*/**/*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        label = file.relative_to(source).parts[0]
+        clips.append(Clip(file, label, (f"{prefix} {label.replace('_', ' ')}".strip(),), ""))
+    if not clips:
+        raise ManifestError(f"{source}: no recordings in sub-folders; each is a label: {source}/dog/1.wav")
+    return clips, source
 
 
 def _by_label(clips: Iterable[Clip]) -> dict[str, list[Clip]]:
@@ -122,7 +161,16 @@ def _by_label(clips: Iterable[Clip]) -> dict[str, list[Clip]]:
 
 
 def set_aside(clips: Sequence[Clip], count: int, seed: int) -> tuple[list[Clip], dict[str, list[Clip]]]:
-    """Draw `count` clips of each label as shots; a label keeps one clip at least. Returns the others, and the shots."""
+    """Draw `count` clips of each label as shots; a label keeps at least one clip.
+
+    Args:
+        clips: all clips.
+        count: shots of a label.
+        seed: of the draw.
+
+    Returns:
+        The other clips, and the shots by label.
+    """
     rng = np.random.default_rng((seed, 1))
     groups = _by_label(clips)
     shots = {}
@@ -141,12 +189,21 @@ def make_mixtures(
     per_clip: int = 1,
     shots: Mapping[str, Sequence[Clip]] | None = None,
 ) -> list[Mixture]:
-    """Let each clip (at most `per_label` of a label) be the target of `per_clip` mixtures, each with one interferer.
+    """Mix each clip with interferers of other labels, drawn evenly.
 
-    Interferers are of other labels, drawn evenly, with which the target's shares no caption (such labels are one
-    sound); those of one target differ. Each mixture has one shot, of `shots` if they are given or else another clip of
-    the label, and the caption of something absent, where there are such. Raises `ManifestError` where a label has
-    nothing to be mixed with.
+    Labels that share a caption are one sound and never mixed. Each mixture also names one shot, and the caption of a
+    sound that is not in it, where there are any.
+
+    Args:
+        clips: the targets and interferers.
+        root: folder that files are relative to.
+        seed: of all draws.
+        per_label: at most so many targets of a label; all by default.
+        per_clip: mixtures of each target, with different interferers.
+        shots: clips to take the shot from, by label; by default another clip of the label.
+
+    Raises:
+        ManifestError: where a label has nothing to be mixed with.
     """
     rng = np.random.default_rng(seed)
     groups = _by_label(clips)
@@ -184,31 +241,29 @@ def make_mixtures(
 
 
 def file_name(clip: Clip, root: Path) -> str:
-    """How a list names a clip: relative to `root` where it lies below it, with slashes on every system."""
+    """Name a clip in a list: relative to `root` if it is below it, with slashes on every system."""
     return (clip.path.relative_to(root) if clip.path.is_relative_to(root) else clip.path.absolute()).as_posix()
 
 
 def write_mixtures(path: Path, rows: Sequence[Mixture]) -> None:
     """Write a list of mixtures. Raises `OutputError`."""
-    _write(path, [f.name for f in fields(Mixture)], (asdict(row).values() for row in rows))
+    write_table(path, [f.name for f in fields(Mixture)], (astuple(row) for row in rows))
 
 
 def write_shots(path: Path, shots: Mapping[str, Sequence[Clip]], clips: Iterable[Clip], root: Path) -> None:
-    """Write the shots of the labels of `clips` by their captions, as the released lists do: a mixture names no label
-    of its interferer. Labels that share a caption share their shots. Raises `OutputError`."""
+    """Write shots by caption, as the released lists do: a mixture has no label for its interferer.
+
+    Args:
+        path: the CSV.
+        shots: clips by label. Labels that share a caption share their shots.
+        clips: all clips, which have the captions of the labels.
+        root: folder that files are relative to.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
     by_caption: dict[str, dict[str, None]] = {}
     for clip in clips:
         files = dict.fromkeys(file_name(shot, root) for shot in shots.get(clip.label, ()))
         by_caption.setdefault(clip.captions[0], {}).update(files)
-    _write(path, ["class", "file"], ([caption, str(list(files))] for caption, files in by_caption.items() if files))
-
-
-def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(rows)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_table(path, ["class", "file"], ([name, str(list(files))] for name, files in by_caption.items() if files))

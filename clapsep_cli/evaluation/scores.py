@@ -1,11 +1,12 @@
-"""Scores of an evaluation: what they add up to, and a file that a run that was killed goes on with."""
+"""Scores of an evaluation: their statistics, and a CSV from which a stopped run continues."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -15,13 +16,13 @@ from clapsep_cli.errors import OutputError
 from clapsep_cli.evaluation.mixtures import Mixture
 
 DECIMALS = 4  # of a figure in dB; rounded at once, so that a resumed table is that of a run in one go
-METRICS = ("sdri", "si_sdri", "bss_sdri")
+METRICS = {"sdri": "SDRi", "si_sdri": "SI-SDRi", "bss_sdri": "BSS-eval SDRi"}  # columns, and their titles
 SHOT, ABSENT = "shot", "absent"  # kinds of query that have columns of their own in a list of mixtures
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one mixture and one kind of query, in dB. `level`: of the output relative to the mixture."""
+    """Scores of one mixture under one kind of query, in dB. `level` is that of the output relative to the mixture."""
 
     mixture: Mixture
     query: str
@@ -32,11 +33,16 @@ class Score:
 
 
 def summary(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
-    """By kind of query: how many mixtures; mean, standard deviation and median of each metric; median output level."""
+    """Summarise scores by kind of query: number of `mixtures`, `level_median`, and by metric `METRIC`, the mean, with
+    `METRIC_std` and `METRIC_median`; all in dB."""
+    return {query: _figures(chosen) for query, chosen in _grouped(scores, lambda s: s.query).items()}
+
+
+def _grouped(scores: Iterable[Score], key: Callable[[Score], str]) -> dict[str, list[Score]]:
     groups: dict[str, list[Score]] = {}
     for s in scores:
-        groups.setdefault(s.query, []).append(s)
-    return {query: _figures(chosen) for query, chosen in groups.items()}
+        groups.setdefault(key(s), []).append(s)
+    return groups
 
 
 def _figures(scores: Sequence[Score]) -> dict[str, float]:
@@ -51,23 +57,20 @@ def _figures(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def by_label(scores: Iterable[Score], query: str) -> dict[str, dict[str, float]]:
-    """The summary of each label (of each caption, where there are no labels) under one kind of query, best first."""
-    groups: dict[str, list[Score]] = {}
-    for s in scores:
-        if s.query == query:
-            groups.setdefault(s.mixture.label or s.mixture.positive_caption, []).append(s)
+    """Summarise the scores of one kind of query by label (by caption where there is none), best SI-SDRi first."""
+    groups = _grouped((s for s in scores if s.query == query), lambda s: s.mixture.label or s.mixture.positive_caption)
     figures = {label: _figures(chosen) for label, chosen in groups.items()}
     return dict(sorted(figures.items(), key=lambda item: -item[1]["si_sdri"]))
 
 
 def presence(scores: Iterable[Score]) -> dict[str, float]:
-    """How well the output's level tells what is in a mixture from what is not: its medians in dB under a positive and
-    under an absent text, and the area under the ROC curve (0.5 is chance). Empty without such scores."""
-    levels: dict[str, list[float]] = {"positive": [], ABSENT: []}
-    for s in scores:
-        if s.query in levels:
-            levels[s.query].append(s.level)
-    present, absent = (np.sort(values) for values in levels.values())
+    """Measure how well the output's level tells what is in a mixture from what is not.
+
+    Returns the median levels in dB under a positive and under an absent text, and the area under the ROC curve (chance
+    is 0.5); empty without scores of both.
+    """
+    groups = _grouped(scores, lambda s: s.query)
+    present, absent = (np.sort([s.level for s in groups.get(query, ())]) for query in ("positive", ABSENT))
     if not len(present) or not len(absent):
         return {}
     below = np.searchsorted(absent, present, "left") + np.searchsorted(absent, present, "right")
@@ -82,16 +85,26 @@ COLUMNS = ("row", "source_file", "noise_file", "label", "query", *METRICS, "leve
 
 
 class ScoreFile:
-    """A CSV of scores, one a line, headed by a line with the settings of the run (`# {…}`).
+    """A CSV with a line for each score, after a line with the settings of the run (`# {…}`).
 
-    While it grows it is called `PATH.partial`; `finish` gives it its name. `scores` are those that it holds, by
-    mixture; what a run that was killed left of its last mixture is cut off.
+    It grows as `PATH.partial`, and `finish` renames it. `scores` holds what is in the file, by mixture; what a
+    killed run left of an incomplete mixture is removed.
     """
 
     def __init__(
         self, path: Path, settings: Mapping[str, object], rows: Sequence[Mixture], kinds: Sequence[Sequence[str]]
     ) -> None:
-        """`kinds`: of query, in their order, for each of `rows`. Raises `OutputError` for a file of another run."""
+        """Open the file, or begin it.
+
+        Args:
+            path: the CSV.
+            settings: all that the scores depend on.
+            rows: the mixtures.
+            kinds: the kinds of query of each mixture, in order.
+
+        Raises:
+            OutputError: for a file of another run, and for a damaged one.
+        """
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         stated = json.dumps(settings, ensure_ascii=False)
         self._settings, self._head = json.loads(stated), f"# {stated}\n{','.join(COLUMNS)}\n"
@@ -109,23 +122,25 @@ class ScoreFile:
             self._file.flush()
 
     def _read(self, path: Path, rows: Sequence[Mixture], kinds: Sequence[Sequence[str]]) -> int:
-        """Fill `scores` from a file; returns how many of its bytes are whole."""
+        """Fill `scores` from a file. Returns how many of its bytes hold whole mixtures."""
         text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
         if not text.startswith(self._head):
             if self._head.startswith(text):
                 return 0
             raise OutputError(f"{path}: holds scores of {self._difference(text)}; delete it, or use another --out")
-        lines = text.removeprefix(self._head).split("\n")[:-1]  # the last has no end: it is empty, or a part of one
-        at = 0
-        for i, (row, names) in enumerate(zip(rows, kinds, strict=True)):
-            own = lines[at : at + len(names)]
-            scores = [self._parse(line, i, row, name) for line, name in zip(own, names, strict=False)]
-            whole = [s for s in scores if s]
-            if len(whole) < len(names):
+        lines = iter(text.removeprefix(self._head).split("\n")[:-1])  # what follows the last line end is empty or cut
+        kept = self._head
+        for number, (row, queries) in enumerate(zip(rows, kinds, strict=True), 1):
+            own = list(islice(lines, len(queries)))
+            try:
+                scores = [_parse(line, number, row) for line in own]
+            except (ValueError, csv.Error):
                 break
-            self.scores.append(whole)
-            at += len(names)
-        return len((self._head + "".join(f"{line}\n" for line in lines[:at])).encode())
+            if [s.query for s in scores] != list(queries):
+                break
+            self.scores.append(scores)
+            kept += "".join(f"{line}\n" for line in own)
+        return len(kept.encode())
 
     def _difference(self, text: str) -> str:
         try:
@@ -135,19 +150,8 @@ class ScoreFile:
             return "something else"
         return f"a run with other settings ({', '.join(other)})" if other else "another version"
 
-    @staticmethod
-    def _parse(line: str, index: int, row: Mixture, query: str) -> Score | None:
-        try:
-            cells = dict(zip(COLUMNS, next(csv.reader([line])), strict=True))
-            if (cells["row"], cells["query"]) != (str(index + 1), query):
-                return None
-            bss = float(cells["bss_sdri"]) if cells["bss_sdri"] else None
-            return Score(row, query, float(cells["sdri"]), float(cells["si_sdri"]), bss, float(cells["level"]))
-        except (ValueError, StopIteration, csv.Error):
-            return None
-
     def append(self, scores: Sequence[Score]) -> None:
-        """Add the scores of the next mixture; a process that is killed later does not lose them."""
+        """Write the scores of the next mixture at once: a process that is killed later does not lose them."""
         assert self._file is not None, "a finished file takes no more scores"
         writer = csv.writer(self._file, lineterminator="\n")
         self.scores.append(list(scores))
@@ -158,7 +162,7 @@ class ScoreFile:
         self._file.flush()
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Close the file and give it its final name."""
         if self._file is not None:
             self._file.close()
             self.partial.replace(self.path)
@@ -169,3 +173,12 @@ class ScoreFile:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _parse(line: str, number: int, row: Mixture) -> Score:
+    """Read the scores of mixture `number` from a line. Raises `ValueError` and `csv.Error` for any other line."""
+    (cells,) = csv.reader([line])
+    index, *_, query, sdri, si_sdri, bss_sdri, level = cells
+    if index != str(number) or len(cells) != len(COLUMNS):
+        raise ValueError
+    return Score(row, query, float(sdri), float(si_sdri), float(bss_sdri) if bss_sdri else None, float(level))

@@ -63,6 +63,7 @@ class Family(Generic[Config, Network, Wanted]):
         likeness: takes a model, what it is asked for, the number of a stem, and a recording (float32 `[samples]`) with
             its rate in Hz; returns how alike the two are, a cosine, or None where that cannot be told.
         mutual: whether targets become negative queries of one another, unless the user forbids it.
+        refine: whether it separates in two passes (`models.refined`) unless told otherwise.
         near_in_bfloat16: whether bfloat16 is within 40 dB or more of float32, so that it is used unasked.
     """
 
@@ -75,6 +76,7 @@ class Family(Generic[Config, Network, Wanted]):
     doubts: Callable[[Askable[Config], Sequence[Query]], list[str]] | None = None
     likeness: Callable[[Askable[Config], Wanted, int, Audio, int], float | None] | None = None
     mutual: bool = True
+    refine: bool = False
     near_in_bfloat16: bool = False
 
 

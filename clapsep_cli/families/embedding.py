@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,55 @@ from clapsep_cli.families.base import Askable
 from clapsep_cli.models.base import Conditions, MaskSeparator, condition
 from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.stitch.masking import MaskedRecording
+
+TEXTS_AT_ONCE = 32
+
+
+class Embedder:
+    """Embeds texts and recordings with a model, each once, and makes conditions from them."""
+
+    def __init__(self, model: Askable[object], silence: bool = False) -> None:
+        """`silence`: accept silent recordings, rather than raise `AudioError`."""
+        self.model, self.silence = model, silence
+        self.words: dict[str, Tensor] = {}
+        self.sounds: dict[Hashable, list[Tensor]] = {}
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Iterable[str]) -> None:
+        """Embed `texts`, many at a time. Raises `QueryError` for one that the model does not understand."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.words]
+        for at in range(0, len(new), TEXTS_AT_ONCE):
+            batch = new[at : at + TEXTS_AT_ONCE]
+            self.words.update(zip(batch, self.model.text.embed(batch), strict=True))
+
+    @torch.inference_mode()
+    def condition(self, query: Query) -> Tensor:
+        """Make the condition for a query, float32 `[1, 2 · dim]`.
+
+        Raises:
+            AudioError: for a recording that cannot be read or is silent.
+            QueryError: for a text that the model does not understand.
+        """
+        self.embed_texts((*query.pos, *query.neg))
+        sides = ((query.pos, query.pos_audio), (query.neg, query.neg_audio))
+        return condition(*(self._side(texts, shots, query.alpha) for texts, shots in sides))
+
+    def _side(self, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
+        """Embed one side of a query, `[1, dim]` (paper, Eq. 3)."""
+        for shot in shots:
+            if _key(shot) not in self.sounds:
+                self.sounds[_key(shot)] = [_embed_shot(self.model, file, self.silence) for file in _files(shot)]
+        sounds = [embedding for shot in shots for embedding in self.sounds[_key(shot)]]
+        # Means of unit vectors, not scaled to length 1 again: the released weights were trained so.
+        means = [
+            torch.stack(given).mean(0, keepdim=True)
+            for given in ([self.words[text] for text in texts], sounds)
+            if given
+        ]
+        if len(means) < 2:
+            return means[0] if means else None
+        text, audio = means
+        return alpha * audio + (1 - alpha) * text
 
 
 @torch.inference_mode()
@@ -34,24 +83,12 @@ def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[
         AudioError: for a recording that cannot be read or is silent.
         QueryError: for a text that the model cannot understand, or that is on both sides.
     """
-    texts = list(dict.fromkeys(text for query in queries for text in (*query.pos, *query.neg)))
-    shots = {_key(shot): shot for query in queries for shot in (*query.pos_audio, *query.neg_audio)}
-    words = dict(zip(texts, model.text.embed(texts), strict=True)) if texts else {}
-    sounds = {key: [_embed_shot(model, file) for file in _files(shot)] for key, shot in shots.items()}
-
-    def side(texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
-        return joined([words[text] for text in texts], [row for shot in shots for row in sounds[_key(shot)]], alpha)
-
-    rows = []
     for query in queries:
         if both := set(query.pos) & set(query.neg):
             raise QueryError(f"{both.pop()!r} is asked for and left out at the same time")
-        positive, negative = (
-            side(query.pos, query.pos_audio, query.alpha),
-            side(query.neg, query.neg_audio, query.alpha),
-        )
-        rows.append(condition(positive, negative))
-    return Conditions(torch.cat(rows), tuple(kept))
+    embedder = Embedder(model)
+    embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
+    return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
 
 
 def stream(
@@ -80,30 +117,11 @@ def unknown_words(model: Askable[object], queries: Sequence[Query]) -> list[str]
     return lines
 
 
-def joined(texts: Sequence[Tensor], shots: Sequence[Tensor], alpha: float) -> Tensor | None:
-    """Join the embeddings of one side of a query (paper, Eq. 3).
-
-    Args:
-        texts: embeddings of its texts, `[dim]` each.
-        shots: embeddings of its recordings, likewise.
-        alpha: weight of the recordings where there are both, 0 to 1.
-
-    Returns:
-        `[1, dim]`; None for a side that is empty.
-    """
-    # Means of unit vectors, not scaled to length 1 again: so were the released weights trained.
-    means = [torch.stack(list(given)).mean(0, keepdim=True) for given in (texts, shots) if given]
-    if len(means) < 2:
-        return means[0] if means else None
-    text, audio = means
-    return alpha * audio + (1 - alpha) * text
-
-
 def _files(shot: Shot) -> Sequence[Shot]:
     return recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
 
 
-def _embed_shot(model: Askable[object], shot: Shot) -> Tensor:
+def _embed_shot(model: Askable[object], shot: Shot, silence: bool) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, tuple):
         name = "a recording given as a query"
@@ -114,7 +132,7 @@ def _embed_shot(model: Askable[object], shot: Shot) -> Tensor:
         mono = _read_excerpt(shot, rate)
     else:
         name, mono = str(shot), read_mono(Path(shot), rate)
-    if not np.any(mono):
+    if not silence and not np.any(mono):
         raise AudioError(f"{name}: is silent; a query needs a recording of the sound")
     return _embed(model, mono)
 

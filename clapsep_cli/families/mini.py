@@ -13,4 +13,5 @@ FAMILY = Family(
     stream=stream,
     doubts=unknown_words,
     likeness=likeness,
+    refine=True,
 )

@@ -1,9 +1,10 @@
-"""The recordings that arguments name: files, folders, patterns and lists."""
+"""Finds the recordings that arguments name: files, folders, patterns and lists."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,21 +12,23 @@ from functools import lru_cache
 from pathlib import Path
 
 from clapsep_cli.audio.sources import STDIN, SUFFIXES
-from clapsep_cli.errors import AudioError, ClapsepError, ManifestError
+from clapsep_cli.errors import AudioError, ClapsepError, ClapsepWarning, ManifestError
 from clapsep_cli.files import is_there, path_in
 from clapsep_cli.query import RESIDUAL, TARGET
 from clapsep_cli.tables import check_faults, decoded
 
 MAGIC = re.compile(r"[*?\[]")
 
-Say = Callable[[str], None]  # is told, in a line, what was left out
-
 
 @dataclass(frozen=True)
 class Input:
-    """A recording to work on. `below` is its place in the tree that was named, which outputs mirror: relative to the
-    folder, to the fixed part of the pattern, or to the manifest's folder; for a file that was named itself, its name.
-    `fault`: why it cannot be used, if that is known already.
+    """A recording to process.
+
+    Args:
+        path: of its file; `-` for standard input.
+        below: its path relative to the argument that named it (a folder, the fixed part of a pattern, the folder of a
+            manifest), which outputs mirror; for a file that was named itself, its name.
+        fault: the reason why it cannot be used, if that is known already.
     """
 
     path: Path
@@ -33,33 +36,32 @@ class Input:
     fault: ClapsepError | None = None
 
 
-def _never(path: Path) -> bool:
-    return False
-
-
-def _nothing(line: str) -> None:
-    pass
-
-
 def expand(
     arguments: Sequence[str],
     recursive: bool = False,
     out: Path | None = None,
-    written: Callable[[Path], bool] = _never,
-    say: Say = _nothing,
+    written: Callable[[Path], bool] = lambda path: False,
 ) -> list[Input]:
-    """The recordings that `arguments` name, each once, in the order given; those of a folder in natural order.
+    """Find the recordings that `arguments` name, each once, in the order given; those of a folder in natural order.
 
-    An argument is a file, of whatever suffix; a folder, for the recordings in it, and if `recursive` in all of its tree
-    (links to folders are followed, none is entered twice); a pattern with `*`, `?`, `[…]` or `**`, where no file has
-    that very name; `@list.txt`, a list of such arguments; or `-` alone, for stdin. Hidden files are only taken by name.
+    Outputs that an earlier run wrote for another of these recordings are left out, with a `ClapsepWarning`: files
+    beside it, or in its folder below `out`, that begin with its name and end in `.target` or `.residual`, or that are
+    `written` by us.
 
-    What an earlier run wrote for another of these recordings is left out, and `say` is told: a file beside it, or
-    where its outputs go below `out`, that is named after it and is a `.target` or `.residual`, or that `written` tells
-    to be ours.
+    Args:
+        arguments: each a file, of any suffix; a folder; a pattern with `*`, `?`, `[…]` or `**`, unless a file has that
+            very name; `@list.txt`, a list of such arguments; or `-` alone, for standard input. Hidden files are
+            only found by name.
+        recursive: search folders with all their subfolders. Links are followed, no folder is entered twice.
+        out: the output folder.
+        written: tells whether this program wrote a file.
 
-    A name that leads to nothing is an input with a `fault`, so that the others are done; where there is no other, it is
-    raised. Raises `AudioError` where an argument is empty, and `ManifestError` for a list that cannot be used.
+    Returns:
+        The inputs. A file that does not exist is an input with a `fault`, so that the others are processed.
+
+    Raises:
+        AudioError: an argument is empty, or no input can be used.
+        ManifestError: a list cannot be used.
     """
     if "-" in arguments:
         if len(arguments) > 1:
@@ -70,19 +72,19 @@ def expand(
         if not argument:
             raise AudioError("an input has an empty name; is a variable not set?")
         if argument.startswith("@") and not is_there(Path(argument)):
-            inputs = _listed(Path(argument[1:]), recursive, say)
+            inputs = _listed(Path(argument[1:]), recursive)
         else:
-            inputs = _tried(argument, Path(), recursive, say)
+            inputs = _tried(argument, Path(), recursive)
         for item in inputs:
             found.setdefault(_identity(item), item)
     faults = [item.fault for item in found.values() if item.fault]
     if faults and len(faults) == len(found):
         raise faults[0]
-    return _without_outputs(list(found.values()), out, written, say)
+    return _without_outputs(list(found.values()), out, written)
 
 
 def folded(name: str) -> str:
-    """`name` as file systems that ignore case and Unicode composition compare it.
+    """Return `name` as file systems that ignore case and Unicode composition compare it.
 
     Letter by letter, so that names stay different where such systems keep them apart: `ß` and `ss`, `ı` and `i`.
     """
@@ -91,7 +93,7 @@ def folded(name: str) -> str:
 
 
 def natural(path: Path) -> list[tuple[list[str | int], str]]:
-    """A key that sorts paths as people count: `take 2` before `take 10`."""
+    """Return a key that sorts paths by their numbers: `take 2` before `take 10`."""
     pieces = ((part, re.split(r"([0-9]+)", folded(part))) for part in path.parts)
     # Digits are at every other place of what `split` returns, so text is never compared with a number.
     return [([int(p) if at % 2 else p for at, p in enumerate(split)], part) for part, split in pieces]
@@ -105,9 +107,9 @@ def _identity(item: Input) -> tuple[int, int, str]:
     return status.st_dev, status.st_ino, folded(str(item.path.resolve()))
 
 
-def _tried(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:
+def _tried(argument: str, folder: Path, recursive: bool) -> list[Input]:
     try:
-        return _named(argument, folder, recursive, say)
+        return _named(argument, folder, recursive)
     except AudioError as error:
         return [_faulty(argument, error)]
 
@@ -116,7 +118,7 @@ def _faulty(argument: str, fault: AudioError) -> Input:
     return Input(Path(argument), Path(Path(argument).name), fault)
 
 
-def _named(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:
+def _named(argument: str, folder: Path, recursive: bool) -> list[Input]:
     path = path_in(folder, argument)
     try:
         path.stat()
@@ -126,7 +128,7 @@ def _named(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input
         reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
         raise AudioError(f"{path}: {reason}") from error
     if path.is_dir():
-        return _in_folder(path, recursive, say)
+        return _in_folder(path, recursive)
     return [Input(path.absolute() if path == STDIN else path, Path(path.name))]  # a file may be called "-"
 
 
@@ -156,7 +158,7 @@ def _missing(path: Path) -> AudioError | None:
     return None if is_there(path) else AudioError(f"{path}: no such file")
 
 
-def _in_folder(root: Path, recursive: bool, say: Say) -> list[Input]:
+def _in_folder(root: Path, recursive: bool) -> list[Input]:
     found: list[Path] = []
     subfolders = False
     waiting, entered = deque([root]), set()
@@ -174,7 +176,7 @@ def _in_folder(root: Path, recursive: bool, say: Say) -> list[Input]:
             fault = f"{folder}: this folder cannot be listed ({error.strerror or error})"
             if folder == root:
                 raise AudioError(fault) from error
-            say(f"{fault} and is left out")
+            warnings.warn(f"{fault} and is left out", ClapsepWarning, stacklevel=2)
             continue
         subfolders = subfolders or bool(folders)
         if recursive:  # links last: a recording is mirrored where it really lies
@@ -187,7 +189,7 @@ def _in_folder(root: Path, recursive: bool, say: Say) -> list[Input]:
     return [Input(root / below, below) for below in sorted((path.relative_to(root) for path in found), key=natural)]
 
 
-def _listed(path: Path, recursive: bool, say: Say) -> list[Input]:
+def _listed(path: Path, recursive: bool) -> list[Input]:
     """What a list names: an argument a line, `#` before comments. Names are relative to the list's folder or, where
     they lead to nothing there, to the current one."""
     found: list[Input] = []
@@ -196,7 +198,7 @@ def _listed(path: Path, recursive: bool, say: Say) -> list[Input]:
         if not argument or argument.startswith("#"):
             continue
         try:
-            found += _named_in_list(argument, path.parent, recursive, say)
+            found += _named_in_list(argument, path.parent, recursive)
         except AudioError as error:
             found.append(_faulty(argument, AudioError(f"{path}: line {number}: {error}")))
     if not found:
@@ -207,12 +209,12 @@ def _listed(path: Path, recursive: bool, say: Say) -> list[Input]:
     return found
 
 
-def _named_in_list(argument: str, folder: Path, recursive: bool, say: Say) -> list[Input]:
+def _named_in_list(argument: str, folder: Path, recursive: bool) -> list[Input]:
     try:
-        return _named(argument, folder, recursive, say)
+        return _named(argument, folder, recursive)
     except AudioError as beside:
         try:
-            return _named(argument, Path(), recursive, say)
+            return _named(argument, Path(), recursive)
         except AudioError:
             raise beside from None
 
@@ -226,9 +228,7 @@ def _read_text(path: Path) -> str:
         raise ManifestError(f"{path}: this list is not UTF-8") from error
 
 
-def _without_outputs(
-    inputs: Sequence[Input], out: Path | None, written: Callable[[Path], bool], say: Say
-) -> list[Input]:
+def _without_outputs(inputs: Sequence[Input], out: Path | None, written: Callable[[Path], bool]) -> list[Input]:
     resolved = lru_cache(maxsize=None)(Path.resolve)
     stems: dict[Path, set[str]] = defaultdict(set)  # of the recordings whose outputs would be in a folder
     for item in inputs:
@@ -250,5 +250,6 @@ def _without_outputs(
     left = {item: None for item in inputs if not item.fault and is_output(item.path)}  # a set that keeps its order
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        say(f"left out, as outputs of other inputs: {next(iter(left)).path}{more}")
+        line = f"left out, as outputs of other inputs: {next(iter(left)).path}{more}"
+        warnings.warn(line, ClapsepWarning, stacklevel=3)
     return [item for item in inputs if item not in left]

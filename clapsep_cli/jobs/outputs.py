@@ -1,4 +1,4 @@
-"""Where the parts of a recording are written, under which names, and whether they are there already."""
+"""Paths of the parts of a recording, and checks that they can be written."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
 from clapsep_cli.audio.sources import STDIN
-from clapsep_cli.audio.writers import STDOUT
 from clapsep_cli.errors import OutputError, UsageError
 from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import Input, folded
-from clapsep_cli.query import RESIDUAL
 
 MARKS = "_clapsep"  # the folder below the outputs for markers of recordings without outputs
 TEMPLATE = "{stem}.{part}.{ext}"
@@ -33,36 +30,10 @@ JOINERS = "\u200c\u200d"  # which some scripts and many emoji are written with
 Paths = Mapping[str, Path]  # of the outputs of one input, by part
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where outputs go, and which parts of a recording become one.
-
-    `folder`: None for beside each recording, `-` for stdout. `filename` is the `template` of `output_paths`. `only`
-    names the targets that are written; all if it is empty. `residual` adds what they leave of the mixture (None: unless
-    the output is stdout, which takes one part); with `remove` nothing else is written. `plot` adds a picture of each
-    recording.
-    """
-
-    folder: Path | None = None
-    filename: str = TEMPLATE
-    only: Sequence[str] = ()
-    residual: bool | None = None
-    remove: bool = False
-    plot: bool = False
-
-    def parts(self, targets: Sequence[str]) -> list[str]:
-        """The parts that are written of a recording with these targets."""
-        if self.remove:
-            return [RESIDUAL]
-        chosen = [name for name in targets if not self.only or name in self.only]
-        wanted = self.folder != STDOUT if self.residual is None else self.residual
-        return [*chosen, *([RESIDUAL] if wanted else [])]
-
-
 def safe_name(text: str, limit: int = QUERY_BYTES) -> str:
-    """`text` as (a part of) a file name on any system: at most `limit` bytes, never empty; letters of all scripts stay.
+    """Return `text` as (a part of) a file name that any system takes, of 1 to `limit` bytes.
 
-    Different texts may give one name, unless they are long: then a hash tells them apart.
+    Letters of all scripts stay. Short texts may share a name; long ones are told apart by a hash.
     """
     letters = (letter if _is_safe(letter) else " " for letter in unicodedata.normalize("NFC", text))
     name = "_".join("".join(letters).split()).lstrip(".-_~").rstrip("._") or "_"
@@ -79,7 +50,7 @@ def _bytes(name: str) -> bytes:
 
 
 def shortened(name: str, limit: int) -> str:
-    """`name` in at most `limit` bytes; a longer one keeps its beginning, and a hash stands for the rest."""
+    """Return `name` in at most `limit` bytes; of a longer one its beginning, and a hash for the rest."""
     encoded = _bytes(name)
     if len(encoded) <= limit:
         return name
@@ -90,26 +61,31 @@ def shortened(name: str, limit: int) -> str:
 def output_paths(
     item: Input,
     parts: Sequence[str],
-    folder: Path | None,
-    template: str = TEMPLATE,
+    out: Path | None,
+    filename: str = TEMPLATE,
     extension: str = "wav",
     query: str = "",
 ) -> dict[str, Path]:
-    """Where the `parts` of `item` go: beside it, or in `folder` at its place in the tree.
+    """Return the path of each part of `item`.
 
-    `template` may use `{stem}` or `{name}` (the input's name without or with its suffix) and `{ext}`, `{part}` (which
-    it must where there are several) and `{query}`, and lead into folders below with `/`. Names longer than file systems
-    take keep their beginning, and a hash of the rest. Raises `UsageError` for a template that cannot be used or leads
-    out of the folder.
+    Args:
+        item: the recording.
+        parts: their names.
+        out: output folder, in which outputs mirror the tree of inputs; None for the folder of the recording.
+        filename: template with `{stem}` or `{name}` (the recording's name without or with its suffix), `{ext}`,
+            `{part}` (needed for several parts), `{query}`, and `/` for folders. Names that are too long for file
+            systems keep their beginning, and a hash of the rest.
+        extension: the value of `{ext}`.
+        query: the value of `{query}`.
+
+    Raises:
+        UsageError: the template cannot be used, or leads out of the folder.
     """
-    template = template.replace("\\", "/")
+    template = filename.replace("\\", "/")
     _check_template(template, parts)
-    parent = item.path.parent if folder is None else folder / item.below.parent
-    paths = {}
-    for part in parts:
-        values = {"part": part, "ext": extension, "query": safe_name(query)}
-        paths[part] = parent / _filled(template, item.below, values)
-    return paths
+    parent = item.path.parent if out is None else out / item.below.parent
+    values = {"ext": extension, "query": safe_name(query)}
+    return {part: parent / _filled(template, item.below, {**values, "part": part}) for part in parts}
 
 
 def _check_template(template: str, parts: Sequence[str]) -> None:
@@ -147,10 +123,16 @@ def _filled(template: str, below: Path, values: Mapping[str, str]) -> Path:
 
 
 def check_outputs(planned: Iterable[tuple[Input, Paths]], overwrite: bool = False, skip: bool = False) -> None:
-    """Raise `OutputError` if two inputs, or two parts of one, would write one file; if an output is one of the inputs
-    or a folder, or cannot have its folder; or if it exists and is neither to be replaced nor to be skipped.
+    """Check that all outputs can be written. Names that differ in case or Unicode composition alone count as the same.
 
-    Names that only differ in case or Unicode composition count as one: elsewhere they are one file.
+    Args:
+        planned: each input with the paths of its outputs.
+        overwrite: existing outputs will be replaced.
+        skip: inputs with existing outputs will be skipped.
+
+    Raises:
+        OutputError: two outputs are one file; an output is an input or a folder, its folder cannot be written, or it
+            exists and neither `overwrite` nor `skip` is set.
     """
     planned, places = list(planned), _Places()
     inputs = [item.path for item, _ in planned if item.path != STDIN]
@@ -182,7 +164,7 @@ def check_outputs(planned: Iterable[tuple[Input, Paths]], overwrite: bool = Fals
 
 
 class _Places(dict[Path, str]):
-    """What a path is told from others by: its folder without links, and its name, both `folded`."""
+    """The identity of each path: its folder without links, and its name, both `folded`."""
 
     def __missing__(self, folder: Path) -> str:
         self[folder] = folded(str(folder.resolve()))

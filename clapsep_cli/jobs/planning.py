@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import get_args
 
 from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.sources import STDIN, recordings
-from clapsep_cli.audio.writers import STDOUT, read_software
+from clapsep_cli.audio.writers import STDOUT, Clipping, read_software
 from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
 from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
-from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, Destination, check_outputs, output_paths
+from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
 from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, read_absent, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
@@ -23,7 +24,8 @@ from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
 
 Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
-NOT_IN_THE_RESULT = {"overwrite", "batch_size", "jobs", "presence", "lenient"}  # of the options
+# The options that change what is written; `mutual` changes the queries instead.
+DECISIVE = ("start", "end", "stream", "format", "subtype", "clip", "consistent", "min_presence")
 
 
 @dataclass(frozen=True)
@@ -44,53 +46,59 @@ class _Typical:
     bits: int | None = 16
 
 
-def lay_out(
-    asked: Requests,
-    options: Options = Options(),
-    destination: Destination = Destination(),
-    skip: bool = False,
-) -> list[Job]:
-    """Make a job for each recording with its targets by name, and check all that needs no model.
+def lay_out(asked: Requests, options: Options = Options()) -> list[Job]:
+    """Make a job for each recording, and check everything that needs no model.
 
-    Raises `UsageError` for options that contradict each other, `AudioError` for a query recording that does not exist,
-    and `OutputError` where two outputs have the same path or one exists and is neither replaced nor skipped.
+    Args:
+        asked: recordings, each with its targets by name.
+        options: how they are read and written.
+
+    Raises:
+        UsageError: options contradict each other or have an unknown value.
+        AudioError: a recording of a query does not exist.
+        OutputError: two outputs have the same path, or one exists and is neither replaced nor skipped.
     """
-    _check(asked, options, destination)
-    if destination.folder == STDOUT:
-        _check_stdout(asked, options, destination, skip)
-    jobs = [_job(item, targets, options, destination, skip) for item, targets in asked]
-    if destination.folder != STDOUT:
-        check_outputs([(job.input, _files(job)) for job in jobs], options.overwrite, skip)
+    _check(asked, options)
+    if options.out == STDOUT:
+        _check_stdout(asked, options)
+    jobs = [_job(item, targets, options) for item, targets in asked]
+    if options.out != STDOUT:
+        files = [(job.input, {**job.outputs, **({"picture": job.picture} if job.picture else {})}) for job in jobs]
+        check_outputs(files, options.overwrite, options.skip_existing)
     return jobs
 
 
-def plan(
-    jobs: Sequence[Job],
-    model: Model,
-    options: Options = Options(),
-    skip: bool = False,
-    mutual: bool = False,
-) -> Todo:
-    """Sort `jobs` into those to run with `model` and those already done; with `skip`, the latter are skipped.
+def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Todo:
+    """Sort `jobs` into those to run and, with `options.skip_existing`, those already done.
 
-    Done is a recording whose outputs were all written for the same targets, model and options. Where it is `mutual`,
-    each of several targets leaves what the others ask for. Raises `UsageError` for what this model cannot do.
+    A recording is done if all its outputs were written for the same targets, model and options.
+
+    Args:
+        jobs: from `lay_out`.
+        model: the model to run them with.
+        options: the same as in `lay_out`.
+
+    Raises:
+        UsageError: this model cannot do what an option asks for.
     """
     for option, given in (("--presence", options.presence), ("--min-presence", options.min_presence is not None)):
         if given and not model.tells_likeness:
             raise UsageError(f"{option}: {model.name} cannot tell how alike sounds are; use another --model")
     # One object for all recordings that share their targets: by that `run` tells what can be done in one go.
-    apart = {id(job.targets): model.apart(job.targets) if mutual else job.targets for job in jobs}
+    apart = {id(job.targets): model.apart(job.targets) for job in jobs}
+    several = [job.targets for job in jobs if len(job.targets) > 1]
+    if options.mutual is not None and several and all(apart[id(targets)] == targets for targets in several):
+        raise UsageError(f"--mutual, --no-mutual: {model.name} never makes targets negative queries; leave it out")
     todo = Todo([], [], [])
     for job in jobs:
         if job.input.fault:
             todo.blocked.append(Failure(job.input.path, job.input.fault))
             continue
-        job = replace(job, targets=apart[id(job.targets)])
+        job = job if options.mutual is False else replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
-        if skip and (done := _as_done(job)) is not None:
+        if options.skip_existing and (done := _as_done(job)) is not None:
             todo.done.append(done)
-        elif options.overwrite or not skip:
+        elif options.overwrite or not options.skip_existing:
             todo.jobs.append(replace(job, overwrite=options.overwrite))
         elif (blocking := _in_the_way(job)) is not None:
             what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
@@ -102,9 +110,11 @@ def plan(
     return todo
 
 
-def _check(asked: Requests, options: Options, destination: Destination) -> None:
+def _check(asked: Requests, options: Options) -> None:
     """Raise `UsageError` for options that contradict each other, `AudioError` for query files that do not exist."""
-    if destination.plot:
+    if options.clip not in get_args(Clipping):
+        raise UsageError(f"there is no --clip {options.clip!r}; there are {', '.join(get_args(Clipping))}")
+    if options.plot:
         check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
@@ -112,7 +122,7 @@ def _check(asked: Requests, options: Options, destination: Destination) -> None:
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
     if options.presence is False and options.min_presence is not None:
         raise UsageError("--min-presence tells the presence: use it without --no-presence")
-    if destination.remove and destination.residual is False:
+    if options.remove and options.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
         choose_encoding(options.format, options.subtype, _Typical())
@@ -124,53 +134,55 @@ def _check(asked: Requests, options: Options, destination: Destination) -> None:
             raise UsageError("--min-presence needs to know what to look for: give a positive query, e.g. --pos")
         if item.path == STDIN and any(query.pos_spans or query.neg_spans for query in targets.values()):
             raise UsageError("a span of the mixture needs a file: standard input can be read only once")
-        for path in (path for query in targets.values() for path in _shots(query)):
+        shots = [shot for query in targets.values() for shot in (*query.pos_audio, *query.neg_audio)]
+        for path in (file for shot in shots if isinstance(shot, str | Path) for file in recordings(Path(shot))):
             if not is_there(path):
                 raise AudioError(f"{path}: no such file")
 
 
-def _check_stdout(asked: Requests, options: Options, destination: Destination, skip: bool) -> None:
+def _check_stdout(asked: Requests, options: Options) -> None:
     if len(asked) > 1:
         raise UsageError(f"-o - writes one recording to standard output, not {len(asked)}; use another -o")
-    parts = destination.parts(list(asked[0][1]))
+    parts = options.parts(list(asked[0][1]))
     if len(parts) > 1:
         raise UsageError(f"-o - writes one part to standard output, not {', '.join(parts)}; use another -o")
     if options.format != "wav":
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
     idle = {
-        "--plot": destination.plot,
-        "--filename": destination.filename != TEMPLATE,
-        "--skip-existing": skip,
+        "--plot": options.plot,
+        "--filename": options.filename is not None,
+        "--skip-existing": options.skip_existing,
         "--overwrite": options.overwrite,
     }
     for option in (option for option, given in idle.items() if given):
         raise UsageError(f"-o - makes no files, so {option} means nothing: leave it out, or use another -o")
 
 
-def _job(item: Input, targets: Mapping[str, Query], options: Options, destination: Destination, skip: bool) -> Job:
+def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
     if item.fault:
         return Job(item, targets, {}, [])
-    parts = destination.parts(list(targets))
+    parts = options.parts(list(targets))
     whole = options.consistent or RESIDUAL in parts  # it takes all targets to know what they leave
     kept = [name for name in targets if whole or name in parts]
-    if destination.folder == STDOUT:
+    if options.out == STDOUT:
         return Job(item, targets, dict.fromkeys(parts, STDOUT), kept)
-    folder = Path() if destination.folder is None and item.path == STDIN else destination.folder
+    out = Path() if options.out is None and item.path == STDIN else options.out
+    filename = options.filename or TEMPLATE
     words = " ".join(
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
-    outputs = output_paths(item, parts, folder, destination.filename, options.format, words)
-    name = "{name}.{ext}" if "{name}" in destination.filename else "{stem}.{ext}"
-    picture = output_paths(item, ["plot"], folder, name, "png")["plot"] if destination.plot else None
-    marks = (item.path.parent if folder is None else folder) / MARKS / ("." if folder is None else item.below.parent)
-    return Job(item, targets, outputs, kept, picture=picture, marks=marks if skip else None)
+    outputs = output_paths(item, parts, out, filename, options.format, words)
+    name = "{name}.{ext}" if "{name}" in filename else "{stem}.{ext}"
+    picture = output_paths(item, ["plot"], out, name, "png")["plot"] if options.plot else None
+    marks = item.path.parent / MARKS if out is None else out / MARKS / item.below.parent
+    return Job(item, targets, outputs, kept, picture=picture, marks=marks if options.skip_existing else None)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
     """The key that outputs of this job carry; "" for standard input, which cannot be recognised again."""
     if job.input.path == STDIN:
         return ""
-    decisive = {f.name: str(getattr(options, f.name)) for f in fields(options) if f.name not in NOT_IN_THE_RESULT}
+    decisive = {name: str(getattr(options, name)) for name in DECISIVE}
     return signature(job.input.path, job.targets, model.identity, {**decisive, "precision": model.precision})
 
 
@@ -194,55 +206,49 @@ def _in_the_way(job: Job) -> Path | None:
     return in_the_way(there, job.key, read_software) if job.key else next(iter(there), None)
 
 
-def _shots(query: Query) -> list[Path]:
-    """The recordings of a query."""
-    shots = [Path(shot) for shot in (*query.pos_audio, *query.neg_audio) if isinstance(shot, str | Path)]
-    return [file for shot in shots for file in recordings(shot)]
-
-
 def _positive(query: Query) -> bool:
     return bool(query.pos or query.pos_audio or query.pos_spans)
-
-
-def _files(job: Job) -> dict[str, Path]:
-    return {**job.outputs, **({"picture": job.picture} if job.picture else {})}
 
 
 def extract(
     mixture: str | Path,
     query: Query | Mapping[str, Query],
     model: Model,
-    folder: str | Path | None = None,
+    out: str | Path | None = None,
     options: Options = Options(),
     progress: JobProgress = lambda job, done, total: None,
-    mutual: bool = True,
 ) -> Extraction:
     """Separate the file `mixture` into `{stem}.target.wav`, or a file for each name, and `{stem}.residual.wav`.
 
-    Outputs have the input's rate, channels and length, and, unless `options` say otherwise, its depth (at least 16 bit;
-    float where the input is lossy or float). A run that fails leaves nothing behind.
+    Outputs have the rate, channels and length of the recording, and, unless `options` say otherwise, its depth (at
+    least 16 bit; float where it is lossy or float). A run that fails leaves nothing behind.
 
     Args:
         mixture: the recording.
         query: what to extract, or several by name.
         model: from `load_model`.
-        folder: where outputs go; beside the recording if not given.
+        out: output folder; by default `options.out`, and without that the folder of the recording.
         options: how recordings are read and written.
-        progress: is told of the job, how many seconds of it are done, and how many it has.
-        mutual: whether each of several targets leaves what the others ask for.
+        progress: is called with the job, the seconds of it that are done, and their total.
+
+    Returns:
+        The paths of the outputs, and what was measured.
 
     Raises:
-        AudioError, QueryError, OutputError: where the recording, a query or an output cannot be used.
+        UsageError: options contradict each other, have an unknown value, or do not fit the model.
+        AudioError, QueryError, OutputError: the recording, a query or an output cannot be used.
     """
-    for name, value in (("mixture", mixture), *([("folder", folder)] if folder is not None else [])):
+    for name, value in (("mixture", mixture), *([("out", out)] if out is not None else [])):
         if not isinstance(value, str | Path):
             raise AudioError(f"{name}: is the path of a file, not {type(value).__name__}; for arrays, use separate")
     if not isinstance(model, Model):
         raise UsageError(f"model: is what load_model returns, not {model!r}")
+    if options.skip_existing:
+        raise UsageError("skip_existing: is for the commands; extract would have no result to return")
     path = Path(mixture)
-    requests: Requests = [(Input(path, Path(path.name)), check_targets(query))]
-    destination = Destination(None if folder is None else Path(folder))
-    todo = plan(lay_out(requests, options, destination), model, options, mutual=mutual)
+    if out is not None:
+        options = replace(options, out=Path(out))
+    todo = plan(lay_out([(Input(path, Path(path.name)), check_targets(query))], options), model, options)
     (outcome,) = run(todo.jobs, model, options, progress)
     for doubt in model.doubts(list(todo.jobs[0].targets.values())):
         warnings.warn(doubt, ClapsepWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""What is to be done with a recording, and what came of it."""
+"""The options of a run, the job of one recording, and its result."""
 
 from __future__ import annotations
 
@@ -7,48 +7,83 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clapsep_cli.audio.writers import Clip
+from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
-from clapsep_cli.query import Query
+from clapsep_cli.query import RESIDUAL, Query
 
 
 @dataclass(frozen=True)
 class Options:
-    """How recordings are read and written. `start` and `end` in seconds; `format` and `subtype` of `choose_encoding`.
+    """Options for reading recordings and writing their parts, named as those of the commands.
 
-    `lenient` takes what there is of a recording that is cut short or damaged. `stream` is the number of the sound track
-    to take, from 1; None for the first. `clip` is what happens over full scale (`Outputs`). `consistent` spreads what
-    the stems leave of the mixture over them. `presence` measures whether what was asked for is there (None: where
-    `min_presence` needs it); a target below `min_presence` is not written, and nothing at all where all are.
-    `batch_size` is the number of windows separated at once (0: as many as the device likes), `jobs` that of the
-    threads that read and write.
+    Args:
+        start, end: part of the recording, in seconds; `end` None for its end.
+        lenient: read damaged or truncated recordings as far as possible.
+        stream: number of the sound track, from 1; None for the first.
+        out: output folder; None for that of each recording, `-` for standard output.
+        filename: template of output names (see `output_paths`); None for `{stem}.{part}.{ext}`.
+        format, subtype: of the outputs (see `choose_encoding`).
+        clip: how to treat samples over full scale: "warn", "rescale" or "error" (see `Outputs`).
+        plot: write a picture of each recording, too.
+        overwrite: replace existing outputs.
+        skip_existing: skip recordings already processed with the same settings.
+        only: targets to write; empty for all.
+        residual: write what the targets leave of the mixture; None for yes, except to standard output.
+        remove: write the residual alone.
+        consistent: add the residual to the targets in equal shares, so that they add up to the mixture.
+        mutual: use the other targets as negative queries of each; None for yes.
+        presence: measure whether each target is there; None where `min_presence` needs it.
+        min_presence: write no target whose presence is below this.
+        batch_size: windows processed at once; 0 chooses by the device.
+        jobs: threads that read and write files.
     """
 
     start: float = 0.0
     end: float | None = None
     lenient: bool = False
     stream: int | None = None
+    out: Path | None = None
+    filename: str | None = None
     format: str = "wav"
     subtype: str | None = None
-    clip: Clip = "warn"
+    clip: Clipping = "warn"
+    plot: bool = False
     overwrite: bool = False
+    skip_existing: bool = False
+    only: Sequence[str] = ()
+    residual: bool | None = None
+    remove: bool = False
     consistent: bool = False
+    mutual: bool | None = None
     presence: bool | None = None
     min_presence: float | None = None
     batch_size: int = 0
     jobs: int = 2
 
+    def parts(self, targets: Sequence[str]) -> list[str]:
+        """Return the parts to write of a recording with these targets."""
+        if self.remove:
+            return [RESIDUAL]
+        chosen = [name for name in targets if not self.only or name in self.only]
+        wanted = self.out != STDOUT if self.residual is None else self.residual
+        return [*chosen, *([RESIDUAL] if wanted else [])]
+
 
 @dataclass(frozen=True)
 class Job:
-    """A recording, what is asked of it, and where its parts go.
+    """A recording, its targets, and the paths of its parts.
 
-    `targets` are asked for together; `outputs` names those that are written, and perhaps "residual", and `kept` those
-    that have to be computed for it. `key` marks the outputs as made for all this; `picture` is where a picture of the
-    parts goes. `overwrite` allows to replace what is there. `marks` is the folder that remembers recordings in which no
-    target was found, where they are to be skipped.
+    Args:
+        input: the recording.
+        targets: the query of each target; all are separated together.
+        outputs: path of each part to write: targets, or "residual".
+        kept: targets to compute for that.
+        key: stored in the outputs to recognise them later (see `resume.signature`).
+        picture: path of the picture of the parts.
+        overwrite: replace existing outputs.
+        marks: folder of the markers for absent targets, where recordings are to be skipped later.
     """
 
     input: Input
@@ -62,29 +97,38 @@ class Job:
 
     @property
     def marker(self) -> Path | None:
-        """The file that says that no target was found in the recording, for the same queries, model and options."""
+        """The marker that names the absent targets of this recording, for the same queries, model and options."""
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
 
     @property
     def has_spans(self) -> bool:
-        """Whether the recording is part of what is asked."""
+        """True if a query contains a span of the recording itself."""
         return any(query.pos_spans or query.neg_spans for query in self.targets.values())
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What was made of one recording. `levels` by part, and of the mixture, in dB of full scale; `presence` by target.
+    """The result of one recording.
 
-    `clipped` counts the samples of each part that its format could not hold; `gain` is what all parts were multiplied
-    by so that they fit. `absent` names the targets whose `presence` was too low to write them; they belong to the
-    residual. Where all are, `outputs` is empty. `notes` tell of damage that was passed over, and of sound tracks that
-    were not taken.
+    Args:
+        mixture: the recording.
+        outputs: path of each part written; empty where all targets are absent.
+        seconds: duration of the audio.
+        elapsed: seconds spent on it; of steps shared with other recordings its share, so that they add up.
+        queries: description of each target's query.
+        clipped: number of clipped samples of each part.
+        gain: factor applied to all parts so that they do not clip; 1 for none.
+        levels: of the mixture and each part, in dB of full scale.
+        presence: of each target, where it was measured.
+        absent: targets that were not written because their presence is too low; they stay in the residual.
+        picture: path of the picture.
+        notes: damage that was ignored, and sound tracks that were not read.
     """
 
     mixture: Path
     outputs: dict[str, Path]
-    seconds: float  # of audio
-    elapsed: float  # seconds spent on it; of what it shares with other recordings its share, so that they add up
+    seconds: float
+    elapsed: float
     queries: dict[str, str]
     clipped: dict[str, int]
     gain: float
@@ -100,7 +144,7 @@ class Extraction:
         return next(iter(self.outputs.values()))
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, in plain types."""
+        """Return a dictionary of types that JSON has."""
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
         plain["outputs"] = {part: str(path) for part, path in self.outputs.items()}
         return {**plain, "real_time_factor": self.elapsed / self.seconds}
@@ -108,12 +152,10 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Failure:
-    """A recording that was not separated, and why, in one line."""
+    """A recording that could not be separated, with the error."""
 
     mixture: Path
     error: ClapsepError
 
 
-JobProgress = Callable[
-    [Job, float, float], None
-]  # is told how many seconds of a recording are done, and how many it has
+JobProgress = Callable[[Job, float, float], None]  # gets the seconds of a recording that are done, and their total

@@ -8,12 +8,14 @@ The three are loaded apart, so that a text query never reads the audio encoder a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from clapsep_cli import dsp
 
 # Targets of a window that are masked together: more make tensors so large that the system maps their memory anew for
 # every operation (40 targets of mini on one core: 4.3 s, 2.9 s by fours).
@@ -79,6 +81,20 @@ class MaskSeparator(Separator[Conditions]):
         Returns:
             Masks in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`.
         """
+
+    def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the targets in whole windows under each of several conditions. Mixtures are encoded once.
+
+        Args:
+            mixtures: float32 `[batch, window]`, at `rate` Hz.
+            conditions: float32 `[batch or 1, 2 · dim]` each.
+
+        Yields:
+            The masked mixtures, float32 `[batch, window]`.
+        """
+        features, spectrum = self.encode(mixtures), dsp.spectrum(mixtures)
+        for wanted in conditions:
+            yield dsp.masked(spectrum, self.mask(features, wanted), mixtures.shape[1])
 
     def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         """Return masks of the targets that are kept, float32 `[batch, stems, frames, 513]`.

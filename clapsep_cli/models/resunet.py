@@ -18,7 +18,7 @@ from clapsep_cli.models.convolution import Kernel
 
 SLOPE = 0.01  # of the leaky ReLU
 MOMENTUM = 0.01  # of the normalisation's running statistics
-ROWS = 64  # frames that a block is run on at a time
+ROWS = 32  # frames that a block is run on at a time
 
 Rows = Callable[[int, int], Tensor]  # the frames from one to another of an image
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, QueryError, UsageError
 from clapsep_cli.families.base import load_family
 from clapsep_cli.files import digest
-from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder, go_on
+from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder, go_on
 from clapsep_cli.query import Query, mutual
 from clapsep_cli.registry import FAMILIES
 from clapsep_cli.stitch.windows import Stream
@@ -100,6 +100,23 @@ class Model:
         path = self.folder / "separator.safetensors"
         pin = read_metadata(path).get("pin")
         return f"{self.family} {pin or digest(path)}"
+
+    @property
+    def gains_by_refining(self) -> bool:
+        """True where two passes are worth their time, as far as was measured."""
+        return self.kind.refine
+
+    def refine(self) -> None:
+        """Separate in two passes from now on (see `models.refined`), which takes more than twice the time.
+
+        Raises `ModelError` for a model that does not take recordings as queries.
+        """
+        from clapsep_cli.models.refined import Refined
+
+        if self.kind.audio is None:
+            raise ModelError(f"{self.name} takes no recordings as queries, so it cannot hear what a first pass left")
+        refined = Refined(cast(MaskSeparator, self.separator), self.audio)
+        self.__dict__.update(separator=refined, identity=f"{self.identity} refined")
 
     @property
     def precision(self) -> str:

@@ -1,5 +1,8 @@
-"""What training minimises: the paper's loss on waveforms, and the same on bands, where a mask that is linear between
-bands needs no spectrum to be scored."""
+"""Losses of separators: the paper's on waveforms (Eq. 14), and the same on bands.
+
+A mask that is linear between bands can be scored from statistics of the bands, without spectra. `metrics` has the same
+ratios for evaluation: in float64 on NumPy arrays, without gradients, and limited to ±100 dB.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from torch import Tensor
 
 from clapsep_cli import dsp
 
-FLOOR = 1e-8
-AT_ONCE = 4  # examples whose spectra are handled together: they fit into a processor's cache
+FLOOR = 1e-8  # energy added to signal and noise: keeps gradients finite for silence and perfect estimates
+AT_ONCE = 4  # examples whose spectra are computed together: they fit into a processor's cache
 
 
 def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
@@ -19,28 +22,40 @@ def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
 
 
 def snr(estimate: Tensor, target: Tensor) -> Tensor:
-    """Signal-to-noise ratio in dB (Eq. 15) of float32 `[batch, samples]`: `[batch]`."""
+    """Compute the signal-to-noise ratio in dB (Eq. 15), `[batch]`, of float32 `[batch, samples]`."""
     return _decibel(target.square().sum(1), (estimate - target).square().sum(1))
 
 
 def si_snr(estimate: Tensor, target: Tensor) -> Tensor:
-    """The same after the target was scaled to fit the estimate best (Eq. 16): `[batch]`."""
+    """Compute the scale-invariant SNR in dB (Eq. 16), likewise: the target is first scaled to fit the estimate best."""
     fit = (estimate * target).sum(1, keepdim=True) / (target.square().sum(1, keepdim=True) + FLOOR)
     return snr(estimate, fit * target)
 
 
 def waveform_loss(estimate: Tensor, target: Tensor, snr_weight: float = 0.9) -> Tensor:
-    """−λ · SNR − (1 − λ) · SI-SNR (Eq. 14), mean over the batch, in dB."""
+    """Compute −λ · SNR − (1 − λ) · SI-SNR (Eq. 14), in dB, mean over the batch.
+
+    Args:
+        estimate: float32 `[batch, samples]`.
+        target: likewise.
+        snr_weight: λ, from 0 to 1.
+    """
     return -(snr_weight * snr(estimate, target) + (1 - snr_weight) * si_snr(estimate, target)).mean()
 
 
 @dataclass(frozen=True)
 class BandStatistics:
-    """All that a loss needs to know of mixtures X and targets S, for masks that are linear between neighbouring bands.
+    """Statistics of mixtures X and targets S from which masks that are linear between bands are scored.
 
-    With s_i the share of band i in a bin (`spread`, `[bands, 513]`), summed over bins: `bands` mean |X|² as the network
-    hears it, `squares` Σ s_i²·|X|², `products` Σ s_i·s_(i+1)·|X|², `shared` Σ s_i·Re(X·S*), all `[batch, frames, …]`.
-    `mixture` and `target` are energies, `[batch]`.
+    Sums are over bins; s_i is the share of band i in a bin (`spread`, `[bands, 513]`).
+
+    Attributes:
+        bands: mean |X|² as the network hears it, `[batch, frames, bands]`.
+        squares: Σ s_i²·|X|², `[batch, frames, bands]`.
+        products: Σ s_i·s_(i+1)·|X|², `[batch, frames, bands − 1]`.
+        shared: Σ s_i·Re(X·S*), `[batch, frames, bands]`.
+        mixture: energy of X, `[batch]`.
+        target: energy of S, `[batch]`.
     """
 
     bands: Tensor
@@ -52,8 +67,13 @@ class BandStatistics:
 
 
 def statistics(targets: Tensor, others: Tensor, heard: Tensor, spread: Tensor) -> BandStatistics:
-    """Statistics of the sums of targets and interferers, float32 `[batch, samples]` each. `heard` and `spread` are
-    `[bands, 513]`.
+    """Compute the statistics of mixtures of targets and interferers.
+
+    Args:
+        targets: float32 `[batch, samples]`.
+        others: the interferers, likewise.
+        heard: weights of the bins in each band as the network hears it, `[bands, 513]`.
+        spread: share of each band in the bins of its mask, `[bands, 513]`.
     """
     weights = torch.cat([heard, spread.square(), spread[:-1] * spread[1:]]).T
     parts = []
@@ -76,10 +96,15 @@ def _statistics(target: Tensor, other: Tensor, weights: Tensor, spread: Tensor) 
 
 
 def separation_loss(mask: Tensor, of: BandStatistics, present: Tensor) -> Tensor:
-    """−0.9 · SNR − 0.1 · SI-SNR (paper, Eq. 14) of mixtures masked by `mask` (`[batch, frames, bands]`), mean, in dB.
+    """Compute −0.9 · SNR − 0.1 · SI-SNR (Eq. 14) of masked mixtures, in dB, mean over the batch.
 
-    Where the query asks for something absent (`present` is false), the loss is the level of the output relative to the
-    mixture instead. The floors keep an example that is separated to 30 dB from outweighing the rest.
+    Where the target is absent, the loss is the level of the output relative to the mixture. The floors keep an example
+    that is separated to 30 dB from outweighing the rest.
+
+    Args:
+        mask: float32 `[batch, frames, bands]`.
+        of: statistics of the mixtures.
+        present: whether the target is in the mixture, bool `[batch]`.
     """
 
     def ratio(signal: Tensor, noise: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a separator in training is measured by: fixed mixtures of clips that it is not trained on.
+"""Validation of a separator in training: SI-SDRi on fixed mixtures of clips that it is not trained on.
 
-Clips of each split are mixed among themselves: those of sources that are trained on (`dev`), and those of whole sources
-kept out of training, which tell what a model is worth elsewhere.
+Clips are mixed within each split: `dev`, of sources that are trained on, and splits of whole sources that are not,
+which show how a model generalises.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 from clapsep_cli import dsp
 from clapsep_cli.audio.samples import to_rate
 from clapsep_cli.data import fit
+from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, TextEncoder, condition
 from clapsep_cli.training.loop.pool import Pool
 from clapsep_cli.training.recipes.augment import levelled
-from clapsep_cli.training.recipes.objective import si_snr
 
 SEED = 1
-DEV = "dev"  # the split whose clips are of sources that are trained on
+DEV = "dev"  # the split of sources that are trained on
 
 
 @dataclass(frozen=True)
 class Case:
-    """A mixture at 0 dB and its target, float32 `[window]`, and a condition for each kind of query."""
+    """A mixture at 0 dB and its target, float32 `[window]` each, and a condition `[1, 2 · dim]` by kind of query."""
 
     mixture: Tensor
     target: Tensor
@@ -35,8 +35,17 @@ class Case:
 
 
 def choose(pool: Pool, held_out: Sequence[int], count: int) -> list[tuple[int, int, int | None]]:
-    """Up to `count` times the clips of a target, an interferer that sounds unlike it, and another shot of the target's
-    label where there is one. All labels come up before one comes up twice."""
+    """Choose clips to mix. Every label is chosen once before one is chosen twice.
+
+    Args:
+        pool: all clips.
+        held_out: indices of the clips to choose from.
+        count: at most so many mixtures.
+
+    Returns:
+        For each mixture, the indices of the target, of an interferer of another label without a caption in common, and
+        of another clip of the target's label, or None.
+    """
     rng, groups = np.random.default_rng(SEED), dict[str, list[int]]()
     for index in rng.permutation(held_out).tolist():
         groups.setdefault(pool.clips[index].label, []).append(index)
@@ -58,52 +67,47 @@ def choose(pool: Pool, held_out: Sequence[int], count: int) -> list[tuple[int, i
 def cases(
     pool: Pool, held_out: Sequence[int], count: int, window: int, text: TextEncoder, audio: AudioEncoder | None
 ) -> list[Case]:
-    """Cases of the kinds "both" and "positive" (texts), and "shot" where there is an audio encoder: `count` of each
-    split. Where there are several, a kind is named after its split, as "unseen both", and `dev` comes last. The
-    encoders are on one device; so are the conditions."""
+    """Make the mixtures to validate on, and their conditions.
+
+    Args:
+        pool: all clips.
+        held_out: indices of the clips to mix.
+        count: at most so many mixtures of each split.
+        window: length of a mixture in samples.
+        text: embeds captions, for the kinds of query "both" and "positive".
+        audio: embeds another clip of the label, for the kind "shot"; on the same device.
+
+    Returns:
+        The cases, `dev` last. With several splits, kinds are named after theirs: "unseen both".
+    """
     splits = dict.fromkeys(pool.clips[i].split for i in held_out)
     made = []
     for split in sorted(splits, key=lambda name: name == DEV):
-        members = [i for i in held_out if pool.clips[i].split == split]
         prefix = f"{split} " if len(splits) > 1 else ""
-        made += _cases(pool, choose(pool, members, count), window, text, audio, prefix)
-    return made
-
-
-def _cases(
-    pool: Pool,
-    chosen: Sequence[tuple[int, int, int | None]],
-    window: int,
-    text: TextEncoder,
-    audio: AudioEncoder | None,
-    prefix: str,
-) -> list[Case]:
-    made = []
-    for target, interferer, shot in chosen:
-        first, second = (torch.from_numpy(fit(pool.read(i, 0, window), window)) for i in (target, interferer))
-        wanted, other = levelled(first[None], second[None], torch.zeros(1))
-        positive, negative = text.embed([pool.clips[i].captions[0] for i in (target, interferer)])[:, None]
-        conditions = {
-            f"{prefix}both": condition(positive, negative),
-            f"{prefix}positive": condition(positive, None),
-        }
-        if audio is not None and shot is not None:
-            heard = to_rate(pool.read(shot, 0, pool.samples(shot)), dsp.RATE_HZ, audio.rate)
-            conditions[f"{prefix}shot"] = condition(
-                audio.embed(torch.from_numpy(heard).to(positive.device))[None], None
-            )
-        made.append(Case((wanted + other)[0], wanted[0], conditions))
+        for target, interferer, shot in choose(pool, [i for i in held_out if pool.clips[i].split == split], count):
+            first, second = (torch.from_numpy(fit(pool.read(i, 0, window), window)) for i in (target, interferer))
+            wanted, other = levelled(first[None], second[None], torch.zeros(1))
+            positive, negative = text.embed([pool.clips[i].captions[0] for i in (target, interferer)])[:, None]
+            conditions = {
+                f"{prefix}both": condition(positive, negative),
+                f"{prefix}positive": condition(positive, None),
+            }
+            if audio is not None and shot is not None:
+                heard = to_rate(pool.read(shot, 0, pool.samples(shot)), dsp.RATE_HZ, audio.rate)
+                embedding = audio.embed(torch.from_numpy(heard).to(positive.device))
+                conditions[f"{prefix}shot"] = condition(embedding[None], None)
+            made.append(Case((wanted + other)[0], wanted[0], conditions))
     return made
 
 
 @torch.no_grad()
 def improvements(separator: MaskSeparator, validated: Sequence[Case]) -> dict[str, float]:
-    """Mean SI-SDRi in dB (Eq. 16) by kind of query."""
+    """Compute the mean SI-SDRi in dB by kind of query, as `clapsep evaluate` does."""
     gains: dict[str, list[float]] = {}
     for case in validated:
-        for kind, wanted in case.conditions.items():
-            mixture, target = (signal[None].to(wanted.device) for signal in (case.mixture, case.target))
-            mask = separator.mask(separator.encode(mixture), wanted)
-            estimate = dsp.masked(dsp.spectrum(mixture), mask, mixture.shape[1])
-            gains.setdefault(kind, []).append(float(si_snr(estimate, target) - si_snr(mixture, target)))
+        device = next(iter(case.conditions.values())).device
+        estimates = separator.estimate(case.mixture[None].to(device), case.conditions.values())
+        mixture, target = case.mixture.numpy(), case.target.numpy()
+        for kind, estimate in zip(case.conditions, estimates, strict=True):
+            gains.setdefault(kind, []).append(si_sdr(estimate[0].cpu().numpy(), target) - si_sdr(mixture, target))
     return {kind: float(np.mean(values)) for kind, values in gains.items()}

@@ -1,0 +1,66 @@
+"""Separates in two passes: what the first one leaves becomes part of the negative query of the second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clapsep_cli import dsp
+from clapsep_cli.models import base
+
+SILENT = 1e-6  # energy of what a pass left, relative to the mixture, below which there is nothing to embed
+
+
+class Refined(base.MaskSeparator):
+    """Masks each window twice and takes the mean of both masks.
+
+    In the second pass, what the first one left is embedded as a recording and joined to the negative query. This helps
+    most where a query is poor, or only one side is named.
+    """
+
+    def __init__(self, separator: base.MaskSeparator, audio: base.AudioEncoder) -> None:
+        super().__init__()
+        self.separator, self.audio = separator, audio
+        self.rate, self.window = separator.rate, separator.window
+        self.resample = dsp.Resampler(separator.rate, audio.rate) if separator.rate != audio.rate else None
+
+    def lower(self, dtype: torch.dtype) -> None:
+        self.separator.lower(dtype)
+
+    def encode(self, mixture: Tensor) -> tuple[Tensor, Any]:
+        return mixture, self.separator.encode(mixture)
+
+    def mask(self, features: tuple[Tensor, Any], condition: Tensor) -> Tensor:
+        mixture, encoded = features
+        first = self.separator.mask(encoded, condition)
+        left = dsp.masked(dsp.spectrum(mixture), 1 - first, mixture.shape[1])
+        heard = self._embed(left, mixture.square().sum(1))
+        return (first + self.separator.mask(encoded, leaving(condition, heard))) / 2
+
+    def _embed(self, left: Tensor, energy: Tensor) -> Tensor:
+        """Embed what was left, float32 `[batch, samples]`: `[batch, dim]`; zeros for silence."""
+        audible = left.square().sum(1) > SILENT * energy
+        heard = left if self.resample is None else self.resample(left)
+        embedded = torch.stack([self.audio.embed(one) for one in heard])
+        return embedded * audible[:, None]
+
+
+def leaving(condition: Tensor, left: Tensor) -> Tensor:
+    """Add what was left to the negative side of conditions.
+
+    Args:
+        condition: float32 `[batch or 1, 2 · dim]`.
+        left: embeddings of what was left, `[batch, dim]`; rows of zeros add nothing.
+
+    Returns:
+        float32 `[batch, 2 · dim]`.
+    """
+    positive, negative = condition.expand(len(left), -1).chunk(2, 1)
+    size = negative.norm(dim=1, keepdim=True)
+    named = size > 0
+    joined = F.normalize(F.normalize(negative, dim=1) + left, dim=1)
+    joined = joined * torch.where(named, size, positive.norm(dim=1, keepdim=True))
+    return base.condition(positive, torch.where(left.any(1, keepdim=True), joined, negative))

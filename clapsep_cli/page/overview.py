@@ -1,0 +1,244 @@
+"""What the page shows and plays of a recording: one pass over it keeps peaks, a spectrogram and samples on disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import ceil, floor, log2, log10
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from clapsep_cli.audio.samples import Audio
+from clapsep_cli.audio.sources import Source
+from clapsep_cli.errors import OutputError, StoppedError
+
+PEAKS_PER_SECOND = 200
+COLUMNS_PER_SECOND = 50  # of the spectrogram
+BANDS = 128
+LOWEST_HZ = 30.0
+WINDOW_SECONDS = 0.046  # of the transform, roughly: it has a power of two samples
+DETAIL_SECONDS = 30.0  # the longest stretch that is computed anew
+FLOOR_DB = -100.0  # below full scale, the level that is stored as 0; full scale is 255
+BLOCK_SECONDS = 4.0  # read at a time
+SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that, without loss, are read from any sample on
+LOSSLESS = ("PCM", "FLOAT", "DOUBLE")
+
+Told = Callable[[float, float], None]  # is told how many seconds are read, and how many there are (0 if unknown)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What was kept of a recording. `rate` in Hz, `channels` to listen to (1 or 2), `frames` in samples.
+
+    `peaks` is a file of int8 pairs, lowest and highest, for each 1/200 s; `levels` one of uint8 [columns, bands] for
+    each 1/50 s; `audio` can be read from any sample on. `loudest` is the highest of the levels.
+    """
+
+    peaks: Path
+    levels: Path
+    audio: Path
+    rate: int
+    channels: int
+    frames: int
+    loudest: int
+
+    @property
+    def seconds(self) -> float:
+        """The recording's length."""
+        return self.frames / self.rate
+
+    def picture(self, start: float, end: float, columns: int) -> NDArray[np.uint8]:
+        """The spectrogram of a stretch, for a screen: in each column the loudest moment of it.
+
+        Of a short stretch it is computed anew where what was kept would be coarse.
+
+        Args:
+            start: in seconds.
+            end: in seconds.
+            columns: how many to return at most; of what was kept there may be fewer.
+
+        Returns:
+            uint8 [columns, bands], the lowest band first.
+        """
+        if 0 < end - start <= min(DETAIL_SECONDS, columns / (2 * COLUMNS_PER_SECOND)):
+            return self._detail(start, end, columns)
+        whole = np.memmap(self.levels, np.uint8, "r").reshape(-1, BANDS)
+        first = min(max(0, floor(start * COLUMNS_PER_SECOND)), len(whole) - 1)
+        last = min(max(first + 1, ceil(end * COLUMNS_PER_SECOND)), len(whole))
+        edges = np.unique(np.linspace(0, last - first, max(1, columns), endpoint=False).astype(np.int64))
+        return np.asarray(np.maximum.reduceat(whole[first:last], edges, axis=0))
+
+    def _detail(self, start: float, end: float, columns: int) -> NDArray[np.uint8]:
+        transform = _Transform(self.rate)
+        half, first = transform.size // 2, floor(start * self.rate)
+        length = ceil((end - start) * self.rate)
+        before = min(first, half)
+        mono = self.samples(first - before, before + length + half).mean(1)
+        mono = np.pad(mono, (half - before, max(0, before + length + half - len(mono))))
+        starts = np.linspace(0, length, columns, endpoint=False).astype(np.int64)
+        return transform.levels(mono, starts)
+
+    def samples(self, start: int, frames: int) -> Audio:
+        """Samples from `start` on, float32 [frames, channels]: fewer before the end, none behind it."""
+        with soundfile.SoundFile(self.audio) as file:
+            file.seek(min(start, file.frames))
+            return np.ascontiguousarray(_to_listen(file.read(frames, "float32", always_2d=True).T).T)
+
+
+def look(path: Path, folder: Path, told: Told, stop: threading.Event) -> Overview:
+    """Read a recording once, and keep in `folder` what the page shows and plays of it.
+
+    Args:
+        path: the recording.
+        folder: an existing folder for the files, of this recording alone.
+        told: is told how far it is.
+        stop: ends the reading once it is set.
+
+    Raises:
+        AudioError: the recording cannot be read.
+        OutputError: the folder cannot be written.
+        StoppedError: `stop` was set.
+    """
+    try:
+        return _look(path, folder, told, stop)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise OutputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _look(path: Path, folder: Path, told: Told, stop: threading.Event) -> Overview:
+    peaks, levels, copy = folder / "peaks", folder / "levels", folder / "listen.wav"
+    with Source(path) as source, ExitStack() as stack:
+        peaks_file = stack.enter_context(peaks.open("wb"))
+        levels_file = stack.enter_context(levels.open("wb"))
+        listening = None if _is_seekable(path) else stack.enter_context(_writer(copy, source))
+        spectrogram, extremes, frames, loudest = _Spectrogram(source.rate), _Extremes(source.rate), 0, 0
+        for block in _ended(source):
+            if stop.is_set():
+                raise StoppedError("stopped")
+            audio = _to_listen(block)
+            if listening is not None:
+                listening.write(audio.T)
+            frames += block.shape[1]
+            peaks_file.write(extremes.add(audio).tobytes())
+            columns = spectrogram.add(audio.mean(0) if block.shape[1] else None)
+            loudest = max(loudest, int(columns.max(initial=0)))
+            levels_file.write(columns.tobytes())
+            told(frames / source.rate, source.frames / source.rate)
+        playable = path if listening is None else copy
+        return Overview(peaks, levels, playable, source.rate, min(2, source.channels), frames, loudest)
+
+
+def _is_seekable(path: Path) -> bool:
+    """Whether a recording can be played from any sample on as it is; others are decoded into a WAV for that."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            return file.format in SEEKABLE and file.subtype.startswith(LOSSLESS)
+    except soundfile.SoundFileError:
+        return False
+
+
+def _ended(source: Source) -> Iterator[Audio]:
+    """The blocks of a recording, and one of no samples that marks its end."""
+    yield from source.blocks(BLOCK_SECONDS)
+    yield np.zeros((source.channels, 0), np.float32)
+
+
+def _writer(path: Path, source: Source) -> soundfile.SoundFile:
+    # As RF64, which becomes a plain WAV below 4 GB. Lossy recordings may be over full scale, so in floats.
+    return soundfile.SoundFile(path, "w", source.rate, min(2, source.channels), "FLOAT", format="RF64")
+
+
+def _to_listen(audio: Audio) -> Audio:
+    """[channels, samples] for two ears: of more than two channels, the mean of the odd and of the even ones."""
+    return audio if len(audio) <= 2 else np.stack([audio[::2].mean(0), audio[1::2].mean(0)])
+
+
+class _Extremes:
+    """Lowest and highest value of each piece of a stream, over its channels."""
+
+    def __init__(self, rate: int) -> None:
+        self._per_piece = rate / PEAKS_PER_SECOND
+        self._pieces, self._samples = 0, 0  # that are done with
+        self._waiting: Audio | None = None
+
+    def add(self, audio: Audio) -> NDArray[np.int8]:
+        """Take in [channels, samples], none at the end; int8 [pieces, 2] of what is complete."""
+        waiting = audio if self._waiting is None else np.concatenate([self._waiting, audio], 1)
+        ready = int((self._samples + waiting.shape[1]) / self._per_piece) - self._pieces
+        starts = (np.arange(self._pieces, self._pieces + ready + 1) * self._per_piece).astype(np.int64) - self._samples
+        if not audio.shape[1] and waiting.shape[1] > starts[-1]:  # the last piece is a short one
+            starts, ready = np.append(starts, waiting.shape[1]), ready + 1
+        if not ready:
+            self._waiting = waiting
+            return np.zeros((0, 2), np.int8)
+        done, self._waiting = waiting[:, : starts[-1]], waiting[:, starts[-1] :]
+        lowest = np.minimum.reduceat(done.min(0), starts[:-1])
+        highest = np.maximum.reduceat(done.max(0), starts[:-1])
+        self._pieces, self._samples = self._pieces + ready, self._samples + int(starts[-1])
+        return np.asarray(np.rint(np.clip(np.stack([lowest, highest], 1), -1, 1) * 127), np.int8)
+
+
+class _Spectrogram:
+    """The level of mel bands of a mono stream, a column for each 1/50 s."""
+
+    def __init__(self, rate: int) -> None:
+        self._transform, self._hop = _Transform(rate), rate / COLUMNS_PER_SECOND
+        self._size = self._transform.size
+        self._waiting = np.zeros(self._size // 2, np.float32)  # columns are centred on their moment
+        self._columns, self._dropped, self._samples = 0, 0, 0
+
+    def add(self, mono: Audio | None) -> NDArray[np.uint8]:
+        """Take in [samples], or None at the end; uint8 [columns, bands] of what is complete."""
+        if mono is None:
+            mono, wanted = np.zeros(self._size, np.float32), max(1, round(self._samples / self._hop))
+        else:
+            self._samples, wanted = self._samples + len(mono), 1 << 62
+        self._waiting = np.concatenate([self._waiting, mono])
+        ready = floor((self._dropped + len(self._waiting) - self._size) / self._hop) + 1
+        numbers = np.arange(self._columns, min(ready, wanted))
+        if not len(numbers):
+            return np.zeros((0, BANDS), np.uint8)
+        starts = (numbers * self._hop).astype(np.int64) - self._dropped
+        levels = self._transform.levels(self._waiting, starts)
+        self._columns += len(starts)
+        passed = min(int(self._columns * self._hop) - self._dropped, len(self._waiting))
+        self._waiting, self._dropped = self._waiting[passed:], self._dropped + passed
+        return levels
+
+
+class _Transform:
+    """The level of mel bands at some moments of a mono signal."""
+
+    def __init__(self, rate: int) -> None:
+        self.size = 1 << round(log2(rate * WINDOW_SECONDS))
+        window = np.hanning(self.size + 1)[:-1]
+        self._window = (window * 2 / window.sum()).astype(np.float32)  # a full-scale sine has the power 1
+        self._bands = mel_bands(rate, self.size)
+
+    def levels(self, mono: Audio, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Of the `size` samples from each of `starts` on, uint8 [starts, bands]."""
+        frames = np.lib.stride_tricks.sliding_window_view(mono, self.size)[starts] * self._window
+        spectrum = np.fft.rfft(frames, axis=1)
+        power = (spectrum.real**2 + spectrum.imag**2) @ self._bands
+        decibels = 10 * np.log10(np.maximum(power, 10 ** (FLOOR_DB / 10)))
+        return np.rint(np.clip(1 - decibels / FLOOR_DB, 0, 1) * 255).astype(np.uint8)
+
+
+def mel_bands(rate: int, size: int) -> Audio:
+    """Triangles over the bins of a transform of `size` samples, float32 [bins, bands], each the mean of its bins.
+
+    Centres are evenly spaced on the mel scale from 30 Hz to half the rate; none is narrower than a bin.
+    """
+    lowest, highest = (2595 * log10(1 + hz / 700) for hz in (LOWEST_HZ, rate / 2))
+    mels = np.linspace(lowest, highest, BANDS + 2)
+    edges = 700 * (10 ** (mels / 2595) - 1) * size / rate
+    bins, centre = np.arange(size // 2 + 1)[:, None], edges[1:-1]
+    rise = (bins - centre) / np.maximum(1, centre - edges[:-2])
+    fall = (centre - bins) / np.maximum(1, edges[2:] - centre)
+    triangles = np.maximum(0, 1 - np.maximum(-rise, -fall))
+    return np.asarray(triangles / np.maximum(triangles.sum(0), 1e-9), np.float32)

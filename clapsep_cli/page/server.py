@@ -1,0 +1,259 @@
+"""The server of the page: its files, the state of the session as JSON, and what the page asks it to do.
+
+It listens on 127.0.0.1 alone, and `guard` lets only the page itself in. Requests name sounds, examples and attempts by
+random ids, never by paths.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import anyio
+import uvicorn
+from anyio import to_thread
+from soundfile import SoundFileError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from clapsep_cli.errors import ClapsepError, OutputError, UsageError
+from clapsep_cli.page.guard import Guard
+from clapsep_cli.page.overview import Overview
+from clapsep_cli.page.session import Session
+
+HOST = "127.0.0.1"
+STATIC = Path(__file__).parent / "static"
+TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".txt": "text/plain"}
+MAX_COLUMNS = 4096  # of a picture
+HUGE = 1e15
+MAX_FRAMES = 1 << 19  # of samples, in one answer
+MAX_REQUEST_BYTES = 1 << 20  # of JSON
+PIECE_BYTES = 1 << 20  # of an upload, written at a time
+BAD, MISSING, TOO_LARGE, FULL = 400, 404, 413, 507
+
+
+class Page:
+    """A server that waits on `port` (0: any that is free) for the page of `session`."""
+
+    def __init__(self, session: Session, port: int = 0) -> None:
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind((HOST, port))
+            self.socket.listen()  # so that a browser that comes before the server waits for it
+        except (OSError, OverflowError) as error:
+            self.socket.close()
+            raise UsageError(f"port {port} cannot be used ({getattr(error, 'strerror', None) or error})") from error
+        self.port: int = self.socket.getsockname()[1]
+        key = secrets.token_urlsafe(32)
+        self.address = f"http://{HOST}:{self.port}/?key={key}"
+        # Cookies are shared by all ports of a machine, so each server has a name of its own.
+        self.app = Guard(application(session), key, f"clapsep-{self.port}")
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                self.app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=2, ws="none"
+            )
+        )
+
+    def run(self) -> None:
+        """Answer requests until the process is told to stop."""
+        self.server.run(sockets=[self.socket])
+
+    def close(self) -> None:
+        """Let go of the port."""
+        self.socket.close()
+
+
+def application(session: Session) -> Starlette:
+    """The routes of the page, unguarded."""
+    handlers = _Handlers(session)
+    routes = [
+        Route("/", handlers.index),
+        Route("/static/{name}", handlers.static),
+        Route("/api/state", handlers.state),
+        Route("/api/recording", handlers.open, methods=["POST"]),
+        Route("/api/shots", handlers.add_shot, methods=["POST"]),
+        Route("/api/shots/{id}", handlers.remove_shot, methods=["DELETE"]),
+        Route("/api/attempts", handlers.extract, methods=["POST"]),
+        Route("/api/attempts/{id}", handlers.remove, methods=["DELETE"]),
+        Route("/api/attempts/{id}/cancel", handlers.cancel, methods=["POST"]),
+        Route("/api/sounds/{id}/peaks", handlers.peaks),
+        Route("/api/sounds/{id}/picture", handlers.picture),
+        Route("/api/sounds/{id}/samples", handlers.samples),
+        Route("/api/sounds/{id}/file", handlers.file),
+    ]
+    return Starlette(routes=routes, exception_handlers={ClapsepError: _told, HTTPException: _told})
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    """An error in one line of JSON."""
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code)
+    return JSONResponse({"error": str(error)}, FULL if isinstance(error, OutputError) else BAD)
+
+
+@cache
+def _static_files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in STATIC.iterdir() if path.suffix in TYPES}
+
+
+class _Handlers:
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    async def index(self, request: Request) -> Response:
+        html = (STATIC / "index.html").read_text(encoding="utf-8")
+        return HTMLResponse(html.replace("{nonce}", request.state.nonce))
+
+    async def static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in _static_files():
+            raise HTTPException(MISSING, "there is no such file")
+        return Response(_static_files()[name], media_type=TYPES[Path(name).suffix])
+
+    async def state(self, request: Request) -> Response:
+        return JSONResponse(self.session.state())
+
+    async def open(self, request: Request) -> Response:
+        return await self._upload(request, self.session.open)
+
+    async def add_shot(self, request: Request) -> Response:
+        return await self._upload(request, self.session.add_shot)
+
+    async def _upload(self, request: Request, take: Callable[[Path, str], object]) -> Response:
+        """Stream the body of a request to disk, and hand it on; nothing of it stays where that fails."""
+        name = Path(unquote(request.headers.get("x-name", "")).replace("\\", "/")).name or "recording"
+        path = self.session.upload(name)
+        try:
+            await self._receive(request, path)
+            await to_thread.run_sync(take, path, name)
+        except BaseException as error:
+            shutil.rmtree(path.parent, ignore_errors=True)
+            if isinstance(error, ClientDisconnect):
+                return Response(status_code=BAD)  # which nobody reads
+            if isinstance(error, ClapsepError):  # it names the place of the upload, which says nothing to the user
+                raise type(error)(str(error).replace(str(path), name)) from error
+            raise
+        return await self.state(request)
+
+    async def _receive(self, request: Request, path: Path) -> None:
+        announced = int(length) if (length := request.headers.get("content-length", "")).isdecimal() else 0
+        room, written, waiting = self.session.room(), 0, bytearray()
+        full = HTTPException(TOO_LARGE, f"there is room for {room / 1e9:.1f} GB on the disk, and this is larger")
+        if announced > room:
+            raise full
+        try:
+            async with await anyio.open_file(path, "wb") as file:
+                async for piece in request.stream():
+                    waiting += piece
+                    if written + len(waiting) > room:
+                        raise full
+                    if len(waiting) >= PIECE_BYTES:
+                        written += await file.write(waiting)
+                        waiting = bytearray()
+                await file.write(waiting)
+        except OSError as error:
+            raise OutputError(f"the upload cannot be written ({error.strerror or error})") from error
+
+    async def remove_shot(self, request: Request) -> Response:
+        with _known():
+            self.session.remove_shot(request.path_params["id"])
+        return await self.state(request)
+
+    async def extract(self, request: Request) -> Response:
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_REQUEST_BYTES:
+                raise HTTPException(TOO_LARGE, "the request is too large")
+        try:
+            wish = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise UsageError("the request is not JSON") from error
+        await to_thread.run_sync(self.session.extract, wish)
+        return await self.state(request)
+
+    async def cancel(self, request: Request) -> Response:
+        with _known():
+            self.session.cancel(request.path_params["id"])
+        return await self.state(request)
+
+    async def remove(self, request: Request) -> Response:
+        with _known():
+            self.session.remove(request.path_params["id"])
+        return await self.state(request)
+
+    def _seen(self, request: Request) -> Overview:
+        with _known():
+            seen = self.session.sound(request.path_params["id"]).overview
+        if seen is None:
+            raise HTTPException(MISSING, "this recording is still being read")
+        return seen
+
+    async def peaks(self, request: Request) -> Response:
+        return _file(self._seen(request).peaks)
+
+    async def picture(self, request: Request) -> Response:
+        seen = self._seen(request)
+        start, end = _number(request, "from", 0), _number(request, "to", seen.seconds)
+        columns = min(MAX_COLUMNS, max(1, int(_number(request, "columns", 1))))
+        with _there():
+            picture = await to_thread.run_sync(seen.picture, start, end, columns)
+        return Response(picture.tobytes(), media_type="application/octet-stream")
+
+    async def samples(self, request: Request) -> Response:
+        seen = self._seen(request)
+        start, frames = int(_number(request, "start", 0)), min(MAX_FRAMES, int(_number(request, "frames", MAX_FRAMES)))
+        with _there():
+            samples = await to_thread.run_sync(seen.samples, start, frames)
+        return Response(samples.astype("<f4").tobytes(), media_type="application/octet-stream")
+
+    async def file(self, request: Request) -> Response:
+        with _known():
+            sound = self.session.sound(request.path_params["id"])
+        return _file(sound.path, sound.path.name)
+
+
+@contextmanager
+def _known() -> Iterator[None]:
+    """Answer that there is nothing of an id."""
+    try:
+        yield
+    except KeyError as error:
+        raise HTTPException(MISSING, "this is not there any more") from error
+
+
+@contextmanager
+def _there() -> Iterator[None]:
+    """Answer that a file of the session, or the recording itself, is not there any more."""
+    try:
+        yield
+    except (OSError, SoundFileError) as error:
+        raise HTTPException(MISSING, "the recording, or what was kept of it, is not there any more") from error
+
+
+def _file(path: Path, name: str | None = None) -> Response:
+    """A file, or the ranges of it that were asked for; as a download under `name`."""
+    with _there():
+        return FileResponse(path, filename=name, media_type="application/octet-stream", stat_result=path.stat())
+
+
+def _number(request: Request, name: str, default: float) -> float:
+    """A number from the query of a request, not below 0."""
+    try:
+        number = float(request.query_params.get(name, default))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < HUGE:
+        raise UsageError(f"{name} is not a number from 0 on")
+    return number
