@@ -43,6 +43,20 @@ def waveform(spec: Tensor, length: int) -> Tensor:
     return torch.istft(spec.transpose(-1, -2), N_FFT, HOP, window=window, length=length)
 
 
+def masked(spec: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Apply a mask to a spectrum and return the waveform.
+
+    Args:
+        spec: from `spectrum`, complex64 `[(batch,) frames, 513]`.
+        mask: of that shape, or one that broadcasts to it, float32.
+        length: samples of the waveform.
+
+    Returns:
+        float32 `[(batch,) length]`.
+    """
+    return waveform(spec * mask, length)
+
+
 class Resampler(nn.Module):
     """Windowed-sinc resampling between two fixed rates: Hann window, low-pass width 6, roll-off 0.99.
 

@@ -1,4 +1,4 @@
-"""Model families and models, as data. A further family is a row here and a file in `models/`."""
+"""Lists model families and models, as data that needs no torch."""
 
 from __future__ import annotations
 
@@ -6,70 +6,34 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
-class Family:
-    """The classes of a family as "module:name"; imported when a model of it is loaded. "" where it has none."""
+class Traits:
+    """Describes a family as far as that is possible without torch; `families` holds the rest.
 
-    config: str
-    separator: str  # made from the config
-    ask: str  # makes, of a model, queries and which of them are kept, what the separator is asked for
-    stream: str  # makes, of a model, what it is asked for, a rate and channels, what joins its results to a recording
-    as_set: bool = False  # hears all that it is asked for at once, so that no target has to be told what to leave
-    doubts: str = ""  # says, of a model and queries, why they may go wrong though they can be asked
-    likeness: str = ""  # how alike a recording is to what a stem is asked for
-    refine: bool = False  # whether it separates in two passes unless told otherwise
-    near_in_bfloat16: bool = True  # to its float32 output, 40 dB or more: so near that it is used unasked
-    text: str = ""  # made from the config and a tokenizer
-    audio: str = ""  # made from the config
-    convert: str = ""  # writes the parts of a model, from files as they were released
-    tokenizer: str = ""  # of the released text encoder, below the bundled weights
+    Attributes:
+        parts: its networks, each a file on disk.
+        takes: the kinds of queries it takes: "text", "audio", "negatives", "prompts".
+        tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" where there is none.
+    """
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The networks of its models, each a file on disk."""
-        return tuple(part for part in ("separator", "text", "audio") if getattr(self, part))
+    parts: tuple[str, ...]
+    takes: tuple[str, ...]
+    tokenizer: str = ""
 
 
 FAMILIES = {
-    "clapsep": Family(
-        config="clapsep_cli.models.clapsep:CLAPSepConfig",
-        separator="clapsep_cli.models.clapsep:CLAPSep",
-        ask="clapsep_cli.separation.embedding:conditions",
-        stream="clapsep_cli.separation.embedding:stream",
-        likeness="clapsep_cli.separation.embedding:likeness",
-        text="clapsep_cli.models.clap:ClapTextEncoder",
-        audio="clapsep_cli.models.clap:ClapAudioEncoder",
-        convert="clapsep_cli.store.convert:convert_clapsep",
+    "clapsep": Traits(
+        parts=("separator", "text", "audio"),
+        takes=("text", "audio", "negatives"),
         tokenizer="roberta-tokenizer.json.gz",
     ),
-    "mini": Family(
-        config="clapsep_cli.models.mini:MiniConfig",
-        separator="clapsep_cli.models.mini:Mini",
-        ask="clapsep_cli.separation.embedding:conditions",
-        stream="clapsep_cli.separation.embedding:stream",
-        doubts="clapsep_cli.separation.embedding:doubts",
-        likeness="clapsep_cli.separation.embedding:likeness",
-        refine=True,
-        near_in_bfloat16=False,
-        text="clapsep_cli.models.mini:MiniText",
-        audio="clapsep_cli.models.mini:MiniAudio",
-    ),
-    "tuss": Family(
-        config="clapsep_cli.models.tuss:TussConfig",
-        separator="clapsep_cli.models.tuss:Tuss",
-        ask="clapsep_cli.separation.prompting:prompts",
-        stream="clapsep_cli.separation.prompting:stream",
-        as_set=True,
-        doubts="clapsep_cli.separation.prompting:doubts",
-        near_in_bfloat16=False,
-        convert="clapsep_cli.store.convert_tuss:convert_tuss",
-    ),
+    "mini": Traits(parts=("separator", "text", "audio"), takes=("text", "audio", "negatives")),
+    "tuss": Traits(parts=("separator",), takes=("prompts",)),
+    "audiosep": Traits(parts=("separator", "text"), takes=("text",), tokenizer="roberta-tokenizer.json.gz"),
 }
 
 
@@ -78,7 +42,7 @@ SHORT = 12  # digits of a hash that name a folder or a revision
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(ABC):
-    """A file to download, pinned by its `size` in bytes and its SHA-256 in hex. Each kind says where it lies."""
+    """Describes a file to download, pinned by its `size` in bytes and its SHA-256 in hex."""
 
     size: int
     sha256: str
@@ -86,32 +50,32 @@ class Remote(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The file's own name."""
+        """The file name."""
 
     @property
     @abstractmethod
     def where(self) -> str:
-        """The file and its place, in words."""
+        """The file and where it is published, in words."""
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where a browser finds it."""
+        """The address for a browser."""
 
     @property
     @abstractmethod
     def version(self) -> str:
-        """What was released, and which of it, in short."""
+        """The short name of the release and its revision."""
 
     @property
     @abstractmethod
     def pinned(self) -> tuple[str | int, ...]:
-        """All that makes it another file if it changes."""
+        """The values that identify the file: a change of any makes it another."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubFile(Remote):
-    """A file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit.
+    """Describes a file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit.
 
     The hash that the Hub states for that revision is believed, too: the revision is what is pinned.
     """
@@ -145,7 +109,7 @@ class HubFile(Remote):
 
 @dataclass(frozen=True, kw_only=True)
 class WebFile(Remote):
-    """A file at an HTTPS address. Nothing but its content pins it: the address may change, and the file stays."""
+    """Describes a file at an HTTPS address, pinned by its content alone: the address may change."""
 
     url: str
 
@@ -172,7 +136,7 @@ class WebFile(Remote):
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that can be named. It is bundled (`remotes` is empty), or made from the files `remotes` by `convert`."""
+    """Describes a model that has a name: a bundled one (`remotes` is empty), or one converted from `remotes`."""
 
     name: str
     family: str
@@ -248,33 +212,59 @@ _ENTRIES = [
             ),
         ),
     ),
+    Entry(
+        name="audiosep",
+        family="audiosep",
+        licence="MIT, as its Space states",
+        about="the released AudioSep: words only, no negative queries (arXiv 2308.05037)",
+        remotes=(
+            HubFile(
+                repo="Audio-AGI/AudioSep",
+                repo_type="space",
+                revision="0807a713283035d8b0d0628f1b8e3d6580459f7b",
+                path="checkpoint/audiosep_base_4M_steps.ckpt",
+                size=1_264_844_076,
+                sha256="f8cda01bfd0ebd141eef45d41db7a3ada23a56568465840d3cff04b8010ce82c",
+            ),
+        ),
+    ),
+    Entry(
+        name="audiosep-hive",
+        family="audiosep",
+        licence="Apache-2.0, as its repository states",
+        about="newer weights for AudioSep, by others; reported, not checked here",
+        remotes=(
+            HubFile(
+                repo="AlayaLab/AudioSep-hive",
+                repo_type="model",
+                revision="113d2e4399a4f19b6a0d567bbde38f2fe1b11794",
+                path="audiosep_hive.ckpt",
+                size=1_264_846_755,
+                sha256="a13fff5fa4ece1a8bc13e42e1c7b8d90e21603075302ca89e4339c9471973300",
+            ),
+        ),
+    ),
 ]
 MODELS = {entry.name: entry for entry in _ENTRIES}
 PREFERRED, BUNDLED = "clapsep", "mini"
 
 
-def resolve(target: str) -> Any:
-    """The object that "module:name" names."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
-
-
 def weights_folder() -> Path:
-    """Where the bundled weights lie: in the installed package, or at the top of a checkout."""
+    """Return the folder of the bundled weights: in the installed package, or at the top of a checkout."""
     package = Path(__file__).parent
     installed = package / "weights"
     return installed if installed.is_dir() else package.parent / "weights"
 
 
 def examples_folder() -> Path:
-    """Where the example recordings lie, likewise."""
+    """Return the folder of the example recordings, likewise."""
     package = Path(__file__).parent
     installed = package / "examples"
     return installed if installed.is_dir() else package.parent / "examples"
 
 
 def home() -> Path:
-    """Where clapsep keeps converted models and records: CLAPSEP_HOME, or a folder in the platform's user cache."""
+    """Return the folder of converted models and records: CLAPSEP_HOME, or one in the platform's user cache."""
     own = os.environ.get("CLAPSEP_HOME")
     if own:
         return Path(own).expanduser().absolute()

@@ -22,6 +22,7 @@ prepare()
 
 import numpy as np
 import soundfile
+import soxr
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +35,7 @@ from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
 from clapsep_cli.registry import MODELS
-from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Ear
+from clapsep_cli.separation.pipeline import BLOCK_SECONDS
 from clapsep_cli.store import library
 
 HERE = Path(__file__).parent
@@ -179,11 +180,12 @@ def read_and_write(path: Path) -> float:
     """Processor time in seconds to do with a file what is done beside the model."""
     began = time.process_time()
     with Source(path) as source:
-        ear, encoding = Ear(source.rate, RATE_HZ, source.channels), choose_encoding("wav", None, source)
+        ear = soxr.ResampleStream(source.rate, RATE_HZ, source.channels, "float32", "HQ")
+        encoding = choose_encoding("wav", None, source)
         paths = {part: path.with_name(f"part.{part}.wav") for part in ("target", "residual")}
         with Outputs(paths, source.rate, source.channels, encoding, overwrite=True) as outputs:
             for block in source.blocks(BLOCK_SECONDS):
-                ear.hear(block)
+                ear.resample_chunk(np.ascontiguousarray(block.T))
                 rounded = on_grid(block, encoding.bits)
                 outputs.write({"target": rounded, "residual": block - rounded})
             outputs.commit()

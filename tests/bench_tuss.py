@@ -42,15 +42,17 @@ def peak(seconds: int) -> None:
 
     from clapsep_cli.models.prompts import PROMPTS
     from clapsep_cli.models.tuss import MEDIUM, Tuss
-    from clapsep_cli.stitch.stems import OVERLAP, StemTrack
+    from clapsep_cli.stitch.stem_stream import StemStream
 
     with torch.inference_mode():
-        model, track = Tuss(MEDIUM).eval(), StemTrack(SCENE)
+        model = Tuss(MEDIUM).eval()
         prompts = torch.tensor([PROMPTS.index(prompt) for prompt in SCENE])
-        last = seconds * model.rate - model.window
-        for start in sorted({*range(0, last, model.window - OVERLAP), last}):
-            track.add(start, model.separate(0.1 * torch.randn(1, model.window), prompts).transpose(0, 1))
-        track.finish(seconds * model.rate)
+        stream = StemStream(model.window, SCENE, model.rate, model.rate, 1, torch.device("cpu"))
+        for second in range(seconds + 1):
+            piece = 0.1 * torch.randn(1, model.rate if second < seconds else 0).numpy()
+            for window in stream.push(piece, piece, second == seconds):
+                stream.accept(model.separate(window[None], prompts)[0])
+            stream.pull()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

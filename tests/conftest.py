@@ -5,30 +5,26 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from numpy.typing import NDArray
 from released import write_released
-from tiny_clapsep import ROBERTA, write_checkpoints
+from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
 from torch import Tensor
 
-from clapsep_cli import registry
 from clapsep_cli.cli.app import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
-from clapsep_cli.models.base import AudioEncoder, Conditions, MaskSeparator, Separator, TextEncoder
+from clapsep_cli.families.base import Family, load_family
+from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
-from clapsep_cli.query import Query, mutual
-from clapsep_cli.registry import MODELS, HubFile, weights_folder
-from clapsep_cli.separation.embedding import conditions, likeness, stream
-from clapsep_cli.stitch.windows import Stream
-from clapsep_cli.store import download
+from clapsep_cli.registry import FAMILIES, MODELS, HubFile, Traits, weights_folder
+from clapsep_cli.store import convert_clapsep, download
 from clapsep_cli.store.checkpoint import Model, save_part
 from clapsep_cli.store.library import load_model
 
@@ -87,30 +83,13 @@ class Mean(AudioEncoder):
 
 
 class Stub(Model):
-    """A model around a given separator."""
+    """A CLAPSep model around a given separator."""
 
-    def __init__(self, separator: Separator) -> None:
+    def __init__(self, separator: Separator[Any]) -> None:
         self.name, self.folder, self.device = "stub", Path(), torch.device("cpu")
         self.family, self.config, self.revision, self.dtype = "stub", None, "", torch.float32
+        self.kind = load_family("clapsep")
         self.__dict__.update(separator=separator, text=OneHot(), audio=Mean(), identity="stub")
-
-    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Conditions:
-        return conditions(self, queries, range(len(queries)) if kept is None else kept)
-
-    def stream(self, wanted: Conditions, rate: int, channels: int) -> Stream:
-        return stream(self, wanted, rate, channels)
-
-    tells_likeness = True
-    gains_by_refining = False
-
-    def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
-        return mutual(targets)
-
-    def doubts(self, queries: Sequence[Query]) -> list[str]:
-        return []
-
-    def likeness(self, wanted: Conditions, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
-        return likeness(self, wanted, stem, mono, rate)
 
 
 @pytest.fixture(scope="session")
@@ -142,9 +121,17 @@ def released_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, and a `clapsep` that is made from tiny checkpoints."""
     monkeypatch.setenv("CLAPSEP_HOME", str(tmp_path / "home"))
-    family = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
-    monkeypatch.setitem(registry.FAMILIES, "clapsep", family)
+    monkeypatch.setattr(convert_clapsep, "convert_clapsep", convert_tiny)
     return tmp_path / "home"
+
+
+def add_family(
+    patch: pytest.MonkeyPatch, name: str, traits: Traits, family: Family[Any, Any, Any], convert: Callable[..., None]
+) -> None:
+    """Make a further family known, as its modules in `families/` and `store/` would."""
+    patch.setitem(FAMILIES, name, traits)
+    patch.setitem(sys.modules, f"clapsep_cli.families.{name}", SimpleNamespace(FAMILY=family))
+    patch.setitem(sys.modules, f"clapsep_cli.store.convert_{name}", SimpleNamespace(**{f"convert_{name}": convert}))
 
 
 def pinned(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clapsep_cli.models.clapsep import CLAPSepConfig
 from clapsep_cli.store.checkpoint import save_part
-from clapsep_cli.store.convert import convert
+from clapsep_cli.store.convert_clapsep import convert
 
 
 def released_parts(seed: int = 0) -> dict[str, dict[str, Tensor]]:

@@ -28,7 +28,7 @@ from clapsep_cli.models.base import condition
 from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig, Features
 from clapsep_cli.models.htsat import BinNorm
-from clapsep_cli.store.convert import LORA_RANK, convert
+from clapsep_cli.store.convert_clapsep import LORA_RANK, convert
 
 Parts = dict[str, dict[str, Tensor]]
 Module = TypeVar("Module", bound=nn.Module)

@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import Clapsep, pinned
+from conftest import Clapsep, add_family, pinned
 from hub_server import HubServer
 from safetensors.torch import save_file
 from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from clapsep_cli import registry
 from clapsep_cli.errors import CheckpointError, DownloadError, ModelError
+from clapsep_cli.families import mini
+from clapsep_cli.families.base import load_family
 from clapsep_cli.models.base import TextEncoder
 from clapsep_cli.query import Query
 from clapsep_cli.registry import MODELS, HubFile, WebFile
@@ -138,12 +141,12 @@ def test_a_failed_conversion_leaves_nothing_that_is_believed(
         convert_tiny(files, folder, **notes)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(library, "resolve", lambda target: fails)
+    monkeypatch.setattr(library, "converter", lambda family: fails)
     with pytest.raises(KeyboardInterrupt):
         library.install("clapsep")
     assert library.installed(MODELS["clapsep"]) is None
     assert not list((home / "models").iterdir())
-    monkeypatch.setattr(library, "resolve", lambda target: convert_tiny)
+    monkeypatch.setattr(library, "converter", lambda family: convert_tiny)
     assert library.install("clapsep").is_dir()
 
 
@@ -251,13 +254,9 @@ def test_a_family_without_query_encoders(
     def alone(files: Sequence[Path], folder: Path, **notes: str) -> None:
         save_part(folder, "separator", "alone", config, network.state_dict(), **notes)
 
-    mini = registry.FAMILIES["mini"]
-    family = registry.Family(
-        config=mini.config, separator=mini.separator, ask=mini.ask, stream=mini.stream, convert="alone"
-    )
-    monkeypatch.setitem(registry.FAMILIES, "alone", family)
+    family = replace(mini.FAMILY, text=None, audio=None)
+    add_family(monkeypatch, "alone", registry.Traits(("separator",), ("text",)), family, alone)
     monkeypatch.setitem(MODELS, "one", replace(MODELS["clapsep"], name="one", family="alone"))
-    monkeypatch.setattr(library, "resolve", lambda target: alone)
     carried = tmp_path / "model.pth"
     carried.write_bytes(b"weights")
     folder = library.install("one", [carried])
@@ -306,7 +305,15 @@ def test_what_is_pinned_is_pinned() -> None:
     for entry in MODELS.values():
         assert entry.licence
         assert entry.family in registry.FAMILIES
-        assert bool(registry.FAMILIES[entry.family].convert) == bool(entry.remotes)
+        assert (find_spec(f"clapsep_cli.store.convert_{entry.family}") is not None) == bool(entry.remotes)
+
+
+def test_what_is_said_of_a_family_is_true_of_it() -> None:
+    for name, traits in registry.FAMILIES.items():
+        family = load_family(name)
+        assert traits.parts == tuple(part for part in ("separator", "text", "audio") if getattr(family, part))
+        assert ("audio" in traits.takes) == (family.audio is not None)
+        assert ("negatives" in traits.takes) <= family.mutual
 
 
 def test_another_pin_is_another_model(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +435,9 @@ from clapsep_cli import registry
 given = json.loads(sys.argv[1])
 remotes = tuple(registry.HubFile(**remote) for remote in given["remotes"])
 registry.MODELS["clapsep"] = replace(registry.MODELS["clapsep"], remotes=remotes)
-registry.FAMILIES["clapsep"] = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
+from clapsep_cli.store import convert_clapsep
+from tiny_clapsep import convert_tiny
+convert_clapsep.convert_clapsep = convert_tiny
 from clapsep_cli.cli.app import main
 sys.argv = ["clapsep", "extract", *given["arguments"]]
 main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from clapsep_cli import dsp
-from clapsep_cli.stitch.masking import MaskedStream
+from clapsep_cli.dsp import HOP
+from clapsep_cli.stitch.masking import MaskedRecording
 
 CPU = torch.device("cpu")
+WINDOW = 100 * HOP
 RATES = [8000, 11025, 12345, 16000, 22050, 32000, 44100, 48000, 96000, 192000]
 
 
@@ -26,24 +30,45 @@ def frames(samples: int, rate: int) -> int:
     return math.ceil(samples * 100 / rate) + 1
 
 
-def masked(audio: Tensor, rate: int, mask: Tensor) -> Tensor:
-    stream = MaskedStream(rate, 1, len(audio), CPU)
-    stream.push(audio)
-    stream.push_mask(mask[None])
-    return torch.cat([stream.pull(), stream.finish(audio.shape[1])], 2)[0]
+def masked(audio: Tensor, rate: int, masks: Tensor, cuts: Sequence[int] = (), late: int = 0) -> Tensor:
+    """`audio` (`[channels, samples]`) under `masks` (`[stems, frames, 513]`), of which each window gets its part.
+
+    The audio arrives in blocks of the sizes `cuts`, the masks of a window when `late` others wait.
+    """
+    samples = audio.shape[1]
+    stream, out, fed = MaskedRecording(WINDOW, len(masks), rate, len(audio), CPU), [], 0
+    heard = np.zeros((len(audio), round(samples * 32_000 / rate)), np.float32)
+    masks = F.pad(masks, (0, 0, 0, WINDOW // HOP), mode="replicate")
+    for block in [*_cut(audio, cuts), audio[:, :0]]:
+        fed, last = fed + block.shape[1], block.shape[1] == 0
+        part, heard = np.split(heard, [heard.shape[1] - round((samples - fed) * 32_000 / rate)], 1)
+        stream.push(block.numpy(), part, last)
+        while len(stream.starts) > (0 if last else late):
+            first = stream.starts[0] // HOP
+            stream.accept(masks[:, first : first + WINDOW // HOP + 1])
+        out.append(stream.pull())
+    return torch.cat(out, 2)
+
+
+def _cut(audio: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    parts, at = [], 0
+    for size in [*sizes, audio.shape[1]]:
+        parts.append(audio[:, at : at + size])
+        at += size
+    return [part for part in parts if part.shape[1]]
 
 
 def test_at_32_khz_it_is_the_models_own_stft() -> None:
     audio, mask = noise(2, 96_000), torch.rand(301, 513, generator=torch.Generator().manual_seed(1))
     expected = dsp.waveform(dsp.spectrum(audio) * mask, 96_000)
-    torch.testing.assert_close(masked(audio, 32_000, mask), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(masked(audio, 32_000, mask[None])[0], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("gain", [1.0, 0.25, 0.0])
 def test_a_constant_mask_is_a_gain_up_to_the_highest_frequency(rate: int, gain: float) -> None:
     audio = noise(2, rate + 17)
-    out = masked(audio, rate, torch.full((frames(rate + 17, rate), 513), gain))
+    out = masked(audio, rate, torch.full((1, frames(rate + 17, rate), 513), gain))[0]
     assert out.shape == audio.shape
     torch.testing.assert_close(out, gain * audio, rtol=0, atol=1e-6)
 
@@ -56,7 +81,7 @@ def test_the_mask_lies_at_the_right_time_and_frequency(rate: int) -> None:
     count = frames(audio.shape[1], rate)
     hidden = torch.ones(count, 513)
     hidden[count // 2 :, round(tone / 31.25) - 8 : round(tone / 31.25) + 9] = 0  # the tone, from 1 s on
-    out = masked(audio, rate, hidden)[0]
+    out = masked(audio, rate, hidden[None])[0, 0]
     edge = int(0.05 * rate)
     torch.testing.assert_close(out[edge : rate - edge], audio[0, edge : rate - edge], rtol=0, atol=2e-2)
     assert out[rate + edge : -edge].abs().max() < 2e-2
@@ -71,53 +96,34 @@ def test_above_16_khz_the_top_band_carries_on() -> None:
     mask = torch.zeros(101, 513)
     mask[:, -64:] = torch.linspace(0.2, 0.8, 64)  # of which the mean counts, 14 to 16 kHz
     inside = slice(rate // 20, -rate // 20)  # a tone cut off at the ends is not confined to its band there
-    torch.testing.assert_close(masked(high, rate, mask)[:, inside], 0.5 * high[:, inside], rtol=0, atol=1e-3)
+    torch.testing.assert_close(masked(high, rate, mask[None])[0][:, inside], 0.5 * high[:, inside], rtol=0, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     rate=st.sampled_from([8000, 22050, 32000, 44100]),
     cuts=st.lists(st.integers(1, 30_000), min_size=1, max_size=20),
-    mask_cuts=st.lists(st.integers(1, 90), min_size=1, max_size=20),
+    late=st.integers(0, 6),
 )
-def test_blocks_do_not_matter(rate: int, cuts: list[int], mask_cuts: list[int]) -> None:
+def test_blocks_do_not_matter(rate: int, cuts: list[int], late: int) -> None:
     audio = noise(2, 70_001)
-    mask = torch.rand(frames(70_001, rate), 513, generator=torch.Generator().manual_seed(1))
-    stream, out = MaskedStream(rate, 1, 2, CPU), []
-    audio_parts = _cut(audio, cuts, 1)
-    mask_parts = _cut(mask, mask_cuts, 0)
-    for i in range(max(len(audio_parts), len(mask_parts))):
-        if i < len(audio_parts):
-            stream.push(audio_parts[i])
-        if i < len(mask_parts):
-            stream.push_mask(mask_parts[i][None])
-        out.append(stream.pull())
-    out.append(stream.finish(70_001))
-    torch.testing.assert_close(torch.cat(out, 2)[0], masked(audio, rate, mask), rtol=0, atol=1e-6)
-
-
-def _cut(x: Tensor, sizes: list[int], axis: int) -> list[Tensor]:
-    parts, at = [], 0
-    for size in sizes:
-        size = min(size, x.shape[axis] - at)
-        parts.append(x.narrow(axis, at, size))
-        at += size
-    return [*parts, x.narrow(axis, at, x.shape[axis] - at)]
+    masks = torch.rand(1, frames(70_001, rate), 513, generator=torch.Generator().manual_seed(1))
+    expected = masked(audio, rate, masks)
+    assert expected.shape == (1, 2, 70_001)
+    torch.testing.assert_close(masked(audio, rate, masks, cuts, late), expected, rtol=0, atol=1e-6)
 
 
 def test_stems_share_the_mixture_and_have_masks_of_their_own() -> None:
     audio, masks = noise(2, 50_000), torch.rand(3, frames(50_000, 44_100), 513)
-    stream = MaskedStream(44_100, 3, 2, CPU)
-    stream.push(audio)
-    stream.push_mask(masks)
-    together = torch.cat([stream.pull(), stream.finish(50_000)], 2)
+    together = masked(audio, 44_100, masks)
     assert together.shape == (3, 2, 50_000)
     for stem, mask in zip(together, masks, strict=True):
-        torch.testing.assert_close(stem, masked(audio, 44_100, mask), rtol=0, atol=1e-6)
+        torch.testing.assert_close(stem, masked(audio, 44_100, mask[None])[0], rtol=0, atol=1e-6)
 
 
 def test_a_stream_that_begins_with_half_a_frame_waits_for_more() -> None:
-    stream = MaskedStream(8000, 1, 1, CPU)
-    stream.push(noise(1, stream.half))
-    stream.push_mask(torch.ones(1, 9, 513))
+    stream = MaskedRecording(WINDOW, 1, 8000, 1, CPU)
+    stream.push(noise(1, stream.half).numpy(), np.zeros((1, 2 * WINDOW), np.float32))
+    while stream.starts:
+        stream.accept(torch.ones(1, WINDOW // HOP + 1, 513))
     assert stream.pull().shape == (1, 1, 0)

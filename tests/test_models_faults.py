@@ -10,22 +10,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MINI, Clapsep
+from conftest import TINY_MINI, Clapsep, add_family
 from hub_server import Faults, HubServer
 from huggingface_hub import constants
 from tiny_clapsep import ROBERTA, write_checkpoints
 
-from clapsep_cli import registry
+from clapsep_cli.families import mini
 from clapsep_cli.models.mini import Mini
-from clapsep_cli.registry import MODELS, Entry, Family, WebFile
+from clapsep_cli.registry import MODELS, Entry, Traits, WebFile
 from clapsep_cli.store import download, library
 from clapsep_cli.store.checkpoint import save_part
-from clapsep_cli.store.convert import read_checkpoint
+from clapsep_cli.store.released import read_checkpoint
 
 PATH = "/media/owner/name/0123456/model.pth"
 
@@ -48,17 +49,10 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Serves the one file of the model `alone`, whose family has no query encoders. The home is empty."""
-    data, mini = checkpoint.read_bytes(), registry.FAMILIES["mini"]
-    family = Family(
-        config=mini.config,
-        separator=mini.separator,
-        ask=mini.ask,
-        stream=mini.stream,
-        convert=f"{__name__}:convert_alone",
-    )
+    data, family = checkpoint.read_bytes(), replace(mini.FAMILY, text=None, audio=None)
     remote = WebFile(url=f"https://files.example{PATH}", size=len(data), sha256=hashlib.sha256(data).hexdigest())
     entry = Entry(name="alone", family="alone", licence="AGPL-3.0", about="a separator", remotes=(remote,))
-    monkeypatch.setitem(registry.FAMILIES, "alone", family)
+    add_family(monkeypatch, "alone", Traits(("separator",), ("text",)), family, convert_alone)
     monkeypatch.setitem(MODELS, "alone", entry)
     monkeypatch.setenv("CLAPSEP_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -199,11 +193,10 @@ def test_a_malicious_file_that_was_carried_here(
 
 CONVERT = """
 import sys
-from dataclasses import replace
-from clapsep_cli import registry
-from clapsep_cli.store import checkpoint
+from tiny_clapsep import convert_tiny
+from clapsep_cli.store import checkpoint, convert_clapsep, released
 
-registry.FAMILIES["clapsep"] = replace(registry.FAMILIES["clapsep"], convert="tiny_clapsep:convert_tiny")
+convert_clapsep.convert_clapsep = convert_tiny
 stop_at, save = sys.argv.pop(1), checkpoint.save_part
 
 def save_part(folder, part, *rest, **notes):
@@ -212,8 +205,7 @@ def save_part(folder, part, *rest, **notes):
         print(folder, flush=True)
         sys.stdin.read()
 
-import clapsep_cli.store.convert
-clapsep_cli.store.convert.save_part = save_part
+released.save_part = save_part
 from clapsep_cli.cli.app import run
 run()
 """

@@ -22,9 +22,10 @@ import soundfile
 from clips import write_clips
 from conftest import TINY_MINI, Clapsep, pinned
 from recordings import noise
-from tuss_stand_in import TINY, released, save_released
+from tuss_stand_in import TINY, convert_tiny, released, save_released
 
-from clapsep_cli.registry import FAMILIES, MODELS, HubFile
+from clapsep_cli.registry import MODELS, HubFile
+from clapsep_cli.store import convert_tuss
 from clapsep_cli.training.recipes.presets import PRESETS
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
@@ -104,7 +105,7 @@ def small(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paper: dict[str, object] = {"batch": 2, "epochs": 1, "precision": "32-true"}
     monkeypatch.setitem(PRESETS, "mini", replace(PRESETS["mini"], settings=mini))
     monkeypatch.setitem(PRESETS, "clapsep-hybrid", replace(PRESETS["clapsep-hybrid"], settings=paper))
-    monkeypatch.setitem(FAMILIES, "tuss", replace(FAMILIES["tuss"], convert="tuss_stand_in:convert_tiny"))
+    monkeypatch.setattr(convert_tuss, "convert_tuss", convert_tiny)
     path = tmp_path / "served" / "tuss.pth"
     save_released(path, released(TINY))
     monkeypatch.setitem(MODELS, "tuss-medium", replace(MODELS["tuss-medium"], remotes=(HubFile(**pinned(path)),)))

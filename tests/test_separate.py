@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,11 @@ from tuss_stand_in import TINY, released
 from clapsep_cli import Query, extract, load_model
 from clapsep_cli.cli.separate import parts, repeated
 from clapsep_cli.errors import UsageError
+from clapsep_cli.families import tuss
 from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.prompts import PROMPTS, TASKS
-from clapsep_cli.models.tuss import Asked, Tuss
-from clapsep_cli.separation.prompting import prompts, stream
-from clapsep_cli.stitch.stem_stream import StemStream
+from clapsep_cli.models.tuss import Prompted, Tuss
 from clapsep_cli.store import library
 from clapsep_cli.store.checkpoint import Model, save_part
 from clapsep_cli.store.convert_tuss import convert
@@ -184,7 +184,7 @@ def test_extract_maps_a_text_to_a_prompt(
 
 def test_a_side_to_leave_names_what_else_there_is(tuss_folder: Path) -> None:
     model = load_model(tuss_folder, "cpu")
-    asked = prompts(model, [Query("speech", ["sfx", "musicbg"])], [0])
+    asked = tuss.prompts(model, [Query("speech", ["sfx", "musicbg"])], [0])
     assert [PROMPTS[number] for number in asked.prompts.tolist()] == ["speech", "sfx", "musicbg"]
     assert asked.kept == (0,)
 
@@ -262,7 +262,7 @@ def test_names_that_are_taken() -> None:
 # Through the pipeline with a separator whose stems are known
 
 
-class Bands(Separator):
+class Bands(Separator[Prompted]):
     """Parts a mixture at 1 kHz, and gives the two bands to equal prompts in whatever order `flips` says.
 
     It is told by the number of the window and the channel.
@@ -277,7 +277,7 @@ class Bands(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         pass
 
-    def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
+    def infer(self, windows: Tensor, wanted: Prompted, check: Callable[[], None] = go_on) -> Tensor:
         spectra = torch.fft.rfft(windows)
         low = torch.fft.irfft(spectra * (torch.fft.rfftfreq(windows.shape[1], 1 / RATE) < 1000), windows.shape[1])
         stems = torch.stack([low, windows - low], 1)
@@ -288,19 +288,11 @@ class Bands(Separator):
         return stems
 
 
-class Twins(Stub):
-    """Is asked for two of the same, whatever the queries."""
-
-    tells_likeness = False
-
-    def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Asked:  # type: ignore[override]
-        return Asked(torch.tensor([0, 0]), (0, 1))
-
-    def stream(self, wanted: Asked, rate: int, channels: int) -> StemStream:  # type: ignore[override]
-        return stream(self, wanted, rate, channels)
-
-    def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
-        return targets
+def twins(separator: Bands) -> Stub:
+    """A TUSS that is asked for two of the same, whatever the queries."""
+    model = Stub(separator)
+    model.kind = replace(tuss.FAMILY, ask=lambda *_: Prompted(torch.tensor([0, 0]), (0, 1)), doubts=None)
+    return model
 
 
 def two_sounds(samples: int, rate: int) -> Audio:
@@ -327,7 +319,7 @@ def test_equal_prompts_keep_their_sources_over_windows_and_channels(
     sounds = two_sounds(8 * rate, rate)
     soundfile.write(tmp_path / "mix.wav", sounds.sum(0), rate, "FLOAT")
     targets = {"sfx": Query("sfx"), "sfx-2": Query("sfx")}
-    done = extract(tmp_path / "mix.wav", targets, Twins(Bands(2, flips)), options=Options(batch_size=batch))
+    done = extract(tmp_path / "mix.wav", targets, twins(Bands(2, flips)), options=Options(batch_size=batch))
     stems = [read(done.outputs[name]) for name in targets]
     if flips(0, 0):
         stems.reverse()
@@ -347,7 +339,7 @@ def test_stems_have_the_mixtures_shape_and_add_up(
 ) -> None:
     folder = tmp_path_factory.mktemp("mix")
     soundfile.write(folder / "mix.wav", two_sounds(samples, rate).sum(0)[:, :channels], rate, "PCM_16")
-    done = extract(folder / "mix.wav", {"a": Query("a"), "b": Query("b")}, Twins(Bands(channels, lambda *_: False)))
+    done = extract(folder / "mix.wav", {"a": Query("a"), "b": Query("b")}, twins(Bands(channels, lambda *_: False)))
     written = [read(path) for path in done.outputs.values()]
     mixture = read(folder / "mix.wav")
     assert [part.shape for part in written] == [mixture.shape] * 3
@@ -361,7 +353,7 @@ def test_by_default_the_released_model_is_meant(clapsep: Clapsep, mix: Path, mon
 
     def load(model: object, *_: object, **__: object) -> Model:
         asked.append(model)
-        return Twins(Bands(2, lambda *_: False))
+        return twins(Bands(2, lambda *_: False))
 
     monkeypatch.setattr(library, "load_model", load)
     assert clapsep("separate", "mix.wav", "--prompts", "speech", "sfxbg", cwd=mix.parent).returncode == 0

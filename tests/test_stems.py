@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clapsep_cli.stitch.stems import StemTrack, align_channels, best_order, continuing
+from clapsep_cli.stitch.stem_stream import StemStream
+from clapsep_cli.stitch.stems import align_channels, best_order, continuing
 
 RATE = 48_000
 WINDOW, OVERLAP = 24_000, 6000
@@ -25,11 +26,26 @@ def cut(samples: int) -> list[int]:
     return [*starts, samples - WINDOW] if samples > WINDOW and starts[-1] + WINDOW < samples else starts
 
 
-def joined(prompts: Sequence[object], stems: Tensor, change: Callable[[int, Tensor], Tensor]) -> Tensor:
-    track, parts = StemTrack(prompts), []
-    for number, start in enumerate(cut(stems.shape[-1])):
-        parts.append(track.add(start, change(number, stems[..., start : start + WINDOW].clone())))
-    return torch.cat([*parts, track.finish(stems.shape[-1])], -1)
+def joined(
+    prompts: Sequence[object], stems: Tensor, change: Callable[[int, Tensor], Tensor], samples: int | None = None
+) -> Tensor:
+    """The stems of a stream that gets `stems` as its windows' results, changed on the way."""
+    samples = samples or stems.shape[-1]
+    stream, parts, starts = stream_of(prompts, stems.shape[1], samples), [], cut(samples)
+    assert stream.starts == starts
+    for number, start in enumerate(starts):
+        for row in change(number, stems[..., start : start + WINDOW].clone()).unbind(1):
+            stream.accept(row)
+        parts.append(stream.pull())
+    return torch.cat(parts, -1)
+
+
+def stream_of(prompts: Sequence[object], channels: int, samples: int) -> StemStream:
+    """A stream to which a whole recording was pushed."""
+    stream = StemStream(WINDOW, prompts, RATE, RATE, channels, torch.device("cpu"), OVERLAP)
+    mixture = np.zeros((channels, samples), np.float32)
+    stream.push(mixture, mixture, last=True)
+    return stream
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -78,9 +94,7 @@ def assert_unswapped(result: Tensor, stems: Tensor) -> None:
 @given(samples=st.integers(1, 4 * WINDOW), channels=st.integers(1, 2))
 def test_stems_that_agree_join_to_themselves_bit_for_bit(samples: int, channels: int) -> None:
     stems = noise(3, channels, max(samples, WINDOW))
-    track = StemTrack(["speech", "speech", "sfxbg"])
-    parts = [track.add(start, stems[..., start : start + WINDOW]) for start in cut(samples)]
-    result = torch.cat([*parts, track.finish(samples)], -1)
+    result = joined(["speech", "speech", "sfxbg"], stems, lambda _, part: part, samples)
     assert torch.equal(result, stems[..., :samples])
 
 
@@ -205,21 +219,21 @@ def test_silence_keeps_the_order_and_stays_silence() -> None:
 
 
 def test_little_is_held() -> None:
-    track = StemTrack(["speech"])
-    for number, start in enumerate(cut(500_000)):
-        final = track.add(start, noise(1, 2, WINDOW, seed=number))
-        assert track.held is not None
-        assert track.held.shape[-1] == WINDOW
-        assert final.shape[-1] == (start - cut(500_000)[number - 1] if number else 0)
+    stream, starts = stream_of(["speech"], 1, 500_000), cut(500_000)
+    for number, start in enumerate(starts[:-1]):
+        stream.accept(noise(1, WINDOW, seed=number))
+        assert stream.held is not None
+        assert stream.held.shape[-1] == WINDOW
+        assert stream.pull().shape[-1] == (start - starts[number - 1] if number else 0)
 
 
 def test_the_input_is_left_alone() -> None:
     stems = torch.stack([talk(WINDOW, 0), talk(WINDOW, 1)])[:, None]
-    track = StemTrack(["speech", "speech"])
-    track.add(0, stems)
-    after = stems.flip(0).roll(-(WINDOW - OVERLAP), -1)
-    given_, kept = after, after.clone()
-    track.add(WINDOW - OVERLAP, given_)
+    stream = stream_of(["speech", "speech"], 1, 2 * WINDOW - OVERLAP)
+    stream.accept(stems[:, 0])
+    given_ = stems[:, 0].flip(0).roll(-(WINDOW - OVERLAP), -1)
+    kept = given_.clone()
+    stream.accept(given_)
     assert torch.equal(given_, kept)
 
 

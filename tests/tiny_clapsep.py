@@ -11,7 +11,7 @@ import torch
 from fill import checkpoints
 
 from clapsep_cli.models.clapsep import CLAPSepConfig
-from clapsep_cli.store.convert import convert_clapsep
+from clapsep_cli.store.convert_clapsep import convert_clapsep
 
 WORDS = ["<s>", "<pad>", "</s>", "a", "dog", "barking", "rain", "on", "roof"]
 TINY = CLAPSepConfig(

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from clapsep_cli.models.tuss import MEDIUM, Tuss, TussConfig
 from clapsep_cli.store.checkpoint import save_part
-from clapsep_cli.store.convert import read_checkpoint
 from clapsep_cli.store.convert_tuss import convert
+from clapsep_cli.store.released import read_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "tuss"  # beside the checkout, for those who have it

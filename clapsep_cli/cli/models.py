@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note, notes
-from clapsep_cli.registry import MODELS
+from clapsep_cli.registry import FAMILIES, MODELS
 
 models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
 
@@ -34,7 +34,9 @@ def list_models(
     for status in statuses():
         entry = status.entry
         where = status.folder or f"not here; {amount(entry.download_bytes)} to download"
-        typer.echo(f"{entry.name:12} {entry.about}\n{'':12} {where}\n{'':12} licence: {entry.licence}")
+        takes = ", ".join(FAMILIES[entry.family].takes)
+        typer.echo(f"{entry.name:13} {entry.about}\n{'':13} {where}")
+        typer.echo(f"{'':13} takes: {takes}; licence: {entry.licence}")
 
 
 @models.command()

@@ -17,10 +17,10 @@ from clapsep_cli.data import fit, mix, read_clip
 from clapsep_cli.errors import ExtraError, ManifestError, ModelError
 from clapsep_cli.evaluation.mixtures import EvaluationSet, Mixture
 from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score, ScoreFile
+from clapsep_cli.families.embedding import Embedder
 from clapsep_cli.metrics import bss_sdr, sdr, si_sdr
 from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.query import Query
-from clapsep_cli.separation.embedding import Embedder
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 

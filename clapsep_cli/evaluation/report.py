@@ -24,8 +24,8 @@ from clapsep_cli.evaluation.figures import (
 )
 from clapsep_cli.evaluation.mixtures import EvaluationSet
 from clapsep_cli.evaluation.scores import ABSENT, METRICS, Score, by_label, presence, summary
+from clapsep_cli.families.embedding import Embedder
 from clapsep_cli.files import replacing
-from clapsep_cli.separation.embedding import Embedder
 from clapsep_cli.store.checkpoint import Model
 
 MOST_LABELS = 100  # that are all shown; of more, the best and the worst

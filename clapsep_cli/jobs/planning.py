@@ -88,7 +88,7 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Tod
     apart = {id(job.targets): model.apart(job.targets) for job in jobs}
     several = [job.targets for job in jobs if len(job.targets) > 1]
     if options.mutual is not None and several and all(apart[id(targets)] == targets for targets in several):
-        raise UsageError(f"--mutual, --no-mutual: {model.name} always separates all targets together; leave it out")
+        raise UsageError(f"--mutual, --no-mutual: {model.name} never makes targets negative queries; leave it out")
     todo = Todo([], [], [])
     for job in jobs:
         if job.input.fault:

@@ -24,7 +24,7 @@ from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.separation.levels import Meter, Presence
-from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Ear, Passage
+from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Passage
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
@@ -143,7 +143,6 @@ class Recording:
             folder = next((path.parent for path in self.job.outputs.values() if path != STDOUT), None)
             self._draft = self._outputs.enter_context(Draft(folder))
         self.passage = Passage(self.model, self.wanted, source.rate, source.channels)
-        self._ear = Ear(source.rate, self.model.separator.rate, source.channels)
         self._blocks = source.blocks(BLOCK_SECONDS)
         self._nothing = np.zeros((source.channels, 0), np.float32)
         self._reading = self.io.submit(self._next)
@@ -151,8 +150,8 @@ class Recording:
     def _next(self) -> tuple[Samples, Audio, bool]:
         block = next(self._blocks, None)
         if block is None:
-            return self._nothing, self._ear.hear(self._nothing, True), True
-        return block, self._ear.hear(block), False
+            return self._nothing, self.passage.hear(self._nothing, True), True
+        return block, self.passage.hear(block), False
 
     @property
     def seconds(self) -> float:

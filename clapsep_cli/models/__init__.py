@@ -1,1 +1,1 @@
-"""Model families. One file a family; `base` is what the pipeline knows of any of them."""
+"""Networks: tensors in, tensors out. `base` defines what they have in common."""

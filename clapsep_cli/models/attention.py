@@ -1,4 +1,4 @@
-"""Multi-head attention, by whatever way is fastest in the precision at hand."""
+"""Computes multi-head attention, in the way that is fastest for the precision."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ LONG = 256  # tokens, beyond which the weights of all heads together do not stay
 
 
 def attend(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """softmax(q·kᵀ/√d + bias)·v of each head: `qkv`, `[batch, tokens, 3 · width]`, to `[batch, tokens, width]`.
+    """Compute softmax(q·kᵀ/√d + bias)·v of each head.
 
-    `bias` is added to the attention of each head, `[few, heads, tokens, tokens]`; it recurs along the batch, of which
-    `few` is a divisor. A bool one, `[few, heads or 1, tokens or 1, tokens]`, is true where a token may be attended to.
+    Args:
+        qkv: queries, keys and values, `[batch, tokens, 3 · width]`.
+        heads: number of heads.
+        bias: added to the attention of each head, `[few, heads, tokens, tokens]`; it recurs along the batch, of which
+            `few` is a divisor. A bool one, `[few, heads or 1, tokens or 1, tokens]`, is true where a token may be
+            attended to.
+
+    Returns:
+        `[batch, tokens, width]`.
     """
     batch, tokens, width = qkv.shape
     apart = qkv.view(batch, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
@@ -29,7 +36,7 @@ def attend(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
 
 
 def _plain(qkv: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as products, which a CPU is twice as fast at in bfloat16 as its fused kernel: `[3, batch, heads, …]`."""
+    """Compute `attend` by plain products of `[3, batch, heads, …]`: on a CPU in bfloat16 twice as fast as fused."""
     _, batch, heads, tokens, depth = qkv.shape
     q, k, v = qkv.flatten(1, 2)
     scale, nothing = 1 / math.sqrt(depth), q.new_zeros(())

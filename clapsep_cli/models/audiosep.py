@@ -1,7 +1,7 @@
 """AudioSep (arXiv 2308.05037): extracts from a mixture what a text describes.
 
-A U-Net of residual blocks hears the magnitude of the mixture's spectrum; the embedding of the text shifts the channels
-of every block. What it makes is a mask that turns the phases as well.
+A U-Net of residual blocks processes the magnitude of the mixture's spectrum; the embedding of the text shifts the
+channels of every block. It makes a complex mask, which also turns the phases.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class AudioSepConfig(TextSize):
 
     @property
     def grid(self) -> int:
-        """Samples on whose multiples windows have to start: the coarsest cell in time, counted from there."""
+        """Windows have to start on multiples of this many samples, the length of the coarsest cell."""
         return HOP << len(self.widths) - 1
 
 
 def spectrum(x: Tensor) -> Tensor:
-    """Complex STFT of float32 `[batch, samples]`, 1025 samples or more: 2048-point Hann (periodic), reflected.
+    """Compute the STFT of float32 `[batch, samples]`, 1025 samples or more: 2048-point periodic Hann, reflected.
 
     Returns complex64 `[batch, samples // 320 + 1 frames, 1025 bins]`.
     """
@@ -70,8 +70,8 @@ def waveform(spec: Tensor, samples: int) -> Tensor:
     )
 
 
-class AudioSep(Separator):
-    """The separator. What it is asked for is a condition for each stem, `[stems, dim]`, rows of length 1."""
+class AudioSep(Separator[Tensor]):
+    """Separates by conditions, one for each stem: float32 `[stems, dim]`, rows of length 1."""
 
     rate = RATE_HZ
 
@@ -100,25 +100,29 @@ class AudioSep(Separator):
         self.dtype = dtype
 
     def infer(self, windows: Tensor, wanted: Tensor, check: Callable[[], None] = go_on) -> Tensor:
-        """Complex masks, complex64 `[batch, stems, frames, 1025]`; all windows of a batch have one length."""
+        """Return complex masks, complex64 `[batch, stems, frames, 1025]`; all windows of a batch have one length."""
         spec = spectrum(F.pad(windows, (0, max(0, FEWEST - windows.shape[1]))))
         image = self.hear(spec)
-        return torch.stack([self.mask(image, c.expand(len(windows), -1))[:, : spec.shape[1]] for c in wanted], 1)
+        masks = []
+        for condition in wanted:
+            check()  # a mask takes seconds
+            masks.append(self.mask(image, condition.expand(len(windows), -1))[:, : spec.shape[1]])
+        return torch.stack(masks, 1)
 
     def forward(self, audio: Tensor, condition: Tensor) -> Tensor:
-        """What `condition` (`[batch, dim]`) asks for in `audio`: float32 `[batch, samples]`, any length, any level."""
+        """Extract what `condition` (`[batch, dim]`) describes from `audio`, both float32 `[batch, samples]`."""
         samples = audio.shape[1]
         spec = spectrum(F.pad(audio, (0, max(0, FEWEST - samples))))
         return waveform(self.mask(self.hear(spec), condition)[:, : spec.shape[1]] * spec, samples)
 
     def hear(self, spec: Tensor) -> Tensor:
-        """The image that the network sees of a spectrum: `[batch, 1, frames, 1024]`, with frames of zeros behind it."""
+        """Normalise the magnitudes of a spectrum: `[batch, 1, frames, 1024]`, with frames of zeros behind them."""
         magnitude = (spec.real.square() + spec.imag.square()).clamp(min=QUIETEST).sqrt()
         image: Tensor = self.norm(magnitude)[:, None, :, :-1]
         return F.pad(image, (0, 0, 0, -image.shape[2] % (self.config.grid // HOP)))
 
     def mask(self, image: Tensor, condition: Tensor) -> Tensor:
-        """Complex64 `[batch, frames, 1025]`, of modulus 0 to 1; zero in the last bin.
+        """Compute a mask: complex64 `[batch, frames, 1025]`, of modulus 0 to 1; zero in the last bin.
 
         `image`: from `hear`, with as many frames; `condition`: float32 `[batch, dim]`.
         """
@@ -133,7 +137,7 @@ class AudioSep(Separator):
         return F.pad(size.sigmoid() * turn / turn.abs().clamp(min=QUIETEST), (0, 1))
 
     def maps(self, image: Tensor, condition: Tensor) -> Tensor:
-        """The network: `[batch, 1, frames, bins]` to three maps, `[batch, 3, frames, bins]`."""
+        """Run the network: `[batch, 1, frames, bins]` to three maps, `[batch, 3, frames, bins]`."""
         x, kept = self.stem(image), []
         for encoder in self.encoders:
             keep, x = encoder(x, condition)
@@ -145,7 +149,7 @@ class AudioSep(Separator):
         return maps
 
     def _quick(self, image: Tensor, condition: Tensor) -> Tensor:
-        """`maps` of one image for one condition (`[dim]`), in inference on a processor."""
+        """Compute `maps` of one image for one condition (`[dim]`), in inference on a processor."""
         self._prepare()
         # Once a block of this size was freed, glibc keeps what is freed later, instead of having it mapped again.
         torch.empty(HELD_BYTES, dtype=torch.uint8)

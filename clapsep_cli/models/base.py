@@ -1,6 +1,6 @@
-"""The contract between the pipeline and the separators, and between a query-conditioned separator and its encoders.
+"""Defines what all separators, text encoders and audio encoders have in common.
 
-What a separator is asked for, `wanted`, is made by its family (see `registry.Family.ask`) and opaque to the pipeline.
+What a separator is asked for, `wanted`, is made by its family (`families.base.Family.ask`) and opaque to the pipeline.
 For CLAPSep and mini these are `Conditions`, in an embedding space that separator, text encoder and audio encoder share.
 The three are loaded apart, so that a text query never reads the audio encoder and the other way round.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,22 @@ from clapsep_cli import dsp
 # every operation (40 targets of mini on one core: 4.3 s, 2.9 s by fours).
 TARGETS_AT_ONCE = 4
 
+Wanted = TypeVar("Wanted")
+
 
 def go_on() -> None:
     """Never stop: the default of a `check`, which raises where the user wants to stop."""
 
 
 class Conditions(NamedTuple):
-    """What a `MaskSeparator` is asked for: a condition for each target, and which of the targets become stems."""
+    """Conditions of the targets of a `MaskSeparator`, and which of the targets become stems."""
 
     targets: Tensor  # float32 [targets, 2 · dim]
     kept: tuple[int, ...]  # positions among the targets
 
 
-class Separator(nn.Module, ABC):
-    """Separates windows of `window` samples at `rate` Hz."""
+class Separator(nn.Module, ABC, Generic[Wanted]):
+    """Separates windows of `window` samples at `rate` Hz; `Wanted` is the type of what it is asked for."""
 
     rate: int
     window: int
@@ -44,15 +46,20 @@ class Separator(nn.Module, ABC):
         """Compute from now on in `dtype` wherever that makes inference faster; what comes in and out is float32."""
 
     @abstractmethod
-    def infer(self, windows: Tensor, wanted: Any, check: Callable[[], None] = go_on) -> Tensor:
-        """What is `wanted` in `windows` (float32 `[batch, window]`): float32 `[batch, …]`, of which the family's stream
-        makes stems.
+    def infer(self, windows: Tensor, wanted: Wanted, check: Callable[[], None] = go_on) -> Tensor:
+        """Separate windows.
 
-        `check` is called between parts of the work, where these are many; what it raises ends it.
+        Args:
+            windows: float32 `[batch, samples]`, `window` samples unless the family's stream makes shorter ones.
+            wanted: what to separate, from the family's `ask`.
+            check: called between parts of the work, where these are many; what it raises ends it.
+
+        Returns:
+            Masks or stems, `[batch, …]`, of which the family's stream makes stems of a recording.
         """
 
 
-class MaskSeparator(Separator):
+class MaskSeparator(Separator[Conditions]):
     """Masks the magnitude STFT of a mixture (1024-point periodic Hann, hop 320, at 32 kHz), given a condition.
 
     `window` is a multiple of the hop. `encode` is separate from `mask` because several targets of one mixture share it.
@@ -60,14 +67,19 @@ class MaskSeparator(Separator):
 
     @abstractmethod
     def encode(self, mixture: Tensor) -> Any:
-        """Features of `mixture` (float32 `[batch, window]`, at `rate` Hz), whatever the queries."""
+        """Compute the features of mixtures, float32 `[batch, window]` at `rate` Hz, that no query changes."""
 
     @abstractmethod
     def mask(self, features: Any, condition: Tensor) -> Tensor:
-        """Mask in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`.
+        """Compute a mask for each item.
 
-        `condition`: float32 `[batch, 2 · dim]`, from `condition()`. Where `features` or `condition` is of one item, it
-        serves all of the other.
+        Args:
+            features: from `encode`.
+            condition: float32 `[batch, 2 · dim]`, from `condition()`. Where `features` or `condition` is of one item,
+                it serves all of the other.
+
+        Returns:
+            Masks in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`.
         """
 
     def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -82,10 +94,12 @@ class MaskSeparator(Separator):
         """
         features, spectrum = self.encode(mixtures), dsp.spectrum(mixtures)
         for wanted in conditions:
-            yield dsp.waveform(spectrum * self.mask(features, wanted), mixtures.shape[1])
+            yield dsp.masked(spectrum, self.mask(features, wanted), mixtures.shape[1])
 
     def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
-        """Masks of the targets that are kept, float32 `[batch, stems, frames, 513]`; the encoder runs once a window.
+        """Return masks of the targets that are kept, float32 `[batch, stems, frames, 513]`.
+
+        The encoder runs once a window.
 
         Targets share the mixture: where the masks of all of them, kept or not, add up to more than 1, they are scaled
         to 1, so that what they leave is never negative.
@@ -114,12 +128,12 @@ class TextEncoder(nn.Module, ABC):
         """Embed each text: float32 `[len(texts), dim]`, rows of length 1."""
 
     def unknown(self, text: str) -> dict[str, str | None]:
-        """The words of a text that count for nothing, each with a known one of similar spelling. Here: none."""
+        """Return the words of a text that are ignored, each with a known one of similar spelling. Here: none."""
         return {}
 
 
 class AudioEncoder(nn.Module, ABC):
-    """`rate` is the sample rate, in Hz, of the audio it hears."""
+    """Embeds recordings, in the space in which a `TextEncoder` embeds texts; `rate` is their sample rate in Hz."""
 
     rate: int
 
@@ -132,10 +146,17 @@ class AudioEncoder(nn.Module, ABC):
 
 
 def condition(positive: Tensor | None, negative: Tensor | None) -> Tensor:
-    """Join both sides into the condition of the FiLM layers (paper III-B): concatenated, then scaled to length 1.
+    """Join both sides of a query into the condition of the FiLM layers (paper III-B).
 
-    Each side is float32 `[batch, dim]`; a missing side is the zero vector. Returns float32 `[batch, 2 · dim]`.
-    Raises `ValueError` where both are missing.
+    Args:
+        positive: float32 `[batch, dim]`, or None for a query without this side, which counts as zeros.
+        negative: likewise.
+
+    Returns:
+        Both, concatenated and scaled to length 1: float32 `[batch, 2 · dim]`.
+
+    Raises:
+        ValueError: where both are missing.
     """
     if positive is None and negative is None:
         raise ValueError("a condition needs a positive or a negative embedding")

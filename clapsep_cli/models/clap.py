@@ -1,4 +1,4 @@
-"""The two towers of LAION-CLAP that embed queries: RoBERTa for texts, HTSAT for recordings.
+"""Embeds queries by the two towers of LAION-CLAP: RoBERTa for texts, HTSAT for recordings.
 
 Frozen in CLAPSep (arXiv 2402.17455, III): neither tower carries LoRA.
 """

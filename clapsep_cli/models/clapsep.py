@@ -88,7 +88,7 @@ class CLAPSepConfig(TextSize):
         return self.width << len(self.depths) - 1
 
     def build_htsat(self, *, stretch: bool) -> HTSAT:
-        """An HTSAT of this size: `stretch` as CLAP's audio tower, else as the separator's encoder."""
+        """Make an HTSAT of this size: with `stretch` as CLAP's audio tower, else as the separator's encoder."""
         return HTSAT(
             mels=self.mels,
             image=self.image,
@@ -121,7 +121,7 @@ class TransformerLayer(nn.Module):
 
 
 class FiLM(nn.Module):
-    """An encoder feature, projected, then scaled and shifted by the condition: γ(c) · x + β(c)."""
+    """Projects an encoder feature, then scales and shifts it by the condition: γ(c) · x + β(c)."""
 
     def __init__(self, width: int, condition: int) -> None:
         super().__init__()
@@ -131,14 +131,14 @@ class FiLM(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, feature: Tensor, condition: Tensor, h: Tensor | None = None) -> Tensor:
-        """Modulated `feature` (`[batch, rows, columns, width]`), plus `h` where there is one, normalised."""
+        """Modulate `feature` (`[batch, rows, columns, width]`), plus `h` where there is one, normalised."""
         gamma, beta = self.gamma(condition)[:, None, None], self.beta(condition)[:, None, None]
         x = torch.addcmul(beta, gamma, self.feature_proj(feature))
         return cast(Tensor, self.norm(x if h is None else x + h))
 
 
 class PatchExpanding(nn.Module):
-    """Inverse of patch merging: `[batch, side, side, 2 · width]` to `[batch, 2 · side, 2 · side, width]`."""
+    """Inverts patch merging: `[batch, side, side, 2 · width]` to `[batch, 2 · side, 2 · side, width]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class AggregatorLayer(nn.Module):
 
 
 class InversePatchEmbedding(nn.Module):
-    """Patches `[batch, side / 4, side / 4, width]` to an image `[batch, side, side]`."""
+    """Turns patches `[batch, side / 4, side / 4, width]` to an image `[batch, side, side]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Aggregator(nn.Module):
 
 
 class MaskNet(nn.Module):
-    """Magnitude spectrum and aggregated features to a mask; all frames of a window attend to each other."""
+    """Makes a mask of magnitude spectrum and aggregated features; all frames of a window attend to each other."""
 
     def __init__(self, config: CLAPSepConfig) -> None:
         super().__init__()
@@ -235,14 +235,14 @@ class MaskNet(nn.Module):
 
 
 class Features(NamedTuple):
-    """What the separator knows of a mixture before any query."""
+    """Features of a mixture, the same for all queries."""
 
     magnitude: Tensor  # of the 32 kHz STFT, [batch, frames, 513 bins]
     encoder: list[Tensor]  # patch embedding and Swin stages, [batch, rows, columns, channels] each
 
 
 class CLAPSep(MaskSeparator):
-    """The separator of CLAPSep, with LoRA merged into its encoder.
+    """Separates by positive and negative conditions, with LoRA merged into the encoder.
 
     `mask` and `encode` are those of `MaskSeparator`. One mixture's features also serve a batch of conditions.
     """
@@ -259,7 +259,7 @@ class CLAPSep(MaskSeparator):
         self.mask_net = MaskNet(config)
 
     def encode(self, mixture: Tensor) -> Features:
-        """Features of `mixture`, float32 `[batch, window]` at 32 kHz, peaks within ±1."""
+        """Compute the features of `mixture`, float32 `[batch, window]` at 32 kHz, peaks within ±1."""
         return Features(power(spectrum(mixture)).sqrt_(), self.encoder(self.resample(mixture)))
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -274,7 +274,7 @@ class CLAPSep(MaskSeparator):
         self._apply(_unmapped)  # type: ignore[no-untyped-call]
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
-        """Mask in (0, 1), `[batch, frames, 513]`; `features` and `condition` have the same batch, or one has 1."""
+        """Compute a mask in (0, 1), `[batch, frames, 513]`; `features` or `condition` may be of one item."""
         aggregated = self.aggregator(features.encoder, condition.to(self.encoder.dtype))
         return cast(Tensor, self.mask_net(features.magnitude, aggregated))
 

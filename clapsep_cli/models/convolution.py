@@ -56,7 +56,7 @@ class Kernel:
 
 
 def _combined(d: list[Tensor]) -> list[Tensor]:
-    """The six rows that are convolved, of six rows `d` of the input of each tile."""
+    """Combine the six input rows `d` of each tile into the six rows to be convolved."""
     even, odd = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
     even2, odd2 = d[4] - d[2], d[3] - d[1]
     first = torch.sub(even, d[2]).add_(d[0], alpha=4)
@@ -67,7 +67,7 @@ def _combined(d: list[Tensor]) -> list[Tensor]:
 
 
 def _output(m: list[Tensor]) -> Tensor:
-    """The rows of the output, in their order, of the six convolved ones."""
+    """Combine six convolved rows into the rows of the output, in order."""
     sum1, difference1 = m[1] + m[2], m[1].sub_(m[2])
     sum2, difference2 = m[3] + m[4], m[3].sub_(m[4])
     batch, channels, tiles, columns = m[0].shape

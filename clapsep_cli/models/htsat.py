@@ -69,7 +69,7 @@ class WindowAttention(nn.Module):
         self.bias = None
 
     def _attention_bias(self) -> Tensor:
-        """Position bias plus shift mask, `[1 or windows, heads, tokens, tokens]`.
+        """Compute position bias plus shift mask, `[1 or windows, heads, tokens, tokens]`.
 
         In evaluation without gradients it is computed once and kept until `train`, `eval` or `load_state_dict`.
         """
@@ -114,7 +114,7 @@ class SwinBlock(nn.Module):
 
 
 def through(blocks: Iterable[SwinBlock], x: Tensor) -> Tensor:
-    """`x`, `[batch, side, side, width]`, after each of `blocks` in turn.
+    """Run `x`, `[batch, side, side, width]`, through `blocks` in turn.
 
     All but attention treats each token alone, so tokens move only from the windows of one block to those of the next.
     """
@@ -217,16 +217,16 @@ class HTSAT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the stages compute."""
+        """The dtype in which the stages compute."""
         return next(self.layers.parameters()).dtype
 
     @property
     def frames(self) -> int:
-        """Frames that fill the image."""
+        """The number of frames that fill the image."""
         return self.image * self.image // self.mels
 
     def forward(self, audio: Tensor) -> list[Tensor]:
-        """Features of `audio`, float32 `[batch, samples]` at 48 kHz, `samples // 480 + 1` at most `frames`.
+        """Compute the features of `audio`, float32 `[batch, samples]` at 48 kHz, `samples // 480 + 1` at most `frames`.
 
         Returns the patch embedding and the output of each stage, after its merging, from shallow to deep:
         `[batch, rows, columns, channels]`.
@@ -237,7 +237,7 @@ class HTSAT(nn.Module):
         return features
 
     def log_mel(self, audio: Tensor) -> Tensor:
-        """Log-mel spectrogram, normalised per band: `[batch, samples]` at 48 kHz to `[batch, frames, mels]`."""
+        """Compute log-mel features, normalised per band: `[batch, samples]` at 48 kHz to `[batch, frames, mels]`."""
         mel = power(spectrum(audio, HOP)) @ self.mel
         if not self.stretch:
             mel = F.pad(mel, (0, 0, 0, self.frames - mel.shape[1]))
@@ -252,7 +252,7 @@ class HTSAT(nn.Module):
 
 
 def _relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for each pair of tokens of a window: int64 `[window², window²]`."""
+    """Return the row of the bias table for each pair of tokens of a window: int64 `[window², window²]`."""
     position = torch.arange(window, device="cpu")
     row, column = position.repeat_interleave(window), position.repeat(window)
     offset = window - 1
@@ -260,14 +260,14 @@ def _relative_position_index(window: int) -> Tensor:
 
 
 def _window_order(side: int, window: int, shift: int) -> Tensor:
-    """Tokens of a map, in row-major order of its windows after a cyclic shift: int64 `[side²]`."""
+    """Return the tokens of a map, in row-major order of its windows after a cyclic shift: int64 `[side²]`."""
     shifted = torch.arange(side * side, device="cpu").view(side, side).roll((-shift, -shift), (0, 1))
     count = side // window
     return shifted.view(count, window, count, window).transpose(1, 2).flatten()
 
 
 def _shift_mask(side: int, window: int, shift: int) -> Tensor:
-    """`SHIFT_MASK` between tokens that a cyclic shift has brought into one window from opposite edges, else 0.
+    """Return `SHIFT_MASK` between tokens that a cyclic shift has brought into one window from opposite edges, else 0.
 
     Float32 `[windows, window², window²]`.
     """

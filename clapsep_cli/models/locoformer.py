@@ -19,7 +19,7 @@ BASE = 10_000.0  # of the rotary frequencies
 
 
 def rotations(length: int, dim: int, counter: Literal["exact", "bf16"], device: torch.device) -> Tensor:
-    """Rotary encoding of the positions 0 … `length` − 1: complex64 `[length, 1, 1, dim / 2]`, of modulus 1.
+    """Compute the rotary encoding of the positions 0 … `length` − 1: complex64 `[length, 1, 1, dim / 2]`, of modulus 1.
 
     With `counter` "bf16", positions above 256 are rounded, as they were when the released weights were trained.
     """

@@ -47,7 +47,7 @@ class MiniConfig:
 
 @lru_cache
 def band_matrix(bands: int, linear: int) -> Tensor:
-    """Which bins make up each band, float32 `[bands, 513]`, columns of sum 1.
+    """Return the share of each bin in each band, float32 `[bands, 513]`, columns of sum 1.
 
     The first `linear` bands are bins 0 … linear − 1; the others are triangles that widen evenly on a log scale up to
     16 kHz and overlap so that every bin is shared out completely.
@@ -79,7 +79,7 @@ class Front(nn.Module):
         return self.compress(power @ self.matrix.T, power.sum(-1).mean(-1))
 
     def compress(self, bands: Tensor, energy: Tensor) -> Tensor:
-        """The same from what was computed of the power: its `bands`, and the `energy` of a mean frame, `[batch]`."""
+        """Compute `forward` from the `bands` of the power and the `energy` of a mean frame, `[batch]`."""
         # RMS of the signal to within a constant: |X|² sums to N_FFT/2 · 3/8 · N_FFT · rms² a frame (Hann window).
         level = energy / (3 / 16 * dsp.N_FFT**2)
         gain = 1 / level.clamp(min=SILENCE_RMS**2)
@@ -122,7 +122,7 @@ class Bottleneck(nn.Module):
 
 
 class Mini(base.MaskSeparator):
-    """The separator. Its features are the log band energies alone: conditioning begins in the first block."""
+    """Separates by positive and negative conditions. Its features are log band energies alone."""
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Mini(base.MaskSeparator):
         return self.pad(self.front(dsp.power(dsp.spectrum(mixture))))
 
     def pad(self, bands: Tensor) -> Tensor:
-        """Frames filled up to a multiple of what the network halves: `[batch, 1, frames, bands]` in and out."""
+        """Pad frames to a multiple of what the network halves: `[batch, 1, frames, bands]` in and out."""
         return F.pad(bands, (0, 0, 0, -bands.shape[2] % self.step))
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -196,14 +196,14 @@ CARRIERS = frozenset(("noise", "noises", "audio", "clip", "sample"))  # are empt
 
 
 def essential(words: Sequence[str]) -> list[str]:
-    """The words that say what sounds: "rain" of "the sound of rain". All of them where none does."""
+    """Return the words that say what sounds: "rain" of "the sound of rain"; all words where none does."""
     followed = zip(words, [*words[1:], ""], strict=True)
     kept = [word for word, after in followed if word not in EMPTY_WORDS and not (word in CARRIERS and after == "of")]
     return kept or list(words)
 
 
 class MiniText(base.TextEncoder):
-    """The mean of the vectors of a text's `essential` words; words outside the table count for nothing."""
+    """Embeds a text as the mean vector of its `essential` words; words outside the table are ignored."""
 
     def __init__(self, config: MiniConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class MiniText(base.TextEncoder):
         self.scale: Tensor
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Raises `QueryError` for a text without a single known word."""
+        """Embed each text; raises `QueryError` for one without a known word."""
         return torch.stack([self._embed(text) for text in texts])
 
     def _embed(self, text: str) -> Tensor:
@@ -228,7 +228,7 @@ class MiniText(base.TextEncoder):
         return F.normalize(vectors.mean(0), dim=0)
 
     def _words(self, text: str) -> list[str]:
-        """The words of a text, in the tokenizer's spelling."""
+        """Split a text into words, in the tokenizer's spelling."""
         normal = self.tokenizer.normalizer.normalize_str(text)
         return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
 
@@ -237,7 +237,7 @@ class MiniText(base.TextEncoder):
         return [i for i in ids if i is not None and i < len(self.table)]
 
     def unknown(self, text: str) -> dict[str, str | None]:
-        """The words of a text that count for nothing because they are not in the table, each with the nearest that is.
+        """Return the words of a text that are not in the table and so ignored, each with the nearest that is.
 
         Single letters are left out.
         """
@@ -250,7 +250,7 @@ class MiniText(base.TextEncoder):
         return not whole and not (len(word) == 1 and word.isascii())
 
     def _nearest(self, word: str) -> str | None:
-        """The known word of the most similar spelling; of equals the same first letter, then the most frequent."""
+        """Return the known word nearest in spelling; of equals the same first letter, then the most frequent."""
         ends = {other for other in self._vocabulary if other[0] == word[0] or other[-1] == word[-1]}
         close = [other for other in ends if abs(len(other) - len(word)) <= 2]
 
@@ -263,12 +263,12 @@ class MiniText(base.TextEncoder):
 
     @cached_property
     def _vocabulary(self) -> dict[str, int]:
-        """The known words with their numbers, which are small for frequent ones."""
+        """Return the known words with their numbers, which are small for frequent ones."""
         return {word: number for word, number in self.tokenizer.get_vocab().items() if number < len(self.table)}
 
 
 class MiniAudio(base.AudioEncoder):
-    """A convolutional network from log band energies into the word space."""
+    """Embeds recordings in the word space, by convolutions over log band energies."""
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class MiniAudio(base.AudioEncoder):
 
     @torch.no_grad()
     def embed(self, audio: Tensor) -> Tensor:
-        """A recording is covered by as few stretches as that takes; their embeddings average."""
+        """Embed a recording: the mean over as few stretches as cover it."""
         length = STRETCH_SECONDS * self.rate
         count = max(1, -(-len(audio) // length))
         audio = F.pad(audio, (0, max(0, length - len(audio))))

@@ -1,4 +1,4 @@
-"""Prompts, as data: what the released TUSS models were trained to tell apart, and in which combinations."""
+"""Lists the prompts of the released TUSS models and the combinations they were trained on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ for _stem in STEMS:
 
 
 def indices(names: Sequence[str], vocabulary: Sequence[str] = PROMPTS) -> list[int]:
-    """The number of each prompt in `vocabulary`. Raises `QueryError` that lists what there is."""
+    """Return the number of each prompt in `vocabulary`. Raises `QueryError`, which lists the vocabulary."""
     unknown = [name for name in names if name not in vocabulary]
     if unknown or not names:
         asked = f"no prompt {', '.join(map(repr, unknown))}" if unknown else "no prompt given"
@@ -50,7 +50,7 @@ def indices(names: Sequence[str], vocabulary: Sequence[str] = PROMPTS) -> list[i
 
 
 def untrained(prompts: Sequence[str]) -> list[str]:
-    """Why the released models never heard a mixture of `prompts` in training, reason by reason; none if they did."""
+    """Return each reason why the released models were not trained on mixtures of `prompts`."""
     counts = Counter(prompts)
     reasons = []
     if len(prompts) not in COUNTS:
@@ -64,7 +64,7 @@ def _mixed(first: str, second: str) -> bool:
 
 
 def draw(rng: np.random.Generator, count: int, supply: Mapping[str, int]) -> list[str]:
-    """The prompts of one mixture, `count` of them, as the released models' training drew them.
+    """Draw the `count` prompts of a mixture as the released models' training did.
 
     `supply`: how many different sources there are for each prompt; they must be `drawable`.
     """
@@ -82,7 +82,7 @@ def draw(rng: np.random.Generator, count: int, supply: Mapping[str, int]) -> lis
 
 
 def drawable(count: int, supply: Mapping[str, int], drawn: Sequence[str] = ()) -> bool:
-    """Whether the prompts of a mixture can be `count`, after those `drawn`."""
+    """Return whether a mixture can have `count` prompts, after those `drawn`."""
     return len(drawn) >= count or any(
         drawable(count, supply, [*drawn, prompt]) for prompt in PROMPTS if _fits(prompt, drawn, supply)
     )

@@ -1,4 +1,4 @@
-"""A second pass for a separator that takes queries: what the first pass left tells it what to leave."""
+"""Separates in two passes: what the first one leaves becomes part of the negative query of the second."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Refined(base.MaskSeparator):
     def mask(self, features: tuple[Tensor, Any], condition: Tensor) -> Tensor:
         mixture, encoded = features
         first = self.separator.mask(encoded, condition)
-        left = dsp.waveform(dsp.spectrum(mixture) * (1 - first), mixture.shape[1])
+        left = dsp.masked(dsp.spectrum(mixture), 1 - first, mixture.shape[1])
         heard = self._embed(left, mixture.square().sum(1))
         return (first + self.separator.mask(encoded, leaving(condition, heard))) / 2
 
     def _embed(self, left: Tensor, energy: Tensor) -> Tensor:
-        """What was left, float32 `[batch, samples]`, embedded: `[batch, dim]`; zeros for silence."""
+        """Embed what was left, float32 `[batch, samples]`: `[batch, dim]`; zeros for silence."""
         audible = left.square().sum(1) > SILENT * energy
         heard = left if self.resample is None else self.resample(left)
         embedded = torch.stack([self.audio.embed(one) for one in heard])
@@ -49,7 +49,15 @@ class Refined(base.MaskSeparator):
 
 
 def leaving(condition: Tensor, left: Tensor) -> Tensor:
-    """Conditions, float32 `[batch or 1, 2 · dim]`, that also ask to leave what sounds like `left`, `[batch, dim]`."""
+    """Add what was left to the negative side of conditions.
+
+    Args:
+        condition: float32 `[batch or 1, 2 · dim]`.
+        left: embeddings of what was left, `[batch, dim]`; rows of zeros add nothing.
+
+    Returns:
+        float32 `[batch, 2 · dim]`.
+    """
     positive, negative = condition.expand(len(left), -1).chunk(2, 1)
     size = negative.norm(dim=1, keepdim=True)
     named = size > 0

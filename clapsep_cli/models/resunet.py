@@ -31,15 +31,15 @@ class ShiftedNorm(nn.BatchNorm2d):
         self.beta = nn.Linear(dim, channels)
 
     def activated(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`x`, normalised, shifted by `condition` (`[batch, dim]`) and through the leaky ReLU."""
+        """Return `x`, normalised, shifted by `condition` (`[batch, dim]`) and through the leaky ReLU."""
         return F.leaky_relu(self(x) + self.beta(condition)[:, :, None, None], SLOPE)
 
     def scale(self) -> Tensor:
-        """What each channel is multiplied with in inference, `[channels]`."""
+        """Return the factor of each channel in inference, `[channels]`."""
         return self.weight * torch.rsqrt(cast(Tensor, self.running_var) + self.eps)
 
     def shift(self, condition: Tensor) -> Tensor:
-        """What is added to it then, `[channels]`; `condition`: `[dim]`."""
+        """Return what is added to each channel in inference, `[channels]`; `condition`: `[dim]`."""
         return cast(Tensor, self.bias - cast(Tensor, self.running_mean) * self.scale() + self.beta(condition))
 
     def quick(self, condition: Tensor) -> Callable[[Tensor], Tensor]:
@@ -72,7 +72,7 @@ class ResidualBlock(nn.Module):
         self.kernels = Kernel(folded), Kernel(self.conv2.weight)
 
     def pieces(self, source: Rows, frames: int, condition: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The output for one condition (`[dim]`), piece by piece, each with its first frame.
+        """Yield the output for one condition (`[dim]`) piece by piece, each with its first frame.
 
         `source` gives the input, of so many `frames`; it is asked for some of them twice.
         """
@@ -90,7 +90,7 @@ class ResidualBlock(nn.Module):
             yield top, self._add_shortcut(h, x[:, :, top - begin : bottom - begin])
 
     def _add_shortcut(self, h: Tensor, x: Tensor) -> Tensor:
-        """`h` plus the shortcut of `x`, but for its bias, in place of `h`."""
+        """Add the shortcut of `x`, without its bias, to `h` in place."""
         if self.shortcut is None:
             return h.add_(x)
         # PyTorch is slow at convolutions of one pixel.
@@ -115,12 +115,12 @@ class Encoder(nn.Module):
         self.block = ResidualBlock(width_in, width_out, dim)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and its means."""
+        """Return the block's output, and its means."""
         kept = self.block(x, condition)
         return kept, F.avg_pool2d(kept, self.cell)
 
     def quick(self, source: Rows, size: tuple[int, int, int], condition: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in inference; `size`: the input's batch, frames and bins."""
+        """Compute `forward` in inference; `size`: the input's batch, frames and bins."""
         batch, frames, bins = size
         width, (high, wide) = self.block.conv2.out_channels, self.cell
         kept, means = _image(batch, width, frames, bins), _image(batch, width, frames // high, bins // wide)
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.block(torch.cat([larger, kept], 1), condition))
 
     def quick(self, x: Tensor, kept: Tensor, condition: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The same in inference, piece by piece, each with its first frame."""
+        """Yield `forward` in inference piece by piece, each with its first frame."""
         activate, (high, wide) = self.norm.quick(condition), self.cell
         weight = self.enlarge.weight.permute(0, 2, 3, 1).flatten(1)
 
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         return self.block.pieces(joined, kept.shape[2], condition)
 
     def quick_image(self, x: Tensor, kept: Tensor, condition: Tensor) -> Tensor:
-        """All pieces of `quick` in one."""
+        """Join all pieces of `quick`."""
         batch, _, frames, bins = kept.shape
         image = _image(batch, self.block.conv2.out_channels, frames, bins)
         for top, piece in self.quick(x, kept, condition):

@@ -1,7 +1,7 @@
 """TUSS (arXiv 2410.23987): separates a mixture into the sounds that a list of learned prompts names, one stem each.
 
-The spectrum is split into 61 bands. A first stack hears it together with all prompts, so that what one of them takes
-is left out by the others; a second one, for each prompt alone, works out the mask of its stem.
+The spectrum is split into 61 bands. A first stack processes it jointly with all prompts, so that the prompts share the
+sounds among them; a second one computes the mask of each prompt's stem.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _window(like: Tensor) -> Tensor:
 
 
 def spectrum(x: Tensor) -> Tensor:
-    """Complex STFT of float32 `[batch, samples]`: 2048-point root of a periodic Hann, centred, zeros at the ends.
+    """Compute the STFT of float32 `[batch, samples]`: 2048-point root of a periodic Hann, centred, zeros at the ends.
 
     Returns complex64 `[batch, ceil(samples / 512) + 1 frames, 1025 bins]`.
     """
@@ -154,15 +154,15 @@ class BandDecoder(nn.Module):
         return torch.complex(real, imaginary).flatten(2)
 
 
-class Asked(NamedTuple):
-    """A set of prompts (int64 `[prompts]`), and the places in it whose stems are wanted."""
+class Prompted(NamedTuple):
+    """A set of prompts (int64 `[prompts]`), and the positions in it that become stems."""
 
     prompts: Tensor
     kept: tuple[int, ...]
 
 
-class Tuss(Separator):
-    """The separator. `rate` (Hz) is of all audio, `window` is the length in samples that it was trained on."""
+class Tuss(Separator[Prompted]):
+    """Separates by a set of prompts. `rate` is in Hz; `window` is the length in samples that it was trained on."""
 
     rate = RATE_HZ
 
@@ -199,19 +199,26 @@ class Tuss(Separator):
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def infer(self, windows: Tensor, wanted: Asked, check: Callable[[], None] = go_on) -> Tensor:
-        """Stems, float32 `[batch, stems, samples]`; all windows of a batch have one length."""
+    def infer(self, windows: Tensor, wanted: Prompted, check: Callable[[], None] = go_on) -> Tensor:
+        """Return stems, float32 `[batch, stems, samples]`; all windows of a batch have one length."""
         with torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.separate(windows, wanted.prompts, wanted.kept)
 
     def separate(self, audio: Tensor, prompts: Tensor, kept: Sequence[int] | None = None) -> Tensor:
-        """One stem for each prompt that is kept, in that order: float32 `[batch, stems, samples]`.
+        """Separate mixtures by prompts. The stems need not sum to the mixture; silence gives silence.
 
-        `audio`: float32 `[batch, samples]` at 48 kHz, two samples or more, of any level; silence gives silence.
-        `prompts`: int64, indices into `config.prompts`, `[prompts]` for all rows alike or `[batch, prompts]`; together
-        they should name all that is in the mixture, and one may occur several times. `kept`: the positions in that list
-        whose stems are wanted, by default all; the time taken and, with gradients off, the memory depend on how many
-        there are. The stems need not sum to the mixture. Raises `ValueError` for shapes that do not fit.
+        Args:
+            audio: float32 `[batch, samples]` at 48 kHz, two samples or more, of any level.
+            prompts: int64, indices into `config.prompts`, `[prompts]` for all rows alike or `[batch, prompts]`;
+                together they should name all that is in the mixture, and one may occur several times.
+            kept: positions in that list that become stems; None for all. Time and, with gradients off, memory depend
+                on how many there are.
+
+        Returns:
+            A stem for each prompt that is kept, in that order: float32 `[batch, stems, samples]`.
+
+        Raises:
+            ValueError: for shapes that do not fit.
         """
         if audio.dim() != 2 or audio.shape[1] < 2:
             raise ValueError(f"audio is [batch, samples], two samples or more, not {list(audio.shape)}")
@@ -237,8 +244,15 @@ class Tuss(Separator):
         return torch.stack(stems, 1) * scale[:, None]
 
     def hear(self, spec: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """What the mixture is to a set of prompts (int64 `[batch, prompts]`): its frames, `[batch, frames, 61, width]`,
-        and the prompts as heard beside it, `[batch, prompts, 61, width]`."""
+        """Process a mixture jointly with prompts.
+
+        Args:
+            spec: from `spectrum`, complex64 `[batch, frames, 1025]`.
+            prompts: int64 `[batch, prompts]`.
+
+        Returns:
+            Embeddings of the frames, `[batch, frames, 61, width]`, and of the prompts, `[batch, prompts, 61, width]`.
+        """
         frames = self.encode(spec)
         start = self.start.expand(len(spec), 1, -1)
         tokens = torch.cat([self.prompts[prompts], start], 1)[:, :, None].expand(-1, -1, frames.shape[2], -1)
@@ -247,12 +261,12 @@ class Tuss(Separator):
         return x[:, count + 1 :], x[:, :count]
 
     def encode(self, spec: Tensor) -> Tensor:
-        """Complex64 `[batch, frames, 1025]` to `[batch, frames, 61, width]`."""
+        """Encode complex64 `[batch, frames, 1025]` to `[batch, frames, 61, width]`."""
         parts = torch.view_as_real(spec.contiguous()).flatten(2)
         pieces = torch.split(parts, [count * bins * 2 for count, bins in BANDS], 2)
         return torch.cat([encoder(piece) for encoder, piece in zip(self.encoder, pieces, strict=True)], 2)
 
     def mask(self, conditioned: Tensor) -> Tensor:
-        """The mask of one prompt's stem, complex64 `[batch, frames, 1025]`, unbounded."""
+        """Compute the mask of one prompt's stem, complex64 `[batch, frames, 1025]`, unbounded."""
         pieces = torch.split(self.conditional(conditioned), [count for count, _ in BANDS], 2)
         return torch.cat([decoder(piece) for decoder, piece in zip(self.decoder, pieces, strict=True)], 2)

@@ -1,1 +1,1 @@
-"""From a query and a mixture to its stems."""
+"""Separates one recording in memory and measures its parts."""

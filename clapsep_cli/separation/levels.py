@@ -1,4 +1,4 @@
-"""How loud the parts of a recording are, and how alike to what was asked for, measured as they pass."""
+"""Measures, as a stream, the levels of a recording's parts and how alike they are to the query."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Likeness = Callable[[Audio], float | None]  # of a mono recording to what is sou
 
 
 class Meter:
-    """Level of a stream over all its channels, in dB of full scale."""
+    """Measures the level of a stream over all its channels, in dB of full scale."""
 
     def __init__(self) -> None:
         self._energy, self._values, self._peak = 0.0, 0, 0.0
@@ -33,7 +33,7 @@ class Meter:
         self._peak = max(self._peak, float(rows.max(initial=0)), -float(rows.min(initial=0)))
 
     def read(self) -> dict[str, float | None]:
-        """`rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""
+        """Return `rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""
         rms = (self._energy / max(1, self._values)) ** 0.5
         return {"rms_db": _decibels(rms), "peak_db": _decibels(self._peak)}
 
@@ -43,7 +43,7 @@ def _decibels(amplitude: float) -> float | None:
 
 
 class _Excerpt(NamedTuple):
-    """Energies over all channels, and what a model hears of both, `[samples]`."""
+    """Holds a stretch of mixture and stem: energies over all channels, and downmixes, `[samples]`."""
 
     mixture_energy: float
     stem_energy: float
@@ -52,9 +52,9 @@ class _Excerpt(NamedTuple):
 
 
 class Presence:
-    """Tells whether what was asked for was there: is a stem more like it than the mixture was?
+    """Scores whether the sound of a query is present: a stem should be more like it than the mixture.
 
-    Looks at the excerpts of 10 s in which the stem is loudest, so its cost does not grow with the recording.
+    It looks at the excerpts of 10 s in which the stem is loudest, so its cost does not grow with the recording.
     """
 
     def __init__(self, rate: int) -> None:
@@ -80,10 +80,15 @@ class Presence:
         self._now, self._held = [], 0
 
     def read(self, likeness: Likeness) -> dict[str, float] | None:
-        """`before` and `after`: the likeness of mixture and stem to what was asked for, and a `score`, which is `after`
-        plus 0.02 for each dB that the stem is louder than the mixture, or less down to −20 dB; means over the excerpts.
+        """Score the excerpts.
 
-        None where that cannot be told: the stem is silent, or the query has no positive side.
+        Args:
+            likeness: takes a mono recording; returns how alike it is to the query, or None.
+
+        Returns:
+            Means over the excerpts: `before` and `after`, the likeness of mixture and stem to the query, and `score`,
+            which is `after` plus 0.02 for each dB by which the stem is louder than the mixture (minus, down to −20 dB).
+            None for a silent stem, and for a query without a positive side.
         """
         if self._held:
             self._end()

@@ -1,4 +1,4 @@
-"""The pipeline: audio → windows → query embedding → separator → stitched stems, and what they leave of the mixture."""
+"""Runs the pipeline: audio → windows → query embedding → separator → joined stems and residual."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK_SECONDS = 5.0  # of audio read at a time
 
 @dataclass(frozen=True)
 class Separation:
-    """Stems by name and the residual, float32, of the mixture's shape and `rate` (Hz). They add up to the mixture."""
+    """Holds stems by name and the residual, float32, of the mixture's shape and `rate` (Hz); they add up to it."""
 
     stems: dict[str, Audio]
     residual: Audio
@@ -32,49 +32,60 @@ class Separation:
 
     @property
     def target(self) -> Audio:
-        """The only stem there is, or the first."""
+        """The only stem, or the first."""
         return next(iter(self.stems.values()))
-
-
-class Ear:
-    """Resamples a recording to the rate of the separator that hears it, block by block."""
-
-    def __init__(self, rate: int, rate_heard: int, channels: int) -> None:
-        self._channels = channels
-        self._stream = soxr.ResampleStream(rate, rate_heard, channels, "float32", "HQ") if rate != rate_heard else None
-
-    def hear(self, block: Samples, last: bool = False) -> Audio:
-        """What is heard of the next block (`[channels, samples]`), as far as it can be told by now; float32."""
-        block = block.astype(np.float32, copy=False)
-        if self._stream is None:
-            return block
-        heard = self._stream.resample_chunk(np.ascontiguousarray(block.T), last=last)
-        return np.asarray(heard.reshape(-1, self._channels).T, np.float32)
 
 
 class Passage:
     """A recording on its way through a model: blocks go in, windows come out, and with their results the stems.
 
     What is held at any time does not grow with the recording, and the stems do not depend on the blocks.
+
+    Args:
+        model: the model that separates.
+        wanted: what to separate, from `model.ask`.
+        rate: sample rate of the recording in Hz.
+        channels: number of channels of the recording.
     """
 
     def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
         self._stream: Stream = model.stream(wanted, rate, channels)
         self._waiting: list[Samples] = [np.zeros((channels, 0), np.float32)]  # mixture whose stems are still to come
+        heard = model.separator.rate
+        self._resampler = soxr.ResampleStream(rate, heard, channels, "float32", "HQ") if rate != heard else None
+
+    def hear(self, block: Samples, last: bool = False) -> Audio:
+        """Resample the next block to the separator's rate; another thread may do so while this one pushes and pulls.
+
+        Args:
+            block: the next stretch of the recording, `[channels, samples]`.
+            last: whether the recording ends with it.
+
+        Returns:
+            What the resampler can tell by now, float32 `[channels, samples heard]`.
+        """
+        block = block.astype(np.float32, copy=False)
+        if self._resampler is None:
+            return block
+        heard = self._resampler.resample_chunk(np.ascontiguousarray(block.T), last=last)
+        return np.asarray(heard.reshape(-1, len(block)).T, np.float32)
 
     def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:
-        """Take in a block and what is heard of it; returns the windows that are to be separated, in their order."""
+        """Take in a block and what is heard of it; return the windows to be separated, in their order."""
         self._waiting.append(block)
         return self._stream.push(block.astype(np.float32, copy=False), heard, last)
 
     def accept(self, result: Tensor) -> None:
-        """Take in the result of the oldest window that has none yet."""
+        """Take in the result of the oldest window that still lacks one."""
         self._stream.accept(result)
 
     @torch.inference_mode()
     def pull(self) -> tuple[Samples, Audio]:
-        """What is final and was not pulled yet: the mixture `[channels, n]`, as it came, and its stems, float32
-        `[stems, channels, n]`."""
+        """Return what became final since the last call.
+
+        Returns:
+            The mixture as it came, `[channels, n]`, and its stems, float32 `[stems, channels, n]`.
+        """
         stems = self._stream.pull().cpu().numpy()
         if not stems.shape[2]:
             return self._waiting[0][:, :0], stems
@@ -86,15 +97,21 @@ class Passage:
 def stream(
     model: Model, wanted: Any, blocks: Iterable[Samples], rate: int, channels: int
 ) -> Iterator[tuple[Samples, Audio]]:
-    """Separate a recording that arrives in `blocks` (float32 `[channels, samples]` at `rate` Hz).
+    """Separate a recording that arrives in blocks.
 
-    `wanted` is from `Model.ask`. Yields pairs of mixture and stems (`[stems, channels, samples]`) that join to the
-    whole recording.
+    Args:
+        model: the model that separates.
+        wanted: what to separate, from `model.ask`.
+        blocks: the recording, float32 `[channels, samples]` each.
+        rate: sample rate of the recording in Hz.
+        channels: number of channels of the recording.
+
+    Yields:
+        Pairs of mixture, `[channels, samples]`, and stems, `[stems, channels, samples]`, that join to the whole.
     """
-    passage, ear = Passage(model, wanted, rate, channels), Ear(rate, model.separator.rate, channels)
-    nothing = np.zeros((channels, 0), np.float32)
-    for block, last in _with_last(blocks, nothing):
-        for window in passage.push(block, ear.hear(block, last), last):
+    passage = Passage(model, wanted, rate, channels)
+    for block, last in _with_last(blocks, np.zeros((channels, 0), np.float32)):
+        for window in passage.push(block, passage.hear(block, last), last):
             passage.accept(model.infer([window], wanted)[0])
         mixture, stems = passage.pull()
         if mixture.size:
@@ -117,7 +134,7 @@ def separate(
         rate: sample rate in Hz, a whole number.
         query: what to extract, or several by name.
         model: from `load_model`.
-        mutual: whether each of several targets leaves what the others ask for.
+        mutual: whether the other targets are negative queries of each.
 
     Raises:
         AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.

@@ -1,1 +1,1 @@
-"""Windows of a recording, and how what was made of them is joined again."""
+"""Cuts recordings into windows and joins the results of the windows."""

@@ -1,6 +1,6 @@
-"""Applies a mask made at 32 kHz to audio of any rate and channel count, as a stream.
+"""Applies masks made at 32 kHz to recordings of any rate and channel count, as a stream.
 
-The mask is taken as a function of time (a value every 10 ms) and frequency (every 31.25 Hz). The audio is analysed
+A mask is taken as a function of time (a value every 10 ms) and frequency (every 31.25 Hz). The recording is analysed
 at its own rate with the same 32 ms window and 10 ms hop, so nothing is resampled, every channel keeps its phase, and
 at 32 kHz this is exactly the STFT that the mask was made for. Above 16 kHz, where the model hears nothing, each frame
 carries on the mean of the mask's top band (14–16 kHz).
@@ -25,67 +25,34 @@ VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a proc
 
 
 class MaskedRecording(Stream):
-    """A recording of `channels` at `rate` Hz, whose downmix a separator of `window` samples hears at 32 kHz."""
+    """Masks a recording at its own rate. A separator hears windows of its downmix at 32 kHz and returns their masks.
 
-    def __init__(self, window: int, stems: int, rate: int, channels: int, device: torch.device) -> None:
-        self.window, self.rate, self.device = window, rate, device
-        self.windower, self.track = Windower(window, channels), MaskTrack()
-        self.masked = MaskedStream(rate, stems, channels, device)
-        self.starts: list[int] = []  # of the windows whose masks are still to come, in samples
-        self.samples, self.ended = 0, False
+    The masks of the windows are cross-faded into one mask a stem. `audio`, `mask`, `sums` and `envelope` all begin at
+    the next frame to be computed; only what is unfinished is held.
 
-    def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
-        self.samples += block.shape[1]
-        self.ended = last
-        self.masked.push(torch.from_numpy(block).to(self.device))
-        windows = [*self.windower.push(heard), *(self.windower.finish() if last else ())]
-        self.starts += [start for start, _ in windows]
-        return [self._window(downmix(window)) for _, window in windows]
-
-    def _window(self, window: NDArray[np.float32]) -> Tensor:
-        peak = float(np.abs(window).max())
-        return torch.from_numpy(window if peak <= 1 else window * np.float32(PEAK / peak)).to(self.device)
-
-    def accept(self, result: Tensor) -> None:
-        """`result`: the masks of a window, float32 `[stems, frames, 513 bins]`."""
-        final = self.track.add(self.starts.pop(0) // HOP, result)
-        if final is not None:
-            self.masked.push_mask(final)
-
-    def pull(self) -> Tensor:
-        if not self.ended or self.starts:
-            return self.masked.pull()
-        rest = self.track.finish()
-        if rest is None:
-            return self.masked.nothing()
-        self.masked.push_mask(rest)
-        # A recording shorter than a window is heard with silence behind it, not with its end reflected.
-        padding = max(0, -(-self.window * self.rate // RATE_HZ) - self.samples)
-        self.masked.push(torch.zeros(self.masked.channels, padding, device=self.device))
-        return self.masked.finish(self.samples)
-
-
-class MaskedStream:
-    """Masks a stream of `channels` at `rate` Hz: push audio and mask frames, pull what is finished.
-
-    Each of the `stems` has a mask of its own. `audio`, `mask`, `sums` and `envelope` all begin where the next frame
-    does; only what is unfinished is held.
+    Args:
+        window: length of the separator's window, in samples at 32 kHz.
+        stems: number of stems; each has a mask of its own.
+        rate: sample rate of the recording in Hz.
+        channels: number of channels of the recording.
+        device: where masks are applied.
     """
 
-    def __init__(self, rate: int, stems: int, channels: int, device: torch.device) -> None:
-        self.stems, self.channels = stems, channels
+    def __init__(self, window: int, stems: int, rate: int, channels: int, device: torch.device) -> None:
+        super().__init__(Windower(window, channels), device)
+        self.stems, self.channels, self.rate = stems, channels, rate
+        self.track = MaskTrack()
         self.hop = max(1, round(rate * HOP / RATE_HZ))
         self.half = max(1, round(rate * N_FFT / RATE_HZ / 2))  # of the analysis window, in samples
         self.size = 2 * self.half
         self.n_fft = _smooth(self.size)
-        self.window = torch.hann_window(self.size, device=device)
+        self.hann = torch.hann_window(self.size, device=device)
         self.audio = torch.zeros(channels, 0, device=device)
         self.arrived: list[Tensor] = []  # audio behind that, to be joined when it is needed
         self.mask = torch.zeros(stems, 0, N_FFT // 2 + 1, device=device)
         self.sums = torch.zeros(stems * channels, self.size - self.hop, device=device)  # overlap-add, to be added to
         self.envelope = torch.zeros(self.size - self.hop, device=device)  # sum of squared windows, likewise
         self.frame = 0  # the next one to be computed
-        self.pushed = 0  # samples
         self.pulled = -self.half  # samples; the first ones stem from the reflection before the recording
         self.frames_per_hop = self.hop / rate * RATE_HZ / HOP  # of the mask: 1 at rates that are a multiple of 100
         self.mask_frame = 0  # the first one held
@@ -93,45 +60,58 @@ class MaskedStream:
         self.bins = bins.clamp(max=N_FFT // 2).to(device)
         self.above = (bins > N_FFT // 2).to(device)
 
-    def push(self, audio: Tensor) -> None:
-        """Take in `audio`, float32 `[channels, samples]`."""
-        self.arrived.append(audio)
-        self.pushed += audio.shape[1]
+    def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
+        self.arrived.append(torch.from_numpy(block).to(self.device))
+        return [self._scaled(downmix(window)) for window in self._cut(block, heard, last)]
 
-    def push_mask(self, mask: Tensor) -> None:
-        """Take in the next frames of the masks, float32 `[stems, frames, 513]`."""
-        self.mask = torch.cat([self.mask, mask], 1)
+    def _scaled(self, window: NDArray[np.float32]) -> Tensor:
+        peak = float(np.abs(window).max())
+        return torch.from_numpy(window if peak <= 1 else window * np.float32(PEAK / peak)).to(self.device)
 
-    def nothing(self) -> Tensor:
-        """No samples, `[stems, channels, 0]`."""
-        return self.audio.new_zeros(self.stems, self.channels, 0)
+    def accept(self, result: Tensor) -> None:
+        """`result`: the masks of a window, float32 `[stems, frames, 513 bins]`."""
+        self._extend_mask(self.track.add(self.starts.pop(0) // HOP, result))
+
+    def _extend_mask(self, final: Tensor | None) -> None:
+        if final is not None:
+            self.mask = torch.cat([self.mask, final], 1)
 
     def pull(self) -> Tensor:
-        """What can be computed from all that came so far, float32 `[stems, channels, samples]`."""
+        if self.complete:
+            rest = self.track.finish()
+            self._extend_mask(rest)
+            return self._nothing() if rest is None else self._rest()
         held = self.audio.shape[1] + sum(audio.shape[1] for audio in self.arrived)
         begin = self.half if self.frame == 0 else 0  # still to be reflected
         if held <= begin:
-            return self.nothing()
+            return self._nothing()
         audible = (begin + held - self.size) // self.hop + 1
         masked = math.ceil((self.mask_frame + self.mask.shape[1] - 1) / self.frames_per_hop) - self.frame
         count = min(audible, masked)
-        return self._apart(self._compute(count)) if count > 0 else self.nothing()
+        return self._by_stem(self._compute(count)) if count > 0 else self._nothing()
 
-    def finish(self, samples: int) -> Tensor:
-        """The rest of a stream that is `samples` long; what was pushed beyond that is padding."""
-        # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
-        last = math.ceil(self.pushed / self.hop)
+    def _rest(self) -> Tensor:
+        """Compute what is left of the recording, once all masks are there."""
+        # A recording shorter than a window is heard with silence behind it, not with its end reflected.
+        padding = max(0, -(-self.windower.window * self.rate // RATE_HZ) - self.samples)
+        self.arrived.append(torch.zeros(self.channels, padding, device=self.device))
         self._join()
-        self.audio = _reflect(self.audio, 0, last * self.hop + self.half - self.pushed)
+        # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
+        padded = self.samples + padding
+        last = math.ceil(padded / self.hop)
+        self.audio = _reflect(self.audio, 0, last * self.hop + self.half - padded)
         before = max(self.pulled, 0)
         rest = torch.cat([self._compute(last + 1 - self.frame), self.sums / self.envelope.clamp(min=1e-8)], 1)
-        return self._apart(rest[:, : samples - before])
+        return self._by_stem(rest[:, : self.samples - before])
 
-    def _apart(self, audio: Tensor) -> Tensor:
+    def _nothing(self) -> Tensor:
+        return self.audio.new_zeros(self.stems, self.channels, 0)
+
+    def _by_stem(self, audio: Tensor) -> Tensor:
         return audio.view(self.stems, self.channels, -1)
 
     def _compute(self, count: int) -> Tensor:
-        """The samples that the next `count` frames complete, `[stems · channels, samples]`."""
+        """Compute the samples that the next `count` frames complete, `[stems · channels, samples]`."""
         self._join()
         if count > 0 and self.frame == 0:
             self.audio = _reflect(self.audio, self.half, 0)
@@ -145,10 +125,10 @@ class MaskedStream:
 
     def _frames(self, count: int) -> Tensor:
         span = (count - 1) * self.hop + self.size
-        frames = self.audio[:, :span].unfold(1, self.size, self.hop) * self.window
+        frames = self.audio[:, :span].unfold(1, self.size, self.hop) * self.hann
         spectra = (torch.fft.rfft(frames, self.n_fft) * self._mask(count)[:, None]).flatten(0, 1)
-        pieces = torch.fft.irfft(spectra, self.n_fft)[..., : self.size] * self.window
-        sums, envelope = self._overlap_add(pieces), self._overlap_add(self.window.square().expand(1, count, -1))[0]
+        pieces = torch.fft.irfft(spectra, self.n_fft)[..., : self.size] * self.hann
+        sums, envelope = self._overlap_add(pieces), self._overlap_add(self.hann.square().expand(1, count, -1))[0]
         sums[:, : self.sums.shape[1]] += self.sums
         envelope[: len(self.envelope)] += self.envelope
         done = count * self.hop
@@ -169,7 +149,7 @@ class MaskedStream:
         return added.flatten(1)[:, : (frames - 1) * self.hop + size]
 
     def _mask(self, count: int) -> Tensor:
-        """The masks at the next `count` frames and the bins of this stream, `[stems, count, bins]`; drops the past."""
+        """Interpolate the masks at the next `count` frames and all bins, `[stems, count, bins]`; drop those before."""
         at = (self.frame + torch.arange(count + 1, dtype=torch.float64)) * self.frames_per_hop - self.mask_frame
         held = self.mask.shape[1]
         mask = _interpolate(self.mask, at[:count].clamp(max=held - 1).to(self.mask.device), 1)
@@ -180,7 +160,7 @@ class MaskedStream:
 
 
 def _smooth(size: int) -> int:
-    """The next length without a prime factor over 5: FFTs are fast for it. (SciPy takes 0.3 s to import for this.)"""
+    """Return the next length without a prime factor over 5, fast for FFTs. (SciPy takes 0.3 s to import for this.)"""
     while True:
         rest = size
         for factor in (2, 3, 5):
@@ -196,7 +176,7 @@ def _reflect(audio: Tensor, before: int, after: int) -> Tensor:
 
 
 def _interpolate(values: Tensor, at: Tensor, axis: int) -> Tensor:
-    """`values` at fractional indices `at` along `axis`, linearly; exact where `at` is whole."""
+    """Interpolate `values` linearly at fractional indices `at` along `axis`; exact where `at` is whole."""
     lower, fraction = at.floor().long(), (at - at.floor()).float()
     if not fraction.any():
         return values.index_select(axis, lower)

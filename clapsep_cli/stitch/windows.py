@@ -1,4 +1,4 @@
-"""Windows of a stream, one mask over the whole recording from the masks of its windows, and who joins results."""
+"""Cuts a stream into windows, cross-fades the masks of windows, and defines what joins results to a recording."""
 
 from __future__ import annotations
 
@@ -22,23 +22,49 @@ class Stream(ABC):
     of it separated; hands the results back in their order; and pulls the stems as far as they are final.
     """
 
+    def __init__(self, windower: Windower, device: torch.device) -> None:
+        self.windower, self.device = windower, device
+        self.starts: list[int] = []  # of the windows that still lack results, in samples at the separator's rate
+        self.samples, self.heard = 0, 0  # pushed so far, at the recording's rate and at the separator's
+        self.ended = False
+
     @abstractmethod
     def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
-        """Take in the next `block`, float32 `[channels, samples]`, and the same at the separator's rate, `heard`.
+        """Take in the next block; return the windows that are complete.
 
-        The two may cover different stretches, as resamplers lag. Returns what windows are complete.
+        Args:
+            block: the next stretch of the recording, float32 `[channels, samples]`.
+            heard: the next stretch at the separator's rate, likewise. As resamplers lag, the two may differ in length.
+            last: whether the recording ends here.
+
+        Returns:
+            Windows to be separated, in their order, float32 `[samples]` each.
         """
 
     @abstractmethod
     def accept(self, result: Tensor) -> None:
-        """Take in what the separator made of the oldest window that it has not yet been given the result of."""
+        """Take in the separator's result for the oldest window that still lacks one."""
 
     @abstractmethod
     def pull(self) -> Tensor:
-        """The stems as far as they are final and were not yet pulled, float32 `[stems, channels, samples]`.
+        """Return the stems that became final since the last call, float32 `[stems, channels, samples]`.
 
         After the last block and its results, what is pulled completes the recording's length exactly.
         """
+
+    @property
+    def complete(self) -> bool:
+        """True once the recording has ended and every window has its result."""
+        return self.ended and not self.starts
+
+    def _cut(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool) -> list[NDArray[np.float32]]:
+        """Count a block and what is heard of it; return the windows it completes, `[channels, window]` each."""
+        self.samples += block.shape[1]
+        self.heard += heard.shape[1]
+        self.ended = last
+        windows = [*self.windower.push(heard), *(self.windower.finish() if last else ())]
+        self.starts += [start for start, _ in windows]
+        return [window for _, window in windows]
 
 
 class Windower:
@@ -91,7 +117,7 @@ class MaskTrack:
         self.weight = torch.zeros(0)
 
     def add(self, start: int, mask: Tensor) -> Tensor | None:
-        """Add the mask of the window at frame `start`; return the frames before it, now final."""
+        """Add the mask of the window at frame `start`; return the frames before it, now final (None for no frames)."""
         final = self._take(start - self.start)
         stems, frames, bins = mask.shape
         ramp = torch.arange(1, frames + 1, device=mask.device)
@@ -108,7 +134,7 @@ class MaskTrack:
         return final
 
     def finish(self) -> Tensor | None:
-        """The frames still held."""
+        """Return the frames still held; None where there are none."""
         return None if self.sum is None else self._take(self.sum.shape[1])
 
     def _take(self, count: int) -> Tensor | None:

@@ -1,6 +1,7 @@
-"""Models on disk: a folder of `separator`, `text` and `audio.safetensors`, and `tokenizer.json`, where there are such.
+"""Reads and writes models on disk: a folder of `separator`, `text` and `audio.safetensors` and `tokenizer.json`.
 
-Each part's metadata names its family and holds the whole configuration. Parts are read when they are first needed.
+A folder holds the parts that its family has. The metadata of each part names the family and holds the whole
+configuration. Parts are read when they are first needed.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, QueryError, UsageError
+from clapsep_cli.families.base import load_family
 from clapsep_cli.files import digest
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder, go_on
 from clapsep_cli.query import Query, mutual
-from clapsep_cli.registry import FAMILIES, resolve
+from clapsep_cli.registry import FAMILIES
+from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.texts import CachedTexts
 from clapsep_cli.store.whole import save_whole
 
@@ -34,10 +37,18 @@ PIECE_BYTES = 1 << 25  # of tensors that are mapped together
 
 
 class Model:
-    """A separator and its query encoders, ready for use on `device`. Get one from `load_model`.
+    """A separator and its query encoders, ready for use. Get one from `load_model`.
 
-    `text_cache` is a folder in which embeddings of texts are kept, if they are. `precision` decides the `dtype` of the
-    separator's large products (`choose_precision`); queries are always embedded in float32.
+    Args:
+        name: the name in messages.
+        folder: the folder of its files.
+        device: where its networks compute.
+        text_cache: folder in which embeddings of texts are kept; None to keep none.
+        precision: decides the `dtype` of the separator's large products (`choose_precision`); queries are always
+            embedded in float32.
+
+    Raises:
+        CheckpointError: for a folder that holds no model of a known family.
     """
 
     def __init__(
@@ -51,22 +62,27 @@ class Model:
         self.name, self.folder, self.device, self.text_cache = name, folder, device, text_cache
         metadata = read_metadata(folder / "separator.safetensors")
         self.family = metadata["family"]
+        self.kind = load_family(self.family)
         self.revision = metadata.get("revision", "")
         self.config = read_config(metadata, folder)
-        self.dtype = choose_precision(precision, device, FAMILIES[self.family].near_in_bfloat16)
+        self.dtype = choose_precision(precision, device, self.kind.near_in_bfloat16)
 
     @cached_property
-    def separator(self) -> Separator:
+    def separator(self) -> Separator[Any]:
         """The separator, in `dtype` on `device`; read when first used. Raises `CheckpointError`."""
-        separator = cast(Separator, load_part(self.folder, "separator", self.family, self.config).to(self.device))
+        separator = cast(
+            "Separator[Any]", load_part(self.folder, "separator", self.family, self.config).to(self.device)
+        )
         if self.dtype != torch.float32:
             separator.lower(self.dtype)
         return separator
 
     @cached_property
     def text(self) -> TextEncoder:
-        """What embeds texts, likewise; texts that were embedded before are not embedded anew. Raises `ModelError` where
-        the family has none."""
+        """The text encoder, likewise; texts that were embedded before are read from the disk.
+
+        Raises `ModelError` where the family has none.
+        """
 
         def load() -> TextEncoder:
             return cast(TextEncoder, load_part(self.folder, "text", self.family, self.config).to(self.device))
@@ -75,20 +91,20 @@ class Model:
 
     @cached_property
     def audio(self) -> AudioEncoder:
-        """What embeds recordings, likewise."""
+        """The audio encoder, likewise."""
         return cast(AudioEncoder, load_part(self.folder, "audio", self.family, self.config).to(self.device))
 
     @cached_property
     def identity(self) -> str:
-        """What tells the separator's weights from all others: what they were converted from, or else their hash."""
+        """Identifies the separator's weights: by the files they were converted from, or else by their hash."""
         path = self.folder / "separator.safetensors"
         pin = read_metadata(path).get("pin")
         return f"{self.family} {pin or digest(path)}"
 
     @property
     def gains_by_refining(self) -> bool:
-        """Whether two passes are worth their time, as far as was measured."""
-        return FAMILIES[self.family].refine
+        """True where two passes are worth their time, as far as was measured."""
+        return self.kind.refine
 
     def refine(self) -> None:
         """Separate in two passes from now on (see `models.refined`), which takes more than twice the time.
@@ -97,7 +113,7 @@ class Model:
         """
         from clapsep_cli.models.refined import Refined
 
-        if not FAMILIES[self.family].audio:
+        if self.kind.audio is None:
             raise ModelError(f"{self.name} takes no recordings as queries, so it cannot hear what a first pass left")
         refined = Refined(cast(MaskSeparator, self.separator), self.audio)
         self.__dict__.update(separator=refined, identity=f"{self.identity} refined")
@@ -108,22 +124,36 @@ class Model:
         return str(self.dtype).removeprefix("torch.")
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Any:
-        """What the separator is to be asked for, to get those of `queries` that are `kept`: by default all of them.
+        """Turn queries into what the separator is asked for.
 
-        Raises `QueryError` and `AudioError` where a query cannot be used.
+        Args:
+            queries: the queries, of all targets.
+            kept: positions of the queries that become stems; None for all.
+
+        Returns:
+            What `infer` and `stream` take; its type is the family's own.
+
+        Raises:
+            QueryError, AudioError: for a query that cannot be used.
         """
-        return resolve(FAMILIES[self.family].ask)(self, queries, range(len(queries)) if kept is None else kept)
+        return self.kind.ask(self, queries, range(len(queries)) if kept is None else kept)
 
-    def stream(self, wanted: Any, rate: int, channels: int) -> Any:
-        """What joins the separator's results to the stems of a recording: a `stitch.windows.Stream` of the family."""
-        return resolve(FAMILIES[self.family].stream)(self, wanted, rate, channels)
+    def stream(self, wanted: Any, rate: int, channels: int) -> Stream:
+        """Make the stream that joins the separator's results to the stems of a recording.
+
+        Args:
+            wanted: from `ask`.
+            rate: sample rate of the recording in Hz.
+            channels: number of channels of the recording.
+        """
+        return self.kind.stream(self.separator, wanted, rate, channels, self.device)
 
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
-        """The targets as they are to be asked for, so that each leaves what the others ask for.
+        """Add to each target the others as negative queries, where the family takes them so.
 
-        Raises `QueryError` where two ask for the same, which only a family that hears all at once can tell apart.
+        Raises `QueryError` where two targets ask for the same, so that each would leave itself.
         """
-        if FAMILIES[self.family].as_set:
+        if not self.kind.mutual:
             return targets
         names = list(targets)
         for position, name in enumerate(names):
@@ -133,39 +163,68 @@ class Model:
         return mutual(targets)
 
     def doubts(self, queries: Sequence[Query]) -> list[str]:
-        """Why `queries` may go wrong with this model, though they can be asked: a line for each reason."""
-        tell = FAMILIES[self.family].doubts
-        return cast("list[str]", resolve(tell)(self, queries)) if tell else []
+        """Return a line for each reason why `queries` may go wrong with this model, though they can be asked."""
+        return self.kind.doubts(self, queries) if self.kind.doubts else []
 
     @property
     def tells_likeness(self) -> bool:
-        """Whether `likeness` tells anything."""
-        return bool(FAMILIES[self.family].likeness)
+        """True where `likeness` can tell anything."""
+        return self.kind.likeness is not None
 
     def likeness(self, wanted: Any, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
-        """The cosine of a recording (`[samples]` at `rate` Hz) to what a stem is asked for, if that can be told."""
-        tell = FAMILIES[self.family].likeness
-        return cast("float | None", resolve(tell)(self, wanted, stem, mono, rate)) if tell else None
+        """Compare a recording with what a stem is asked for.
+
+        Args:
+            wanted: from `ask`.
+            stem: number of the stem.
+            mono: the recording, float32 `[samples]`.
+            rate: its sample rate in Hz.
+
+        Returns:
+            A cosine; None where that cannot be told.
+        """
+        return self.kind.likeness(self, wanted, stem, mono, rate) if self.kind.likeness else None
 
     @torch.inference_mode()
     def infer(self, windows: Sequence[Tensor], wanted: Any, check: Callable[[], None] = go_on) -> Tensor:
-        """Have windows (float32 `[window]` each) separated in one go; the results along the first axis.
+        """Separate windows of one length in one go.
 
-        `check` raises where the user wants to stop (`Separator.infer`).
+        Args:
+            windows: float32 `[samples]` each.
+            wanted: from `ask`.
+            check: raises where the user wants to stop.
+
+        Returns:
+            The results, along the first axis.
         """
         return self.separator.infer(torch.stack(list(windows)), wanted, check)
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
-    """A network of a model, from `folder`, on the CPU, in eval mode. Raises `CheckpointError`, `ModelError`."""
-    if part not in FAMILIES[family].parts:
+    """Load a network of a model.
+
+    Args:
+        folder: the model's folder.
+        part: "separator", "text" or "audio".
+        family: name of the family.
+        config: the family's configuration, from `read_config`.
+
+    Returns:
+        The network, on the CPU, in eval mode.
+
+    Raises:
+        ModelError: where the family has no such part.
+        CheckpointError: for a file that cannot be read or does not fit.
+    """
+    make = getattr(load_family(family), part)
+    if make is None:
         raise ModelError(f"{folder.name}: models of family {family!r} take no {part} queries; use another --model")
     path = folder / f"{part}.safetensors"
     tensors = read_tensors(path)
     arguments = [config, *([_tokenizer(folder / "tokenizer.json")] if part == "text" else [])]
     try:
         with torch.device("meta"):  # the weights come from the file: do not fill them twice
-            module = resolve(getattr(FAMILIES[family], part))(*arguments)
+            module = make(*arguments)
         # Weights are stored as float16 where that is enough, and always computed with as float32.
         module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, assign=True)
     except (RuntimeError, ValueError) as error:
@@ -184,7 +243,7 @@ def _tokenizer(path: Path) -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device asked for; `auto` prefers CUDA, then Apple's MPS. Raises `DeviceError`."""
+    """Return the device of that name; `auto` prefers CUDA, then Apple's MPS. Raises `DeviceError`."""
     if name == "auto":
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -205,10 +264,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, near: bool = True) -> torch.dtype:
-    """`high` is float32 and `fast` bfloat16; `auto` is fast where the device computes natively in bfloat16, and the
-    model's output is so `near` to that in float32 that nobody hears it.
+    """Return the dtype of a separator's large products.
 
-    Raises `UsageError` for another name.
+    Args:
+        name: "high" for float32, "fast" for bfloat16, or "auto": fast where that is native to the device and `near`.
+        device: where they are computed.
+        near: whether the model's output in bfloat16 is so near to that in float32 that nobody hears it.
+
+    Raises:
+        UsageError: for another name.
     """
     if name not in ("auto", "high", "fast"):
         raise UsageError(f"no precision {name!r}: use auto, high or fast")
@@ -217,7 +281,7 @@ def choose_precision(name: str, device: torch.device, near: bool = True) -> torc
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware. Elsewhere it works, and is slower than float32."""
+    """Return whether `device` multiplies bfloat16 matrices in hardware. Elsewhere they are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -227,13 +291,25 @@ def native_bfloat16(device: torch.device) -> bool:
 def save_part(
     folder: Path, part: str, family: str, config: DataclassInstance, tensors: Mapping[str, Tensor], **notes: str
 ) -> None:
-    """Write one part of a model, atomically. `notes` go into the file's metadata. Raises `ModelError`."""
+    """Write one part of a model, atomically.
+
+    Args:
+        folder: the model's folder.
+        part: "separator", "text" or "audio".
+        family: name of the family.
+        config: the family's configuration, a dataclass.
+        tensors: the weights by name.
+        **notes: more for the file's metadata.
+
+    Raises:
+        ModelError: where the file cannot be written.
+    """
     metadata = {"family": family, "config": json.dumps(dataclasses.asdict(config)), **notes}
     save_whole(tensors, folder / f"{part}.safetensors", metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """A part's metadata. Raises `CheckpointError` unless it names a known family and holds a configuration."""
+    """Read a part's metadata. Raises `CheckpointError` unless it names a known family and holds a configuration."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -245,17 +321,17 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_config(metadata: Mapping[str, str], folder: Path) -> Any:
-    """The frozen configuration of the family's own class. Raises `CheckpointError` where it does not fit."""
+    """Read the configuration, of the family's own class. Raises `CheckpointError` where it does not fit."""
     try:
         values = json.loads(metadata["config"])
         arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return resolve(FAMILIES[metadata["family"]].config)(**arguments)
+        return load_family(metadata["family"]).config(**arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: has a configuration that is not understood here ({error})") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a part, mapped from the file. Raises `CheckpointError`.
+    """Read all tensors of a part, mapped from the file. Raises `CheckpointError`.
 
     Every 32 MB are mapped by themselves, and so leave memory as soon as none of their tensors lies in the file any
     more: when they are converted, say.

@@ -1,4 +1,4 @@
-"""Converts the released AudioSep checkpoint to our separator and text tower, strictly; `convert` reads the file."""
+"""Converts the released AudioSep checkpoint to our separator and text tower, strictly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig
-from clapsep_cli.store.convert import Released, convert_text, first_few, needed, read_checkpoint, write_part
+from clapsep_cli.store.convert_clapsep import convert_text
+from clapsep_cli.store.released import Released, first_few, needed, read_checkpoint, write_part
 
 SEPARATOR, CLAP = "ss_model.", "query_encoder.model."
 

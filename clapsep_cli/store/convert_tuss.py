@@ -1,4 +1,4 @@
-"""From a released TUSS checkpoint to our separator; strict like `convert`, which reads the file."""
+"""Converts a released TUSS checkpoint to our separator, strictly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.locoformer import BASE
 from clapsep_cli.models.tuss import BANDS, LARGE, MEDIUM, TussConfig
-from clapsep_cli.store.convert import Released, first_few, read_checkpoint, write_part
+from clapsep_cli.store.released import Released, first_few, read_checkpoint, write_part
 
 PREFIX = "model."
 ROTARY = re.compile(r"separator\.(cross_prompt|cond_tse)_module\.\d+\.(freq|frame)_path\.attn\.rope\.freqs$")

@@ -14,11 +14,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clapsep_cli.errors import CheckpointError, ModelError
-from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, resolve, weights_folder
+from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, weights_folder
 from clapsep_cli.store import download
 from clapsep_cli.store.download import SUMS, amount
 
@@ -47,6 +48,7 @@ class Status:
             "here": self.folder is not None,
             "folder": None if self.folder is None else str(self.folder),
             "download_bytes": self.entry.download_bytes,
+            "takes": FAMILIES[self.entry.family].takes,
             **asdict(self.entry),
         }
 
@@ -141,7 +143,7 @@ def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         unfinished.mkdir(parents=True)
         notes = {"revision": _revision(entry), "pin": pin(entry), "sources": json.dumps(sources)}
-        resolve(FAMILIES[entry.family].convert)(files, unfinished, **notes)
+        converter(entry.family)(files, unfinished, **notes)
         write_tokenizer(entry, unfinished)
         download.write_sums(unfinished, {file.name: download.digest(file) for file in sorted(unfinished.iterdir())})
         unfinished.replace(folder)
@@ -150,6 +152,12 @@ def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def converter(family: str) -> Callable[..., None]:
+    """Import what converts released files of a family: `convert_NAME` of the module `convert_NAME`."""
+    convert: Callable[..., None] = getattr(import_module(f"clapsep_cli.store.convert_{family}"), f"convert_{family}")
+    return convert
 
 
 def write_tokenizer(entry: Entry, folder: Path) -> None:
@@ -267,4 +275,4 @@ def load_model(
 def _text_cache(name: str) -> Path | None:
     """Where embeddings of texts are kept, for models whose text encoder takes long to load."""
     entry = MODELS[name]
-    return home() / "texts" / pin(entry) if entry.remotes and FAMILIES[entry.family].text else None
+    return home() / "texts" / pin(entry) if entry.remotes and "text" in FAMILIES[entry.family].parts else None

@@ -269,7 +269,7 @@ class ClapsepTask(Task):
         # Taken apart, as resampling would suffer from the precision that does for networks.
         features = Features(spectrum.abs(), self.net.encoder(prepared.heard))
         mask = self.net.mask(features, prepared.conditions).float()
-        estimate = dsp.waveform(spectrum * mask, self.window)
+        estimate = dsp.masked(spectrum, mask, self.window)
         return {"loss": waveform_loss(estimate, prepared.targets, self.recipe.snr_weight)}
 
     def ready(self) -> None:

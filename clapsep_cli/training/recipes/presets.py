@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from clapsep_cli.errors import RecipeError
 from clapsep_cli.models.tuss import LARGE
-from clapsep_cli.registry import resolve
 from clapsep_cli.training.loop.settings import merged, nearest, nested, validated
 from clapsep_cli.training.loop.train import Recipe
 
@@ -54,7 +54,8 @@ def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
     together: dict[str, object] = {}  # in one go, as sizes of a network have to fit together
     for values in (chosen.settings, *overrides):
         together = merged(together, nested(values))
-    recipe: Recipe = validated(resolve(chosen.recipe), together, preset)
+    module, _, name = chosen.recipe.partition(":")
+    recipe: Recipe = validated(getattr(import_module(module), name), together, preset)
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""From queries to the conditions of a separator that shares an embedding space with a text and an audio encoder."""
+"""Embeds queries for separators that share an embedding space with a text and an audio encoder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from clapsep_cli.audio.samples import Audio, downmix, from_array, to_rate
 from clapsep_cli.audio.sources import read_mono, recordings
 from clapsep_cli.errors import AudioError, QueryError
-from clapsep_cli.models.base import Conditions, condition
+from clapsep_cli.families.base import Askable
+from clapsep_cli.models.base import Conditions, MaskSeparator, condition
 from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.stitch.masking import MaskedRecording
-from clapsep_cli.store.checkpoint import Model
 
 TEXTS_AT_ONCE = 32
 
@@ -23,7 +23,7 @@ TEXTS_AT_ONCE = 32
 class Embedder:
     """Embeds texts and recordings with a model, each once, and makes conditions from them."""
 
-    def __init__(self, model: Model, silence: bool = False) -> None:
+    def __init__(self, model: Askable[object], silence: bool = False) -> None:
         """`silence`: accept silent recordings, rather than raise `AudioError`."""
         self.model, self.silence = model, silence
         self.words: dict[str, Tensor] = {}
@@ -68,10 +68,20 @@ class Embedder:
 
 
 @torch.inference_mode()
-def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
-    """Make what asks `model` for those of `queries` that are `kept`. Each text and each recording is embedded once.
+def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
+    """Embed queries and join both sides of each. Every text and every recording is embedded once.
 
-    Raises `AudioError` for a shot that cannot be read or is silent, `QueryError` for a text it cannot understand.
+    Args:
+        model: a model with a text and an audio encoder.
+        queries: the queries.
+        kept: positions of the queries that become stems.
+
+    Returns:
+        A condition for each query, and `kept`.
+
+    Raises:
+        AudioError: for a recording that cannot be read or is silent.
+        QueryError: for a text that the model cannot understand, or that is on both sides.
     """
     for query in queries:
         if both := set(query.pos) & set(query.neg):
@@ -81,18 +91,20 @@ def conditions(model: Model, queries: Sequence[Query], kept: Sequence[int]) -> C
     return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
 
 
-def stream(model: Model, wanted: Conditions, rate: int, channels: int) -> MaskedRecording:
-    """A recording of `channels` at `rate` Hz, to be masked."""
-    return MaskedRecording(model.separator.window, len(wanted.kept), rate, channels, model.device)
+def stream(
+    separator: MaskSeparator, wanted: Conditions, rate: int, channels: int, device: torch.device
+) -> MaskedRecording:
+    """Make the stream that masks a recording of `channels` at `rate` Hz."""
+    return MaskedRecording(separator.window, len(wanted.kept), rate, channels, device)
 
 
 def _key(shot: Shot) -> Hashable:
-    """What tells a shot from others. Targets that leave one another's sounds hold the very same arrays."""
+    """Identify a shot. Targets that are negative queries of one another hold the very same arrays."""
     return id(shot) if isinstance(shot, tuple) else shot
 
 
-def doubts(model: Model, queries: Sequence[Query]) -> list[str]:
-    """Words of `queries` that the model does not know, and so leaves out: a line for each.
+def unknown_words(model: Askable[object], queries: Sequence[Query]) -> list[str]:
+    """Return a line for each word of `queries` that the model does not know and so leaves out.
 
     Raises `QueryError` for a text of such words alone.
     """
@@ -109,7 +121,7 @@ def _files(shot: Shot) -> Sequence[Shot]:
     return recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
 
 
-def _embed_shot(model: Model, shot: Shot, silence: bool) -> Tensor:
+def _embed_shot(model: Askable[object], shot: Shot, silence: bool) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, tuple):
         name = "a recording given as a query"
@@ -129,18 +141,26 @@ def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
     try:
         return read_mono(shot.path, rate, shot.start, shot.end, shot.lenient, shot.stream)
     except AudioError as error:
-        raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s is not to be had: {error}") from error
+        raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s cannot be read: {error}") from error
 
 
-def _embed(model: Model, mono: Audio) -> Tensor:
+def _embed(model: Askable[object], mono: Audio) -> Tensor:
     return model.audio.embed(torch.from_numpy(np.ascontiguousarray(mono)).to(model.device))
 
 
 @torch.inference_mode()
-def likeness(model: Model, wanted: Conditions, stem: int, mono: Audio, rate: int) -> float | None:
-    """How alike a recording (float32 `[samples]` at `rate` Hz) is to what a stem's positive query asks for.
+def likeness(model: Askable[object], wanted: Conditions, stem: int, mono: Audio, rate: int) -> float | None:
+    """Compare a recording with the positive query of a stem.
 
-    The cosine in the query space; None for silence, and where the query is negative alone.
+    Args:
+        model: a model with an audio encoder.
+        wanted: what it was asked for.
+        stem: number of the stem.
+        mono: the recording, float32 `[samples]`.
+        rate: its sample rate in Hz.
+
+    Returns:
+        The cosine of the two in the query space; None for silence, and where the query is negative alone.
     """
     positive = wanted.targets[wanted.kept[stem]].chunk(2)[0]
     if not np.any(mono) or not positive.any():

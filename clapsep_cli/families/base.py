@@ -1,0 +1,85 @@
+"""Defines what a family of models is: its networks, how queries ask them, and how their results join."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+
+import torch
+
+from clapsep_cli.audio.samples import Audio
+from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder, Wanted
+from clapsep_cli.query import Query
+from clapsep_cli.stitch.windows import Stream
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Config = TypeVar("Config")  # sizes of the networks, a frozen dataclass
+ConfigOf = TypeVar("ConfigOf", covariant=True)
+Network = TypeVar("Network", bound=Separator[Any])
+
+
+class Askable(Protocol[ConfigOf]):
+    """A model as a family's functions see it. `store.checkpoint.Model` is one."""
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+
+    @property
+    def config(self) -> ConfigOf:
+        """The sizes of its networks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks compute."""
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder. Raises `ModelError` where the family has none."""
+
+    @property
+    def audio(self) -> AudioEncoder:
+        """The audio encoder, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Generic[Config, Network, Wanted]):
+    """Describes the networks of a family, how queries ask them and how their results join.
+
+    Attributes:
+        config: makes the configuration from the values that a model's files hold.
+        separator: makes the separator from the configuration.
+        text: makes the text encoder from the configuration and a tokenizer; None where there is none.
+        audio: makes the audio encoder from the configuration; None where there is none.
+        ask: takes a model, queries, and which of them (by position) become stems; returns what the separator is asked
+            for. Raises `QueryError` or `AudioError` for a query that cannot be used.
+        stream: takes the separator, what it is asked for, a recording's rate in Hz, its number of channels and a
+            device; returns the stream that joins the separator's results.
+        doubts: takes a model and queries; returns a line for each reason why they may go wrong.
+        likeness: takes a model, what it is asked for, the number of a stem, and a recording (float32 `[samples]`) with
+            its rate in Hz; returns how alike the two are, a cosine, or None where that cannot be told.
+        mutual: whether targets become negative queries of one another, unless the user forbids it.
+        refine: whether it separates in two passes (`models.refined`) unless told otherwise.
+        near_in_bfloat16: whether bfloat16 is within 40 dB or more of float32, so that it is used unasked.
+    """
+
+    config: Callable[..., Config]
+    separator: Callable[[Config], Network]
+    text: Callable[[Config, Tokenizer], TextEncoder] | None = None
+    audio: Callable[[Config], AudioEncoder] | None = None
+    ask: Callable[[Askable[Config], Sequence[Query], Sequence[int]], Wanted]
+    stream: Callable[[Network, Wanted, int, int, torch.device], Stream]
+    doubts: Callable[[Askable[Config], Sequence[Query]], list[str]] | None = None
+    likeness: Callable[[Askable[Config], Wanted, int, Audio, int], float | None] | None = None
+    mutual: bool = True
+    refine: bool = False
+    near_in_bfloat16: bool = False
+
+
+def load_family(name: str) -> Family[Any, Any, Any]:
+    """Import the family of that name: `FAMILY` of the module `families.NAME`."""
+    return cast("Family[Any, Any, Any]", import_module(f"clapsep_cli.families.{name}").FAMILY)

@@ -1,0 +1,17 @@
+"""Defines the family of the bundled small model: known words and recordings, positive and negative."""
+
+from clapsep_cli.families.base import Family
+from clapsep_cli.families.embedding import conditions, likeness, stream, unknown_words
+from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig, MiniText
+
+FAMILY = Family(
+    config=MiniConfig,
+    separator=Mini,
+    text=MiniText,
+    audio=MiniAudio,
+    ask=conditions,
+    stream=stream,
+    doubts=unknown_words,
+    likeness=likeness,
+    refine=True,
+)

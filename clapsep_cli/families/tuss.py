@@ -1,0 +1,75 @@
+"""Defines the family TUSS: a set of prompts, processed jointly, of which some become stems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from clapsep_cli.errors import QueryError
+from clapsep_cli.families.base import Askable, Family
+from clapsep_cli.models.prompts import TASKS, indices, untrained
+from clapsep_cli.models.tuss import Prompted, Tuss, TussConfig
+from clapsep_cli.query import Query
+from clapsep_cli.stitch.stem_stream import StemStream
+
+
+def prompts(model: Askable[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
+    """Make a set of prompts from all that queries name, on their positive sides and, once each, on their negative ones.
+
+    A set of a single prompt, which no model was trained on, is made complete by the first task in which it occurs.
+
+    Args:
+        model: a TUSS.
+        queries: the queries, each with one positive text that names a prompt.
+        kept: positions of the queries that become stems.
+
+    Returns:
+        The prompts, and `kept`.
+
+    Raises:
+        QueryError: for a query of another kind.
+    """
+    numbers = indices(_set(queries), model.config.prompts)
+    return Prompted(torch.tensor(numbers, device=model.device), tuple(kept))
+
+
+def stream(separator: Tuss, wanted: Prompted, rate: int, channels: int, device: torch.device) -> StemStream:
+    """Make the stream that joins the stems of a recording of `channels` at `rate` Hz."""
+    numbers = wanted.prompts.tolist()
+    return StemStream(separator.window, [numbers[at] for at in wanted.kept], rate, separator.rate, channels, device)
+
+
+def untrained_sets(model: Askable[TussConfig], queries: Sequence[Query]) -> list[str]:
+    """Return why the released models know no mixture of what `queries` name. Raises `QueryError` as `prompts` does."""
+    indices(_set(queries), model.config.prompts)
+    return [f"the released models were not trained on {reason}" for reason in untrained(_set(queries))]
+
+
+def _set(queries: Sequence[Query]) -> list[str]:
+    names = [_name(query) for query in queries]
+    for query in queries:
+        names += [text for text in query.neg if text not in names]
+    if len(names) == 1:
+        task = next((list(task) for task in TASKS.values() if names[0] in task), list(names))
+        task.remove(names[0])
+        names += task
+    return names
+
+
+def _name(query: Query) -> str:
+    if query.pos_audio or query.neg_audio or query.pos_spans or query.neg_spans:
+        raise QueryError("this model separates by prompts, not by examples: use --pos with the name of a prompt")
+    if len(query.pos) != 1:
+        raise QueryError("this model separates by prompts: give each target one --pos that names a prompt")
+    return query.pos[0]
+
+
+FAMILY = Family(
+    config=TussConfig,
+    separator=Tuss,
+    ask=prompts,
+    stream=stream,
+    doubts=untrained_sets,
+    mutual=False,
+)
