@@ -172,7 +172,7 @@ def test_a_deleted_folder_and_a_huge_query_take_a_line(clapsep: Clapsep, mix: Pa
     run = {"cwd": mix.parent / "gone", "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": 60}
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, **run)  # type: ignore[call-overload]
     assert done.returncode == 1
-    assert done.stderr == "clapsep: the current folder does not exist any more; cd into another one\n"
+    assert done.stderr == "clapsep: the current folder was deleted; cd into another one\n"
     for query in (["--pos", "q" * 100_000], ["--target", "q" * 100_000], ["--pos-span", "q" * 100_000]):
         told = clapsep("extract", mix, *query, "--model", tiny_folder, cwd=mix.parent)
         assert len(told.stdout + told.stderr) < 1500

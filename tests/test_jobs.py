@@ -480,7 +480,7 @@ def test_outputs_in_the_way(tree: Callable[..., None]) -> None:
 def test_a_folder_that_cannot_be_written_is_found_before(tree: Callable[..., None]) -> None:
     tree("a.wav", "closed/b.wav")
     Path("closed").chmod(0o555)
-    with pytest.raises(OutputError, match="nothing may be written to closed"):
+    with pytest.raises(OutputError, match="no permission to write to closed"):
         check_outputs(planned("a.wav", folder=Path("closed/new")))
 
 

@@ -28,7 +28,7 @@ from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
 
 INTERRUPTED = 130
-WIDE = 80  # columns of a terminal, below which panels would cut the names of options short
+WIDE = 80  # columns; in a narrower terminal, panels would truncate the names of options
 
 app = typer.Typer(
     name="clapsep",
@@ -58,15 +58,15 @@ def run() -> NoReturn:
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else FAILED
     if unprinted is not None and unprinted.getvalue():
-        note("standard output is closed, so nothing could be printed there; > /dev/null discards it")
+        note("standard output is closed, so results could not be printed; use > /dev/null to discard them")
         code = code or FAILED
     try:
         sys.stdout.flush()
-    except OSError:  # the reader has gone, or the disk is full
+    except OSError:  # the output pipe was closed, or the disk is full
         code = code or FAILED
     with suppress(OSError):  # a lost note is no failure
         sys.stderr.flush()
-    # Outputs are closed and named by now; what is left is memory, which the system takes back faster.
+    # All outputs are closed and renamed; only memory is left, which the system frees faster.
     os._exit(code)
 
 
@@ -80,13 +80,17 @@ def main() -> NoReturn:
     except ClapsepError as error:
         note(str(error))
         raise SystemExit(error.exit_code) from None
-    except OSError as error:  # what no part of the library expected: a folder that cannot be written, say
+    except OSError as error:  # not handled elsewhere, e.g. a folder that cannot be written
         note(f"{error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(FAILED) from None
-    except ImportError as error:  # a library that does not load: too little memory, or half an installation
-        note(f"{_first_line(error)}: is there enough memory, and is everything installed?")
+    except ImportError as error:  # a library cannot be loaded: too little memory, or an incomplete installation
+        note(f"{_first_line(error)}: is memory short, or a package missing?")
         raise SystemExit(ModelError.exit_code) from None
-    except (MemoryError, RuntimeError, SystemError) as error:  # the last is what a half imported library raises
+    except (
+        MemoryError,
+        RuntimeError,
+        SystemError,
+    ) as error:  # SystemError is raised by an incompletely imported library
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         note(f"out of memory ({_first_line(error)}): --jobs 1, --batch-size 1 and --model mini need the least")
@@ -123,8 +127,8 @@ def _root(
 ) -> None:
     try:
         Path.cwd()
-    except OSError as error:  # with which no relative name means anything, and torch ends the process
-        raise ClapsepError("the current folder does not exist any more; cd into another one") from error
+    except OSError as error:  # relative names would be undefined, and torch would end the process
+        raise ClapsepError("the current folder was deleted; cd into another one") from error
 
 
 @app.command()

@@ -33,7 +33,7 @@ VARIABLES = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTORCH_ENABLE_MPS_FALLBACK"),
 )
 REASON_LETTERS = 120
-WAIT_SECONDS = 5  # for a program to say its version
+WAIT_SECONDS = 5  # for a program to print its version
 
 
 def environment() -> dict[str, str]:

@@ -149,7 +149,7 @@ def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> 
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        with suppress(RuntimeError, OSError):  # it came while something else was being printed, or nothing can be
+        with suppress(RuntimeError, OSError):  # the signal interrupted another print, or stderr is closed
             notes(quiet)(f"{said}; once more to stop at once")
 
     before = {number: signal.signal(number, ask) for number in _stops()}
@@ -190,13 +190,13 @@ class _Lines:
     def _object(self, path: Path, status: str, **facts: Any) -> None:
         model = {"model": self.model.name, "revision": self.model.revision, "device": str(self.model.device)}
         told = {"input": str(path), "status": status, **model, "precision": self.model.precision, **facts}
-        self._print(json.dumps(told))  # in ASCII, so that it passes whatever the terminal's encoding is
+        self._print(json.dumps(told))  # in ASCII, for any encoding of the terminal
 
     def skipped(self, job: Job) -> None:
         self.outcomes[BEFORE] += 1
         if self.json:
             self._object(job.input.path, "skipped", outputs={part: str(path) for part, path in job.outputs.items()})
-        elif self.count < 2:  # of many, it is enough to know the number
+        elif self.count < 2:  # of several, only the number is printed
             self._print(f"{job.input.path}: done before{'' if job.outputs else ', without what was asked for'}")
 
     def failed(self, failure: Failure) -> None:

@@ -91,7 +91,7 @@ QuietOption = Annotated[
 ]
 
 
-LINE_LETTERS = 1000  # of a note at most
+LINE_LETTERS = 1000  # of a note, at most
 PROGRESS = ("auto", "json", "none")
 NAME_LETTERS = 40  # of a recording's name beside its bar
 
@@ -107,7 +107,7 @@ def echo(line: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"
     try:
         typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
-    except OSError:  # the reader has gone, or the terminal; a lost note is no failure
+    except OSError:  # the pipe or terminal was closed; a lost note is no failure
         if stream is not sys.stderr:
             raise
 
@@ -153,7 +153,7 @@ def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:
         *(described, progress.BarColumn(), *measure, progress.TimeRemainingColumn()),
         console=Console(stderr=True),
         transient=True,
-        # Lines that are printed meanwhile go above the bars, but what a file or a pipe gets is left alone.
+        # Printed lines go above the bars on a terminal; a file or a pipe gets them unchanged.
         redirect_stdout=sys.stdout.isatty(),
         disable=quiet or not sys.stderr.isatty(),
     )

@@ -26,7 +26,7 @@ from clapsep_cli.store.checkpoint import Model
 MAX_OPEN = 32  # recordings
 MAX_ASKED = 64  # sets of targets whose embeddings are kept
 MAX_FILES = 160  # open at once; systems allow a process 256 or more
-SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, that a batch of windows may take
+SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, for a batch of windows
 LOOK_SECONDS = 0.2  # between checks for a stop while waiting for a file
 
 Result = TypeVar("Result")
@@ -87,7 +87,7 @@ class _Opened(ExitStack):
     def check(self) -> None:
         """Raise `StoppedError` if `stop` is set."""
         if self.stop.is_set():
-            raise StoppedError("stopped; recordings that were done are kept, --skip-existing goes on from there")
+            raise StoppedError("stopped; finished recordings are kept, --skip-existing continues from there")
 
     def result(self, future: Future[Result]) -> Result:
         """Wait for the result of a thread. The user can stop meanwhile, even if a pipe stalls."""
@@ -107,7 +107,7 @@ class _Opened(ExitStack):
         names = list(queries)
         wanted = self.model.ask(list(queries.values()), [names.index(name) for name in job.kept])
         if not job.has_spans:
-            self.asked[key] = job, wanted  # the job, too: its targets must outlive their id
+            self.asked[key] = job, wanted  # with the job, so that the id of its targets stays in use
             if len(self.asked) > MAX_ASKED:
                 del self.asked[next(iter(self.asked))]
         return wanted

@@ -65,7 +65,7 @@ def expand(
     """
     if "-" in arguments:
         if len(arguments) > 1:
-            raise AudioError("- (a recording from stdin) has to be the only input")
+            raise AudioError("- (standard input) must be the only input")
         return [Input(STDIN, Path("stdin"))]
     found: dict[tuple[int, int, str], Input] = {}
     for argument in arguments:
@@ -98,12 +98,12 @@ def folded(name: str) -> str:
 def natural(path: Path) -> list[tuple[list[str | int], str]]:
     """Return a key that sorts paths by their numbers: `take 2` before `take 10`."""
     pieces = ((part, re.split(r"([0-9]+)", folded(part))) for part in path.parts)
-    # Digits are at every other place of what `split` returns, so text is never compared with a number.
+    # `split` returns text and digits by turns, so text is never compared with a number.
     return [([int(p) if at % 2 else p for at, p in enumerate(split)], part) for part, split in pieces]
 
 
 def _identity(item: Input) -> tuple[int, int, str]:
-    # Hard links are files of their own; one name in two spellings, where the system takes them for one, is not.
+    # Hard links count as different files; spellings that the system treats as one name do not.
     if item.fault:
         return 0, 0, str(item.path)
     status = item.path.stat()
@@ -131,7 +131,10 @@ def _named(argument: str, folder: Path, recursive: bool) -> list[Input]:
 def _matches(pattern: Path) -> list[Input]:
     root, rest = Path(), pattern
     while rest.parts and (not MAGIC.search(rest.parts[0]) or is_there(root / rest.parts[0])):
-        root, rest = root / rest.parts[0], Path(*rest.parts[1:])  # what exists is no pattern: "Live [2020]"
+        root, rest = (
+            root / rest.parts[0],
+            Path(*rest.parts[1:]),
+        )  # an existing name such as "Live [2020]" is not a pattern
     if not rest.parts:
         raise AudioError(f"{pattern}: no such file")
     try:
@@ -142,7 +145,7 @@ def _matches(pattern: Path) -> list[Input]:
         found = [match for match in found if not any(part.startswith(".") for part in match.parts)]
     if not found:
         raise AudioError(f"{pattern}: no such file, and nothing matches it as a pattern")
-    # A link that leads nowhere matches, too: it fails later, as it does where the shell fills in the pattern.
+    # A broken link matches, too, and fails later, as when the shell expands the pattern.
     files = (below for below in found if (root / below).is_file() or not is_there(root / below))
     recordings = [below for below in files if below.suffix.lower() in SUFFIXES]
     if not recordings:
@@ -174,7 +177,7 @@ def _in_folder(root: Path, recursive: bool) -> list[Input]:
             warnings.warn(f"{fault} and is left out", ClapsepWarning, stacklevel=2)
             continue
         subfolders = subfolders or bool(folders)
-        if recursive:  # links last: a recording is mirrored where it really lies
+        if recursive:  # links last, so that a recording is mirrored at its real path
             waiting.extend(path for path in folders if not path.is_symlink())
             waiting.extendleft(path for path in folders if path.is_symlink())
     if not found:

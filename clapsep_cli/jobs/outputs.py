@@ -15,17 +15,17 @@ from clapsep_cli.errors import OutputError, UsageError
 from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import Input, folded
 
-MARKS = "_clapsep"  # the folder below the outputs for markers of recordings without outputs
+MARKS = "_clapsep"  # folder for markers of absent targets, below the output folder
 TEMPLATE = "{stem}.{part}.{ext}"
 FIELDS = ("stem", "name", "part", "ext", "query")
-NAME_BYTES = 224  # systems take 255; files that are still being written have some more in their names
+NAME_BYTES = 224  # systems allow 255; temporary names are longer
 QUERY_BYTES = 96
-MARK_DIGITS = 8  # of the hash that stands for what was cut from a long name
+MARK_DIGITS = 8  # of the hash in a shortened name
 
 FORBIDDEN = '<>:"/\\|?*'  # in names on Windows
 FORBIDDEN_IN_TEMPLATES = set(FORBIDDEN) - set("/")
 DEVICES = re.compile(r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[0-9¹²³]|LPT[0-9¹²³])(?:\.|$)", re.IGNORECASE)
-JOINERS = "\u200c\u200d"  # which some scripts and many emoji are written with
+JOINERS = "\u200c\u200d"  # part of some scripts and many emoji
 
 Paths = Mapping[str, Path]  # of the outputs of one input, by part
 
@@ -41,7 +41,7 @@ def safe_name(text: str, limit: int = QUERY_BYTES) -> str:
 
 
 def _is_safe(letter: str) -> bool:
-    # Unassigned code points, lone surrogates, and what is invisible or turns the writing direction round are not.
+    # Excludes unassigned code points, lone surrogates, and characters that are invisible or change the direction.
     return letter in JOINERS or (letter not in FORBIDDEN and unicodedata.category(letter)[0] != "C")
 
 
@@ -95,11 +95,11 @@ def _check_template(template: str, parts: Sequence[str]) -> None:
     except ValueError as error:
         raise UsageError(f"{where}: cannot be used ({error}); write {{{{ for a brace") from error
     if any(letter in FORBIDDEN_IN_TEMPLATES or unicodedata.category(letter) == "Cc" for letter in template):
-        raise UsageError(f"{where}: has characters that no file name may have on Windows")
+        raise UsageError(f"{where}: has characters that Windows forbids in file names")
     for _, name, spec, conversion in fields:
         if name not in FIELDS or spec or conversion:
             known = ", ".join(f"{{{field}}}" for field in FIELDS)
-            raise UsageError(f"{where}: there is no {{{name}}} as written here; there are {known}")
+            raise UsageError(f"{where}: there is no {{{name}}}; use {known}")
     if len(parts) > 1 and "part" not in {field[1] for field in fields}:
         raise UsageError(f"{where}: {', '.join(parts)} would be one file; use {{part}}")
 
@@ -159,7 +159,7 @@ def check_outputs(planned: Iterable[tuple[Input, Paths]], overwrite: bool = Fals
     if existing and not (overwrite or skip):
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise OutputError(
-            f"{existing[0]}: exists already{more}; use --overwrite to replace it, --skip-existing to go on"
+            f"{existing[0]}: exists already{more}; use --overwrite to replace it, or --skip-existing to keep it"
         )
 
 
@@ -171,7 +171,7 @@ class _Places(dict[Path, str]):
         return self[folder]
 
     def of(self, path: Path) -> str:
-        # A link that is in the way is itself replaced, so only the folders are followed.
+        # An existing link is itself replaced, so only links to folders are followed.
         return f"{self[path.parent]}/{folded(path.name)}"
 
 
@@ -182,4 +182,4 @@ def _check_folder(path: Path) -> None:
     if not above.is_dir():
         raise OutputError(f"{path}: cannot be written, as {above} is not a folder")
     if not os.access(above, os.W_OK):
-        raise OutputError(f"{path}: cannot be written, as nothing may be written to {above}; choose a folder with -o")
+        raise OutputError(f"{path}: no permission to write to {above}; choose another folder with -o")

@@ -101,7 +101,7 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Tod
         elif options.overwrite or not options.skip_existing:
             todo.jobs.append(replace(job, overwrite=options.overwrite))
         elif (blocking := _in_the_way(job)) is not None:
-            what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it, too"
+            what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it"
             todo.blocked.append(Failure(job.input.path, OutputError(what)))
         else:  # existing outputs are its own
             todo.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
@@ -239,9 +239,9 @@ def extract(
     out = options.out if out is None else out
     for name, value in (("mixture", mixture), *([("out", out)] if out is not None else [])):
         if not isinstance(value, str | Path):
-            raise AudioError(f"{name}: is the path of a file, not {type(value).__name__}; for arrays, use separate")
+            raise AudioError(f"{name}: must be a path, not {type(value).__name__}; for arrays, use separate")
     if not isinstance(model, Model):
-        raise UsageError(f"model: is what load_model returns, not {model!r}")
+        raise UsageError(f"model: must come from load_model, not {model!r}")
     if options.skip_existing:
         raise UsageError("skip_existing: is for the commands; extract would have no result to return")
     path = Path(mixture)
