@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from clapsep_cli import Query, dsp, extract, load_model, separate
 from clapsep_cli.errors import ModelError, QueryError
+from clapsep_cli.families.base import load_family
 from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import condition
@@ -198,7 +199,7 @@ def test_silence_has_nothing_for_a_second_pass() -> None:
 
 def test_a_second_pass_takes_a_model_that_hears_recordings() -> None:
     model = load_model("mini", "cpu")
-    model.family = "tuss"
+    model.kind = load_family("tuss")
     with pytest.raises(ModelError, match="takes no recordings as queries"):
         model.refine()
 
