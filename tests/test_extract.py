@@ -827,7 +827,7 @@ def test_a_span_is_the_query_made_of_that_excerpt(clapsep: Clapsep, mix: Path, t
 def test_a_span_that_is_not_there(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
     done = clapsep("extract", "mix.wav", "--pos-span", "2-9", "--model", tiny_folder, cwd=mix.parent)
     assert done.returncode == 1
-    assert "2-9 s is not to be had" in done.stderr
+    assert "2-9 s cannot be read" in done.stderr
     assert "ends at 3.00 s" in done.stderr
     assert names(mix.parent) == ["mix.wav"]
 

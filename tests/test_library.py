@@ -424,7 +424,7 @@ def test_too_little_memory_for_torch_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr.startswith("clapsep: ")
-    assert (done.stderr.count("\n"), "is there enough memory" in done.stderr) == (1, True)
+    assert (done.stderr.count("\n"), "is memory short" in done.stderr) == (1, True)
 
 
 EXTRACT = """

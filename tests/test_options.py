@@ -47,6 +47,8 @@ SHARED = {  # by option: a line, and what of it makes a difference when it is ad
     "--adapter": ("mix.wav {query}", "--adapter adapter.safetensors"),
     "--device": ("mix.wav {query}", "-d cpu"),
     "--precision": ("mix.wav {query}", "--precision fast"),
+    "--refine": ("mix.wav {query} --no-refine", "--refine"),
+    "--no-refine": ("mix.wav {query} --refine", "--no-refine"),
     "--model-dir": ("mix.wav {query}", "--model-dir kept"),
     "--threads": ("mix.wav {query}", "--threads 3"),
     "--batch-size": ("mix.wav {query}", "--batch-size 2"),
@@ -79,8 +81,6 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--residual": ("mix.wav --pos dog --no-residual", "--residual"),
         "--no-residual": ("mix.wav --pos dog", "--no-residual"),
         "--remove": ("mix.wav --pos dog", "--remove"),
-        "--refine": ("mix.wav --pos dog --no-refine", "--refine"),
-        "--no-refine": ("mix.wav --pos dog --refine", "--no-refine"),
     },
     "separate": {
         **{option: (line.format(query="--prompts dog rain"), more.format()) for option, (line, more) in SHARED.items()},

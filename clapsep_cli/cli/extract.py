@@ -10,7 +10,7 @@ import typer
 
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import carry_out, find
-from clapsep_cli.cli.terminal import MODEL, DeviceOption, ModelDirOption, ModelOption, QuietOption
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption
 from clapsep_cli.errors import QueryError, UsageError
 
 if TYPE_CHECKING:
@@ -71,14 +71,6 @@ def extract(
         float | None,
         _query("--min-presence", metavar="X", help="Write nothing if the presence is below this; try 0."),
     ] = None,
-    refine: Annotated[
-        bool | None,
-        typer.Option(
-            "--refine/--no-refine",
-            rich_help_panel=MODEL,
-            help="Separate in two passes: what the first one leaves tells the second what to leave; mini does.",
-        ),
-    ] = None,
     residual: Annotated[
         bool | None, typer.Option("--residual/--no-residual", rich_help_panel=opt.OUTPUT, help="Also write the rest.")
     ] = None,
@@ -102,6 +94,7 @@ def extract(
     adapter: opt.Adapter = None,
     device: DeviceOption = "auto",
     precision: opt.Precision = "auto",
+    refine: opt.Refine = None,
     _model_dir: ModelDirOption = None,
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = 0,

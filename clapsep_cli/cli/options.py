@@ -85,6 +85,14 @@ Adapter = Annotated[
     Path | None,
     _option(MODEL, "An adapter for the model, from `clapsep train --lora-only`.", "--adapter", metavar="FILE"),
 ]
+Refine = Annotated[
+    bool | None,
+    _option(
+        MODEL,
+        "Separate in two passes: the second leaves out what sounds like the rest of the first; with mini: yes.",
+        "--refine/--no-refine",
+    ),
+]
 Precision = Annotated[
     str,
     _option(
@@ -116,11 +124,11 @@ class Setup:
     adapter: Path | None
     device: str
     precision: str
+    refine: bool | None
     threads: int | None
     json: bool
     progress: str
     quiet: bool
-    refine: bool | None = False  # None for what suits the model
 
 
 def options_of(given: Mapping[str, Any]) -> Options:
@@ -136,4 +144,4 @@ def setup_of(given: Mapping[str, Any]) -> Setup:
     """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for an unknown `--progress`."""
     if given["progress"] not in PROGRESS:
         raise UsageError(f"there is no --progress {given['progress']!r}; there are {', '.join(PROGRESS)}")
-    return Setup(**{f.name: given[f.name] for f in fields(Setup) if f.name in given})
+    return Setup(**{f.name: given[f.name] for f in fields(Setup)})
