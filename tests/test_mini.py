@@ -21,6 +21,7 @@ from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.mini import Mini, band_matrix
+from clapsep_cli.models.refined import Refined
 from clapsep_cli.query import Excerpt
 from clapsep_cli.query import mutual as alternatives
 from clapsep_cli.registry import weights_folder
@@ -195,6 +196,16 @@ def test_silence_has_nothing_for_a_second_pass() -> None:
     first = model.infer(window, wanted)
     model.refine()
     torch.testing.assert_close(model.infer(window, wanted), first)
+
+
+def test_refining_reads_no_network_before_it_is_used_and_counts_once() -> None:
+    model, once = load_model("mini", "cpu"), load_model("mini", "cpu").identity
+    model.refine(None)
+    model.refine()
+    assert not {"separator", "audio"} & set(vars(model))
+    assert model.identity == f"{once} refined"
+    assert isinstance(model.separator, Refined)
+    assert isinstance(model.separator.separator, Mini)
 
 
 def test_a_second_pass_takes_a_model_that_hears_recordings() -> None:

@@ -180,8 +180,7 @@ def evaluate(
         notes(quiet)(f"{listed}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
     with downloads(quiet) as shown:
         loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
-    if loaded.gains_by_refining if refine is None else refine:
-        loaded.refine()
+    loaded.refine(refine)
     kinds = EvaluationOptions(sides, text, counts, bss)
     run = evaluate_into(out / SCORES, loaded, data, kinds) if out else evaluate_set(loaded, data, kinds)
     scores = _collect(run, len(data.rows), listed.name, quiet)

@@ -72,8 +72,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
     model = _load(setup)
     if options.presence is None:
         options = replace(options, presence=setup.json and model.tells_likeness)
-    if model.gains_by_refining if setup.refine is None else setup.refine:
-        model.refine()
+    model.refine(setup.refine)
     todo = plan(jobs, model, options)
     _warn_of_doubts(model, jobs)
     lines = _Lines(setup, model, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)

@@ -306,8 +306,7 @@ class Session:
         if self._model is None or self._model[0] != name:
             self._model = None  # so that two never lie in memory
             model = load_model(name, self.device)
-            if model.gains_by_refining:  # as the command does
-                model.refine()
+            model.refine(None)  # as the command does
             self._model = name, model
         return self._model[1]
 

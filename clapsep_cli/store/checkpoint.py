@@ -67,6 +67,8 @@ class Model:
         self.config = read_config(metadata, folder)
         self.dtype = choose_precision(precision, device, self.kind.near_in_bfloat16)
 
+    refined = False  # whether it separates in two passes
+
     @cached_property
     def separator(self) -> Separator[Any]:
         """The separator, in `dtype` on `device`; read when first used. Raises `CheckpointError`."""
@@ -75,7 +77,12 @@ class Model:
         )
         if self.dtype != torch.float32:
             separator.lower(self.dtype)
-        return separator
+        return self._refined(separator) if self.refined else separator
+
+    def _refined(self, separator: Separator[Any]) -> Separator[Any]:
+        from clapsep_cli.models.refined import Refined
+
+        return Refined(cast(MaskSeparator, separator), self.audio)
 
     @cached_property
     def text(self) -> TextEncoder:
@@ -101,22 +108,20 @@ class Model:
         pin = read_metadata(path).get("pin")
         return f"{self.family} {pin or digest(path)}"
 
-    @property
-    def gains_by_refining(self) -> bool:
-        """True where two passes are worth their time, as far as was measured."""
-        return self.kind.refine
-
-    def refine(self) -> None:
+    def refine(self, wanted: bool | None = True) -> None:
         """Separate in two passes from now on (see `models.refined`), which takes more than twice the time.
 
-        Raises `ModelError` for a model that does not take recordings as queries.
+        Networks are still read when first used. `wanted`: None to refine only where it was measured to be worth its
+        time. Raises `ModelError` for a model that does not take recordings as queries.
         """
-        from clapsep_cli.models.refined import Refined
-
+        if self.refined or not (self.kind.refine if wanted is None else wanted):
+            return
         if self.kind.audio is None:
             raise ModelError(f"{self.name} takes no recordings as queries, so it cannot hear what a first pass left")
-        refined = Refined(cast(MaskSeparator, self.separator), self.audio)
-        self.__dict__.update(separator=refined, identity=f"{self.identity} refined")
+        self.refined = True
+        self.__dict__["identity"] = f"{self.identity} refined"
+        if "separator" in self.__dict__:  # read already
+            self.__dict__["separator"] = self._refined(self.separator)
 
     @property
     def precision(self) -> str:
