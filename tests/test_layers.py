@@ -34,7 +34,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"audiosep", "clap"},
         ],
     ),
-    ("stitch", [{"stems", "windows"}, {"complex_masks", "masking", "stem_stream"}]),
+    ("stitch", [{"windows"}, {"complex_masks", "masking", "stems"}]),
     ("families", [{"base"}, {"embedding"}, {"audiosep", "clapsep", "mini", "tuss"}]),
     (
         "store",
@@ -46,7 +46,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"convert_audiosep"},
         ],
     ),
-    ("separation", [{"levels", "pipeline"}]),
+    ("", [{"separation"}]),
     (
         "jobs",
         [

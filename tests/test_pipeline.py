@@ -20,7 +20,7 @@ from clapsep_cli import Query, extract, load_model, separate
 from clapsep_cli.errors import AudioError, CheckpointError, DeviceError, ModelError, OutputError, QueryError, UsageError
 from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.models.base import Conditions
-from clapsep_cli.separation.pipeline import stream
+from clapsep_cli.separation import stream
 from clapsep_cli.store.checkpoint import Model
 
 GOLDEN = Path(__file__).parent / "golden" / "end_to_end"

@@ -23,8 +23,7 @@ from clapsep_cli.jobs.plot import Picture
 from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.query import MIXTURE, RESIDUAL
-from clapsep_cli.separation.levels import Meter, Presence
-from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Passage
+from clapsep_cli.separation import BLOCK_SECONDS, Meter, Passage, Presence
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 

@@ -1,25 +1,35 @@
-"""Runs the pipeline: audio → windows → query embedding → separator → joined stems and residual."""
+"""Separates one recording in memory: audio → windows → query embedding → separator → joined stems and residual.
+
+Also measures, as a stream, the levels of the parts and how alike they are to the query.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import soxr
 import torch
 from torch import Tensor
 
-from clapsep_cli.audio.samples import Audio, Samples, from_array
+from clapsep_cli.audio.samples import Audio, Samples, downmix, from_array
 from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
 from clapsep_cli.query import Query, Shot, check_targets
 from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
+EXCERPT_SECONDS = 10.0
+EXCERPTS = 3  # of a recording, in which a stem is loudest: there one has to look for it
+
+# How loud a stem is tells, too: on the evaluation list of the bundled model, the likeness of the stem alone orders
+# present before absent sounds in 89 % of all pairs, with the level in 92 %.
+LEVEL_WEIGHT, LEAST_LEVEL_DB = 0.02, -20.0
 
 
 @dataclass(frozen=True)
@@ -110,18 +120,12 @@ def stream(
         Pairs of mixture, `[channels, samples]`, and stems, `[stems, channels, samples]`, that join to the whole.
     """
     passage = Passage(model, wanted, rate, channels)
-    for block, last in _with_last(blocks, np.zeros((channels, 0), np.float32)):
+    for block, last in chain(((block, False) for block in blocks), [(np.zeros((channels, 0), np.float32), True)]):
         for window in passage.push(block, passage.hear(block, last), last):
             passage.accept(model.infer([window], wanted)[0])
         mixture, stems = passage.pull()
         if mixture.size:
             yield mixture, stems
-
-
-def _with_last(blocks: Iterable[Samples], end: Audio) -> Iterator[tuple[Samples, bool]]:
-    for block in blocks:
-        yield block, False
-    yield end, True
 
 
 def separate(
@@ -163,3 +167,93 @@ def separate(
     stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
     residual = (mixture - stems.sum(0)).reshape(shape)
     return Separation(dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)), residual, rate)
+
+
+class Meter:
+    """Measures the level of a stream over all its channels, in dB of full scale."""
+
+    def __init__(self) -> None:
+        self._energy, self._values, self._peak = 0.0, 0, 0.0
+
+    def add(self, audio: Audio) -> None:
+        """Take in float32 `[channels, samples]`."""
+        rows = np.ascontiguousarray(audio)
+        self._energy += sum(float(np.dot(row, row)) for row in rows)
+        self._values += audio.size
+        self._peak = max(self._peak, float(rows.max(initial=0)), -float(rows.min(initial=0)))
+
+    def read(self) -> dict[str, float | None]:
+        """Return `rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""
+        rms = (self._energy / max(1, self._values)) ** 0.5
+        return {"rms_db": _decibels(rms), "peak_db": _decibels(self._peak)}
+
+
+def _decibels(amplitude: float) -> float | None:
+    return round(20 * float(np.log10(amplitude)), 2) if amplitude > 0 else None
+
+
+class _Excerpt(NamedTuple):
+    """Holds a stretch of mixture and stem: energies over all channels, and downmixes, `[samples]`."""
+
+    mixture_energy: float
+    stem_energy: float
+    mixture: Audio
+    stem: Audio
+
+
+class Presence:
+    """Scores whether the sound of a query is present: a stem should be more like it than the mixture.
+
+    It looks at the excerpts of 10 s in which the stem is loudest, so its cost does not grow with the recording.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._size = round(EXCERPT_SECONDS * rate)
+        self._now: list[tuple[Audio, Audio]] = []  # blocks of mixture and stem, [channels, samples]
+        self._held = 0
+        self._loudest: list[_Excerpt] = []
+
+    def add(self, mixture: Audio, stem: Audio) -> None:
+        """Take in float32 `[channels, samples]` of both."""
+        while mixture.shape[1]:
+            room = self._size - self._held
+            self._now.append((mixture[:, :room], stem[:, :room]))
+            self._held += self._now[-1][0].shape[1]
+            mixture, stem = mixture[:, room:], stem[:, room:]
+            if self._held == self._size:
+                self._end()
+
+    def _end(self) -> None:
+        mixture, stem = (np.concatenate(list(blocks), 1) for blocks in zip(*self._now, strict=True))
+        self._loudest.append(_Excerpt(_energy(mixture), _energy(stem), downmix(mixture), downmix(stem)))
+        self._loudest = sorted(self._loudest, key=lambda one: -one.stem_energy)[:EXCERPTS]
+        self._now, self._held = [], 0
+
+    def read(self, likeness: Callable[[Audio], float | None]) -> dict[str, float] | None:
+        """Score the excerpts.
+
+        Args:
+            likeness: takes a mono recording; returns how alike it is to the query, or None.
+
+        Returns:
+            Means over the excerpts: `before` and `after`, the likeness of mixture and stem to the query, and `score`,
+            which is `after` plus 0.02 for each dB by which the stem is louder than the mixture (minus, down to −20 dB).
+            None for a silent stem, and for a query without a positive side.
+        """
+        if self._held:
+            self._end()
+        told = []
+        for excerpt in self._loudest:
+            sounds = excerpt.stem_energy > 0
+            before, after = (likeness(excerpt.mixture), likeness(excerpt.stem)) if sounds else (None, None)
+            if before is not None and after is not None:
+                level = 10 * float(np.log10(excerpt.stem_energy / excerpt.mixture_energy))
+                told.append((before, after, after + LEVEL_WEIGHT * max(level, LEAST_LEVEL_DB)))
+        if not told:
+            return None
+        means = (round(float(np.mean(column)), 4) for column in zip(*told, strict=True))
+        return dict(zip(("before", "after", "score"), means, strict=True))
+
+
+def _energy(audio: Audio) -> float:
+    return float(np.square(audio, dtype=np.float64).sum())
