@@ -65,7 +65,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "training.loop",
         [
-            {"muon", "pool", "schedules", "settings"},
+            {"optimisation", "settings"},
             {"record", "sampling", "task"},
             {"state"},
             {"train"},
@@ -74,7 +74,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "training.recipes",
         [
-            {"augment", "objective", "objective_tuss", "prompt_mixing"},
+            {"augment", "objective"},
             {"conditions", "validation"},
             {"clapsep", "mini", "tuss"},
             {"presets"},

@@ -24,8 +24,7 @@ from clapsep_cli.errors import CheckpointError, ModelError, RecipeError, Stopped
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import choose_precision, load_part, read_metadata, read_tensors
 from clapsep_cli.store.whole import copy
-from clapsep_cli.training.loop.pool import MemoryPool
-from clapsep_cli.training.loop.sampling import Draw, Sampler
+from clapsep_cli.training.loop.sampling import Draw, MemoryPool, Sampler
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes.augment import Acoustics
 from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
