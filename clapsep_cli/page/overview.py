@@ -190,6 +190,8 @@ class _Transform:
 
     def levels(self, mono: Audio, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Of the `size` samples from each of `starts` on, uint8 [starts, bands]."""
+        if not len(starts):
+            return np.zeros((0, BANDS), np.uint8)
         frames = np.lib.stride_tricks.sliding_window_view(mono, self.size)[starts] * self._window
         spectrum = np.fft.rfft(frames, axis=1)
         power = (spectrum.real**2 + spectrum.imag**2) @ self._bands
