@@ -20,6 +20,12 @@ def parse_time(text: str) -> float:
     return int(hours or 0) * 3600.0 + int(minutes or 0) * 60.0 + seconds
 
 
+def is_span(text: str) -> bool:
+    """Return True for two times with a dash between them, which `parse_span` reads unless they are out of order."""
+    times = text.replace("–", "-").split("-")
+    return len(times) == 2 and all(_TIME.fullmatch(time.strip()) for time in times)
+
+
 def parse_span(text: str) -> tuple[float, float]:
     """Start and end in seconds of a stretch such as `3.2-4.5` or `1:02-1:04`. Raises `QueryError`."""
     start, dash, end = text.replace("–", "-").partition("-")
