@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -163,6 +163,19 @@ def check_targets(targets: object) -> Mapping[str, Query]:
             f"{len(targets)} targets: one run separates at most {MAX_TARGETS}; share them out over several"
         )
     return targets
+
+
+def check_taken(queries: Iterable[Query], takes: Collection[str], model: str) -> None:
+    """Raise `QueryError` for a query of a kind that a model does not take; `takes` is that of its `registry.Traits`."""
+    for query in queries:
+        if "audio" not in takes and (query.pos_audio or query.neg_audio or query.pos_spans or query.neg_spans):
+            instead = "name a prompt" if "prompts" in takes else "describe the sound in words"
+            raise QueryError(f"{model} takes no recordings as queries: {instead} with --pos")
+        if query.neg and not {"negatives", "prompts"} & set(takes):
+            raise QueryError(
+                f"{model} takes no negative queries: describe with --pos what to keep; to remove a sound, describe it "
+                "with --pos and use the residual"
+            )
 
 
 def mutual(targets: Mapping[str, Query]) -> dict[str, Query]:

@@ -87,7 +87,7 @@ class Stub(Model):
 
     def __init__(self, separator: Separator[Any]) -> None:
         self.name, self.folder, self.device = "stub", Path(), torch.device("cpu")
-        self.family, self.config, self.revision, self.dtype = "stub", None, "", torch.float32
+        self.family, self.config, self.revision, self.dtype = "clapsep", None, "", torch.float32
         self.kind = load_family("clapsep")
         self.__dict__.update(separator=separator, text=OneHot(), audio=Mean(), identity="stub")
 
