@@ -55,7 +55,11 @@ def extract(
     ] = None,
     target: Annotated[
         list[str] | None,
-        _query("--target", metavar="NAME=QUERY", help="One of several targets: a text, a recording, or a part of MIX, FROM-TO."),
+        _query(
+            "--target",
+            metavar="NAME=QUERY",
+            help="One of several targets: a text, a recording, or a part of MIX, FROM-TO.",
+        ),
     ] = None,
     mutual: Annotated[
         bool | None, _query("--mutual/--no-mutual", help="Use the other targets as negative queries of each.")
