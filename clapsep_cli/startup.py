@@ -1,4 +1,4 @@
-"""How the command's process is set up: its standard streams, threads before torch is imported, and memory."""
+"""Sets up the command's process: its standard streams, threads before torch is imported, and memory."""
 
 from __future__ import annotations
 

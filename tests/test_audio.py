@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from clapsep_cli.audio import media, mpeg, wav, writers
+from clapsep_cli.audio import media, wav, writers
+from clapsep_cli.audio.containers import read_frame, scan_mpeg
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, choose_encoding
 from clapsep_cli.audio.samples import on_grid, to_rate
 from clapsep_cli.audio.sources import Source, read_mono, recordings
@@ -199,11 +200,11 @@ def test_mp3s_with_junk_are_read_leniently(recording: Callable[..., Path], capfd
     path = recording("mp3")
     expected, data = read(path), path.read_bytes()
     with path.open("rb") as file:
-        stream = mpeg.scan(file, pytest.fail)
+        stream = scan_mpeg(file, pytest.fail)
     assert stream is not None
     middle = stream.spans[0][0]
     while middle < len(data) // 2:
-        frame = mpeg.read_frame(data[middle : middle + 4])
+        frame = read_frame(data[middle : middle + 4])
         assert frame is not None
         middle += frame.size
     junk = b"this is no sound. " * 50
@@ -241,7 +242,7 @@ def test_recordings_in_a_row_are_not_taken_for_the_first_alone(recording: Callab
 def without_note(path: Path) -> None:
     """Take the first frame of an MP3, which notes its length."""
     with path.open("rb") as file:
-        stream = mpeg.scan(file, pytest.fail)
+        stream = scan_mpeg(file, pytest.fail)
     assert stream is not None
     assert stream.stated is not None
     ((begin, end),) = stream.spans

@@ -18,9 +18,19 @@ from conftest import Clapsep
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clapsep_cli.evaluation.figures import FREQUENCIES, Axis, compressed, number, spectrogram, violins
 from clapsep_cli.evaluation.mixtures import Mixture
-from clapsep_cli.evaluation.report import PUBLISHED, Example, render, write_report
+from clapsep_cli.evaluation.report import (
+    FREQUENCIES,
+    PUBLISHED,
+    Axis,
+    Example,
+    compressed,
+    number,
+    render,
+    spectrogram,
+    violins,
+    write_report,
+)
 from clapsep_cli.evaluation.scores import Score, summary
 
 RNG = np.random.default_rng(0)

@@ -8,8 +8,15 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from clapsep_cli.audio import mpeg
-from clapsep_cli.audio.containers import Fed, check_ogg, check_samples, tags_end
+from clapsep_cli.audio.containers import (
+    Fed,
+    check_ogg,
+    check_samples,
+    note_length,
+    read_frame,
+    scan_mpeg,
+    tags_end,
+)
 from clapsep_cli.audio.samples import Decoder, Samples, seconds
 from clapsep_cli.errors import AudioError
 
@@ -49,7 +56,7 @@ class UnknownFormatError(AudioError):
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]
-    """A file that soundfile does not seek in after every block: libsndfile cannot in a FLAC of unknown length."""
+    """Keeps soundfile from seeking after every block, which libsndfile cannot do in a FLAC of unknown length."""
 
     def seekable(self) -> bool:
         return self.frames < NO_LENGTH and bool(super().seekable())
@@ -72,12 +79,12 @@ class SoundFileDecoder(Decoder):
         self._handle, self._done, self._ended = file, 0, False
         try:
             check_ogg(file, name, self.report)
-            stream = mpeg.scan(file, self.report) if _may_be_mpeg(suffix, file) else None
+            stream = scan_mpeg(file, self.report) if _may_be_mpeg(suffix, file) else None
             self._fed = Fed(file)
             if stream is not None and (stream.stated != stream.frames or self.notes):
                 size = sum(end - begin for begin, end in stream.spans)
                 true = stream.stated == stream.frames or stream.layer != 3
-                note = stream.note if true else mpeg.note_length(stream, size)
+                note = stream.note if true else note_length(stream, size)
                 self._fed = Fed(file, stream.spans, note)
             self._file = _File(self._fed)
         except (soundfile.SoundFileError, OSError, ValueError) as error:
@@ -99,7 +106,7 @@ class SoundFileDecoder(Decoder):
 
     def read(self, samples: int) -> Samples:
         wanted = max(0, min(samples, self._file.frames - self._done))
-        # What stays NaN is what a block lacks that libsndfile fails to read.
+        # Samples that libsndfile fails to read stay NaN.
         block = np.full((wanted, self.channels), np.nan, np.float64 if self.bits == 32 else np.float32)
         if self._ended:
             return np.ascontiguousarray(block[:0].T)
@@ -132,7 +139,7 @@ class SoundFileDecoder(Decoder):
             self.report(f"goes on behind the end that its header states, by {left} bytes")
 
     def skip(self, samples: int) -> None:
-        if not self.frames:  # libsndfile does not find its way in a FLAC of unknown length
+        if not self.frames:  # libsndfile cannot seek in a FLAC of unknown length
             return super().skip(samples)
         try:
             self._done = self._file.seek(samples)  # exact for lossy codecs too, see the tests
@@ -147,10 +154,10 @@ class SoundFileDecoder(Decoder):
 def _may_be_mpeg(suffix: str, file: BinaryIO) -> bool:
     file.seek(tags_end(file))
     magic = file.read(4)
-    return (suffix in MPEG_SUFFIXES and magic not in NO_MPEG) or mpeg.read_frame(magic) is not None
+    return (suffix in MPEG_SUFFIXES and magic not in NO_MPEG) or read_frame(magic) is not None
 
 
 def reason(error: Exception) -> str:
-    """Return the cause of an error in a few words, without what its message says beside."""
+    """Return the cause of an error in a few words."""
     text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
     return str(text).strip().rstrip(".")

@@ -42,7 +42,7 @@ MISSING = 'reading this format takes PyAV: pip install "clapsep[av]"'
 
 
 def available() -> bool:
-    """Whether PyAV is installed."""
+    """Return whether PyAV is installed."""
     return importlib.util.find_spec("av") is not None
 
 

@@ -67,7 +67,7 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """What a user has to know of what was read so far: damage that was passed over, other sound tracks."""
+        """Remarks on what was read so far: damage that was skipped, other sound tracks."""
         return self._decoder.notes
 
     def _check(self) -> None:
@@ -86,12 +86,10 @@ class Source:
 
     def _check_part(self, frames: int) -> None:
         """Raise `AudioError` if a recording of `frames` has no such part."""
-        for name, limit, at in (("start", self._start, self._first + 1), ("end", self._end, self._last())):
+        last = 0 if self._wanted is None else self._first + self._wanted
+        for name, limit, at in (("start", self._start, self._first + 1), ("end", self._end, last)):
             if frames < at:
                 raise AudioError(f"{self.name}: ends at {frames / self.rate:.2f} s, so it has no {name} at {limit:g} s")
-
-    def _last(self) -> int:
-        return 0 if self._wanted is None else self._first + self._wanted
 
     def __enter__(self) -> Source:
         return self
@@ -223,7 +221,7 @@ def read_mono(
 
 
 def recordings(path: Path) -> list[Path]:
-    """`path` itself, or the recordings directly in it if it is a folder: those that can be decoded here.
+    """Return `path` itself, or all recordings directly in it that can be decoded here if it is a folder.
 
     Raises `AudioError` if there are none.
     """

@@ -108,8 +108,7 @@ def extract(
     Give at least one query, of either side, as text or as audio.
     """
     given = locals()  # all options by name
-    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query
-    from clapsep_cli.times import parse_span
+    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query, parse_span
 
     sides: dict[str, Any] = {
         "pos": pos or (),
