@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -163,6 +163,19 @@ def check_targets(targets: object) -> Mapping[str, Query]:
     return targets
 
 
+def check_taken(queries: Iterable[Query], takes: Collection[str], model: str) -> None:
+    """Raise `QueryError` for a query of a kind that a model does not take; `takes` is that of its `registry.Traits`."""
+    for query in queries:
+        if "audio" not in takes and (query.pos_audio or query.neg_audio or query.pos_spans or query.neg_spans):
+            instead = "name a prompt" if "prompts" in takes else "describe the sound in words"
+            raise QueryError(f"{model} takes no recordings as queries: {instead} with --pos")
+        if query.neg and not {"negatives", "prompts"} & set(takes):
+            raise QueryError(
+                f"{model} takes no negative queries: describe with --pos what to keep; to remove a sound, describe it "
+                "with --pos and use the residual"
+            )
+
+
 def mutual(targets: Mapping[str, Query]) -> dict[str, Query]:
     """Add to the negative side of each target the positive sides of all others."""
 
@@ -190,6 +203,12 @@ def parse_time(text: str) -> float:
     if (minutes is not None and seconds >= 60) or (hours is not None and int(minutes) >= 60):
         raise QueryError(f"{text!r} is not a time: what follows a colon lies below 60")
     return int(hours or 0) * 3600.0 + int(minutes or 0) * 60.0 + seconds
+
+
+def is_span(text: str) -> bool:
+    """Return True for two times with a dash between them, which `parse_span` reads unless they are out of order."""
+    times = text.replace("–", "-").split("-")
+    return len(times) == 2 and all(_TIME.fullmatch(time.strip()) for time in times)
 
 
 def parse_span(text: str) -> tuple[float, float]:

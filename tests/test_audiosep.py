@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from audiosep_stand_in import (
     GOLDEN,
@@ -18,27 +17,24 @@ from audiosep_stand_in import (
     TINY,
     condition,
     recorded_shapes,
+    save_released,
     separator,
     separator_tensors,
     shapes,
     text_tensors,
+    tiny_checkpoint,
 )
-from conftest import Clapsep
 from fill import released_shapes, signal
 from plain_audiosep import PlainAudioSep
 from torch import Tensor
 from torch.nn import functional as F
 
-from clapsep_cli import Query, load_model
-from clapsep_cli import separate as separate_in_memory
 from clapsep_cli.dsp import HOP, RATE_HZ
-from clapsep_cli.errors import CheckpointError, QueryError
+from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig, spectrum, waveform
 from clapsep_cli.models.clap import ClapTextEncoder
 from clapsep_cli.models.layers import WIDE, Kernel
-from clapsep_cli.registry import MODELS
 from clapsep_cli.store.convert_audiosep import CLAP, SEPARATOR, convert, convert_audiosep
-from clapsep_cli.store.library import write_tokenizer
 from clapsep_cli.store.whole import read_tensors
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="takes ../shared/golden")
@@ -320,36 +316,6 @@ def test_config_rejects_nonsense_and_survives_json() -> None:
 TEXT_SHAPES = {name: shape for name, shape in recorded_shapes().items() if name.startswith(CLAP + "text_")}
 
 
-def tiny_checkpoint() -> dict[str, Tensor]:
-    """All that a released file has, of a tiny size."""
-    import checkpoint_shapes
-    from tiny_clapsep import ROBERTA
-
-    text = replace(ROBERTA, dim=TINY.dim)
-    tensors = separator_tensors(TINY) | text_tensors(checkpoint_shapes.clap(text))
-    tensors[CLAP + "text_branch.embeddings.position_ids"] = torch.arange(TINY.text_positions)[None]
-    for name in ("logit_scale_a", "audio_branch.norm.weight", "audio_projection.0.bias", "text_transform.x"):
-        tensors[CLAP + name] = torch.zeros(3)
-    return tensors
-
-
-def save_released(path: Path, tensors: dict[str, Any]) -> None:
-    """As the trainer nests it."""
-    state = {0: {"step": torch.tensor(4e6), "exp_avg": torch.zeros(4)}}
-    optimiser = {"state": state, "param_groups": [{"lr": 0.001, "betas": (0.9, 0.999), "params": [0]}]}
-    torch.save(
-        {
-            "epoch": 0,
-            "pytorch-lightning_version": "2.0.0",
-            "state_dict": tensors,
-            "loops": {},
-            "optimizer_states": [optimiser],
-            "lr_schedulers": [{"base_lrs": [0.001], "lr_lambdas": [{}]}],
-        },
-        path,
-    )
-
-
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_released_file_becomes_separator_and_text_tower(tmp_path: Path, prefix: str) -> None:
     save_released(tmp_path / "a.ckpt", {prefix + name: tensor for name, tensor in tiny_checkpoint().items()})
@@ -396,54 +362,3 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         convert_audiosep([tmp_path / "a.ckpt"], tmp_path, TINY)
     with pytest.raises(CheckpointError, match="one checkpoint, not 2"):
         convert_audiosep([tmp_path / "a.ckpt"] * 2, tmp_path, TINY)
-
-
-# As a model, through the public door.
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model of a tiny size."""
-    place = tmp_path_factory.mktemp("audiosep")
-    save_released(place / "a.ckpt", tiny_checkpoint())
-    (place / "model").mkdir()
-    convert_audiosep([place / "a.ckpt"], place / "model", TINY)
-    write_tokenizer(MODELS["audiosep"], place / "model")
-    return place / "model"
-
-
-def test_the_command_separates_by_words(clapsep: Clapsep, folder: Path, tmp_path: Path) -> None:
-    mix = 0.05 * np.random.default_rng(0).standard_normal((60_001, 2))
-    soundfile.write(tmp_path / "mix.wav", mix, 44_100, "PCM_16")
-    done = clapsep("extract", "mix.wav", "--pos", "dog barking", "--model", folder, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    whole, target, residual = (
-        soundfile.read(tmp_path / name)[0] for name in ("mix.wav", "mix.target.wav", "mix.residual.wav")
-    )
-    np.testing.assert_array_equal(target + residual, whole)
-    assert np.abs(target - whole).max() > 0.01
-    assert np.abs(target).max() > 0.01
-
-
-def test_it_is_the_network_under_the_embedding_of_the_text(folder: Path) -> None:
-    model, audio = load_model(folder, "cpu"), signal(0.6, RATE_HZ, 5).numpy()
-    got = separate_in_memory(audio, RATE_HZ, {"a": Query("dog"), "b": Query(["rain", "wind"])}, model)
-    dog, rain, wind = model.text.embed(["dog", "rain", "wind"])
-    for name, asked in (("a", dog), ("b", F.normalize((rain + wind) / 2, dim=0))):
-        expected = model.separator(torch.from_numpy(audio)[None], asked[None])[0].numpy()
-        np.testing.assert_allclose(got.stems[name], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("query", "instead"),
-    [
-        (Query("dog", neg="rain"), "use the residual"),
-        (Query(neg="rain"), "use the residual"),
-        (Query(pos_audio=[(np.ones(100, np.float32), RATE_HZ)]), "in words with --pos"),
-        (Query("dog", pos_spans=(0, 0.1)), "in words with --pos"),
-    ],
-)
-def test_what_it_does_not_take_is_said(folder: Path, query: Query, instead: str) -> None:
-    with pytest.raises(QueryError, match=instead) as refused:
-        separate_in_memory(np.ones(9000, np.float32), RATE_HZ, query, load_model(folder, "cpu"))
-    assert "\n" not in str(refused.value)

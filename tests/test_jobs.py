@@ -614,6 +614,8 @@ def test_targets(tree: Callable[..., None]) -> None:
     assert parse_target("dog=dog barking = loud") == ("dog", "dog barking = loud")
     assert parse_target("siren=siren.wav") == ("siren", Path("siren.wav"))
     assert parse_target("Hündin-2=barks") == ("Hündin-2", Path("barks"))
+    assert parse_target("bell=3.2-1:04.5") == ("bell", (3.2, 64.5))
+    assert parse_target("plane=747-400-8") == ("plane", "747-400-8")
     assert list(parse_targets(["dog=a", "siren=b"])) == ["dog", "siren"]
     faults = {
         "dog": "give a name",
@@ -625,6 +627,7 @@ def test_targets(tree: Callable[..., None]) -> None:
         "a b=dog": "part of a file's name",
         "Residual=dog": "reserved",
         "siren=none.wav": "no such file",
+        "bell=4-3": "end after its start",
     }
     for argument, message in faults.items():
         with pytest.raises(ClapsepError, match=message):

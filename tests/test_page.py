@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -325,10 +326,11 @@ def test_pictures_and_peaks_are_as_long_as_the_recording(seconds: float, rate: i
     path = tmp_path / "any.ogg" if rate == 44_100 else tmp_path / "any.wav"
     soundfile.write(path, noise(max(1, round(seconds * rate)), 1), rate)
     seen = look(path, tmp_path, lambda done, total: None, threading.Event())
-    length = soundfile.info(path).duration
-    assert abs(seen.levels.stat().st_size / BANDS - max(1, 50 * length)) <= 1
-    assert abs(seen.peaks.stat().st_size / 2 - max(1, 200 * length)) <= 1
-    assert len(seen.samples(0, seen.frames + 9)) == seen.frames == soundfile.info(path).frames
+    frames = soundfile.info(path).frames
+    assert seen.piece == rate // 200
+    assert seen.levels.stat().st_size == BANDS * (frames // (4 * seen.piece) + 1)
+    assert seen.peaks.stat().st_size == 2 * math.ceil(frames / seen.piece)
+    assert len(seen.samples(0, seen.frames + 9)) == seen.frames == frames
 
 
 def test_ranges_of_a_file(ready: Running, mix: Path) -> None:

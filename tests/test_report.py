@@ -22,6 +22,7 @@ from clapsep_cli.evaluation.mixtures import Mixture
 from clapsep_cli.evaluation.report import (
     FREQUENCIES,
     PUBLISHED,
+    PUBLISHED_AUDIOSEP,
     Axis,
     Example,
     compressed,
@@ -95,6 +96,8 @@ def test_the_page_is_whole_and_needs_no_network() -> None:
     for name, figures in PUBLISHED.items():
         assert f"paper, {name}" in said
         assert all(f"{x:.2f}" in said for x in figures if x is not None)
+    for name, both in PUBLISHED_AUDIOSEP.items():
+        assert f"AudioSep, {name} {both[0]:.2f} {both[1]:.2f}" in " ".join(said.split())
 
 
 def test_a_run_of_one_kind_of_query_has_a_report() -> None:

@@ -22,6 +22,8 @@ import typer
 from clapsep_cli.cli.options import Setup
 from clapsep_cli.cli.terminal import Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, ClapsepWarning, StoppedError, UsageError
+from clapsep_cli.query import check_taken
+from clapsep_cli.registry import FAMILIES, MODELS
 from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
     if _is_stdout(options.out) and setup.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
     jobs = lay_out(asked, options)  # before a model is loaded, perhaps downloaded
+    _, *others = sets = _sets(jobs)
+    if setup.model in MODELS and not others:
+        check_taken(sets[0].values(), FAMILIES[MODELS[setup.model].family].takes, setup.model)
     model = _load(setup)
     if options.presence is None:
         options = replace(options, presence=setup.json and model.tells_likeness)
@@ -119,9 +124,14 @@ def _load(setup: Setup) -> Model:
     return model
 
 
+def _sets(jobs: Sequence[Job]) -> list[Mapping[str, Query]]:
+    """Return the different sets of targets."""
+    return list({id(job.targets): job.targets for job in jobs}.values())
+
+
 def _warn_of_doubts(model: Model, jobs: Sequence[Job]) -> None:
     """Warn where results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
-    sets = {id(job.targets): job.targets for job in jobs}.values()
+    sets = _sets(jobs)
     for targets in sets:
         try:
             for doubt in model.doubts(list(targets.values())):

@@ -47,7 +47,11 @@ class Embedder:
         """
         self.embed_texts((*query.pos, *query.neg))
         sides = ((query.pos, query.pos_audio), (query.neg, query.neg_audio))
-        return condition(*(self._side(texts, shots, query.alpha) for texts, shots in sides))
+        return self.join(*(self._side(texts, shots, query.alpha) for texts, shots in sides))
+
+    def join(self, positive: Tensor | None, negative: Tensor | None) -> Tensor:
+        """Join the embeddings of both sides of a query, `[1, dim]` each, into its condition."""
+        return condition(positive, negative)
 
     def _side(self, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
         """Embed one side of a query, `[1, dim]` (paper, Eq. 3)."""

@@ -58,8 +58,6 @@ def _set(queries: Sequence[Query]) -> list[str]:
 
 
 def _name(query: Query) -> str:
-    if query.pos_audio or query.neg_audio or query.pos_spans or query.neg_spans:
-        raise QueryError("this model separates by prompts, not by examples: use --pos with the name of a prompt")
     if len(query.pos) != 1:
         raise QueryError("this model separates by prompts: give each target one --pos that names a prompt")
     return query.pos[0]

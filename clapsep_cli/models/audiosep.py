@@ -6,7 +6,7 @@ channels of every block. It makes a complex mask, which also turns the phases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli.dsp import HOP, RATE_HZ
-from clapsep_cli.models.base import Separator, go_on
+from clapsep_cli.models.base import ConditionedSeparator, go_on
 from clapsep_cli.models.clapsep import TextSize
 from clapsep_cli.models.htsat import BinNorm
 from clapsep_cli.models.resunet import MOMENTUM, Decoder, Encoder, ResidualBlock, Rows
@@ -70,7 +70,7 @@ def waveform(spec: Tensor, samples: int) -> Tensor:
     )
 
 
-class AudioSep(Separator[Tensor]):
+class AudioSep(ConditionedSeparator[Tensor]):
     """Separates by conditions, one for each stem: float32 `[stems, dim]`, rows of length 1."""
 
     rate = RATE_HZ
@@ -108,6 +108,11 @@ class AudioSep(Separator[Tensor]):
             check()  # a mask takes seconds
             masks.append(self.mask(image, condition.expand(len(windows), -1))[:, : spec.shape[1]])
         return torch.stack(masks, 1)
+
+    def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Extract from `mixtures`, of any length, under each of `conditions`."""
+        for condition in conditions:
+            yield self(mixtures, condition.expand(len(mixtures), -1))
 
     def forward(self, audio: Tensor, condition: Tensor) -> Tensor:
         """Extract what `condition` (`[batch, dim]`) describes from `audio`, both float32 `[batch, samples]`."""

@@ -33,7 +33,7 @@ RESERVE_BYTES = 256 << 20  # of the disk, that a session leaves free
 MAX_SHOTS = 64
 NAME_BYTES = 160  # of an upload's name
 WAITING, WORKING, DONE, FAILED, STOPPED = "waiting", "working", "done", "failed", "stopped"
-SEEN = ("rate", "channels", "frames", "loudest")  # of an overview, that the page has to know
+SEEN = ("rate", "channels", "frames", "piece", "loudest")  # of an overview, that the page has to know
 GONE = "the session's folder is gone: stop clapsep ui and start it again"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, QueryEr
 from clapsep_cli.families.base import load_family
 from clapsep_cli.files import digest, replacing
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder, go_on
-from clapsep_cli.query import Query, mutual
+from clapsep_cli.query import Query, check_taken, mutual
 from clapsep_cli.registry import FAMILIES
 from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.whole import read_tensors, save_whole
@@ -122,6 +122,11 @@ class Model:
             self.__dict__["separator"] = self._refined(self.separator)
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """The kinds of queries it takes, see `registry.Traits`."""
+        return FAMILIES[self.family].takes
+
+    @property
     def precision(self) -> str:
         """The name of `dtype`, e.g. "float32"."""
         return str(self.dtype).removeprefix("torch.")
@@ -139,7 +144,12 @@ class Model:
         Raises:
             QueryError, AudioError: for a query that cannot be used.
         """
+        self.check_taken(queries)
         return self.kind.ask(self, queries, range(len(queries)) if kept is None else kept)
+
+    def check_taken(self, queries: Iterable[Query]) -> None:
+        """Raise `QueryError` for a query of a kind that this model does not take."""
+        check_taken(queries, self.takes, self.name)
 
     def stream(self, wanted: Any, rate: int, channels: int) -> Stream:
         """Make the stream that joins the separator's results to the stems of a recording.
@@ -166,7 +176,11 @@ class Model:
         return mutual(targets)
 
     def doubts(self, queries: Sequence[Query]) -> list[str]:
-        """Return a line for each reason why `queries` may go wrong with this model, though they can be asked."""
+        """Return a line for each reason why `queries` may go wrong with this model, though they can be asked.
+
+        Raises `QueryError` as `ask` does, where that can be told without a network.
+        """
+        self.check_taken(queries)
         return self.kind.doubts(self, queries) if self.kind.doubts else []
 
     @property
