@@ -1,4 +1,4 @@
-"""Recordings in and out: whole or not at all, to the sample, in every format."""
+"""Tests reading and writing recordings: complete or not at all, exact to the sample, in every format."""
 
 from __future__ import annotations
 

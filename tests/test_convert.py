@@ -1,4 +1,4 @@
-"""From checkpoints to parts: every nesting is read, nothing is run, and what is written is what was meant."""
+"""Tests converters: every nesting is read, no code of a pickle is run, and the written weights are exact."""
 
 from __future__ import annotations
 

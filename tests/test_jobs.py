@@ -1,4 +1,4 @@
-"""What is done and where it goes: inputs, manifests, names of outputs, resuming, times and targets."""
+"""Tests the planning of jobs: inputs, manifests, names of outputs, resuming, times and targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house rules that no linter knows: who may import whom, who prints, who may touch a pickle."""
+"""Holds rules that no linter knows: which module may import which, print, or read a pickle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model runs, and how it got here."""
+"""Tests how models are chosen, installed, verified and removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is computed for speed is what was meant: attention and linear layers, lower precision, and who chooses it."""
+"""Fast computations give the right results: attention, linear layers, lower precision and its choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's commands, run as they stand there and in their order, in a folder such as a reader might have.
+"""Runs the commands of README in their order, in a folder such as a reader might have.
 
 The networks are tiny, presets of training take a step or two, and originals come from a server on the loopback.
 """

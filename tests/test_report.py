@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, with figures that say what the scores say."""
+"""Tests the report: one self-contained file, with figures that match the scores."""
 
 from __future__ import annotations
 

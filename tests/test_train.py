@@ -1,4 +1,4 @@
-"""Training a mini model: that it learns, and that a stopped run goes on as if nothing had happened."""
+"""Tests training of a mini model: it learns, and a stopped run resumes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training CLAPSep by the paper's recipe, on a tiny one: resume, what is trained, adapters, ablations."""
+"""Tests training of a tiny CLAPSep by the paper's recipe: resuming, trained weights, adapters, ablations."""
 
 from __future__ import annotations
 

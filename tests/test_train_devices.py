@@ -1,4 +1,4 @@
-"""The same run on one device, in parts, and on two."""
+"""A run gives the same weights on one device, in accumulated parts, and on two devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a TUSS: from a manifest to a model that the command uses; stopped, it goes on as if nothing had happened."""
+"""Tests training of a TUSS, from a manifest to a model for the command; a stopped run resumes exactly."""
 
 from __future__ import annotations
 

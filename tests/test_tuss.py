@@ -1,4 +1,4 @@
-"""The released TUSS networks reproduce the reference's outputs; small ones of the same classes keep their promises."""
+"""The released TUSS networks reproduce the outputs of the reference; small ones keep the contracts."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from clapsep_cli.audio.samples import Decoder, Samples, seconds
 from clapsep_cli.errors import AudioError
 
 if TYPE_CHECKING:
-    from av import AudioFrame, AudioLayout, AudioResampler, AudioStream, Packet
+    from av import AudioFrame, AudioLayout, AudioStream, Packet
     from av.audio.codeccontext import AudioCodecContext
 
 SUFFIXES = {
@@ -96,7 +96,9 @@ class AvDecoder(Decoder):
             raise AudioError(f"{self.name}: cannot be read as audio (its sound is of no known kind)")
         if not self.lenient:
             codec.options = {"err_detect": STRICT}
-        self.tags = _tags({**track.metadata, **self._container.metadata})
+        found = {**track.metadata, **self._container.metadata}
+        named = ((TAGS.get(name.lower()), text.strip()) for name, text in found.items())
+        self.tags = {name: text for name, text in named if name and text}
         self.bits = _bits(codec)
         self._type = np.float64 if self.bits == 32 else np.float32
         own = float(track.duration * track.time_base) if track.duration and track.time_base else None
@@ -120,8 +122,9 @@ class AvDecoder(Decoder):
         return tracks[(number or 1) - 1]
 
     def _decode(self, track: AudioStream) -> Iterator[Samples]:
-        self._damaged = False
-        resampler = None
+        from av import AudioResampler
+
+        self._damaged, resampler, kind = False, None, "dbl" if self.bits == 32 else "flt"
         try:
             for packet in self._container.demux(track):
                 if packet.is_corrupt:
@@ -130,19 +133,13 @@ class AvDecoder(Decoder):
                     if resampler is None:  # the first frame knows better than the container
                         self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
                         self.speakers = _speakers(frame.layout)
-                        resampler = self._resampler()
+                        # By channel it is faster, but PyAV crashes at 8 and more.
+                        resampler = AudioResampler(kind + "p" * (self.channels < 8))
                     for part in resampler.resample(frame):
                         block: Samples = np.asarray(part.to_ndarray(), self._type)
                         yield block if len(block) == self.channels else block.reshape(-1, self.channels).T
         except (self._error, ValueError) as error:
             self._damage(_cause(error))
-
-    def _resampler(self) -> AudioResampler:
-        from av import AudioResampler
-
-        kind = "dbl" if self.bits == 32 else "flt"
-        # By channel it is faster, but PyAV crashes at 8 and more.
-        return AudioResampler(f"{kind}p" if self.channels < 8 else kind)
 
     def _frames(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
         try:
@@ -169,15 +166,11 @@ class AvDecoder(Decoder):
         self._done += got
         if self._fed.error is not None:
             raise self._fed.error
-        if got < samples:
-            self._check_length()
-        return np.ascontiguousarray(np.concatenate(held, 1))
-
-    def _check_length(self) -> None:
         missing = (self._stated or 0) - self._done / self.rate
-        if missing > TOLERANCE_SECONDS and not self._short:
+        if got < samples and missing > TOLERANCE_SECONDS and not self._short:
             self._short = True
             self.report(f"ends {missing:.2f} s before its header says, it is cut short")
+        return np.ascontiguousarray(np.concatenate(held, 1))
 
     def close(self) -> None:
         self._container.close()
@@ -233,8 +226,3 @@ def _bits(codec: AudioCodecContext) -> int | None:
 def _speakers(layout: AudioLayout) -> int | None:
     names = [channel.name for channel in layout.channels]
     return sum(1 << SPEAKERS.index(name) for name in names) if set(names) <= set(SPEAKERS) else None
-
-
-def _tags(found: Mapping[str, str]) -> dict[str, str]:
-    named = ((TAGS.get(name.lower()), text.strip()) for name, text in found.items())
-    return {name: text for name, text in named if name and text}

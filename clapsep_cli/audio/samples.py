@@ -134,16 +134,12 @@ def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
         raise AudioError(f"{name}: has the rate {rate!r}; give a whole number of Hz, e.g. 44100") from error
     if whole < 1:
         raise AudioError(f"{name}: has the rate {whole} Hz; give one above 0, e.g. 44100")
-    samples = np.atleast_2d(_scaled(values))
+    if values.dtype.kind != "f":
+        zero = 128 if values.dtype == np.uint8 else 0  # as WAV has it
+        values = (values.astype(np.float64) - zero) / 2.0 ** (8 * values.dtype.itemsize - 1)
+    samples = np.atleast_2d(np.asarray(values, np.float32))
     check_finite(samples, name, whole)
     return samples, whole
-
-
-def _scaled(values: NDArray[Any]) -> Audio:
-    if values.dtype.kind == "f":
-        return np.asarray(values, np.float32)
-    zero = 128 if values.dtype == np.uint8 else 0  # as WAV has it
-    return np.asarray((values.astype(np.float64) - zero) / 2.0 ** (8 * values.dtype.itemsize - 1), np.float32)
 
 
 def downmix(audio: Audio) -> Audio:

@@ -186,21 +186,16 @@ def _open_file(file: BinaryIO, name: str, suffix: str, lenient: bool, stream: in
         media.check_track(name, stream, 1)
         if decoder.frames or not decoder.notes:
             return decoder
-        return _unfinished(file, decoder)
+        file.seek(0)
+        start = file.read(12)
+        if not is_wav(start):
+            return decoder
+        unfinished = WavStream(file, name, start, lenient=True)  # its header states no samples: read it to its end
+        unfinished.notes = decoder.notes
+        return unfinished
     except BaseException:
         file.close()
         raise
-
-
-def _unfinished(file: BinaryIO, decoder: Decoder) -> Decoder:
-    """Read a WAV whose header states no samples to its end."""
-    file.seek(0)
-    start = file.read(12)
-    if not is_wav(start):
-        return decoder
-    stream = WavStream(file, decoder.name, start, lenient=True)
-    stream.notes = decoder.notes
-    return stream
 
 
 def read_mono(

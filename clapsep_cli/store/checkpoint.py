@@ -132,7 +132,7 @@ class Model:
         return str(self.dtype).removeprefix("torch.")
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Any:
-        """Turn queries into what the separator is asked for.
+        """Turn queries into the input of the separator.
 
         Args:
             queries: the queries, of all targets.
@@ -189,7 +189,7 @@ class Model:
         return self.kind.likeness is not None
 
     def likeness(self, wanted: Any, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
-        """Compare a recording with what a stem is asked for.
+        """Compare a recording with the query of a stem.
 
         Args:
             wanted: from `ask`.

@@ -1,8 +1,8 @@
-"""Download pinned files. A file is used only once its size and SHA-256 were checked.
+"""Downloads pinned files. A file is used only after its size and SHA-256 were checked.
 
 Downloads lie in `home()/downloads`, each in a folder with `SHA256SUMS`, which is written last: without it a file does
-not count. The Hub's files come by its own client, so HF_ENDPOINT, HF_HUB_OFFLINE and its tokens work, and are used
-from its cache (HF_HOME) where another program has brought them there.
+not count. Files of the Hub are downloaded by its own client, so HF_ENDPOINT, HF_HUB_OFFLINE and its tokens work, and
+its cache (HF_HOME) is used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Fetched:
-    """A checked file: its place, its SHA-256 in hex, and on whose word (`source`) that hash was accepted."""
+    """A checked file: its path, its SHA-256 in hex, and the `source` of that hash."""
 
     path: Path
     sha256: str
@@ -45,7 +45,7 @@ class Fetched:
 
 @contextmanager
 def lock(name: str, say: Say | None = None) -> Iterator[None]:
-    """Hold the lock `name` among all processes that share `home()`; wait for it if need be, and `say` so first.
+    """Hold the lock `name` among all processes that share `home()`; report to `say` before waiting for it.
 
     It is free again when its holder dies. Not re-entrant. Raises `DownloadError` if `home()` cannot be written.
     """
@@ -70,7 +70,7 @@ def lock(name: str, say: Say | None = None) -> Iterator[None]:
 
 
 def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
-    """Get the pinned file, downloaded if it is neither in `home()` nor in the Hub's cache.
+    """Return the pinned file; download it if it is neither in `home()` nor in the Hub's cache.
 
     Processes that may want the same file must hold a `lock`.
 
@@ -122,7 +122,7 @@ def to_download(remote: Remote) -> int:
 
 
 def clear(remote: Remote) -> list[Path]:
-    """Delete what `fetch` has brought to `home()`, or left there; return what there was. Raises `OSError`."""
+    """Delete downloads of a file, complete or not, from `home()`; return their folders. Raises `OSError`."""
     found = [path for path in (_folder(remote), _partial(remote)) if path.is_dir()]
     for path in found:
         shutil.rmtree(path)
@@ -271,7 +271,7 @@ def _bar(progress: Progress | None, total: int) -> type:
 
 
 def _attempts(remote: Remote, call: Callable[[], _T]) -> _T:
-    """Call until it succeeds, or fails for good: then raise `DownloadError`."""
+    """Call until it succeeds; raise `DownloadError` where it cannot."""
     pauses = iter(PAUSES_S)
     while True:
         try:

@@ -220,7 +220,7 @@ def _check_sums(folder: Path, needed: Sequence[str], advice: str) -> list[Path]:
 
 
 def remove(name: str, say: Say = _nothing) -> list[Path]:
-    """Delete all that is kept of a model, in whatever version: converted, downloaded, unfinished. What there was.
+    """Delete all versions of a model, converted, downloaded or unfinished; return what was deleted.
 
     Files that other programs have put into the Hub's cache stay. Raises `ModelError` for a bundled or absent model.
     """

@@ -48,7 +48,7 @@ class Released:
         return torch.empty(shape, device="meta")
 
     def check(self, superfluous: re.Pattern[str]) -> None:
-        """Raise `CheckpointError` unless all that was asked for was there, and nothing else but what is superfluous."""
+        """Raise `CheckpointError` for missing, misshapen, infinite and unexpected tensors."""
         extra = [name for name in self.tensors if name not in self.taken and not superfluous.match(name)]
         problems = [
             f"{kind}: {first_few(names)}"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: tensors with notes, and copies of what another folder holds."""
+"""Reads and writes tensors with notes, and copies files; a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIECE_BYTES = 1 << 25  # of tensors that are mapped together
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write tensors under a temporary name and rename it, so that a file of that name is whole. Raises `ModelError`."""
+    """Write tensors under a temporary name and rename the complete file. Raises `ModelError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
