@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from clapsep_cli.audio import media, wav, writers
+from clapsep_cli.audio import decoders, wav, writers
 from clapsep_cli.audio.containers import read_frame, scan_mpeg
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, choose_encoding
 from clapsep_cli.audio.samples import on_grid, to_rate
@@ -673,7 +673,7 @@ def test_channels_keep_their_speakers_in_formats_of_another_order(tmp_path: Path
     assert heard(read(path)) == tones
     with Source(path) as source:
         speakers = source.speakers
-    with path.open("rb") as file, contextlib.closing(media.AvDecoder(file, "it")) as decoder:
+    with path.open("rb") as file, contextlib.closing(decoders.AvDecoder(file, "it")) as decoder:
         assert heard(np.asarray(decoder.read(48_000))) == tones
         assert decoder.speakers in (speakers, 0x60F, 0x607)  # its "side" is our "back"
 
@@ -950,13 +950,13 @@ def test_no_other_file_is_read_than_the_one_named(tmp_path: Path, script: str) -
 def test_without_a_decoder_a_line_says_which_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recording: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(media, "available", lambda: False)
+    monkeypatch.setattr(decoders, "has_av", lambda: False)
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
     assert 'takes PyAV: pip install "clapsep[av]"' in refused(tmp_path / "a.m4a")
     (tmp_path / "a.wav").write_text("I am not audio")
     assert "PyAV" not in refused(tmp_path / "a.wav")
     assert recordings(tmp_path) == [tmp_path / "a.wav"]
-    monkeypatch.setattr(media, "available", lambda: True)
+    monkeypatch.setattr(decoders, "has_av", lambda: True)
     assert recordings(tmp_path) == [tmp_path / "a.m4a", tmp_path / "a.wav"]
     assert recordings(tmp_path / "a.m4a") == [tmp_path / "a.m4a"]
 

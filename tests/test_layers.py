@@ -19,7 +19,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"samples"},
             {"wav"},
             {"containers"},
-            {"decoders", "media"},
+            {"decoders"},
             {"encoding", "sources"},
             {"writers"},
         ],

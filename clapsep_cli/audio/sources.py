@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clapsep_cli.audio import decoders, media
+from clapsep_cli.audio import decoders
 from clapsep_cli.audio.samples import MAX_CHANNELS, Audio, Decoder, Samples, check_finite, downmix, to_rate
 from clapsep_cli.audio.wav import WavStream, is_wav
 from clapsep_cli.errors import AudioError
@@ -19,7 +19,7 @@ from clapsep_cli.errors import AudioError
 STDIN = Path("-")
 RATES_HZ = (8_000, 1_000_000)
 HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
-SUFFIXES = decoders.SUFFIXES | media.SUFFIXES  # of recordings; some of them need a decoder that may not be here
+SUFFIXES = decoders.SNDFILE_SUFFIXES | decoders.AV_SUFFIXES  # some take PyAV
 
 
 class Source:
@@ -156,7 +156,7 @@ def _open_pipe(pipe: BinaryIO, name: str, lenient: bool, stream: int | None) -> 
         if not start:
             raise AudioError(f"{name}: is empty")
         if is_wav(start):
-            media.check_track(name, stream, 1)
+            decoders.check_track(name, stream, 1)
             return WavStream(pipe, name, start, lenient)
     except BaseException:
         pipe.close()
@@ -178,12 +178,12 @@ def _open_file(file: BinaryIO, name: str, suffix: str, lenient: bool, stream: in
         try:
             decoder = decoders.SoundFileDecoder(file, name, suffix, lenient)
         except decoders.UnknownFormatError as refused:
-            if media.available():
-                return media.AvDecoder(file, name, lenient, stream)
-            if suffix in decoders.SUFFIXES:
+            if decoders.has_av():
+                return decoders.AvDecoder(file, name, lenient, stream)
+            if suffix in decoders.SNDFILE_SUFFIXES:
                 raise
-            raise AudioError(f"{name}: {media.MISSING}") from refused
-        media.check_track(name, stream, 1)
+            raise AudioError(f"{name}: {decoders.AV_MISSING}") from refused
+        decoders.check_track(name, stream, 1)
         if decoder.frames or not decoder.notes:
             return decoder
         file.seek(0)
@@ -222,7 +222,7 @@ def recordings(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    known = SUFFIXES if media.available() else decoders.SUFFIXES
+    known = SUFFIXES if decoders.has_av() else decoders.SNDFILE_SUFFIXES
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file())
     if not found:
         raise AudioError(f"{path}: no recordings in this folder")
