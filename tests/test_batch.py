@@ -1,4 +1,4 @@
-"""Runs over many recordings: what is shared, what is not, and what becomes of each."""
+"""Tests runs over many recordings: shared batches, separate results, and failures of single ones."""
 
 from __future__ import annotations
 

@@ -112,8 +112,7 @@ def extract(
     Give at least one query, of either side, as text or as audio.
     """
     given = locals()  # all options by name
-    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query
-    from clapsep_cli.times import parse_span
+    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query, parse_span
 
     sides: dict[str, Any] = {
         "pos": pos or (),
@@ -149,9 +148,9 @@ def _targets(arguments: Sequence[str], sides: dict[str, Any]) -> Mapping[str, Qu
     from clapsep_cli.query import Query
 
     shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
-    kinds = {str: "pos", tuple: "pos_spans"}  # a recording is a path
+    kinds: dict[type, str] = {str: "pos", tuple: "pos_spans"}  # a recording is a path
     return {
-        name: Query(**{kinds.get(type(sound), "pos_audio"): [sound]}, **shared)
+        name: Query(**{**shared, kinds.get(type(sound), "pos_audio"): [sound]})
         for name, sound in parse_targets(arguments).items()
     }
 

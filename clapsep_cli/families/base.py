@@ -36,7 +36,7 @@ class Askable(Protocol[ConfigOf]):
 
     @property
     def device(self) -> torch.device:
-        """Where its networks compute."""
+        """The device of its networks."""
 
     @property
     def text(self) -> TextEncoder:

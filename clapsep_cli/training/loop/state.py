@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, RecipeError
-from clapsep_cli.store.checkpoint import read_tensors
-from clapsep_cli.store.whole import read_notes, save_whole
+from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
 from clapsep_cli.training.loop.optimisation import Muon
 from clapsep_cli.training.loop.task import Task, Weights
 
