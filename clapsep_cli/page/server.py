@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import anyio
@@ -82,6 +83,7 @@ def application(session: Session) -> Starlette:
         Route("/static/{name}", handlers.static),
         Route("/api/state", handlers.state),
         Route("/api/recording", handlers.open, methods=["POST"]),
+        Route("/api/recording/track", handlers.choose_track, methods=["POST"]),
         Route("/api/shots", handlers.add_shot, methods=["POST"]),
         Route("/api/shots/{id}", handlers.remove_shot, methods=["DELETE"]),
         Route("/api/attempts", handlers.extract, methods=["POST"]),
@@ -170,18 +172,24 @@ class _Handlers:
             self.session.remove_shot(request.path_params["id"])
         return await self.state(request)
 
+    async def choose_track(self, request: Request) -> Response:
+        await to_thread.run_sync(self.session.choose_track, await self._json(request))
+        return await self.state(request)
+
     async def extract(self, request: Request) -> Response:
+        await to_thread.run_sync(self.session.extract, await self._json(request))
+        return await self.state(request)
+
+    async def _json(self, request: Request) -> Any:
         body = bytearray()
         async for piece in request.stream():
             body += piece
             if len(body) > MAX_REQUEST_BYTES:
                 raise HTTPException(TOO_LARGE, "the request is too large")
         try:
-            wish = json.loads(body)
+            return json.loads(body)
         except (ValueError, RecursionError) as error:
             raise UsageError("the request is not JSON") from error
-        await to_thread.run_sync(self.session.extract, wish)
-        return await self.state(request)
 
     async def cancel(self, request: Request) -> Response:
         with _known():

@@ -69,9 +69,10 @@ def _span(told: Any) -> Span:
 
 @dataclass(frozen=True)
 class Wish:
-    """Which model is asked, for which targets by name, and what they are to leave."""
+    """Which model is asked, for which targets by name, and what they are to leave; `refine` as in `Model.refine`."""
 
     model: str
+    refine: bool | None
     targets: Mapping[str, Side]
     leave: Side
     shots: Shots  # as they were when this was asked for
@@ -81,6 +82,8 @@ class Wish:
         """Check a request. Raises `UsageError` for what is none, `QueryError` for names that no target can have."""
         if not isinstance(told, dict) or not isinstance(told.get("model"), str):
             raise UsageError("the request names no model")
+        if not isinstance(told.get("refine"), bool | None):
+            raise UsageError("refine is neither true, false nor null")
         listed = told.get("targets")
         if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_ITEMS:
             raise UsageError(f"the request has to have between 1 and {MAX_ITEMS} targets")
@@ -90,8 +93,11 @@ class Wish:
         if names != [TARGET]:
             names = list(parse_targets(f"{name}=x" for name in names))
         sides = [Side.read({key: one[key] for key in one if key != "name"}, shots) for one in listed]
+        if names != [TARGET] and any(len(side.texts) + len(side.shots) + len(side.spans) != 1 for side in sides):
+            raise UsageError("a target with a name is one text, one example or one stretch")
         wish = Wish(
             told["model"],
+            told.get("refine"),
             dict(zip(names, sides, strict=True)),
             Side.read(told.get("leave", {}), shots),
             dict(shots),
@@ -129,8 +135,8 @@ class Wish:
         return " without ".join(filter(None, ("; ".join(filter(None, kept)) or "everything", left)))
 
 
-def command_line(wish: Wish, given: str, form: str, device: str) -> str | None:
-    """The command that writes the same files, for a POSIX shell; None where no single command does.
+def command_line(wish: Wish, given: str, form: str, device: str, stream: int | None = None) -> str:
+    """The command that writes the same files, for a POSIX shell.
 
     Examples and recordings that were dropped on the page are named as their files are called.
     """
@@ -138,12 +144,13 @@ def command_line(wish: Wish, given: str, form: str, device: str) -> str | None:
     for name, side in wish.targets.items():
         if wish.single:
             words += _side(wish, side, "--pos", "--query-audio", "--pos-span")
-        elif len(side.texts) + len(side.shots) != 1 or side.spans:
-            return None
         else:
-            words += ["--target", f"{name}={(*side.texts, *(wish.shots[key][0] for key in side.shots))[0]}"]
+            (query,) = (*side.texts, *(wish.shots[key][0] for key in side.shots), *map(_stretch, side.spans))
+            words += ["--target", f"{name}={query}"]
     words += _side(wish, wish.leave, "--neg", "--neg-audio", "--neg-span")
     words += ["--model", wish.model]
+    words += [] if wish.refine is None else ["--refine" if wish.refine else "--no-refine"]
+    words += [] if stream is None else ["--stream", str(stream)]
     words += ["--format", form] if form != "wav" else []
     words += ["--device", device] if device != "auto" else []
     return shlex.join(words)
@@ -152,10 +159,14 @@ def command_line(wish: Wish, given: str, form: str, device: str) -> str | None:
 def _side(wish: Wish, side: Side, text: str, shot: str, span: str) -> list[str]:
     pairs = [(text, one) for one in side.texts]
     pairs += [(shot, _as_argument(wish.shots[key][0])) for key in side.shots]
-    pairs += [(span, f"{_seconds(start)}-{_seconds(end)}") for start, end in side.spans]
+    pairs += [(span, _stretch(one)) for one in side.spans]
     # Only with "=" may a text begin with a hyphen.
     words = [[f"{name}={value}"] if value.startswith("-") else [name, value] for name, value in pairs]
     return [word for pair in words for word in pair]
+
+
+def _stretch(span: Span) -> str:
+    return "-".join(map(_seconds, span))
 
 
 def _seconds(time: float) -> str:

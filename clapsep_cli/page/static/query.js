@@ -132,14 +132,14 @@ export class Query extends EventTarget {
     return input;
   }
 
-  // As the server takes it.
-  wish(model) {
+  // As the server takes it; `how` is the model, and whether to refine.
+  wish(how) {
     for (const side of ['keep', 'leave']) this.takeWords(this.form.elements[side], side);
     const kept = this.items.filter((item) => item.side === 'keep');
     const targets = this.several.checked && kept.length > 1
       ? kept.map((item) => ({ name: item.name, ...sides([item]) }))
       : [{ name: 'target', ...sides(kept) }];
-    return { model, targets, leave: sides(this.items.filter((item) => item.side === 'leave')) };
+    return { ...how, targets, leave: sides(this.items.filter((item) => item.side === 'leave')) };
   }
 }
 
