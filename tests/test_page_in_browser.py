@@ -148,11 +148,13 @@ def hear_and_switch(shown: Shown) -> None:
         for (const [index, heard] of [-1, 0, 1].entries()) {
             app.hear(heard);
             const meter = new AnalyserNode(player.context, { fftSize: 8192 });
-            player.deck.fader.connect(meter);
-            await new Promise((done) => setTimeout(done, 350));
             const samples = new Float32Array(8192);
-            meter.getFloatTimeDomainData(samples);
-            meters[index] = Math.hypot(...samples);
+            for (let tries = 0; tries < 20 && meters[index] <= 0.01; tries++) {
+                player.deck.fader.connect(meter);
+                await new Promise((done) => setTimeout(done, 350));
+                meter.getFloatTimeDomainData(samples);
+                meters[index] = Math.hypot(...samples);
+            }
         }
         return meters;
     })()"""
@@ -232,8 +234,8 @@ def download(shown: Shown, clapsep: Clapsep) -> None:
     """What the page links to holds the samples that the command it shows writes."""
     shown.browser.wait("document.querySelectorAll('.attempt.done').length === 2")
     named = shown.app("app.attempts.all[1].command")
-    assert re.search(r" --target \S+=\S+ --target at_3\.2_s=3\.2-3\.8 --neg rain --neg-audio rain\.flac ", named), named
-    assert named.endswith("--no-refine --device cpu")
+    assert " --target 'dog_barking=dog barking' --target at_3.2_s=3.2-3.8 --neg rain --neg-audio rain.flac " in named
+    assert " --no-refine " in named
     assert "two passes" in shown.text(".attempt:last-child .actions")
     assert "two passes" not in shown.text(".attempt:first-child .actions")
     command, link = shown.app("[app.attempts.all[0].command, app.attempts.all[0].parts[0].id]")
