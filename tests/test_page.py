@@ -424,9 +424,9 @@ def test_a_sound_track_of_a_film_is_chosen(running: Running, tmp_path: Path, cla
     running.ask("POST", "/api/recording", film.read_bytes(), **{"X-Name": "film.mkv"})
     first = running.opened()
     assert (first["track"], first["channels"], first["tracks"]) == (1, 1, ["flac mono", "flac stereo"])
-    for wrong in (0, 3, True, "2", [2], None):
-        assert running.ask("POST", "/api/recording/track", json.dumps(wrong)).status == 400
-    assert running.ask("POST", "/api/recording/track", "2").status == 200
+    for wrong, status in (("0", 400), ("3", 400), ("-1", 404), ("x", 404), ("1.0", 404)):
+        assert running.ask("POST", f"/api/recording/tracks/{wrong}").status == status
+    assert running.ask("POST", "/api/recording/tracks/2").status == 200
     second = running.opened()
     assert (second["track"], second["channels"]) == (2, 2)
     samples = np.frombuffer(running.ask("GET", f"/api/sounds/{second['id']}/samples").body, "<f4").reshape(-1, 2)
@@ -508,6 +508,8 @@ def test_a_lossy_recording_gives_parts_of_its_own_format(running: Running, tmp_p
         {"targets": [{"name": "target", "spans": [[2, 1]]}]},
         {"targets": [{"name": "target", "spans": [["0", "1"]]}]},
         {"targets": [{"name": "target", "spans": [[0, True]]}]},
+        {"targets": [{"name": "target", "spans": [[0, math.inf]]}]},
+        {"targets": [{"name": "target", "spans": [[math.nan, 1]]}]},
         {"targets": [{"name": "../evil", "texts": ["dog"]}]},
         {"targets": [{"name": "a", "texts": ["dog", "cat"]}]},
         {**DOG, "refine": "yes"},
@@ -643,17 +645,17 @@ SAME: list[tuple[list[Any], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("targets", "leave", "command"), SAME)
 def test_the_command_line_says_the_same(targets: Any, leave: Any, command: str) -> None:
-    wish = Wish.read({"model": "mini", "targets": targets, "leave": leave}, SHOTS)
-    made = command_line(wish, "mix.wav", "wav", "auto")
+    wish = Wish.read(json.dumps({"model": "mini", "targets": targets, "leave": leave}), SHOTS)
+    made = command_line(wish, SHOTS, "mix.wav", "wav", "auto")
     assert made == f"clapsep extract mix.wav {command} --model mini"
 
 
 def test_odd_names_of_recordings_in_the_command_line() -> None:
-    wish = Wish.read({"model": "mini", **DOG}, {})
+    wish = Wish.read(json.dumps({"model": "mini", **DOG}), {})
     for given, shown in (("-", "./-"), ("--x.wav", "./--x.wav"), ("@a.wav", "./@a.wav"), ("a b.flac", "a b.flac")):
-        assert shlex.split(command_line(wish, given, "flac", "cpu"))[2] == shown
+        assert shlex.split(command_line(wish, {}, given, "flac", "cpu"))[2] == shown
     with pytest.raises(QueryError):
-        Wish.read({"model": "mini", "targets": [{"name": "target"}]}, {})
+        Wish.read(json.dumps({"model": "mini", "targets": [{"name": "target"}]}), {})
 
 
 def test_presence_in_words() -> None:
@@ -792,4 +794,4 @@ def test_static_files_name_nothing_outside() -> None:
 
 def test_errors_are_of_the_one_tree() -> None:
     with pytest.raises(ClapsepError):
-        Wish.read({"model": "mini"}, {})
+        Wish.read('{"model": "mini"}', {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageErr
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
 from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
-from clapsep_cli.query import RESIDUAL
+from clapsep_cli.query import RESIDUAL, Query
 from clapsep_cli.registry import BUNDLED, MODELS, PREFERRED, home
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Attempt:
 
     id: str
     wish: Wish
+    queries: Mapping[str, Query]  # by target
+    summary: str
     command: str
     folder: Path
     state: str = WAITING
@@ -89,18 +91,14 @@ class Attempt:
     parts: list[Sound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     presence: dict[str, dict[str, Any]] = field(default_factory=dict)
-    levels: dict[str, float | None] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
         """What the page has to know of it."""
-        parts = [
-            {**part.as_json(), "presence": self.presence.get(part.name), "level": self.levels.get(part.name)}
-            for part in self.parts
-        ]
-        told = {name: getattr(self, name) for name in ("id", "command", "state", "done", "error", "refined", "notes")}
-        asked = {"model": self.wish.model, "summary": self.wish.describe()}
-        return {**told, **asked, "elapsed": round(self.elapsed, 1), "parts": parts}
+        plain = ("id", "summary", "command", "state", "done", "error", "refined", "notes")
+        told = {name: getattr(self, name) for name in plain}
+        parts = [{**part.as_json(), "presence": self.presence.get(part.name)} for part in self.parts]
+        return {**told, "model": self.wish.model, "elapsed": round(self.elapsed, 1), "parts": parts}
 
 
 class Session:
@@ -196,10 +194,10 @@ class Session:
         self._looking.submit(self._look, recording)
         return recording
 
-    def choose_track(self, track: Any) -> None:
+    def choose_track(self, track: int) -> None:
         """Open another sound track of the film that is open. Raises `UsageError` where there is none."""
         recording = self.recording
-        if recording is None or type(track) is not int or not 1 <= track <= len(recording.tracks):
+        if recording is None or not 1 <= track <= len(recording.tracks):
             raise UsageError("there is no such sound track")
         self.open(recording.sound.path, recording.given, track)
 
@@ -244,8 +242,8 @@ class Session:
         sounds += [part for attempt in self.attempts.values() for part in attempt.parts]
         return {sound.id: sound for sound in sounds}[key]
 
-    def extract(self, told: Any) -> Attempt:
-        """Begin what the page asks for. Raises `UsageError`, `QueryError` and `OutputError` for what cannot be done."""
+    def extract(self, told: bytes | str) -> Attempt:
+        """Begin what the page asks for, in JSON. Raises `UsageError`, `QueryError`, `OutputError` where it cannot."""
         if self.recording is None or self.recording.sound.overview is None:
             raise UsageError("open a recording first")
         if any(attempt.state in (WAITING, WORKING) for attempt in self.attempts.values()):
@@ -255,8 +253,9 @@ class Session:
             raise UsageError(f"the model {wish.model!r} is not here: clapsep models download {wish.model}")
         recording, path = self.recording, self.recording.sound.path
         self._check_room(recording, len(wish.targets) + 1)
-        command = command_line(wish, recording.given, own_format(path), self.device, recording.track)
-        attempt = Attempt(new_id(), wish, command, self._new_folder())
+        command = command_line(wish, self.shots, recording.given, own_format(path), self.device, recording.track)
+        summary, queries = wish.describe(self.shots), wish.queries(self.shots)
+        attempt = Attempt(new_id(), wish, queries, summary, command, self._new_folder())
         self.attempts[attempt.id] = attempt
         self.chosen = wish.model
         self._working.submit(self._work, attempt, recording)
@@ -311,7 +310,7 @@ class Session:
         attempt.refined = model.refined
         path, presence = recording.sound.path, model.tells_likeness
         options = Options(out=attempt.folder, format=own_format(path), stream=recording.track, presence=presence)
-        asked = [(Input(path, Path(path.name)), attempt.wish.queries())]
+        asked = [(Input(path, Path(path.name)), attempt.queries)]
         jobs = lay_out(asked, options)
         attempt.notes += model.doubts(list(jobs[0].targets.values()))
         (outcome,) = run(plan(jobs, model, options).jobs, model, options, told, attempt.stop)
@@ -334,7 +333,6 @@ class Session:
         """Take in what was made, and look at its parts."""
         attempt.elapsed, attempt.done = done.elapsed, 1.0
         attempt.notes += done.notes
-        attempt.levels = {part: level["rms_db"] for part, level in done.levels.items()}
         for name, told in done.presence.items():
             score = told["score"] if told else None
             attempt.presence[name] = {"score": score, "words": presence_in_words(score)}
