@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audiosep_stand_in import TINY, save_released, tiny_checkpoint
+from audiosep_stand_in import TINY
 from clips import reported, write_clips
 from conftest import Clapsep
 from fill import noise, signal
@@ -25,25 +25,17 @@ from clapsep_cli.evaluation.evaluate import mixer
 from clapsep_cli.evaluation.mixtures import Mixture, read_mixtures
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.audiosep import AudioSepConfig
-from clapsep_cli.registry import MODELS, weights_folder
+from clapsep_cli.registry import weights_folder
 from clapsep_cli.store import library
 from clapsep_cli.store.checkpoint import read_metadata, read_tensors
-from clapsep_cli.store.convert_audiosep import convert_audiosep
-from clapsep_cli.store.library import write_tokenizer
 from clapsep_cli.training.loop.train import Recipe, Run, train
 from clapsep_cli.training.recipes import presets
 from clapsep_cli.training.recipes.audiosep import AudioSepRecipe, AudioSepTask, Staircase, build
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model of a tiny size."""
-    place = tmp_path_factory.mktemp("audiosep")
-    save_released(place / "a.ckpt", tiny_checkpoint())
-    (place / "model").mkdir()
-    convert_audiosep([place / "a.ckpt"], place / "model", TINY)
-    write_tokenizer(MODELS["audiosep"], place / "model")
-    return place / "model"
+def folder(audiosep_folder: Path) -> Path:
+    return audiosep_folder
 
 
 def test_the_command_separates_by_words(clapsep: Clapsep, folder: Path, tmp_path: Path) -> None:
