@@ -382,7 +382,28 @@ def test_the_model_can_be_changed_and_changed_back(ready: Running, tiny_folder: 
         attempt = ready.attempt()
         assert (attempt["state"], attempt["model"]) == ("done", model)
         assert ready.state["model"] == model
-        assert {"name": str(tiny_folder), "here": True} in ready.state["models"]
+        takes = ["text", "audio", "negatives"]
+        assert {"name": str(tiny_folder), "here": True, "takes": takes} in ready.state["models"]
+
+
+def test_a_model_that_takes_words_alone_says_so(audiosep_folder: Path, mix: Path, tmp_path: Path) -> None:
+    server = Running(Session(str(audiosep_folder), "cpu", tmp_path / "page"))
+    try:
+        server.ask("POST", "/api/recording", mix.read_bytes(), **{"X-Name": "mix.wav"})
+        server.opened()
+        assert {"name": str(audiosep_folder), "here": True, "takes": ["text"]} in server.state["models"]
+        for wish, said in (
+            (DOG, "takes no negative queries"),
+            ({"targets": [{"name": "target", "texts": ["dog"], "spans": [[0, 0.2]]}]}, "takes no recordings"),
+        ):
+            refused = server.extract(wish)
+            assert (refused.status, said in refused.json["error"]) == (400, True)
+        assert not server.state["attempts"], "nothing was begun"
+        assert server.extract({"targets": DOG["targets"]}).status == 200
+        attempt = server.attempt()
+        assert (attempt["state"], [part["presence"] for part in attempt["parts"]]) == ("done", [None, None])
+    finally:
+        server.stop()
 
 
 def test_refining_is_chosen_and_is_what_the_command_does(ready: Running, mix: Path, clapsep: Clapsep) -> None:

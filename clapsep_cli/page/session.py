@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageErr
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
 from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
-from clapsep_cli.query import RESIDUAL, Query
-from clapsep_cli.registry import BUNDLED, MODELS, PREFERRED, home
+from clapsep_cli.query import RESIDUAL, Query, check_taken
+from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, home
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Extraction
@@ -249,12 +250,15 @@ class Session:
         if any(attempt.state in (WAITING, WORKING) for attempt in self.attempts.values()):
             raise UsageError("an extraction is under way: wait for it, or cancel it first")
         wish = Wish.read(told, self.shots)
-        if wish.model not in {model["name"] for model in models_here(self.given) if model["here"]}:
+        here = {model["name"]: model["takes"] for model in models_here(self.given) if model["here"]}
+        if wish.model not in here:
             raise UsageError(f"the model {wish.model!r} is not here: clapsep models download {wish.model}")
+        queries = wish.queries(self.shots)
+        check_taken(queries.values(), here[wish.model], wish.model)
         recording, path = self.recording, self.recording.sound.path
         self._check_room(recording, len(wish.targets) + 1)
         command = command_line(wish, self.shots, recording.given, own_format(path), self.device, recording.track)
-        summary, queries = wish.describe(self.shots), wish.queries(self.shots)
+        summary = wish.describe(self.shots)
         attempt = Attempt(new_id(), wish, queries, summary, command, self._new_folder())
         self.attempts[attempt.id] = attempt
         self.chosen = wish.model
@@ -361,11 +365,25 @@ def best_here() -> str:
 
 
 def models_here(given: str) -> list[dict[str, Any]]:
-    """All models by name, and whether each is on this machine; with the one that was given, which may be a folder."""
+    """All models by name, whether each is on this machine, and the queries it takes.
+
+    The one that was given may be a folder; it comes first then.
+    """
     from clapsep_cli.store.library import statuses
 
-    known = [{"name": status.entry.name, "here": status.folder is not None} for status in statuses()]
-    return known if given in MODELS else [{"name": given, "here": True}, *known]
+    known = [
+        {"name": entry.name, "here": status.folder is not None, "takes": FAMILIES[entry.family].takes}
+        for status in statuses()
+        for entry in (status.entry,)
+    ]
+    return known if given in MODELS else [{"name": given, "here": True, "takes": _taken_by(given)}, *known]
+
+
+@cache  # the page asks several times a second
+def _taken_by(folder: str) -> tuple[str, ...]:
+    from clapsep_cli.store.checkpoint import read_metadata
+
+    return FAMILIES[read_metadata(Path(folder) / "separator.safetensors")["family"]].takes
 
 
 def own_format(path: Path) -> str:

@@ -99,7 +99,20 @@ function showModels() {
   const named = select.value || state.model;
   select.replaceChildren(...state.models.map(({ name, here }) =>
     make('option', { value: name, disabled: !here, selected: name === named }, here ? name : `${name} (clapsep models download ${name})`)));
+  showAbilities();
 }
+
+// What the chosen model takes; a side that it has no use for is out of use.
+function showAbilities() {
+  const model = state.models.find(({ name }) => name === find('#model').value);
+  const able = (kind) => model.takes.includes(kind);
+  const leaves = able('negatives') || able('prompts');
+  const lacks = [...(able('audio') ? [] : ['no examples and no stretches']), ...(leaves ? [] : ['nothing to leave'])];
+  find('.side.leave').disabled = !leaves;
+  find('#takes').hidden = !lacks.length;
+  find('#takes').textContent = `${model.name} takes ${able('prompts') ? 'names of prompts' : 'words'} alone: ${lacks.join(', ')}.`;
+}
+find('#model').addEventListener('change', showAbilities);
 
 function finished(attempt) {
   if (attempt.state === 'failed') wrong(attempt.error);
