@@ -75,7 +75,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         [
             {"augment", "objective"},
             {"conditions", "validation"},
-            {"clapsep", "mini", "tuss"},
+            {"audiosep", "clapsep", "mini", "tuss"},
             {"presets"},
         ],
     ),
