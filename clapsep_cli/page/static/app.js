@@ -52,6 +52,7 @@ function take(told) {
   const before = state;
   state = told;
   const { recording } = state;
+  if (recording?.id !== opened) stage.picture.forget();
   find('#empty').hidden = Boolean(recording) && recording.state !== 'failed';
   find('#reading').hidden = recording?.state !== 'working';
   find('#work').hidden = recording?.state !== 'done';
