@@ -121,6 +121,7 @@ export function hear(index) {
 }
 
 function showListening() {
+  if (state.recording.id !== opened) return; // another one is being read
   const names = ['mixture', ...parts().map((part) => part.name)];
   find('#listen').replaceChildren(...names.map((name, index) => {
     const choice = make('button', { ariaPressed: String(index - 1 === player.heard) }, labelOf(name), make('kbd', {}, String(index + 1)));
