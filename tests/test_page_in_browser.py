@@ -221,12 +221,20 @@ CHANGE = """(async () => {
 
 
 def without_a_gap(shown: Shown) -> None:
-    """The mixture is heard sample by sample, though another attempt's parts make it up from some moment on."""
-    heard = np.asarray(shown.app(f"await {CHANGE}"), np.float32)
+    """The mixture is heard sample by sample, though another attempt's parts make it up from some moment on.
+
+    A machine that is too busy to play in real time gets more tries.
+    """
     mixture = soundfile.read(shown.mix, dtype="float32")[0]
-    spectra = np.fft.rfft(mixture, 1 << 20) * np.conj(np.fft.rfft(heard, 1 << 20))
-    at = int(np.fft.irfft(spectra).argmax())
-    np.testing.assert_allclose(heard, mixture[at : at + len(heard)], atol=1e-6)
+    worst = []
+    for _ in range(4):
+        heard = np.asarray(shown.app(f"await {CHANGE}"), np.float32)
+        spectra = np.fft.rfft(mixture, 1 << 20) * np.conj(np.fft.rfft(heard, 1 << 20))
+        expected = mixture[int(np.fft.irfft(spectra).argmax()) :][: len(heard)]
+        worst.append(float(abs(heard[: len(expected)] - expected).max()) if len(expected) == len(heard) else 1.0)
+        if worst[-1] <= 1e-6:
+            return
+    raise AssertionError(f"off by {worst}")
 
 
 def download(shown: Shown, clapsep: Clapsep) -> None:
