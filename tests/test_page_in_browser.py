@@ -276,6 +276,10 @@ def look(shown: Shown) -> None:
     nameless = """[...document.querySelectorAll('button, input:not([hidden]), select, progress')]
         .filter((one) => !(one.ariaLabel || one.innerText?.trim() || one.labels?.length)).map((one) => one.outerHTML)"""
     assert browser.evaluate(nameless) == [], "everything has a name for a screen reader"
+    out_of_reach = """[...document.querySelectorAll('#work input, #work select, header input')]
+        .filter((one) => one.checkVisibility() || one.type === 'file')
+        .filter((one) => (one.focus(), document.activeElement !== one)).map((one) => one.outerHTML)"""
+    assert browser.evaluate(out_of_reach) == [], "everything is reached by keys"
 
 
 def another(shown: Shown) -> None:
