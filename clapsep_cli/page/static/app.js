@@ -52,6 +52,7 @@ function take(told) {
   const before = state;
   state = told;
   const { recording } = state;
+  if (recording?.id !== opened) stage.picture.forget();
   find('#empty').hidden = Boolean(recording) && recording.state !== 'failed';
   find('#reading').hidden = recording?.state !== 'working';
   find('#work').hidden = recording?.state !== 'done';
@@ -133,6 +134,7 @@ export function hear(index) {
 }
 
 function showListening() {
+  if (state.recording.id !== opened) return; // another one is being read
   const names = ['mixture', ...parts().map((part) => part.name)];
   find('#listen').replaceChildren(...names.map((name, index) => {
     const choice = make('button', { ariaPressed: String(index - 1 === player.heard) }, labelOf(name), make('kbd', {}, String(index + 1)));
