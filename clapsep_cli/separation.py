@@ -5,8 +5,12 @@ Also measures, as a stream, the levels of the parts and how alike they are to th
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -17,8 +21,10 @@ import soxr
 import torch
 from torch import Tensor
 
+from clapsep_cli import startup
 from clapsep_cli.audio.samples import Audio, Samples, downmix, from_array
 from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
+from clapsep_cli.models.base import go_on
 from clapsep_cli.query import Query, Shot, check_targets
 from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
@@ -104,8 +110,62 @@ class Passage:
         return mixture[:, : stems.shape[2]], stems
 
 
+class Workers:
+    """Separates windows on all cores of a CPU: several at a time, each on one thread.
+
+    One thread a window keeps all cores busy, and gives the same bits whatever the number of cores. Only where there are
+    fewer windows than cores, each has several threads. There are fewer workers where memory is short. On other devices
+    there is one worker, which is the calling thread.
+
+    Args:
+        model: separates the windows.
+        windows: how many there are in all, where that is known; 0 if not, or for many.
+    """
+
+    def __init__(self, model: Model, windows: int = 0) -> None:
+        self._model, self._cores = model, torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+        self.count = 1
+        if model.device.type == "cpu" and self._cores > 1:
+            room = startup.free_bytes() // model.kind.window_bytes
+            self.count = max(1, min(self._cores, windows or self._cores, room))
+            threads = max(1, self._cores // windows) if windows else 1
+            torch.set_num_threads(threads)  # of this thread; each worker sets its own
+            self._pool = ThreadPoolExecutor(self.count, "clapsep-window", torch.set_num_threads, (threads,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._cores)
+
+    def submit(self, window: Tensor, wanted: Any, check: Callable[[], None] = go_on) -> Future[tuple[Tensor, float]]:
+        """Have a window separated.
+
+        Args:
+            window: float32 `[samples]`.
+            wanted: what to separate, from `model.ask`.
+            check: raises where the user wants to stop.
+
+        Returns:
+            The result to come, and the time in s that it took.
+        """
+        _ = self._model.separator  # read here, once
+        if self._pool is None:
+            done: Future[tuple[Tensor, float]] = Future()
+            done.set_result(self._infer(window, wanted, check))
+            return done
+        return self._pool.submit(self._infer, window, wanted, check)
+
+    def _infer(self, window: Tensor, wanted: Any, check: Callable[[], None]) -> tuple[Tensor, float]:
+        began = time.perf_counter()
+        return self._model.infer([window], wanted, check)[0], time.perf_counter() - began
+
+
 def stream(
-    model: Model, wanted: Any, blocks: Iterable[Samples], rate: int, channels: int
+    model: Model, wanted: Any, blocks: Iterable[Samples], rate: int, channels: int, seconds: float = 0
 ) -> Iterator[tuple[Samples, Audio]]:
     """Separate a recording that arrives in blocks.
 
@@ -115,17 +175,27 @@ def stream(
         blocks: the recording, float32 `[channels, samples]` each.
         rate: sample rate of the recording in Hz.
         channels: number of channels of the recording.
+        seconds: its duration; 0 if unknown.
 
     Yields:
         Pairs of mixture, `[channels, samples]`, and stems, `[stems, channels, samples]`, that join to the whole.
     """
-    passage = Passage(model, wanted, rate, channels)
-    for block, last in chain(((block, False) for block in blocks), [(np.zeros((channels, 0), np.float32), True)]):
-        for window in passage.push(block, passage.hear(block, last), last):
-            passage.accept(model.infer([window], wanted)[0])
-        mixture, stems = passage.pull()
-        if mixture.size:
-            yield mixture, stems
+    passage, coming = Passage(model, wanted, rate, channels), deque[Future[tuple[Tensor, float]]]()
+    with Workers(model, windows_in(model, seconds)) as workers:
+        for block, last in chain(((block, False) for block in blocks), [(np.zeros((channels, 0), np.float32), True)]):
+            coming.extend(
+                workers.submit(window, wanted) for window in passage.push(block, passage.hear(block, last), last)
+            )
+            while coming and (last or len(coming) > workers.count or coming[0].done()):
+                passage.accept(coming.popleft().result()[0])
+            mixture, stems = passage.pull()
+            if mixture.size:
+                yield mixture, stems
+
+
+def windows_in(model: Model, seconds: float) -> int:
+    """Return how many windows a recording of so many seconds takes at least; 0 if they are not known."""
+    return math.ceil(seconds * model.separator.rate / model.separator.window)
 
 
 def separate(
@@ -164,7 +234,8 @@ def separate(
         warnings.warn(doubt, ClapsepWarning, stacklevel=2)
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
-    stems = np.concatenate([stems for _, stems in stream(model, wanted, blocks, rate, len(mixture))], 2)
+    parts = stream(model, wanted, blocks, rate, len(mixture), mixture.shape[1] / rate)
+    stems = np.concatenate([stems for _, stems in parts], 2)
     residual = (mixture - stems.sum(0)).reshape(shape)
     return Separation(dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)), residual, rate)
 
@@ -177,10 +248,10 @@ class Meter:
 
     def add(self, audio: Audio) -> None:
         """Take in float32 `[channels, samples]`."""
-        rows = np.ascontiguousarray(audio)
-        self._energy += sum(float(np.dot(row, row)) for row in rows)
+        # In float64, so that the figures do not depend on how the stream was cut.
+        self._energy += sum(float(np.dot(row, row)) for row in audio.astype(np.float64))
         self._values += audio.size
-        self._peak = max(self._peak, float(rows.max(initial=0)), -float(rows.min(initial=0)))
+        self._peak = max(self._peak, float(audio.max(initial=0)), -float(audio.min(initial=0)))
 
     def read(self) -> dict[str, float | None]:
         """Return `rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""

@@ -28,7 +28,8 @@ from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import FAMILIES, MODELS, Traits, WebFile, weights_folder
 from clapsep_cli.store import convert_clapsep
 from clapsep_cli.store.checkpoint import Model, save_part
-from clapsep_cli.store.library import load_model
+from clapsep_cli.store.convert_audiosep import convert_audiosep
+from clapsep_cli.store.library import load_model, write_tokenizer
 
 # The same examples at every run, so that a change fails for its own reasons alone; `make fuzz` looks for new ones.
 # No example has a deadline: a machine may be slow for reasons of its own.
@@ -103,6 +104,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, network in (("separator", Mini(TINY_MINI)), ("audio", MiniAudio(TINY_MINI))):
         save_part(folder, part, "mini", TINY_MINI, network.state_dict())
     return folder
+
+
+@pytest.fixture(scope="session")
+def audiosep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny AudioSep as it is converted."""
+    from audiosep_stand_in import TINY, save_released, tiny_checkpoint
+
+    place = tmp_path_factory.mktemp("audiosep")
+    save_released(place / "a.ckpt", tiny_checkpoint())
+    (place / "model").mkdir()
+    convert_audiosep([place / "a.ckpt"], place / "model", TINY)
+    write_tokenizer(MODELS["audiosep"], place / "model")
+    return place / "model"
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         [
             {"augment", "objective"},
             {"conditions", "validation"},
-            {"clapsep", "mini", "tuss"},
+            {"audiosep", "clapsep", "mini", "tuss"},
             {"presets"},
         ],
     ),
@@ -83,8 +83,8 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "cli",
         [
             {"environment", "terminal"},
-            {"evaluate", "models", "options", "ui"},
-            {"run"},
+            {"evaluate", "models", "options"},
+            {"run", "ui"},
             {"extract", "separate", "train"},
             {"demo"},
             {"app"},

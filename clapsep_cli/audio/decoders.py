@@ -247,8 +247,9 @@ class AvDecoder(Decoder):
         if not tracks:
             raise AudioError(f"{self.name}: has no sound, only pictures or other data")
         check_track(self.name, number, len(tracks))
+        self.tracks = [_label(track) for track in tracks]
         if number is None and len(tracks) > 1:
-            listed = ", ".join(f"{at}: {_label(track)}" for at, track in enumerate(tracks, 1))
+            listed = ", ".join(f"{at}: {label}" for at, label in enumerate(self.tracks, 1))
             self.notes.append(f"{self.name}: has {len(tracks)} sound tracks ({listed}); took 1, see --stream")
         return tracks[(number or 1) - 1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import index
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +38,7 @@ class Decoder(ABC):
         bits: the depth that an output needs to hold the samples: 16, 24 or 32; None for float and lossy.
         speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines; None if the recording states none.
         tags: by libsndfile's names.
+        tracks: what is known of each sound track of a film, in words; none where there can be but one.
     """
 
     rate: int
@@ -47,6 +48,7 @@ class Decoder(ABC):
     bits: int | None = None
     speakers: int | None = None
     tags: Mapping[str, str] = MappingProxyType({})
+    tracks: Sequence[str] = ()
 
     def __init__(self, name: str, lenient: bool) -> None:
         self.name, self.lenient = name, lenient

@@ -41,6 +41,7 @@ class Source:
         bits: the depth that an output needs: 16, 24 or 32; None for float and lossy.
         speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines, None if the recording states none.
         tags: by libsndfile's names.
+        tracks: what is known of each sound track of a film, in words; none where there can be but one.
 
     Raises:
         AudioError: the file is no recording, cut short or damaged, or beyond what can be separated; see also `blocks`.
@@ -73,7 +74,7 @@ class Source:
     def _check(self) -> None:
         decoder = self._decoder
         self.rate, self.channels, self.bits, self.tags = decoder.rate, decoder.channels, decoder.bits, decoder.tags
-        self.speakers = decoder.speakers
+        self.speakers, self.tracks = decoder.speakers, decoder.tracks
         if not RATES_HZ[0] <= self.rate <= RATES_HZ[1]:
             raise AudioError(f"{self.name}: is at {self.rate} Hz; resample it to between 8000 and 1000000 Hz first")
         if not 1 <= self.channels <= MAX_CHANNELS:

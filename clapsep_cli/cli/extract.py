@@ -16,7 +16,7 @@ from clapsep_cli.errors import QueryError, UsageError
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.planning import Requests
-    from clapsep_cli.query import Query
+    from clapsep_cli.query import Query, Span
 
 QUERY = "Queries"  # panel of --help
 
@@ -58,7 +58,7 @@ def extract(
         _query(
             "--target",
             metavar="NAME=QUERY",
-            help="One of several targets: a text, a recording, or a part, FROM-TO.",
+            help="One of several targets: a text, a recording, or a part of MIX, FROM-TO.",
         ),
     ] = None,
     mutual: Annotated[
@@ -148,11 +148,13 @@ def _targets(arguments: Sequence[str], sides: dict[str, Any]) -> Mapping[str, Qu
     from clapsep_cli.query import Query
 
     shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
-    kinds: dict[type, str] = {str: "pos", tuple: "pos_spans"}  # a recording is a path
-    return {
-        name: Query(**{**shared, kinds.get(type(sound), "pos_audio"): [sound]})
-        for name, sound in parse_targets(arguments).items()
-    }
+
+    def query(sound: str | Path | Span) -> Query:
+        if isinstance(sound, Path):
+            return Query(pos_audio=[sound], **shared)
+        return Query(pos=sound, **shared) if isinstance(sound, str) else Query(pos_spans=[sound], **shared)
+
+    return {name: query(sound) for name, sound in parse_targets(arguments).items()}
 
 
 def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:

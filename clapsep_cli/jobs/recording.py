@@ -86,6 +86,7 @@ class Recording:
         self.job, self.model, self.wanted, self.options, self.io = job, model, wanted, options, io
         self.result, self._check = result, check
         self.windows: deque[Tensor] = deque()
+        self.coming: deque[Future[tuple[Tensor, float]]] = deque()  # results of windows that workers have
         self.ended, self.samples, self.elapsed = False, 0, 0.0
         self._source, self._outputs = ExitStack(), ExitStack()
         self._reading: Future[tuple[Samples, Audio, bool]] | None = None

@@ -9,39 +9,39 @@ from importlib import import_module
 
 from clapsep_cli.errors import RecipeError
 from clapsep_cli.models.tuss import LARGE
+from clapsep_cli.registry import FAMILIES
 from clapsep_cli.training.loop.settings import merged, nearest, nested, validated
 from clapsep_cli.training.loop.train import Recipe
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named recipe: the class that holds its settings, as "module:name", and what it sets otherwise."""
+    """A named recipe: the class that holds its settings, as "module:name", and what it sets otherwise.
+
+    `registry` says of which family the models are that it makes, and can go on from.
+    """
 
     recipe: str
-    family: str  # of the models that it makes, and can go on from
     about: str
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
 RECIPES = "clapsep_cli.training.recipes"
 PRESETS = {
-    "mini": Preset(f"{RECIPES}.mini:MiniRecipe", "mini", "a small model like the bundled one, on a CPU"),
-    "clapsep-hybrid": Preset(
-        f"{RECIPES}.clapsep:ClapsepRecipe", "clapsep", "the paper's, queried by text, audio or both"
-    ),
+    "mini": Preset(f"{RECIPES}.mini:MiniRecipe", "a small model like the bundled one, on a CPU"),
+    "clapsep-hybrid": Preset(f"{RECIPES}.clapsep:ClapsepRecipe", "the paper's, queried by text, audio or both"),
     "clapsep-text": Preset(
         f"{RECIPES}.clapsep:ClapsepRecipe",
-        "clapsep",
         "the paper's, queried by text alone",
         {"queries": "text"},
     ),
-    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe", "tuss", "as the released TUSS, by prompts"),
+    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe", "as the released TUSS, by prompts"),
     "tuss-large": Preset(
         f"{RECIPES}.tuss:TussRecipe",
-        "tuss",
         "3.4 times the weights",
         {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4},
     ),
+    "audiosep-base": Preset(f"{RECIPES}.audiosep:AudioSepRecipe", "as the released AudioSep, by words"),
 }
 DEFAULT = "mini"
 
@@ -61,7 +61,7 @@ def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
 
 def preset_of(family: str, model: str = "") -> str:
     """Return the preset called `model`, or else the first of its `family`. Raises `RecipeError`."""
-    names = {preset.family: name for name, preset in reversed(PRESETS.items())}
-    if family not in names:
+    names = FAMILIES[family].presets
+    if not names:
         raise RecipeError(f"no preset trains models of the family {family!r}")
-    return model if model in PRESETS else names[family]
+    return model if model in names else names[0]
