@@ -73,7 +73,7 @@ def _several(name: str, given: Any, known: Callable[[object], bool], what: str) 
 
 @dataclass(frozen=True, init=False)
 class Query:
-    """Texts, audio shots and stretches of the mixture itself, of the positive and of the negative side.
+    """A query: texts, audio shots and stretches of the mixture itself, for the positive and the negative side.
 
     Several texts of a side are averaged, and so are several shots, spans included; where a side has both, its embedding
     is `alpha` · audio + (1 − `alpha`) · text (paper, Eq. 3). At least one side must be given. A single text, shot or

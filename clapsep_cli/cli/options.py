@@ -11,7 +11,6 @@ import typer
 
 from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, among
 from clapsep_cli.errors import UsageError
-from clapsep_cli.query import parse_time
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Options
@@ -134,6 +133,7 @@ class Setup:
 def options_of(given: Mapping[str, Any]) -> Options:
     """Make `Options` from the arguments of a command, by name. Raises `QueryError` for an invalid time."""
     from clapsep_cli.jobs.tasks import Options
+    from clapsep_cli.query import parse_time
 
     times = {name: None if given[name] is None else parse_time(given[name]) for name in ("start", "end")}
     values = {**given, **times, "start": times["start"] or 0.0}

@@ -22,7 +22,6 @@ import typer
 from clapsep_cli.cli.options import Setup
 from clapsep_cli.cli.terminal import Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, ClapsepWarning, StoppedError, UsageError
-from clapsep_cli.query import check_taken
 from clapsep_cli.registry import FAMILIES, MODELS
 from clapsep_cli.startup import set_threads
 
@@ -66,6 +65,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
         ClapsepError: nothing can be done.
     """
     from clapsep_cli.jobs.planning import lay_out, plan
+    from clapsep_cli.query import check_taken
 
     set_threads(setup.threads)
     if _is_stdout(options.out) and setup.json:

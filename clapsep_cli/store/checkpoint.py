@@ -234,7 +234,7 @@ class CachedTexts(TextEncoder):
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """Embeds texts that are not in the folder."""
+        """The encoder for texts that are not in the folder."""
         return self.load()
 
     def embed(self, texts: Sequence[str]) -> Tensor:
