@@ -33,7 +33,7 @@ from clapsep_cli.dsp import HOP, RATE_HZ
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig, spectrum, waveform
 from clapsep_cli.models.clap import ClapTextEncoder
-from clapsep_cli.models.convolution import WIDE, Kernel
+from clapsep_cli.models.convolution import FEWEST_COLUMNS, WIDE, Kernel
 from clapsep_cli.store.checkpoint import read_tensors
 from clapsep_cli.store.convert_audiosep import CLAP, SEPARATOR, convert, convert_audiosep
 
@@ -230,12 +230,13 @@ def test_any_size_equals_the_plain_network(frames: int, widths: tuple[int, ...])
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 32])
 @pytest.mark.parametrize(("into", "out"), [(3, 5), (WIDE, WIDE), (2 * WIDE, WIDE + 4)])
-def test_wide_convolutions_are_convolutions(rows: int, into: int, out: int) -> None:
+@pytest.mark.parametrize("columns", [FEWEST_COLUMNS - 1, FEWEST_COLUMNS])
+def test_wide_convolutions_are_convolutions(rows: int, into: int, out: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(out, into, 3, 3, generator=generator) / (9 * into) ** 0.5
-    x, bias = torch.randn(2, into, rows + 2, 6, generator=generator), torch.randn(out, generator=generator)
-    kernel = Kernel(weight)
-    assert len(kernel.weights) == (6 if into >= WIDE else 1)
+    x, bias = torch.randn(2, into, rows + 2, columns, generator=generator), torch.randn(out, generator=generator)
+    kernel = Kernel(weight, columns)
+    assert len(kernel.weights) == (6 if into >= WIDE and columns == FEWEST_COLUMNS else 1)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=(0, 1))
     convolved = kernel(x.contiguous(memory_format=torch.channels_last), bias)
     torch.testing.assert_close(convolved.double(), expected, rtol=0, atol=4e-5)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WIDE = 128  # channels in and out from which on it is faster, with AVX2 by a third, with AVX-512 as fast; twice at 512
+FEWEST_COLUMNS = 64  # of smaller images the products take so little time that twice the weights are not worth it
 TILE = 4  # rows of the output that are made together
 
 # From three rows of a kernel to six, for the points 0, ±1, ±2 and infinity.
@@ -31,9 +32,10 @@ class Kernel:
     Its input has one row more at either end than its output, and as many columns; beyond these are zeros.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, columns: int) -> None:
+        """`columns`: those of the images to come."""
         rows = [weight]
-        if min(weight.shape[:2]) >= WIDE:
+        if min(weight.shape[:2]) >= WIDE and columns >= FEWEST_COLUMNS:
             combine = torch.tensor(_KERNEL_ROWS, dtype=torch.float64, device=weight.device)
             rows = [row[:, :, None] for row in torch.einsum("pr,oirc->poic", combine, weight.double()).float()]
         self.weights = [row.contiguous(memory_format=torch.channels_last) for row in rows]
