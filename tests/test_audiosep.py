@@ -34,6 +34,8 @@ from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig, spectrum, waveform
 from clapsep_cli.models.clap import ClapTextEncoder
 from clapsep_cli.models.convolution import FEWEST_COLUMNS, WIDE, Kernel
+from clapsep_cli.models.resunet import ShiftedNorm
+from clapsep_cli.store import convert_audiosep as convert_audiosep_module
 from clapsep_cli.store.checkpoint import read_tensors
 from clapsep_cli.store.convert_audiosep import CLAP, SEPARATOR, convert, convert_audiosep
 
@@ -156,6 +158,29 @@ def test_stages_and_masks(released: AudioSep, golden: dict[str, Any], case: str,
 def test_whole_golden_files(released: AudioSep, case: str, samples: int, key: int, given: int) -> None:
     with np.load(SHARED / ("chunks.npz" if case == "whole_" else "ten.npz")) as arrays:
         assert_same_wave(released(mixture(samples, key), condition(given))[0], arrays, case)
+
+
+@shared
+def test_shifts_of_every_norm(released: AudioSep) -> None:
+    with np.load(SHARED / "ten.npz") as arrays:
+        expected = arrays["a_betas"]
+    norms = {
+        SEPARATOR + convert_audiosep_module._released(f"{name}.beta.weight"): norm
+        for name, norm in released.named_modules()
+        if isinstance(norm, ShiftedNorm)
+    }
+    at, unused = 0, []
+    for name, shape in recorded_shapes().items():
+        if ".film." not in name or not name.endswith(".weight"):
+            continue
+        if name in norms:
+            shifts = norms.pop(name).beta(condition(1))[0]
+            np.testing.assert_allclose(shifts, expected[at : at + shape[0]], rtol=0, atol=1e-5, err_msg=name)
+        else:
+            unused.append(name)
+        at += shape[0]
+    assert (at, norms) == (len(expected), {})
+    assert all("decoder_block" in name and "beta2" in name for name in unused)
 
 
 @shared
