@@ -76,7 +76,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         [
             {"augment", "objective", "objective_tuss", "prompt_mixing"},
             {"conditions", "validation"},
-            {"clapsep", "mini", "tuss"},
+            {"audiosep", "clapsep", "mini", "tuss"},
             {"presets"},
         ],
     ),
