@@ -35,7 +35,7 @@ from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
 from clapsep_cli.registry import MODELS
-from clapsep_cli.separation.pipeline import BLOCK_SECONDS
+from clapsep_cli.separation import BLOCK_SECONDS
 from clapsep_cli.store import library
 
 HERE = Path(__file__).parent

@@ -33,11 +33,11 @@ from clapsep_cli.dsp import HOP, RATE_HZ
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig, spectrum, waveform
 from clapsep_cli.models.clap import ClapTextEncoder
-from clapsep_cli.models.convolution import FEWEST_COLUMNS, WIDE, Kernel
+from clapsep_cli.models.layers import FEWEST_COLUMNS, WIDE, Kernel
 from clapsep_cli.models.resunet import ShiftedNorm
 from clapsep_cli.store import convert_audiosep as convert_audiosep_module
-from clapsep_cli.store.checkpoint import read_tensors
 from clapsep_cli.store.convert_audiosep import CLAP, SEPARATOR, convert, convert_audiosep
+from clapsep_cli.store.whole import read_tensors
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="takes ../shared/golden")
 

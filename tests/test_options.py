@@ -91,6 +91,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--consistent": ("mix.wav --prompts dog rain", "--consistent"),
     },
     "ui": {
+        "--stream": ("film.mkv", "--stream 2"),
         "--model": ("", "--model mini"),
         "--device": ("", "-d cpu"),
         "--port": ("", "--port 8080"),
@@ -192,6 +193,7 @@ REFUSED = [
     (f"evaluate {EVALUATE}", "--overwrite"),
     (f"evaluate {EVALUATE}", "--no-text"),
     (f"evaluate {EVALUATE}", "--shots 1"),
+    ("ui", "--stream 2"),
     ("train mine.csv", "--epochs 3"),
     ("train mine.csv", "--lora-only"),
     ("train mine.csv --preset clapsep-text", "--text kept"),
@@ -277,6 +279,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setattr(torch, "set_num_threads", noted("torch"))
         monkeypatch.setattr(batch, "ThreadPoolExecutor", Pool)
         monkeypatch.setattr("clapsep_cli.training.loop.train.train", noted("train", True))
+        monkeypatch.setattr(Opened, "open", noted("open"), raising=False)
         monkeypatch.setattr("clapsep_cli.page.session.Session", noted("session", Opened()))
         monkeypatch.setattr("clapsep_cli.page.server.Page", noted("page", Opened()))
         monkeypatch.setattr("webbrowser.open", noted("browser"))

@@ -11,7 +11,7 @@ import typer
 
 from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, among
 from clapsep_cli.errors import UsageError
-from clapsep_cli.times import parse_time
+from clapsep_cli.query import parse_time
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Options

@@ -11,7 +11,7 @@ from clapsep_cli.families.base import Askable, Family
 from clapsep_cli.models.prompts import TASKS, indices, untrained
 from clapsep_cli.models.tuss import Prompted, Tuss, TussConfig
 from clapsep_cli.query import Query
-from clapsep_cli.stitch.stem_stream import StemStream
+from clapsep_cli.stitch.stems import StemStream
 
 
 def prompts(model: Askable[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
@@ -68,6 +68,7 @@ FAMILY = Family(
     separator=Tuss,
     ask=prompts,
     stream=stream,
+    window_bytes=2**30,
     doubts=untrained_sets,
     mutual=False,
 )

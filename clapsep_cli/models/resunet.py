@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.models.convolution import Kernel
+from clapsep_cli.models.layers import Kernel
 
 SLOPE = 0.01  # of the leaky ReLU
 MOMENTUM = 0.01  # of the normalisation's running statistics

@@ -1,5 +1,5 @@
 // The page: keeps what is shown in step with the server's state, and what is heard in step with what is shown.
-import { extract, getState, openRecording } from './api.js';
+import { chooseTrack, extract, getState, openRecording } from './api.js';
 import { Attempts, labelOf } from './attempts.js';
 import { find, make } from './dom.js';
 import { listenToKeys } from './keys.js';
@@ -80,6 +80,9 @@ async function showRecording(recording) {
   find('#name').textContent = document.title = recording.name;
   const sides = recording.channels > 1 ? 'stereo' : 'mono';
   find('#facts').textContent = `${clock(recording.frames / recording.rate)} · ${recording.rate / 1000} kHz · ${sides}`;
+  find('#track-label').hidden = recording.tracks.length < 2;
+  find('#track').replaceChildren(...recording.tracks.map((track, index) =>
+    make('option', { value: index + 1, selected: index + 1 === recording.track }, `${index + 1}: ${track}`)));
   banner('');
   attempts.forget();
   query.clearSpans();
@@ -209,7 +212,7 @@ find('#ask').addEventListener('submit', async (event) => {
   event.preventDefault();
   wrong('');
   try {
-    take(await extract(query.wish(find('#model').value)));
+    take(await extract(query.wish({ model: find('#model').value, refine: JSON.parse(find('#refine').value) })));
     say('Extracting');
   } catch (error) {
     fail(error, wrong);
@@ -222,9 +225,25 @@ for (const [source, tell] of [[attempts, wrong], [query, wrong], [player, banner
 
 // Opening
 
+function mayLeave(name) {
+  return !state?.attempts.length || confirm(`Open ${name}? What was extracted of ${state.recording.name} will be removed.`);
+}
+
+find('#track').addEventListener('change', async ({ target }) => {
+  const { track } = state.recording;
+  const wanted = Number(target.value);
+  target.value = track;
+  if (!mayLeave(`track ${wanted}`)) return;
+  try {
+    player.pause();
+    take(await chooseTrack(wanted));
+  } catch (error) {
+    fail(error, banner);
+  }
+});
+
 async function open(file) {
-  const lost = state?.attempts.length ?? 0;
-  if (lost && !confirm(`Open ${file.name}? What was extracted of ${state.recording.name} will be removed.`)) return;
+  if (!mayLeave(file.name)) return;
   banner('');
   find('#empty').classList.add('taking');
   find('#name').textContent = `Opening ${file.name}…`;

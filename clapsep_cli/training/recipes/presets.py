@@ -1,4 +1,4 @@
-"""Presets of training, and what overrides them: strictly, so that a misspelt setting never goes unnoticed."""
+"""Lists the presets of training, and overrides their settings; an unknown setting is an error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DEFAULT = "mini"
 
 
 def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
-    """The recipe of that name with its settings overridden, the last one first. Raises `RecipeError`."""
+    """Make the recipe of a preset with settings overridden; later overrides win. Raises `RecipeError`."""
     if preset not in PRESETS:
         raise RecipeError(f"no preset {preset!r}{nearest(preset, PRESETS)}: there are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
@@ -60,7 +60,7 @@ def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
 
 
 def preset_of(family: str, model: str = "") -> str:
-    """The preset called like `model`, or the first that makes models of its `family`. Raises `RecipeError`."""
+    """Return the preset called `model`, or else the first of its `family`. Raises `RecipeError`."""
     names = FAMILIES[family].presets
     if not names:
         raise RecipeError(f"no preset trains models of the family {family!r}")

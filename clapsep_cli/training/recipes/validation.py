@@ -19,7 +19,7 @@ from clapsep_cli.audio.samples import to_rate
 from clapsep_cli.data import fit
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.base import AudioEncoder, ConditionedSeparator, TextEncoder, condition
-from clapsep_cli.training.loop.pool import Pool
+from clapsep_cli.training.loop.sampling import Pool
 from clapsep_cli.training.recipes.augment import levelled
 
 SEED = 1
