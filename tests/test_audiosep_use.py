@@ -221,7 +221,7 @@ def test_a_tiny_network_learns_to_keep_what_a_text_names(manifest: Path, recipe:
     assert isinstance(recipe, AudioSepRecipe)
     still = replace(recipe, lr=0.0, epochs=1, epoch_steps=1, validation_mixtures=8)
     figures = []
-    for n, one in enumerate((still, replace(still, lr=1e-2, epoch_steps=40, report_every=40, save_every=40))):
+    for n, one in enumerate((still, replace(still, lr=1e-2, epoch_steps=90, report_every=90, save_every=90))):
         figures.append(reported(manifest, tmp_path / str(n), one)[-1].figures["positive"])
     assert figures[1] > figures[0] + 3
 

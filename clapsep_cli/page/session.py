@@ -364,7 +364,7 @@ def best_here() -> str:
 
 
 def models_here(given: str) -> list[dict[str, Any]]:
-    """All models by name, whether each is on this machine, and what it takes; first the one given, if it is a folder."""
+    """All models by name, whether each is here, and what it takes; first the one that was given, if it is a folder."""
     from clapsep_cli.store.library import statuses, taken_by
 
     known = [{"name": s.entry.name, "here": s.folder is not None, "takes": s.takes} for s in statuses()]
