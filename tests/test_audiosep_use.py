@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +14,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audiosep_stand_in import TINY
+from audiosep_stand_in import TINY, save_released, tiny_checkpoint
 from clips import reported, write_clips
 from conftest import Clapsep
 from fill import noise, signal
+from hub_server import HubServer
+from huggingface_hub import constants
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +31,7 @@ from clapsep_cli.evaluation.evaluate import mixer
 from clapsep_cli.evaluation.mixtures import Mixture, read_mixtures
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models.audiosep import AudioSepConfig
-from clapsep_cli.registry import weights_folder
+from clapsep_cli.registry import MODELS, HubFile, weights_folder
 from clapsep_cli.store import library
 from clapsep_cli.store.checkpoint import read_metadata, read_tensors
 from clapsep_cli.training.loop.train import Recipe, Run, train
@@ -215,7 +221,7 @@ def test_a_tiny_network_learns_to_keep_what_a_text_names(manifest: Path, recipe:
     assert isinstance(recipe, AudioSepRecipe)
     still = replace(recipe, lr=0.0, epochs=1, epoch_steps=1, validation_mixtures=8)
     figures = []
-    for n, one in enumerate((still, replace(still, lr=1e-2, epoch_steps=40, report_every=40, save_every=40))):
+    for n, one in enumerate((still, replace(still, lr=1e-2, epoch_steps=90, report_every=90, save_every=90))):
         figures.append(reported(manifest, tmp_path / str(n), one)[-1].figures["positive"])
     assert figures[1] > figures[0] + 3
 
@@ -286,3 +292,87 @@ def test_a_network_from_scratch_begins_as_published(folder: Path, recipe: Recipe
     weight = state["bottleneck.conv1.weight"]
     assert weight.abs().max() <= (6 / (2 * 9 * len(weight))) ** 0.5
     assert weight.std() == pytest.approx((2 / (2 * 9 * len(weight))) ** 0.5, rel=0.1)
+
+
+# From its released file.
+
+EXTRACT = """
+import json, sys
+from dataclasses import replace
+from functools import partial
+from audiosep_stand_in import TINY, save_released, tiny_checkpoint
+from clapsep_cli.registry import MODELS
+from clapsep_cli.store import convert_audiosep
+entry = MODELS["audiosep"]
+MODELS["audiosep"] = replace(entry, remotes=(replace(entry.remotes[0], **json.loads(sys.argv.pop(1))),))
+convert_audiosep.convert_audiosep = partial(convert_audiosep.convert_audiosep, config=TINY)
+from clapsep_cli.cli.app import main
+main()
+"""
+
+
+def test_from_an_empty_home_through_the_hub_to_a_target(tmp_path: Path) -> None:
+    save_released(tmp_path / "a.ckpt", tiny_checkpoint())
+    data, remote = (tmp_path / "a.ckpt").read_bytes(), MODELS["audiosep"].remotes[0]
+    assert isinstance(remote, HubFile)
+    mix = 0.1 * noise(2 * 44_100, 4).reshape(-1, 2)
+    soundfile.write(tmp_path / "mix.wav", mix, 44_100, "PCM_16")
+    with HubServer(redirect=True) as hub:
+        sha256 = hub.add_file(remote.repo, remote.repo_type, remote.revision, remote.path, data)
+        pinned = json.dumps({"size": len(data), "sha256": sha256})
+        arguments = ["extract", "mix.wav", "--pos", "dog barking", "--model", "audiosep"]
+        done = subprocess.run(
+            [sys.executable, "-c", EXTRACT, pinned, *arguments],
+            cwd=tmp_path,
+            env={
+                **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path / "hf"),
+                "CLAPSEP_HOME": str(tmp_path / "home"),
+                "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1]))),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "licence: MIT" in done.stderr
+    (place,) = (tmp_path / "home" / "models").glob("audiosep-*")
+    kept = {"separator.safetensors", "text.safetensors", "tokenizer.json", "SHA256SUMS"}
+    assert {path.name for path in place.iterdir()} == kept
+    assert not list((tmp_path / "home").rglob("*.ckpt")), "the released file is not kept"
+    whole, *parts = (
+        soundfile.read(tmp_path / f"mix{part}.wav", dtype="int32")[0] for part in ("", ".target", ".residual")
+    )
+    np.testing.assert_array_equal(sum(parts), whole)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "extract mix.wav --pos dog --model audiosep",
+        "separate mix.wav --prompts dog rain --model audiosep",
+        "evaluate --mixtures list.csv --audio . --model audiosep --no-bss",
+        "train manifest.csv --init audiosep",
+        "train manifest.csv --preset audiosep-base",
+        "ui mix.wav --model audiosep --no-browser",
+        "models download audiosep",
+        "models path audiosep",
+        "models verify audiosep",
+    ],
+)
+def test_without_weights_every_command_says_what_to_do(
+    clapsep: Clapsep, listed: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    monkeypatch.setenv("CLAPSEP_HOME", str(listed.parent / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    soundfile.write(listed.parent / "mix.wav", noise(800, 1), 8000)
+    words = [str(manifest) if word == "manifest.csv" else word for word in arguments.split()]
+    failed = clapsep(*words, cwd=listed.parent)
+    assert (failed.returncode != 0, failed.stdout) == (True, "")
+    *before, said = failed.stderr.splitlines()
+    assert all(line.startswith("clapsep: downloading audiosep: 1.26 GB") for line in before)
+    assert said.startswith("clapsep: ")
+    assert "audiosep" in said
+    assert re.search(r"clapsep models (download|convert) audiosep", said), said

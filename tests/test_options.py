@@ -27,7 +27,7 @@ from clapsep_cli.store import adapters, library
 
 Observed = dict[str, Any]
 LIBRARYS_OWN = {"--help", "--install-completion", "--show-completion"}  # typer's
-TIMING = re.compile(r'in [\d.]+ s \(\d+ times real time\)|"(?:elapsed|real_time_factor)": [\d.e-]+')
+TIMING = re.compile(r'in [\d.]+ s \([\d.]+ times real time\)|"(?:elapsed|real_time_factor)": [\d.e-]+')
 
 SHARED = {  # by option: a line, and what of it makes a difference when it is added
     "--recursive": ("in -o out {query}", "-r"),

@@ -63,11 +63,13 @@ class Shown:
 
 
 @pytest.fixture
-def shown(tmp_path: Path) -> Iterator[Shown]:
+def shown(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shown]:
+    """The page with a recording open; the parameter, if there is one, is the fixture of its model."""
+    model = str(request.getfixturevalue(request.param)) if hasattr(request, "param") else "mini"
     mix = tmp_path / "mix.flac"
     shutil.copy(ROOT / "examples" / "mix.flac", mix)
     process = subprocess.Popen(
-        [sys.executable, "-m", "clapsep_cli", "ui", "mix.flac", "--no-browser", "--model", "mini", "--device", "cpu"],
+        [sys.executable, "-m", "clapsep_cli", "ui", "mix.flac", "--no-browser", "--model", model, "--device", "cpu"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CLAPSEP_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -118,6 +120,17 @@ def test_from_a_recording_to_its_parts(shown: Shown, clapsep: Clapsep) -> None:
     download(shown, clapsep)
     look(shown)
     another(shown)
+
+
+@pytest.mark.parametrize("shown", ["audiosep_folder"], indirect=True)
+def test_what_a_model_does_not_take_is_out_of_use(shown: Shown) -> None:
+    left = "document.querySelector('.side.leave').disabled"
+    assert shown.text("#takes").endswith("takes words alone: no examples and no stretches, nothing to leave.")
+    assert shown.browser.evaluate(left)
+    choose = "const one = document.querySelector('#model'); one.value = 'mini'; one.dispatchEvent(new Event('change'));"
+    shown.browser.evaluate(f"(() => {{ {choose} }})()")
+    assert shown.browser.evaluate("document.querySelector('#takes').hidden")
+    assert not shown.browser.evaluate(left)
 
 
 def hear_and_switch(shown: Shown) -> None:

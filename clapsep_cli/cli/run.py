@@ -233,7 +233,9 @@ class _Lines:
     def _describe(self, done: Extraction) -> None:
         speed = done.seconds / max(done.elapsed, 1e-6)
         name = _named(done.mixture, "input")
-        self._print(f"{name}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.0f} times real time)")
+        self._print(
+            f"{name}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.{int(speed < 10)}f} times real time)"
+        )
         if done.gain != 1:
             self._print(f"  all parts were lowered by {-20 * log10(done.gain):.2f} dB so that nothing clips")
         for target, score in done.presence.items():

@@ -182,11 +182,15 @@ class AudioSep(ConditionedSeparator[Tensor]):
         return torch.cat(maps, 1).permute(0, 3, 1, 2)
 
     def _prepare(self) -> None:
-        if not self.prepared:
-            for module in self.modules():
-                if isinstance(module, ResidualBlock):
-                    module.prepare()
-            self.prepared = True
+        if self.prepared:
+            return
+        bins = N_FFT // 2
+        for encoder, decoder in zip(self.encoders, reversed(self.decoders), strict=True):
+            for block in (encoder.block, decoder.block):
+                cast(ResidualBlock, block).prepare(bins)
+            bins //= cast(Encoder, encoder).cell[1]
+        self.bottleneck.prepare(bins)
+        self.prepared = True
 
     def _forget(self, *_: object) -> None:
         self.prepared = False

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 LONG = 256  # tokens, beyond which the weights of all heads together do not stay in a processor's cache
 WIDE = 128  # channels in and out from which on it is faster, with AVX2 by a third, with AVX-512 as fast; twice at 512
+FEWEST_COLUMNS = 64  # of smaller images the products take so little time that twice the weights are not worth it
 TILE = 4  # rows of the output that are made together
 
 # From three rows of a kernel to six, for the points 0, ±1, ±2 and infinity.
@@ -76,9 +77,10 @@ class Kernel:
     saves.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, columns: int) -> None:
+        """`columns`: those of the images to come."""
         rows = [weight]
-        if min(weight.shape[:2]) >= WIDE:
+        if min(weight.shape[:2]) >= WIDE and columns >= FEWEST_COLUMNS:
             combine = torch.tensor(_KERNEL_ROWS, dtype=torch.float64, device=weight.device)
             rows = [row[:, :, None] for row in torch.einsum("pr,oirc->poic", combine, weight.double()).float()]
         self.weights = [row.contiguous(memory_format=torch.channels_last) for row in rows]

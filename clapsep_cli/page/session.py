@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
 from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
 from clapsep_cli.query import RESIDUAL, Query, check_taken
-from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, home
+from clapsep_cli.registry import BUNDLED, MODELS, PREFERRED, home
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Extraction
@@ -365,25 +364,11 @@ def best_here() -> str:
 
 
 def models_here(given: str) -> list[dict[str, Any]]:
-    """All models by name, whether each is on this machine, and the queries it takes.
+    """All models by name, whether each is here, and what it takes; first the one that was given, if it is a folder."""
+    from clapsep_cli.store.library import statuses, taken_by
 
-    The one that was given may be a folder; it comes first then.
-    """
-    from clapsep_cli.store.library import statuses
-
-    known = [
-        {"name": entry.name, "here": status.folder is not None, "takes": FAMILIES[entry.family].takes}
-        for status in statuses()
-        for entry in (status.entry,)
-    ]
-    return known if given in MODELS else [{"name": given, "here": True, "takes": _taken_by(given)}, *known]
-
-
-@cache  # the page asks several times a second
-def _taken_by(folder: str) -> tuple[str, ...]:
-    from clapsep_cli.store.checkpoint import read_metadata
-
-    return FAMILIES[read_metadata(Path(folder) / "separator.safetensors")["family"]].takes
+    known = [{"name": s.entry.name, "here": s.folder is not None, "takes": s.takes} for s in statuses()]
+    return known if given in MODELS else [{"name": given, "here": True, "takes": taken_by(given)}, *known]
 
 
 def own_format(path: Path) -> str:

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,15 +42,28 @@ class Status:
     entry: Entry
     folder: Path | None
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The kinds of queries it takes, see `registry.Traits`."""
+        return FAMILIES[self.entry.family].takes
+
     def as_json(self) -> dict[str, object]:
         """Return all facts about the model as JSON holds them."""
         return {
             "here": self.folder is not None,
             "folder": None if self.folder is None else str(self.folder),
             "download_bytes": self.entry.download_bytes,
-            "takes": FAMILIES[self.entry.family].takes,
+            "takes": self.takes,
             **asdict(self.entry),
         }
+
+
+@cache
+def taken_by(folder: str) -> tuple[str, ...]:
+    """Return the kinds of queries that the model in a folder takes. Raises `CheckpointError`."""
+    from clapsep_cli.store.checkpoint import read_metadata
+
+    return FAMILIES[read_metadata(Path(folder) / "separator.safetensors")["family"]].takes
 
 
 def find(name: str) -> Entry:
