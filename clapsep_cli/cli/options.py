@@ -103,8 +103,8 @@ Precision = Annotated[
     ),
 ]
 
-Threads = Annotated[int | None, _number(RUN, "Threads that compute; by default all cores.", "--threads")]
-BatchSize = Annotated[int, _number(RUN, "Windows processed at once; 0 chooses by the device.", "--batch-size", least=0)]
+Threads = Annotated[int | None, _number(RUN, "Cores to compute on; by default all.", "--threads")]
+BatchSize = Annotated[int, _number(RUN, "Windows in one batch; 0 chooses by the device.", "--batch-size", least=0)]
 Jobs = Annotated[int, _number(RUN, "Threads that read and write files.", "--jobs", "-j", most=64)]
 Json = Annotated[bool, _option(RUN, "Print a JSON object for each recording on stdout.", "--json")]
 Progress = Annotated[
