@@ -50,12 +50,14 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "jobs",
         [
-            {"inputs", "plot"},
+            {"plot", "stores"},
+            {"inputs"},
             {"manifest", "outputs"},
             {"resume"},
             {"tasks"},
+            {"exchange"},
             {"recording", "targets"},
-            {"batch"},
+            {"batch", "results"},
             {"planning"},
         ],
     ),
@@ -85,7 +87,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         [
             {"environment", "terminal"},
             {"evaluate", "models", "options", "ui"},
-            {"run"},
+            {"results", "run"},
             {"extract", "separate", "train"},
             {"demo"},
             {"app"},
