@@ -57,10 +57,7 @@ def write(found: Iterator[Row], form: str, stream: TextIO) -> int:
     Raises `ExtraError` where the package for Parquet is not installed.
     """
     if form == "jsonl":
-        count = 0
-        for count, row in enumerate(found, 1):
-            stream.write(json.dumps(row) + "\n")
-        return count
+        return sum(1 for row in found if stream.write(json.dumps(row) + "\n"))
     table = [flat(row) for row in found]
     columns = list(dict.fromkeys(name for row in table for name in row))
     if form == "csv":
@@ -69,13 +66,10 @@ def write(found: Iterator[Row], form: str, stream: TextIO) -> int:
         writer.writerows(table)
         return len(table)
     try:
-        import pyarrow as pa
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ExtraError(
-            '--format parquet needs more packages: pip install "clapsep[ray]", or pyarrow alone'
-        ) from error
-    parquet.write_table(
-        pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in table]), stream.buffer
-    )
+        raise ExtraError("--format parquet needs one more package: pip install pyarrow") from error
+    filled = [{name: row.get(name) for name in columns} for row in table]
+    parquet.write_table(pyarrow.Table.from_pylist(filled), stream.buffer)
     return len(table)
