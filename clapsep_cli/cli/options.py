@@ -194,6 +194,9 @@ def options_of(given: Mapping[str, Any], stage: Stage) -> Options:
     out = None if given["out"] is None else stage.path(given["out"])
     shard = None if given["shard"] is None else parse_shard(given["shard"])
     values = {**given, **times, "start": times["start"] or 0.0, "out": out, "shard": shard}
+    on_ray = given["engine"] == "ray"
+    values["markers"] = shard is not None or on_ray
+    values["skip_existing"] |= on_ray and not values["overwrite"]  # so that the same command goes on from a lost driver
     return Options(**{f.name: values[f.name] for f in fields(Options) if f.name in values})
 
 

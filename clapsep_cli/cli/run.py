@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import textwrap
@@ -26,6 +27,7 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.loading import Loading
     from clapsep_cli.jobs.planning import Requests
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.jobs.tasks import Job, Options, Outcome
@@ -78,7 +80,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
     if options.shard is not None and not jobs:
         lines.say(f"no recordings in shard {options.shard[0]}/{options.shard[1]} of {len(asked)}")
         return
-    _work(jobs, options, setup, stage, lines)
+    (_work_on_ray if setup.engine == "ray" else _work)(jobs, options, setup, stage, lines)
     lines.end()
     if lines.failures:
         raise typer.Exit(FAILED)
@@ -90,10 +92,10 @@ def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lin
     from clapsep_cli.jobs.planning import plan
     from clapsep_cli.jobs.tasks import Failure, Skipped, row_of
 
-    model = _load(setup, stage)
+    with downloads(setup.quiet) as shown:
+        model = _loading(setup).load(stage, notes(setup.quiet), shown)
     if options.presence is None:
         options = replace(options, presence=setup.json and model.tells_likeness)
-    model.refine(setup.refine)
     todo = plan(jobs, model, options, stage)
     if todo.jobs or not todo.done:  # networks are read only if they are needed
         _warn_of_doubts(model, jobs)
@@ -102,35 +104,57 @@ def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lin
     known: list[Outcome] = [*map(Skipped, todo.done), *todo.blocked]
     for outcome in known:
         lines.show(row_of(outcome, model))
-    try:
-        with (
-            stoppable(setup.quiet) as stop,
-            Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
-            closing(run(todo.jobs, model, options, reporter.update, stop, stage)) as outcomes,
-        ):
-            for outcome in outcomes:
-                reporter.finish(outcome.mixture, isinstance(outcome, Failure))
-                lines.show(row_of(outcome, model))
-    except (StoppedError, KeyboardInterrupt):
+    with (
+        lines.ended_if_stopped(),
+        stoppable(setup.quiet) as stop,
+        Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
+        closing(run(todo.jobs, model, options, reporter.update, stop, stage)) as outcomes,
+    ):
+        for outcome in outcomes:
+            reporter.finish(outcome.mixture, isinstance(outcome, Failure))
+            lines.show(row_of(outcome, model))
+
+
+def _loading(setup: Setup) -> Loading:
+    from clapsep_cli.jobs.loading import Loading
+
+    return Loading(setup.model, setup.adapter, setup.device, setup.precision, setup.refine)
+
+
+def _work_on_ray(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
+    """Have workers of a cluster plan and run the jobs."""
+    from clapsep_cli.jobs.ray_engine import Cluster, run_on_ray
+
+    if _is_stdout(options.out) or any(str(job.input.path) == "-" for job in jobs):
+        raise UsageError("--engine ray reads and writes files: name them, or leave it out")
+    if options.presence is None:
+        options = replace(options, presence=setup.json)  # where the model can tell
+    gpus, threads = setup.gpus_per_worker or 0.0, setup.threads or 1
+    cluster = Cluster(setup.address, setup.workers, gpus, threads, setup.insecure, setup.scratch)
+    with (
+        _without_prints() as lines.stream,
+        lines.ended_if_stopped(),
+        stoppable(setup.quiet) as stop,
+        Reporter(setup.progress, setup.quiet, len(jobs)) as reporter,
+        closing(run_on_ray(jobs, options, _loading(setup), cluster, stage, stop)) as rows,
+    ):
+        for row in rows:
+            reporter.finish(Path(row["input"]), row["status"] == "failed")
+            lines.show(row)
         lines.end()
-        raise
 
 
-def _load(setup: Setup, stage: Stage) -> Model:
-    """Load the model with its adapter, and show a download if one is needed."""
-    from clapsep_cli.jobs.stores import is_url
-    from clapsep_cli.store.library import load_model
-
-    name = setup.model
-    if name and is_url(name):
-        name = str(stage.fetch(stage.path(name)))
-    with downloads(setup.quiet) as shown:
-        model = load_model(name, setup.device, setup.precision, say=notes(setup.quiet), progress=shown)
-    if setup.adapter:
-        from clapsep_cli.store.adapters import apply
-
-        apply(model, stage.fetch(stage.path(setup.adapter)))
-    return model
+@contextmanager
+def _without_prints() -> Iterator[TextIO]:
+    """Yield stdout for our lines alone: what a library prints there, also from C, goes to stderr."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as own:
+        try:
+            os.dup2(2, 1)
+            yield own
+        finally:
+            own.flush()
+            os.dup2(own.fileno(), 1)
 
 
 def _warn_of_doubts(model: Model, jobs: Sequence[Job]) -> None:
@@ -185,6 +209,7 @@ class _Lines:
         self.silent, self.say = setup.quiet and not setup.json, notes(setup.quiet)
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.over = False
 
     def _print(self, line: str) -> None:
         if not self.silent:
@@ -242,10 +267,20 @@ class _Lines:
         for part, path in named.items():
             self._print(f"  {part:{width}}  {_named(path, 'output')}")
 
+    @contextmanager
+    def ended_if_stopped(self) -> Iterator[None]:
+        """Print the summary where the user stops the run."""
+        try:
+            yield
+        except (StoppedError, KeyboardInterrupt):
+            self.end()
+            raise
+
     def end(self) -> None:
-        """Print a summary of several recordings, with the reasons of those that failed."""
-        if self.count < 2:
+        """Print a summary of several recordings, with the reasons of those that failed; once."""
+        if self.count < 2 or self.over:
             return
+        self.over = True
         left = self.count - sum(self.outcomes.values())
         told = [f"{self.outcomes[what]} {what}" for what in OUTCOMES if self.outcomes[what]]
         if not self.json:

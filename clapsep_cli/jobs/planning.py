@@ -184,9 +184,9 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, stage: Sta
     picture = output_paths(item, ["plot"], out, name, "png")["plot"] if options.plot else None
     marks = item.path.parent / MARKS if out is None else out / MARKS / item.below.parent
     stage.check_writable(marks)
-    shared = options.shard is not None
-    marked = options.skip_existing or shared or stage.holds(marks)
-    return Job(item, targets, outputs, kept, picture=picture, marks=marks if marked else None, marks_all=shared)
+    marked = options.skip_existing or options.markers or stage.holds(marks)
+    folder = marks if marked else None
+    return Job(item, targets, outputs, kept, picture=picture, marks=folder, marks_all=options.markers)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:

@@ -39,6 +39,7 @@ class Options:
         mutual: use the other targets as negative queries of each; None for yes.
         presence: measure whether each target is there; None where `min_presence` needs it.
         min_presence: write no target whose presence is below this.
+        markers: write a marker for each recording, also locally, as processes do that share them (see `stores`).
         shard: process only the recordings of shard K of N, counted from 0 (see `in_shard`).
         batch_size: windows processed at once; 0 chooses by the device.
         jobs: threads that read and write files.
@@ -63,6 +64,7 @@ class Options:
     mutual: bool | None = None
     presence: bool | None = None
     min_presence: float | None = None
+    markers: bool = False
     shard: tuple[int, int] | None = None
     batch_size: int = 0
     jobs: int = 2
