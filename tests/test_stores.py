@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -22,7 +26,7 @@ from recordings import names, noise
 from stand_ins import Moody
 
 from clapsep_cli import Query
-from clapsep_cli.jobs import exchange, planning
+from clapsep_cli.jobs import exchange, planning, ray_engine
 from clapsep_cli.jobs import results as gathered
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input, expand, in_shard
@@ -389,8 +393,8 @@ def test_staging_is_bounded_and_fails_where_there_is_no_room(
         memory.cp_file("/lab/rec/a.wav", f"/lab/rec/{n}.wav")
     most, fetch = [0], Stage.fetch
 
-    def counted(stage: Stage, path: Path) -> Path:
-        fetched = fetch(stage, path)
+    def counted(stage: Stage, path: Path, keep: bool = True) -> Path:
+        fetched = fetch(stage, path, keep)
         assert stage.root is not None
         most[0] = max(most[0], len([p for p in stage.root.rglob("*.wav") if "/rec/" in str(p)]))
         return fetched
@@ -472,3 +476,113 @@ def test_results_as_parquet(
     table = parquet.read_table(io.BytesIO(stream.buffer.getvalue())).to_pylist()
     assert [row["input"] for row in table] == [row["input"] for row in found]
     assert table[0]["levels.target.rms_db"] == found[0]["levels"]["target"]["rms_db"]
+
+
+# Ray's engine, in this process: what driver and workers do. `test_ray` has real ones.
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Run the workers of `--engine ray` here, in chunks of four; returns the names of recordings that kill workers."""
+    killers: set[str] = set()
+
+    class Remote:
+        def __init__(self, actor: object) -> None:
+            self.actor = actor
+
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(remote=getattr(self.actor, name))
+
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: Remote(ray_engine.Tally())))
+    ray = SimpleNamespace(
+        get=lambda value: value,
+        remote=lambda kind: made,
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: ""),
+        util=SimpleNamespace(
+            scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda *_, **__: None)
+        ),
+    )
+
+    def rounds(ray: Any, asked: list[Any], cluster: Any, arguments: tuple[Any, ...], alone: bool) -> Iterator[Any]:
+        workers = [ray_engine.Worker(*arguments) for _ in range(2)]
+        for number, first in enumerate(range(0, len(asked), 1 if alone else 4)):
+            chunk = asked[first : first + (1 if alone else 4)]
+            for _ in range(ray_engine.DEATHS if any(one["below"] in killers for one in chunk) else 0):
+                arguments[-1].begin.remote(f"{alone} {number}")  # by a worker that died of it
+            batch = {"chunk": [f"{alone} {number}"], "jobs": [json.dumps(chunk)]}
+            yield from map(json.loads, workers[number % 2](batch)["row"])
+        for worker in workers:
+            worker.stop.set()
+            worker.stage.close()
+
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_engine, "_connected", lambda cluster: contextlib.nullcontext(ray))
+    monkeypatch.setattr(ray_engine, "_round", rounds)
+    return killers
+
+
+def test_ray_writes_what_a_plain_run_writes(
+    stub: Callable[..., Done], engine: set[str], memory: Any, recordings: list[str], tmp_path: Path
+) -> None:
+    query = ["--pos", "dog", "--query-audio", "memory://lab/rec/b.wav", "--neg-span", "0-0.2"]
+    assert stub("-r", "memory://lab/rec", "-o", "plain", *query).returncode == 0
+    done = stub("-r", "memory://lab/rec", "-o", "memory://lab/out", *query, "--engine", "ray", "--json")
+    assert (done.returncode, statuses(done)) == (0, ["done"] * 4), done.stderr
+    parts = {name: data for name, data in stored(memory).items() if not name.startswith("_clapsep")}
+    assert parts == {name: (tmp_path / "plain" / name).read_bytes() for name in names(tmp_path / "plain")}
+    again = stub("-r", "memory://lab/rec", "-o", "memory://lab/out", *query, "--engine", "ray", "--json")
+    assert (again.returncode, statuses(again)) == (0, ["skipped"] * 4)
+
+
+def test_a_recording_that_kills_workers_is_named_and_the_others_are_done(
+    stub: Callable[..., Done], engine: set[str], clapsep: Clapsep, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for n in range(10):
+        soundfile.write(tmp_path / "in" / f"{n}.wav", noise(900, 1, seed=n), 8000)
+    (tmp_path / "in" / "bad.wav").write_bytes(b"RIFF")
+    engine.add("5.wav")
+    done = stub("in", "-o", "out", "--pos", "dog", "--engine", "ray", "--json")
+    assert done.returncode == 1
+    rows = {Path(row["input"]).name: row for row in map(json.loads, done.stdout.splitlines())}
+    assert {name for name, row in rows.items() if row["status"] == "failed"} == {"5.wav", "bad.wav"}
+    assert "in/5.wav: 3 workers died" in rows["5.wav"]["error"]
+    assert sum(row["status"] == "done" for row in rows.values()) == 9
+    assert "2 of 11 files failed" in done.stderr
+    assert len(clapsep("results", "out", cwd=tmp_path).stdout.splitlines()) == 9
+
+
+def test_workers_with_different_models_stop_the_run(
+    stub: Callable[..., Done], engine: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(8):
+        soundfile.write(tmp_path / f"{n}.wav", noise(900, 1, seed=n), 8000)
+    models = iter([Stub(Moody()), Stub(Moody())])
+
+    def load(*_: object, **__: object) -> Stub:
+        model = next(models)
+        model.__dict__["identity"] = str(id(model))
+        return model
+
+    monkeypatch.setattr(library, "load_model", load)
+    stopped = stub("*.wav", "-o", "out", "--pos", "dog", "--engine", "ray")
+    assert (stopped.returncode, "workers have different models" in stopped.stderr) == (3, True)
+
+
+def test_a_cluster_is_used_with_its_token_alone(
+    stub: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="--engine ray takes the packages of clapsep[ray]")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    soundfile.write(tmp_path / "a.wav", noise(900, 1), 8000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    line = ["a.wav", "--pos", "dog", "--engine", "ray", "--address", f"127.0.0.1:{port}"]
+    refused = stub(*line)
+    assert (refused.returncode, "RAY_AUTH_TOKEN" in refused.stderr) == (2, True)
+    silent = stub(*line, "--insecure")
+    assert (silent.returncode, "no answer" in silent.stderr) == (3, True)
+    assert (refused.stderr + silent.stderr).count("\n") == 2

@@ -20,6 +20,7 @@ import torch
 from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputError, StoppedError, TakenError
 from clapsep_cli.jobs.exchange import UPLOADING, Exchange, done_before
 from clapsep_cli.jobs.recording import Recording
+from clapsep_cli.jobs.resume import finished
 from clapsep_cli.jobs.stores import Stage
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options, Outcome, Skipped, row_of
 from clapsep_cli.query import Excerpt
@@ -180,7 +181,9 @@ class _Opened(ExitStack):
     def _is_done_meanwhile(self, job: Job) -> bool:
         """Return True if another process did this job; its first part may be there before the others."""
         until = time.monotonic() + OTHERS_SECONDS
-        while not (done := done_before(job, self.exchange.stage, fresh=True)) and time.monotonic() < until:
+        while not (done := done_before(job, self.exchange.stage, fresh=True)):
+            if not any(finished([path], job.key) for path in job.outputs.values()) or time.monotonic() > until:
+                break
             time.sleep(LOOK_SECONDS / 10)
         return done is not None
 

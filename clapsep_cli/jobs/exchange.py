@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from clapsep_cli.errors import AudioError, OutputError, TakenError
@@ -97,6 +98,7 @@ class Exchange:
         self.stage, self._row = stage, row
         self._coming: dict[int, Future[None]] = {}  # by the id of the job
         self._held: dict[int, tuple[Path, int]] = {}  # recordings, and bytes that may still be written for them
+        self._lock = Lock()
         self._fetching = ThreadPoolExecutor(AHEAD, thread_name_prefix="clapsep-fetch")
         self._putting = ThreadPoolExecutor(UPLOADING, thread_name_prefix="clapsep-put")
 
@@ -112,10 +114,11 @@ class Exchange:
                 continue
             known = self.stage.look(job.input.path) if self.stage.holds(job.input.path) else None
             need = (known.size if known else 0) * (1 + len(job.outputs))
-            room = self._room() - sum(held for _, held in list(self._held.values()))
-            if need > room and self._held:
-                return
-            self._held[id(job)] = job.input.path, need
+            with self._lock:
+                room = self._room() - sum(held for _, held in self._held.values())
+                if need > room and self._held:
+                    return
+                self._held[id(job)] = job.input.path, need
             self._coming[id(job)] = self._fetching.submit(self._fetch, job, need, room)
 
     def _is_staged(self, job: Job) -> bool:
@@ -130,7 +133,7 @@ class Exchange:
             raise AudioError(f"{job.input.path}: {what}; choose another folder with --scratch")
         if job.marker is not None and not job.overwrite and done_before(job, self.stage, fresh=True):
             raise TakenError(f"{job.input.path}: was processed by another worker meanwhile")
-        self.stage.fetch(job.input.path)
+        self.stage.fetch(job.input.path, keep=False)
 
     def is_coming(self, job: Job) -> bool:
         """Return False while there is no room for a recording, until another one is done."""
@@ -189,8 +192,8 @@ class Exchange:
 
     def release(self, job: Job) -> None:
         """Forget what is staged of a recording."""
-        self._held.pop(id(job), None)
-        self._coming.pop(id(job), None)
-        used = {path for path, _ in list(self._held.values())}
-        if self.stage.holds(job.input.path) and job.input.path not in used:
-            job.input.path.unlink(missing_ok=True)
+        with self._lock:
+            self._held.pop(id(job), None)
+            self._coming.pop(id(job), None)
+            if job.input.path not in {path for path, _ in self._held.values()}:  # another job reads it, too
+                self.stage.drop(job.input.path)

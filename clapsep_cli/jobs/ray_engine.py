@@ -118,7 +118,7 @@ class Worker:
         import ray
 
         with suppress(Exception):  # the driver is gone, and Ray ends this process
-            while not ray.get(self.tally.stopped.remote()):
+            while not self.stop.is_set() and not ray.get(self.tally.stopped.remote()):
                 self.stop.wait(LOOK_SECONDS)
         self.stop.set()
 

@@ -79,6 +79,7 @@ class Stage:
         self.root: Path | None = None
         self._claim: int | None = None
         self._known: dict[Path, Stored] = {}
+        self._kept: set[Path] = set()
         self._urls: dict[Path, str] = {}  # those with user names or query strings
         self._markers: dict[Path, set[Path]] = {}
         self._children: dict[Path, set[Path]] = {}
@@ -244,16 +245,19 @@ class Stage:
 
     # Files in and out
 
-    def fetch(self, path: Path) -> Path:
+    def fetch(self, path: Path, keep: bool = True) -> Path:
         """Bring a file, or the files of a folder, to their mirrored path, and return it; local paths as they are.
 
-        Raises `AudioError`.
+        With `keep`, as queries need, `drop` leaves it there. Raises `AudioError`.
         """
+        if keep:
+            self._kept.add(path)
         if not self.holds(path) or path.is_file():
             return path
         if self.look(path) is None:
-            for file in self.files(path):
-                self.fetch(file)
+            for file, fault in self.files(path).items():
+                if fault is None:
+                    self.fetch(file, keep)
             return path
         with self._reported(path), self._store(path) as (store, name):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +267,11 @@ class Stage:
                 if due and size != due:
                     raise AudioError(f"{self.shown(str(path))}: {size} of {due} bytes came; try again")
         return path
+
+    def drop(self, path: Path) -> None:
+        """Remove a file from its mirrored path."""
+        if self.holds(path) and path not in self._kept:
+            path.unlink(missing_ok=True)
 
     def put(self, path: Path) -> None:
         """Copy a file from its mirrored path to the store. Raises `OutputError`."""
