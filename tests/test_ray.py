@@ -40,10 +40,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def cluster(place: Path) -> Iterator[Any]:
+@pytest.fixture
+def cluster(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head without CPUs, and two nodes with one each."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONPATH": str(ROOT)}
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONPATH": str(ROOT)}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -77,7 +79,7 @@ def written(place: Path, out: str) -> int:
 def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + WAIT
     while not condition():
-        assert process.poll() is None, "ended before anything could be killed"
+        assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -92,23 +94,6 @@ def same(place: Path, out: str) -> None:
 def workers(parent: int) -> list[Any]:
     below = psutil.Process(parent).children(recursive=True)
     return [one for one in below if "MapWorker" in "".join(one.cmdline()[:1])]
-
-
-def test_a_killed_worker_and_a_killed_node_cost_their_chunks_alone(place: Path, cluster: Any) -> None:
-    began = time.monotonic()
-    process = command(place, "killed", "--engine", "ray", "--address", cluster.address, "--insecure")
-    until(lambda: written(place, "killed") >= COUNT // 10, process)
-    nodes = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
-    worker = next(one for node in nodes for one in workers(os.getpid()))
-    worker.kill()
-    until(lambda: written(place, "killed") >= COUNT // 4, process)
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    assert process.wait(WAIT) == 0, (place / "killed.err").read_text()
-    note(place, f"one worker and one of two nodes killed ({dict(statuses(place, 'killed'))})", time.monotonic() - began)
-    assert statuses(place, "killed").total() == COUNT
-    assert set(statuses(place, "killed")) <= {"done", "skipped"}
-    same(place, "killed")
-    cluster.add_node(num_cpus=1)
 
 
 def test_a_killed_driver_is_run_again(place: Path) -> None:
@@ -142,3 +127,19 @@ def test_a_bad_file_fails_alone_and_sigterm_stops(place: Path) -> None:
     assert statuses(place, "bad")["skipped"] == first
     assert "rec/bad.wav: " in (place / "bad.err").read_text()
     same(place, "bad")
+
+
+def test_a_killed_worker_and_a_killed_node_cost_their_chunks_alone(place: Path, cluster: Any) -> None:
+    began = time.monotonic()
+    process = command(place, "killed", "--engine", "ray", "--address", cluster.address, "--insecure")
+    until(lambda: written(place, "killed") >= COUNT // 10, process)
+    nodes = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
+    worker = next(one for node in nodes for one in workers(os.getpid()))
+    worker.kill()
+    until(lambda: written(place, "killed") >= COUNT // 4, process)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    assert process.wait(WAIT) == 0, (place / "killed.err").read_text()
+    note(place, f"one worker and one of two nodes killed ({dict(statuses(place, 'killed'))})", time.monotonic() - began)
+    assert statuses(place, "killed").total() == COUNT
+    assert set(statuses(place, "killed")) <= {"done", "skipped"}
+    same(place, "killed")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -299,10 +300,14 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         where: Row = {"address": cluster.address}
     else:
         where = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-        raise DeviceError(f"--address {cluster.address}: cannot connect ({str(error).splitlines()[0]})") from error
+        for number, handler in handlers.items():  # Ray's own would end the run at once
+            signal.signal(number, handler)
+    except Exception as error:  # Ray raises bare ones
+        what = f"--address {cluster.address}: cannot connect" if cluster.address else "--engine ray: cannot start here"
+        raise DeviceError(f"{what} ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
