@@ -217,6 +217,14 @@ def test_one_listing_of_markers_tells_what_is_left(
     assert lost in memory.find("/lab/out/_clapsep")
 
 
+def test_nothing_is_read_of_the_model_where_all_is_done(
+    stub: Callable[..., Done], memory: Any, recordings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stub(*REMOTE).returncode == 0
+    monkeypatch.setattr(Stub, "doubts", lambda *_: pytest.fail("reads the text encoder"))
+    assert set(statuses(stub(*REMOTE, "--skip-existing", "--json"))) == {"skipped"}
+
+
 def _counted(kind: type, name: str, listed: list[str]) -> Callable[..., Any]:
     method = getattr(kind, name)
     return lambda self, path, *rest, **more: listed.append(f"{name} {path}") or method(self, path, *rest, **more)
@@ -301,7 +309,7 @@ def test_urls_are_taken_wherever_paths_are(
     stub: Callable[..., Done], memory: Any, recordings: list[str], tmp_path: Path, tiny_folder: Path
 ) -> None:
     memory.pipe_file("/lab/list.txt", b"# some\nrec/a.wav\nmemory://lab/rec/deep/c.wav\n")
-    memory.pipe_file("/lab/jobs.csv", b"file,pos,query_audio\nrec/a.wav,dog,rec/b.wav\nmemory://lab/rec/b.wav,cat,\n")
+    memory.pipe_file("/lab/jobs.csv", b"file,pos,query_audio\n./rec/a.wav,dog,rec/b.wav\nmemory://lab/rec/b.wav,cat,\n")
     memory.put_file(str(tmp_path / "rec" / "b.wav"), "/lab/shots/b.wav")
     lines = {
         "@memory://lab/list.txt -o out1 --pos dog": ["a.target.wav", "c.target.wav"],

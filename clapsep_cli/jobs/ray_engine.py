@@ -285,7 +285,6 @@ def _workers(ray: Any, cluster: Cluster) -> int:
 @contextmanager
 def _connected(cluster: Cluster) -> Iterator[Any]:
     _check_token(cluster)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # which a warning asks for
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
     try:
         import logging

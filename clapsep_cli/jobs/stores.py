@@ -122,9 +122,9 @@ class Stage:
         """
         match = URL.fullmatch(text)
         if match is None:
-            return (
-                self._mirrored(*self._parts(folder), *text.split("/")) if self.holds(folder) else path_in(folder, text)
-            )
+            if not self.holds(folder):
+                return path_in(folder, text)
+            return self._mirrored(*self._parts(folder), *text.removeprefix("./").split("/"))
         scheme, name = match[1].lower(), match[2]
         if scheme not in SCHEMES:
             raise UsageError(f"{scheme}://: is not known; use a path, or {', '.join(f'{one}://' for one in SCHEMES)}")
