@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.planning import extract
     from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query
-    from clapsep_cli.separation.pipeline import Separation, separate
+    from clapsep_cli.separation import Separation, separate
     from clapsep_cli.store.checkpoint import Model
     from clapsep_cli.store.library import load_model
 
@@ -25,10 +25,10 @@ _HOMES = {  # imported when first used: the command's --help must not wait for t
     "Model": "store.checkpoint",
     "Options": "jobs.tasks",
     "Query": "query",
-    "Separation": "separation.pipeline",
+    "Separation": "separation",
     "extract": "jobs.planning",
     "load_model": "store.library",
-    "separate": "separation.pipeline",
+    "separate": "separation",
 }
 __all__ = [
     "ClapsepError",

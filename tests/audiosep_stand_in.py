@@ -10,11 +10,15 @@ import csv
 import gzip
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import checkpoint_shapes
 import fill as clapsep
 import numpy as np
 import torch
+from tiny_clapsep import ROBERTA
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -121,6 +125,33 @@ def text_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Stand-ins for the text tower, of `shapes` by their names in LAION-CLAP's file, by those in AudioSep's."""
     ours = (name for name in shapes if name.startswith(("text_branch.", "text_projection.")))
     return {CLAP + name: torch.from_numpy(clapsep.fill(name, shapes[name])) for name in ours}
+
+
+def tiny_checkpoint() -> dict[str, Tensor]:
+    """All that a released file has, of a tiny size."""
+    text = replace(ROBERTA, dim=TINY.dim)
+    tensors = separator_tensors(TINY) | text_tensors(checkpoint_shapes.clap(text))
+    tensors[CLAP + "text_branch.embeddings.position_ids"] = torch.arange(TINY.text_positions)[None]
+    for name in ("logit_scale_a", "audio_branch.norm.weight", "audio_projection.0.bias", "text_transform.x"):
+        tensors[CLAP + name] = torch.zeros(3)
+    return tensors
+
+
+def save_released(path: Path, tensors: dict[str, Any]) -> None:
+    """As the trainer nests it."""
+    state = {0: {"step": torch.tensor(4e6), "exp_avg": torch.zeros(4)}}
+    optimiser = {"state": state, "param_groups": [{"lr": 0.001, "betas": (0.9, 0.999), "params": [0]}]}
+    torch.save(
+        {
+            "epoch": 0,
+            "pytorch-lightning_version": "2.0.0",
+            "state_dict": tensors,
+            "loops": {},
+            "optimizer_states": [optimiser],
+            "lr_schedulers": [{"base_lrs": [0.001], "lr_lambdas": [{}]}],
+        },
+        path,
+    )
 
 
 def separator(config: AudioSepConfig = TINY, tensors: dict[str, Tensor] | None = None) -> AudioSep:

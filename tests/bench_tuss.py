@@ -42,7 +42,7 @@ def peak(seconds: int) -> None:
 
     from clapsep_cli.models.prompts import PROMPTS
     from clapsep_cli.models.tuss import MEDIUM, Tuss
-    from clapsep_cli.stitch.stem_stream import StemStream
+    from clapsep_cli.stitch.stems import StemStream
 
     with torch.inference_mode():
         model = Tuss(MEDIUM).eval()

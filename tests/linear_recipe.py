@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from clapsep_cli.data import Corpus
 from clapsep_cli.store.whole import save_whole
-from clapsep_cli.training.loop.pool import MemoryPool
-from clapsep_cli.training.loop.sampling import Draw, Sampler
-from clapsep_cli.training.loop.schedules import Trapezoid
+from clapsep_cli.training.loop.optimisation import Trapezoid
+from clapsep_cli.training.loop.sampling import Draw, MemoryPool, Sampler
 from clapsep_cli.training.loop.settings import settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import Hardware, Recipe, Run, train

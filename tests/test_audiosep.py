@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from audiosep_stand_in import (
     GOLDEN,
@@ -18,28 +17,27 @@ from audiosep_stand_in import (
     TINY,
     condition,
     recorded_shapes,
+    save_released,
     separator,
     separator_tensors,
     shapes,
     text_tensors,
+    tiny_checkpoint,
 )
-from conftest import Clapsep
 from fill import released_shapes, signal
 from plain_audiosep import PlainAudioSep
 from torch import Tensor
 from torch.nn import functional as F
 
-from clapsep_cli import Query, load_model
-from clapsep_cli import separate as separate_in_memory
 from clapsep_cli.dsp import HOP, RATE_HZ
-from clapsep_cli.errors import CheckpointError, QueryError
+from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig, spectrum, waveform
 from clapsep_cli.models.clap import ClapTextEncoder
-from clapsep_cli.models.convolution import WIDE, Kernel
-from clapsep_cli.registry import MODELS
-from clapsep_cli.store.checkpoint import read_tensors
+from clapsep_cli.models.layers import FEWEST_COLUMNS, WIDE, Kernel
+from clapsep_cli.models.resunet import ShiftedNorm
+from clapsep_cli.store import convert_audiosep as convert_audiosep_module
 from clapsep_cli.store.convert_audiosep import CLAP, SEPARATOR, convert, convert_audiosep
-from clapsep_cli.store.library import write_tokenizer
+from clapsep_cli.store.whole import read_tensors
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="takes ../shared/golden")
 
@@ -163,6 +161,29 @@ def test_whole_golden_files(released: AudioSep, case: str, samples: int, key: in
 
 
 @shared
+def test_shifts_of_every_norm(released: AudioSep) -> None:
+    with np.load(SHARED / "ten.npz") as arrays:
+        expected = arrays["a_betas"]
+    norms = {
+        SEPARATOR + convert_audiosep_module._released(f"{name}.beta.weight"): norm
+        for name, norm in released.named_modules()
+        if isinstance(norm, ShiftedNorm)
+    }
+    at, unused = 0, []
+    for name, shape in recorded_shapes().items():
+        if ".film." not in name or not name.endswith(".weight"):
+            continue
+        if name in norms:
+            shifts = norms.pop(name).beta(condition(1))[0]
+            np.testing.assert_allclose(shifts, expected[at : at + shape[0]], rtol=0, atol=1e-5, err_msg=name)
+        else:
+            unused.append(name)
+        at += shape[0]
+    assert (at, norms) == (len(expected), {})
+    assert all("decoder_block" in name and "beta2" in name for name in unused)
+
+
+@shared
 def test_chunks_as_the_reference_joins_them(released: AudioSep) -> None:
     """Flaws that only parity needs: hard cuts, off the network's grid."""
     audio, parts = mixture(384_000, 207), []
@@ -234,12 +255,13 @@ def test_any_size_equals_the_plain_network(frames: int, widths: tuple[int, ...])
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 32])
 @pytest.mark.parametrize(("into", "out"), [(3, 5), (WIDE, WIDE), (2 * WIDE, WIDE + 4)])
-def test_wide_convolutions_are_convolutions(rows: int, into: int, out: int) -> None:
+@pytest.mark.parametrize("columns", [FEWEST_COLUMNS - 1, FEWEST_COLUMNS])
+def test_wide_convolutions_are_convolutions(rows: int, into: int, out: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(out, into, 3, 3, generator=generator) / (9 * into) ** 0.5
-    x, bias = torch.randn(2, into, rows + 2, 6, generator=generator), torch.randn(out, generator=generator)
-    kernel = Kernel(weight)
-    assert len(kernel.weights) == (6 if into >= WIDE else 1)
+    x, bias = torch.randn(2, into, rows + 2, columns, generator=generator), torch.randn(out, generator=generator)
+    kernel = Kernel(weight, columns)
+    assert len(kernel.weights) == (6 if into >= WIDE and columns == FEWEST_COLUMNS else 1)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=(0, 1))
     convolved = kernel(x.contiguous(memory_format=torch.channels_last), bias)
     torch.testing.assert_close(convolved.double(), expected, rtol=0, atol=4e-5)
@@ -320,36 +342,6 @@ def test_config_rejects_nonsense_and_survives_json() -> None:
 TEXT_SHAPES = {name: shape for name, shape in recorded_shapes().items() if name.startswith(CLAP + "text_")}
 
 
-def tiny_checkpoint() -> dict[str, Tensor]:
-    """All that a released file has, of a tiny size."""
-    import checkpoint_shapes
-    from tiny_clapsep import ROBERTA
-
-    text = replace(ROBERTA, dim=TINY.dim)
-    tensors = separator_tensors(TINY) | text_tensors(checkpoint_shapes.clap(text))
-    tensors[CLAP + "text_branch.embeddings.position_ids"] = torch.arange(TINY.text_positions)[None]
-    for name in ("logit_scale_a", "audio_branch.norm.weight", "audio_projection.0.bias", "text_transform.x"):
-        tensors[CLAP + name] = torch.zeros(3)
-    return tensors
-
-
-def save_released(path: Path, tensors: dict[str, Any]) -> None:
-    """As the trainer nests it."""
-    state = {0: {"step": torch.tensor(4e6), "exp_avg": torch.zeros(4)}}
-    optimiser = {"state": state, "param_groups": [{"lr": 0.001, "betas": (0.9, 0.999), "params": [0]}]}
-    torch.save(
-        {
-            "epoch": 0,
-            "pytorch-lightning_version": "2.0.0",
-            "state_dict": tensors,
-            "loops": {},
-            "optimizer_states": [optimiser],
-            "lr_schedulers": [{"base_lrs": [0.001], "lr_lambdas": [{}]}],
-        },
-        path,
-    )
-
-
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_released_file_becomes_separator_and_text_tower(tmp_path: Path, prefix: str) -> None:
     save_released(tmp_path / "a.ckpt", {prefix + name: tensor for name, tensor in tiny_checkpoint().items()})
@@ -396,54 +388,3 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         convert_audiosep([tmp_path / "a.ckpt"], tmp_path, TINY)
     with pytest.raises(CheckpointError, match="one checkpoint, not 2"):
         convert_audiosep([tmp_path / "a.ckpt"] * 2, tmp_path, TINY)
-
-
-# As a model, through the public door.
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model of a tiny size."""
-    place = tmp_path_factory.mktemp("audiosep")
-    save_released(place / "a.ckpt", tiny_checkpoint())
-    (place / "model").mkdir()
-    convert_audiosep([place / "a.ckpt"], place / "model", TINY)
-    write_tokenizer(MODELS["audiosep"], place / "model")
-    return place / "model"
-
-
-def test_the_command_separates_by_words(clapsep: Clapsep, folder: Path, tmp_path: Path) -> None:
-    mix = 0.05 * np.random.default_rng(0).standard_normal((60_001, 2))
-    soundfile.write(tmp_path / "mix.wav", mix, 44_100, "PCM_16")
-    done = clapsep("extract", "mix.wav", "--pos", "dog barking", "--model", folder, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    whole, target, residual = (
-        soundfile.read(tmp_path / name)[0] for name in ("mix.wav", "mix.target.wav", "mix.residual.wav")
-    )
-    np.testing.assert_array_equal(target + residual, whole)
-    assert np.abs(target - whole).max() > 0.01
-    assert np.abs(target).max() > 0.01
-
-
-def test_it_is_the_network_under_the_embedding_of_the_text(folder: Path) -> None:
-    model, audio = load_model(folder, "cpu"), signal(0.6, RATE_HZ, 5).numpy()
-    got = separate_in_memory(audio, RATE_HZ, {"a": Query("dog"), "b": Query(["rain", "wind"])}, model)
-    dog, rain, wind = model.text.embed(["dog", "rain", "wind"])
-    for name, asked in (("a", dog), ("b", F.normalize((rain + wind) / 2, dim=0))):
-        expected = model.separator(torch.from_numpy(audio)[None], asked[None])[0].numpy()
-        np.testing.assert_allclose(got.stems[name], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("query", "instead"),
-    [
-        (Query("dog", neg="rain"), "use the residual"),
-        (Query(neg="rain"), "use the residual"),
-        (Query(pos_audio=[(np.ones(100, np.float32), RATE_HZ)]), "in words with --pos"),
-        (Query("dog", pos_spans=(0, 0.1)), "in words with --pos"),
-    ],
-)
-def test_what_it_does_not_take_is_said(folder: Path, query: Query, instead: str) -> None:
-    with pytest.raises(QueryError, match=instead) as refused:
-        separate_in_memory(np.ones(9000, np.float32), RATE_HZ, query, load_model(folder, "cpu"))
-    assert "\n" not in str(refused.value)

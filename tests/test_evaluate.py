@@ -1,4 +1,4 @@
-"""Evaluation: lists of mixtures, what is asked of them, and scores that survive a killed run."""
+"""Tests evaluation: lists of mixtures, their queries, and scores that survive a killed run."""
 
 from __future__ import annotations
 
@@ -196,11 +196,11 @@ def test_a_mixture_is_asked_for_as_by_extract(
     found = [s for scores in evaluate(tiny, data, options) for s in scores]
     assert len(read) <= 4, "each recording is embedded once"
     assert {s.query for s in found} == {"both", "both 2 shots", "both text+2 shots"}
-    mixed = module.mixer(folder, 32_000)
+    mixed = module.mixer(folder, tiny)
     for s in found:
         mixture, target = mixed(s.mixture)
         wanted = tiny.ask([options.queries(s.mixture, data)[s.query]]).targets
-        (estimate,) = module.mask_separator(tiny).estimate(torch.from_numpy(mixture)[None], [wanted])
+        (estimate,) = module.separator_of(tiny).estimate(torch.from_numpy(mixture)[None], [wanted])
         expected = si_sdr(estimate[0].detach().numpy(), target) - si_sdr(mixture, target)
         assert s.si_sdri == pytest.approx(expected, abs=1e-3)
 

@@ -1,4 +1,4 @@
-"""`clapsep extract`, option by option, from what is typed to what is written, printed and returned."""
+"""Tests `clapsep extract` option by option: files, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -822,6 +822,18 @@ def test_a_span_is_the_query_made_of_that_excerpt(clapsep: Clapsep, mix: Path, t
     spanned, shot, text = (read(mix.parent / folder / "mix.target.wav") for folder in ("spans", "shots", "text"))
     np.testing.assert_array_equal(spanned, shot)
     assert np.abs(spanned - text).max() > 0
+
+
+def test_a_target_by_a_span_is_that_of_the_excerpt(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:
+    soundfile.write(mix.with_name("a.wav"), soundfile.read(mix, dtype="int16")[0][RATE // 2 : 2 * RATE], RATE)
+    common = ["extract", "mix.wav", "--model", tiny_folder, "--target", "siren=siren", "-o"]
+    for folder, query in (("span", "0.5-0:02"), ("shot", "a.wav")):
+        done = clapsep(*common, folder, "--target", f"here={query}", cwd=mix.parent)
+        assert done.returncode == 0, done.stderr
+    for part in ("here", "siren", "residual"):
+        spanned, shot = (read(mix.parent / folder / f"mix.{part}.wav") for folder in ("span", "shot"))
+        np.testing.assert_array_equal(spanned, shot)
+    assert np.abs(read(mix.parent / "span" / "mix.here.wav")).max() > 0
 
 
 def test_a_span_that_is_not_there(clapsep: Clapsep, mix: Path, tiny_folder: Path) -> None:

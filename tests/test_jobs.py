@@ -1,4 +1,4 @@
-"""What is done and where it goes: inputs, manifests, names of outputs, resuming, times and targets."""
+"""Tests the planning of jobs: inputs, manifests, names of outputs, resuming, times and targets."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ from clapsep_cli.jobs.manifest import read_jobs
 from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
 from clapsep_cli.jobs.targets import parse_target, parse_targets
-from clapsep_cli.query import Query
-from clapsep_cli.times import parse_span, parse_time
+from clapsep_cli.query import Query, parse_span, parse_time
 
 CELLS = [*'*[@-",;\n\r\\é', "**", "..", "file", "pos", "neg", "query_audio", "a.wav"]
 ROOT = Path(__file__).parents[1]
@@ -615,6 +614,8 @@ def test_targets(tree: Callable[..., None]) -> None:
     assert parse_target("dog=dog barking = loud") == ("dog", "dog barking = loud")
     assert parse_target("siren=siren.wav") == ("siren", Path("siren.wav"))
     assert parse_target("Hündin-2=barks") == ("Hündin-2", Path("barks"))
+    assert parse_target("bell=3.2-1:04.5") == ("bell", (3.2, 64.5))
+    assert parse_target("plane=747-400-8") == ("plane", "747-400-8")
     assert list(parse_targets(["dog=a", "siren=b"])) == ["dog", "siren"]
     faults = {
         "dog": "give a name",
@@ -626,6 +627,7 @@ def test_targets(tree: Callable[..., None]) -> None:
         "a b=dog": "part of a file's name",
         "Residual=dog": "reserved",
         "siren=none.wav": "no such file",
+        "bell=4-3": "end after its start",
     }
     for argument, message in faults.items():
         with pytest.raises(ClapsepError, match=message):
@@ -637,7 +639,7 @@ def test_targets(tree: Callable[..., None]) -> None:
 def test_no_torch_is_needed() -> None:
     modules = ", ".join(
         f"clapsep_cli.{m}"
-        for m in ("jobs.inputs", "jobs.manifest", "jobs.outputs", "jobs.resume", "jobs.targets", "times", "tables")
+        for m in ("jobs.inputs", "jobs.manifest", "jobs.outputs", "jobs.resume", "jobs.targets", "query", "tables")
     )
     subprocess.run(
         [sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT

@@ -1,4 +1,4 @@
-"""What is told of a separation: levels, and how far what was asked for was there."""
+"""Tests levels and presence scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import downmix
-from clapsep_cli.separation.levels import EXCERPT_SECONDS, EXCERPTS, Meter, Presence
+from clapsep_cli.separation import EXCERPT_SECONDS, EXCERPTS, Meter, Presence
 
 RATE = 100
 EXCERPT = round(EXCERPT_SECONDS * RATE)

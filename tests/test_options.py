@@ -30,7 +30,7 @@ from clapsep_cli.store import adapters, library
 
 Observed = dict[str, Any]
 LIBRARYS_OWN = {"--help", "--install-completion", "--show-completion"}  # typer's
-TIMING = re.compile(r'in [\d.]+ s \(\d+ times real time\)|"(?:elapsed|real_time_factor)": [\d.e-]+')
+TIMING = re.compile(r'in [\d.]+ s \([\d.]+ times real time\)|"(?:elapsed|real_time_factor)": [\d.e-]+')
 
 SHARED = {  # by option: a line, and what of it makes a difference when it is added
     "--recursive": ("in -o out {query}", "-r"),
@@ -102,6 +102,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "results": {"--format": ("kept", "--format csv"), "--quiet": ("kept", "-q")},
     "ui": {
+        "--stream": ("film.mkv", "--stream 2"),
         "--model": ("", "--model mini"),
         "--device": ("", "-d cpu"),
         "--port": ("", "--port 8080"),
@@ -208,6 +209,7 @@ REFUSED = [
     (f"evaluate {EVALUATE}", "--overwrite"),
     (f"evaluate {EVALUATE}", "--no-text"),
     (f"evaluate {EVALUATE}", "--shots 1"),
+    ("ui", "--stream 2"),
     ("train mine.csv", "--epochs 3"),
     ("train mine.csv", "--lora-only"),
     ("train mine.csv --preset clapsep-text", "--text kept"),
@@ -305,6 +307,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setattr("clapsep_cli.jobs.ray_engine.run_on_ray", on_ray)
         monkeypatch.setattr(tempfile, "mkdtemp", staged)
         monkeypatch.setattr("clapsep_cli.training.loop.train.train", noted("train", True))
+        monkeypatch.setattr(Opened, "open", noted("open"), raising=False)
         monkeypatch.setattr("clapsep_cli.page.session.Session", noted("session", Opened()))
         monkeypatch.setattr("clapsep_cli.page.server.Page", noted("page", Opened()))
         monkeypatch.setattr("webbrowser.open", noted("browser"))

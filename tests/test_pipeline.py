@@ -1,4 +1,4 @@
-"""The pipeline: what goes in comes out as target and residual, of the same shape, at the same level."""
+"""Tests the pipeline: target and residual have the shape and level of the input, and add up to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clapsep_cli import Query, extract, load_model, separate
 from clapsep_cli.errors import AudioError, CheckpointError, DeviceError, ModelError, OutputError, QueryError, UsageError
 from clapsep_cli.jobs.tasks import Options
 from clapsep_cli.models.base import Conditions
-from clapsep_cli.separation.pipeline import stream
+from clapsep_cli.separation import stream
 from clapsep_cli.store.checkpoint import Model
 
 GOLDEN = Path(__file__).parent / "golden" / "end_to_end"

@@ -1,4 +1,4 @@
-"""Prompts are drawn, mixed and scored as the specification of TUSS says; what is learnt by that falls in loss."""
+"""Prompts are drawn, mixed and scored as the specification of TUSS says, and training lowers the loss."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from clapsep_cli.data import Clip, Corpus
 from clapsep_cli.errors import ManifestError, QueryError
 from clapsep_cli.models.prompts import FIRST, NEXT, PROMPTS, STEMS, TASKS, draw, drawable, indices, untrained
 from clapsep_cli.models.tuss import Tuss
-from clapsep_cli.training.loop.pool import Pool
-from clapsep_cli.training.recipes.objective_tuss import source_losses
-from clapsep_cli.training.recipes.prompt_mixing import PromptMixer, PromptMixing, check_audible
+from clapsep_cli.training.loop.sampling import Pool
+from clapsep_cli.training.recipes.tuss import PromptMixer, PromptMixing, check_audible, source_losses
 
 PLENTY = dict.fromkeys(PROMPTS, 9)
 RATE = 48_000

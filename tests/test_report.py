@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, with figures that say what the scores say."""
+"""Tests the report: one self-contained file, with figures that match the scores."""
 
 from __future__ import annotations
 
@@ -18,9 +18,20 @@ from conftest import Clapsep
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clapsep_cli.evaluation.figures import FREQUENCIES, Axis, compressed, number, spectrogram, violins
 from clapsep_cli.evaluation.mixtures import Mixture
-from clapsep_cli.evaluation.report import PUBLISHED, Example, render, write_report
+from clapsep_cli.evaluation.report import (
+    FREQUENCIES,
+    PUBLISHED,
+    PUBLISHED_AUDIOSEP,
+    Axis,
+    Example,
+    compressed,
+    number,
+    render,
+    spectrogram,
+    violins,
+    write_report,
+)
 from clapsep_cli.evaluation.scores import Score, summary
 
 RNG = np.random.default_rng(0)
@@ -85,6 +96,8 @@ def test_the_page_is_whole_and_needs_no_network() -> None:
     for name, figures in PUBLISHED.items():
         assert f"paper, {name}" in said
         assert all(f"{x:.2f}" in said for x in figures if x is not None)
+    for name, both in PUBLISHED_AUDIOSEP.items():
+        assert f"AudioSep, {name} {both[0]:.2f} {both[1]:.2f}" in " ".join(said.split())
 
 
 def test_a_run_of_one_kind_of_query_has_a_report() -> None:

@@ -1,4 +1,4 @@
-"""`clapsep separate`: by prompts, through the same pipeline as everything else."""
+"""Tests `clapsep separate`: by prompts, through the common pipeline."""
 
 from __future__ import annotations
 
@@ -171,8 +171,8 @@ def test_extract_maps_a_text_to_a_prompt(
     for query, message in (
         (["--pos", "a dog"], "there are: " + ", ".join(PROMPTS)),
         (["--neg", "speech"], "--pos"),
-        (["--query-audio", "mix.wav"], "not by examples"),
-        (["--pos-span", "0-0.1"], "not by examples"),
+        (["--query-audio", "mix.wav"], "takes no recordings as queries: name a prompt"),
+        (["--pos-span", "0-0.1"], "takes no recordings as queries: name a prompt"),
         (["--pos", "vocals", "--min-presence", "0"], "--min-presence"),
     ):
         failed = clapsep(*common, *query, "-o", "no", cwd=mix.parent)

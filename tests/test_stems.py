@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clapsep_cli.stitch.stem_stream import StemStream
-from clapsep_cli.stitch.stems import align_channels, best_order, continuing
+from clapsep_cli.stitch.stems import StemStream, align_channels, best_order, continuing
 
 RATE = 48_000
 WINDOW, OVERLAP = 24_000, 6000

@@ -1,4 +1,4 @@
-"""Training CLAPSep by the paper's recipe, on a tiny one: resume, what is trained, adapters, ablations."""
+"""Tests training of a tiny CLAPSep by the paper's recipe: resuming, trained weights, adapters, ablations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from clapsep_cli.errors import CheckpointError, RecipeError
 from clapsep_cli.models.base import condition
 from clapsep_cli.registry import MODELS
 from clapsep_cli.store import adapters
-from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata, read_tensors
+from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata
 from clapsep_cli.store.convert_clapsep import convert_clapsep
 from clapsep_cli.store.library import write_tokenizer
+from clapsep_cli.store.whole import read_tensors
 from clapsep_cli.training.loop.train import Report, Run, train
-from clapsep_cli.training.recipes.clapsep import ClapsepRecipe, ClapsepTask, Draws, build
+from clapsep_cli.training.recipes.clapsep import ClapsepRecipe, ClapsepTask, build
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 pytest.importorskip("peft", reason="LoRA takes the packages of clapsep[train]")
@@ -308,11 +309,12 @@ def test_rows_are_drawn_alike_however_they_are_shared(manifest: Path, recipe: Cl
         torch.testing.assert_close(left[2:], right, rtol=1e-5, atol=1e-6)
 
 
-def test_every_clip_is_a_target_once_an_epoch() -> None:
-    draws = Draws(seed=0, batch=4, steps=5, clips=tuple(range(100, 120)))
-    epochs = [[draws.target(step, row) for step in range(5 * e, 5 * e + 5) for row in range(4)] for e in range(2)]
-    assert all(sorted(epoch) == list(range(100, 120)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
+def test_every_clip_is_a_target_once_an_epoch(manifest: Path, recipe: ClapsepRecipe, tmp_path: Path) -> None:
+    task = task_of(replace(recipe, batch=2), manifest, tmp_path)
+    steps = task.plan.validate_every  # of an epoch
+    epochs = [[task.target(e * steps + step, row) for step in range(steps) for row in range(2)] for e in range(4)]
+    assert all(len(set(epoch)) == 2 * steps and set(epoch) <= set(task.clips) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
 def test_without_clips_to_validate_on_the_loss_is_watched(

@@ -1,4 +1,4 @@
-"""What training is made of: manifests, clips from memory or disk, what is drawn, the loss, settings."""
+"""Tests the parts of training: manifests, clips from memory or disk, sampling, loss, settings."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from clapsep_cli.metrics import sdr, si_sdr
 from clapsep_cli.models.mini import MiniText, band_matrix
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import load_part
-from clapsep_cli.training.loop.muon import Muon, orthogonal
-from clapsep_cli.training.loop.pool import DiskPool, MemoryPool, Pool, open_pool
-from clapsep_cli.training.loop.sampling import Draw, Sampler, ahead
-from clapsep_cli.training.loop.schedules import Plateau, Trapezoid
+from clapsep_cli.training.loop.optimisation import Muon, Plateau, Trapezoid, orthogonal
+from clapsep_cli.training.loop.sampling import DiskPool, Draw, MemoryPool, Pool, Sampler, ahead, open_pool
 from clapsep_cli.training.loop.settings import parse_setting, read_settings
 from clapsep_cli.training.recipes import presets
 from clapsep_cli.training.recipes.augment import Acoustics, elsewhere, levelled, masked, room_spectra, seeded, stripes
@@ -340,7 +338,7 @@ def test_decoded_clips_are_kept_and_decoded_anew_for_others(manifest: Path, tmp_
     corpus, cache = read_corpus(manifest), tmp_path / "clips.safetensors"
     fresh = MemoryPool(corpus, cache=cache)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clapsep_cli.training.loop.pool.read_clip", None)
+        patch.setattr("clapsep_cli.training.loop.sampling.read_clip", None)
         kept = MemoryPool(corpus, cache=cache)
     for index in range(len(corpus.clips)):
         np.testing.assert_array_equal(kept.read(index, 0, 10**9), fresh.read(index, 0, 10**9))

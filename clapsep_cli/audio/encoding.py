@@ -65,7 +65,7 @@ class Encoding:
 
     @property
     def lossy(self) -> bool:
-        """Whether what is read back is not what was written."""
+        """True for formats that do not return exactly the samples that were written."""
         return not FORMATS[self.format].depths
 
     def describe(self) -> str:

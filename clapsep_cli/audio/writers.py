@@ -314,7 +314,7 @@ def _make_folder(folder: Path) -> list[Path]:
 
 
 def _is_file(stream: BinaryIO) -> bool:
-    """Whether stdout is a file from its start on, whose header can be completed at the end."""
+    """Return whether stdout is an empty file, whose header can be completed at the end."""
     try:
         import fcntl
 

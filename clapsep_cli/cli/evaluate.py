@@ -125,8 +125,11 @@ def evaluate(
     device: DeviceOption = "auto",
     _model_dir: ModelDirOption = None,
     queries: Annotated[
-        str, typer.Option("--queries", metavar="NAME", help="Sides of the query to use: pos, neg, both.")
-    ] = "both,pos,neg",
+        str | None,
+        typer.Option(
+            "--queries", metavar="NAME,…", help="Sides of the query: pos, neg, both; default: all that the model takes."
+        ),
+    ] = None,
     shots: Annotated[
         str | None,
         typer.Option("--shots", metavar="K,…", help="Also query with so many recordings: 1,5,10."),
@@ -165,7 +168,7 @@ def evaluate(
         raise typer.BadParameter("--overwrite replaces a report: add --report FILE.html")
     if not text and not shots:
         raise typer.BadParameter("--no-text needs audio queries: add --shots and --shots-csv")
-    sides, counts = _sides(queries), _counts(shots)
+    sides, counts = _sides(queries) if queries else None, _counts(shots)
     from clapsep_cli.errors import OutputError
     from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate_into, provenance
     from clapsep_cli.evaluation.evaluate import evaluate as evaluate_set
@@ -180,8 +183,8 @@ def evaluate(
         notes(quiet)(f"{listed}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
     with downloads(quiet) as shown:
         loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
+    kinds = EvaluationOptions.suited(loaded, sides, text, counts, bss)
     loaded.refine(refine)
-    kinds = EvaluationOptions(sides, text, counts, bss)
     run = evaluate_into(out / SCORES, loaded, data, kinds) if out else evaluate_set(loaded, data, kinds)
     scores = _collect(run, len(data.rows), listed.name, quiet)
     settings = provenance(loaded, data, kinds) if report or as_json else {}

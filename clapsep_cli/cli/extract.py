@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.planning import Requests
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.jobs.tasks import Options
-    from clapsep_cli.query import Query
+    from clapsep_cli.query import Query, Span
 
 QUERY = "Queries"  # panel of --help
 
@@ -57,7 +57,11 @@ def extract(
     ] = None,
     target: Annotated[
         list[str] | None,
-        _query("--target", metavar="NAME=QUERY", help="One of several targets: a text, or a recording like it."),
+        _query(
+            "--target",
+            metavar="NAME=QUERY",
+            help="One of several targets: a text, a recording, or a part of MIX, FROM-TO.",
+        ),
     ] = None,
     mutual: Annotated[
         bool | None, _query("--mutual/--no-mutual", help="Use the other targets as negative queries of each.")
@@ -117,8 +121,7 @@ def extract(
     Give at least one query, of either side, as text or as audio.
     """
     given = locals()  # all options by name
-    from clapsep_cli.query import DEFAULT_ALPHA
-    from clapsep_cli.times import parse_span
+    from clapsep_cli.query import DEFAULT_ALPHA, parse_span
 
     if target and (pos or query_audio or pos_span or manifest):
         raise UsageError(
@@ -163,10 +166,13 @@ def _targets(arguments: Sequence[str], sides: dict[str, Any], stage: Stage) -> M
     from clapsep_cli.query import Query
 
     shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
-    return {
-        name: Query(pos_audio=[sound], **shared) if isinstance(sound, Path) else Query(pos=sound, **shared)
-        for name, sound in parse_targets(arguments, stage).items()
-    }
+
+    def query(sound: str | Path | Span) -> Query:
+        if isinstance(sound, Path):
+            return Query(pos_audio=[sound], **shared)
+        return Query(pos=sound, **shared) if isinstance(sound, str) else Query(pos_spans=[sound], **shared)
+
+    return {name: query(sound) for name, sound in parse_targets(arguments, stage).items()}
 
 
 def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:

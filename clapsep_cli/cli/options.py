@@ -13,7 +13,6 @@ import typer
 
 from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, among, name_by
 from clapsep_cli.errors import UsageError
-from clapsep_cli.times import parse_time
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.stores import Stage
@@ -189,6 +188,7 @@ def options_of(given: Mapping[str, Any], stage: Stage) -> Options:
     Raises `QueryError` for an invalid time, `UsageError` for an invalid shard or URL.
     """
     from clapsep_cli.jobs.tasks import Options
+    from clapsep_cli.query import parse_time
 
     times = {name: None if given[name] is None else parse_time(given[name]) for name in ("start", "end")}
     out = None if given["out"] is None else stage.path(given["out"])

@@ -23,6 +23,7 @@ import typer
 from clapsep_cli.cli.options import Setup
 from clapsep_cli.cli.terminal import Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, ClapsepWarning, StoppedError, UsageError
+from clapsep_cli.registry import FAMILIES, MODELS
 from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
         ClapsepError: nothing can be done.
     """
     from clapsep_cli.jobs.planning import lay_out
+    from clapsep_cli.query import check_taken
 
     set_threads(setup.threads)
     if _is_stdout(options.out) and setup.json:
@@ -80,6 +82,9 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
     if options.shard is not None and not jobs:
         lines.say(f"no recordings in shard {options.shard[0]}/{options.shard[1]} of {len(asked)}")
         return
+    _, *others = sets = _sets(jobs)
+    if setup.model in MODELS and not others:
+        check_taken(sets[0].values(), FAMILIES[MODELS[setup.model].family].takes, setup.model)
     (_work_on_ray if setup.engine == "ray" else _work)(jobs, options, setup, stage, lines)
     lines.end()
     if lines.failures:
@@ -157,9 +162,14 @@ def _without_prints() -> Iterator[TextIO]:
             os.dup2(own.fileno(), 1)
 
 
+def _sets(jobs: Sequence[Job]) -> list[Mapping[str, Query]]:
+    """Return the different sets of targets."""
+    return list({id(job.targets): job.targets for job in jobs}.values())
+
+
 def _warn_of_doubts(model: Model, jobs: Sequence[Job]) -> None:
     """Warn where results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
-    sets = {id(job.targets): job.targets for job in jobs}.values()
+    sets = _sets(jobs)
     for targets in sets:
         try:
             for doubt in model.doubts(list(targets.values())):
@@ -254,7 +264,8 @@ class _Lines:
     def _describe(self, row: Mapping[str, Any]) -> None:
         speed = row["seconds"] / max(row["elapsed"], 1e-6)
         name = _named(row["input"], "input")
-        self._print(f"{name}: {row['seconds']:.2f} s in {row['elapsed']:.2f} s ({speed:.0f} times real time)")
+        times = f"{speed:.{int(speed < 10)}f} times real time"
+        self._print(f"{name}: {row['seconds']:.2f} s in {row['elapsed']:.2f} s ({times})")
         if row["gain"] != 1:
             self._print(f"  all parts were lowered by {-20 * log10(row['gain']):.2f} dB so that nothing clips")
         for target, score in row["presence"].items():

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.data import fit, mix, read_clip
-from clapsep_cli.errors import ExtraError, ManifestError, ModelError
+from clapsep_cli.dsp import RATE_HZ
+from clapsep_cli.errors import ExtraError, ManifestError, ModelError, UsageError
 from clapsep_cli.evaluation.mixtures import EvaluationSet, Mixture
 from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score, ScoreFile
-from clapsep_cli.families.embedding import Embedder
+from clapsep_cli.families.base import QueryEmbedder
 from clapsep_cli.metrics import bss_sdr, sdr, si_sdr
-from clapsep_cli.models.base import MaskSeparator
+from clapsep_cli.models.base import ConditionedSeparator
 from clapsep_cli.query import Query
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
+SECONDS = 10  # of a mixture
 LOWEST_DB = -100.0
 SIDES = ("both", "positive", "negative")
 # Mixtures per pass. On a CPU more at a time are no faster (mini: 0.17, 0.17 and 0.26 s a mixture at 1, 4 and 8).
@@ -41,12 +44,34 @@ class EvaluationOptions:
         text: query by captions.
         shots: also query by so many recordings of a side: by them alone and, with `text`, by both, averaged (α = 0.5).
         bss: also compute BSS-eval SDRi.
+        listed: also query by the recording that a mixture lists, and nothing else.
     """
 
     sides: tuple[str, ...] = SIDES
     text: bool = True
     shots: tuple[int, ...] = ()
     bss: bool = True
+    listed: bool = True
+
+    @staticmethod
+    def suited(
+        model: Model,
+        sides: Sequence[str] | None = None,
+        text: bool = True,
+        shots: tuple[int, ...] = (),
+        bss: bool = True,
+    ) -> EvaluationOptions:
+        """Make the options for a model; by default `sides` are all that it takes.
+
+        Raises `UsageError` for queries that it does not take, `ModelError` where it takes none for a single target.
+        """
+        embedder_of(model)
+        known = SIDES if "negatives" in model.takes else ("positive",)
+        if not set(sides or known) <= set(known):
+            raise UsageError(f"--queries: {model.name} takes no negative queries: leave it out, or use --queries pos")
+        if shots and "audio" not in model.takes:
+            raise UsageError(f"--shots: {model.name} takes no recordings as queries: leave it out")
+        return EvaluationOptions(tuple(sides or known), text, shots, bss, "audio" in model.takes)
 
     def queries(self, row: Mixture, data: EvaluationSet) -> dict[str, Query]:
         """Make the queries for one mixture, by kind. Kinds for which `data` has too few recordings are skipped."""
@@ -64,7 +89,7 @@ class EvaluationOptions:
                         pos, neg = ([captions[name][-1]] if words and name in named else [] for name in captions)
                         pos_audio, neg_audio = (files[name][:count] if name in named else [] for name in captions)
                         found[kind(side, words, count)] = Query(pos, neg, pos_audio, neg_audio)
-        if row.shot_file and "positive" in self.sides:
+        if self.listed and row.shot_file and "positive" in self.sides:
             found[SHOT] = Query(pos_audio=data.folder / row.shot_file)
         if row.absent_caption and "positive" in self.sides and self.text:
             found[ABSENT] = Query(row.absent_caption)
@@ -77,19 +102,28 @@ def kind(side: str, words: bool, count: int) -> str:
     return side if not count else f"{side} text+{shots}" if words else f"{side} {shots}"
 
 
-def mask_separator(model: Model) -> MaskSeparator:
-    """Return the separator of a model that takes queries. Raises `ModelError` for another."""
-    if not isinstance(model.separator, MaskSeparator):
-        raise ModelError(f"{model.name} separates by prompts: this evaluation is for models that take queries")
+def separator_of(model: Model) -> ConditionedSeparator[Any]:
+    """Return the separator of a model that extracts single targets."""
+    assert isinstance(model.separator, ConditionedSeparator), "it has an embedder"
     return model.separator
 
 
-def mixer(folder: Path, samples: int) -> Callable[[Mixture], tuple[Audio, Audio]]:
-    """Return a function that mixes a row of a list, from clips in `folder`.
+def embedder_of(model: Model) -> QueryEmbedder:
+    """Return what embeds the queries of such a model; silent shots are accepted. Raises `ModelError` for another."""
+    if model.kind.embedder is None:
+        raise ModelError(f"{model.name} is asked for all sounds at once: evaluate is for models that extract one")
+    embedder: QueryEmbedder = model.kind.embedder(model, True)
+    return embedder
+
+
+def mixer(folder: Path, model: Model) -> Callable[[Mixture], tuple[Audio, Audio]]:
+    """Return a function that mixes a row of a list, from clips in `folder`: 10 s, or a window of `model` if shorter.
 
     It returns the mixture and its target, float32 `[samples]` each at 32 kHz. It raises `ManifestError` for a clip that
     cannot be decoded.
     """
+
+    samples = min(model.separator.window, SECONDS * RATE_HZ)
 
     @lru_cache(maxsize=32)  # a target comes with each of its interferers, one after the other
     def clip(file: str) -> Audio:
@@ -126,7 +160,7 @@ def evaluate(
     Args:
         model: a model that takes queries.
         data: the mixtures and recordings to query with.
-        options: kinds of query; by default texts of both sides, together and alone.
+        options: kinds of query; by default texts of all sides that the model takes, together and alone.
         start: index of the first mixture to score.
 
     Yields:
@@ -136,16 +170,16 @@ def evaluate(
         QueryError: before the first mixture, for a text that the model does not understand.
         ManifestError: before the first mixture, where there is no query at all; later, for a clip that cannot be read.
         ExtraError: where BSS-eval is asked for and torchmetrics is not installed.
-        ModelError: for a model that separates by prompts.
+        ModelError: for a model that is asked for all sounds at once.
     """
-    options = options or EvaluationOptions()
+    options = options or EvaluationOptions.suited(model)
     if options.bss and find_spec("torchmetrics") is None:
         raise ExtraError("BSS-eval needs torchmetrics: pip install 'clapsep[evaluate]', or skip it with --no-bss")
     asked = [options.queries(row, data) for row in data.rows]
     anything = next((query for queries in asked for query in queries.values()), None)
     if anything is None:
         raise ManifestError("there is no query: texts are off, and no mixture has enough shots")
-    embedder, mixed = Embedder(model, silence=True), mixer(data.folder, model.separator.window)
+    embedder, mixed = embedder_of(model), mixer(data.folder, model)
     embedder.embed_texts(text for queries in asked for query in queries.values() for text in (*query.pos, *query.neg))
     size = BATCH.get(model.device.type, GPU_BATCH)
     bss_device = "cpu" if model.device.type == "mps" else str(model.device)  # MPS has no float64
@@ -158,7 +192,7 @@ def evaluate(
         heard = torch.from_numpy(np.stack([mixture for mixture, _ in pairs])).to(model.device)
         found = {
             name: estimate.cpu().numpy()
-            for name, estimate in zip(kinds, mask_separator(model).estimate(heard, wanted), strict=True)
+            for name, estimate in zip(kinds, separator_of(model).estimate(heard, wanted), strict=True)
         }
         for i in range(max(start - first, 0), len(batch)):
             estimates = {name: found[name][i] for name in kinds if name in batch[i]}

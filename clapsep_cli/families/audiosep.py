@@ -8,40 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clapsep_cli.errors import QueryError
 from clapsep_cli.families.base import Askable, Family
+from clapsep_cli.families.embedding import Embedder
 from clapsep_cli.models.audiosep import N_FFT, AudioSep, AudioSepConfig
 from clapsep_cli.models.clap import ClapTextEncoder
 from clapsep_cli.query import Query
 from clapsep_cli.stitch.complex_masks import ComplexMaskStream
 
 
-@torch.inference_mode()
+class Descriptions(Embedder):
+    """Embeds queries of positive texts; those of one query are averaged and scaled to length 1 again."""
+
+    def join(self, positive: Tensor | None, negative: Tensor | None) -> Tensor:
+        assert positive is not None, "a query has a positive text"
+        assert negative is None, "a query has no negative side"
+        return F.normalize(positive)
+
+
 def descriptions(model: Askable[AudioSepConfig], queries: Sequence[Query], kept: Sequence[int]) -> Tensor:
-    """Embed the positive texts of queries; those of one query are averaged and scaled to length 1 again.
-
-    Args:
-        model: an AudioSep.
-        queries: the queries, of positive texts only.
-        kept: positions of the queries that become stems.
-
-    Returns:
-        float32 `[stems, dim]`, rows of length 1.
-
-    Raises:
-        QueryError: for a query with recordings, spans or a negative side.
-    """
-    for query in queries:
-        if query.pos_audio or query.neg_audio or query.pos_spans or query.neg_spans:
-            raise QueryError(f"{model.name} takes no recordings as queries: describe the sound in words with --pos")
-        if query.neg:
-            raise QueryError(
-                f"{model.name} takes no negative queries: describe with --pos what to keep; to remove a sound, extract "
-                "it with --pos and use the residual"
-            )
-    texts = list(dict.fromkeys(text for at in kept for text in queries[at].pos))
-    rows = dict(zip(texts, model.text.embed(texts), strict=True))
-    return F.normalize(torch.stack([torch.stack([rows[text] for text in queries[at].pos]).mean(0) for at in kept]))
+    """Embed those of `queries` that are `kept` (positions): float32 `[stems, dim]`, rows of length 1."""
+    embedder = Descriptions(model)
+    embedder.embed_texts(text for at in kept for text in queries[at].pos)
+    return torch.cat([embedder.condition(queries[at]) for at in kept])
 
 
 def stream(separator: AudioSep, wanted: Tensor, rate: int, channels: int, device: torch.device) -> ComplexMaskStream:
@@ -55,5 +43,7 @@ FAMILY = Family(
     text=ClapTextEncoder,
     ask=descriptions,
     stream=stream,
+    window_bytes=2**30,
+    embedder=Descriptions,
     mutual=False,
 )

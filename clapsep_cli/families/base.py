@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.models.base import AudioEncoder, Separator, TextEncoder, Wanted
@@ -35,7 +36,7 @@ class Askable(Protocol[ConfigOf]):
 
     @property
     def device(self) -> torch.device:
-        """Where its networks compute."""
+        """The device of its networks."""
 
     @property
     def text(self) -> TextEncoder:
@@ -44,6 +45,16 @@ class Askable(Protocol[ConfigOf]):
     @property
     def audio(self) -> AudioEncoder:
         """The audio encoder, likewise."""
+
+
+class QueryEmbedder(Protocol):
+    """Embeds queries of single targets, each text and each recording once."""
+
+    def embed_texts(self, texts: Iterable[str]) -> None:
+        """Embed `texts`, many at a time. Raises `QueryError` for one that the model does not understand."""
+
+    def condition(self, query: Query) -> Tensor:
+        """Make the condition for a query, float32 `[1, dim]`, as `ConditionedSeparator.estimate` takes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +73,11 @@ class Family(Generic[Config, Network, Wanted]):
         doubts: takes a model and queries; returns a line for each reason why they may go wrong.
         likeness: takes a model, what it is asked for, the number of a stem, and a recording (float32 `[samples]`) with
             its rate in Hz; returns how alike the two are, a cosine, or None where that cannot be told.
+        embedder: takes a model, and whether silent recordings are accepted; returns what embeds queries of single
+            targets. None where targets are only separated together.
         mutual: whether targets become negative queries of one another, unless the user forbids it.
         refine: whether it separates in two passes (`models.refined`) unless told otherwise.
+        window_bytes: what a window takes in memory while it is separated on one thread, in bytes.
         near_in_bfloat16: whether bfloat16 is within 40 dB or more of float32, so that it is used unasked.
     """
 
@@ -75,8 +89,10 @@ class Family(Generic[Config, Network, Wanted]):
     stream: Callable[[Network, Wanted, int, int, torch.device], Stream]
     doubts: Callable[[Askable[Config], Sequence[Query]], list[str]] | None = None
     likeness: Callable[[Askable[Config], Wanted, int, Audio, int], float | None] | None = None
+    embedder: Callable[[Askable[Config], bool], QueryEmbedder] | None = None
     mutual: bool = True
     refine: bool = False
+    window_bytes: int
     near_in_bfloat16: bool = False
 
 

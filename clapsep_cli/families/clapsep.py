@@ -1,7 +1,7 @@
 """Defines the family CLAPSep: texts and recordings, positive and negative, embedded by CLAP."""
 
 from clapsep_cli.families.base import Family
-from clapsep_cli.families.embedding import conditions, likeness, stream
+from clapsep_cli.families.embedding import Embedder, conditions, likeness, stream
 from clapsep_cli.models.clap import ClapAudioEncoder, ClapTextEncoder
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
 
@@ -12,6 +12,8 @@ FAMILY = Family(
     audio=ClapAudioEncoder,
     ask=conditions,
     stream=stream,
+    window_bytes=2**29,
+    embedder=Embedder,
     likeness=likeness,
     near_in_bfloat16=True,
 )

@@ -47,13 +47,18 @@ class Embedder:
         """
         self.embed_texts((*query.pos, *query.neg))
         sides = ((query.pos, query.pos_audio), (query.neg, query.neg_audio))
-        return condition(*(self._side(texts, shots, query.alpha) for texts, shots in sides))
+        return self.join(*(self._side(texts, shots, query.alpha) for texts, shots in sides))
+
+    def join(self, positive: Tensor | None, negative: Tensor | None) -> Tensor:
+        """Join the embeddings of both sides of a query, `[1, dim]` each, into its condition."""
+        return condition(positive, negative)
 
     def _side(self, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
         """Embed one side of a query, `[1, dim]` (paper, Eq. 3)."""
         for shot in shots:
             if _key(shot) not in self.sounds:
-                self.sounds[_key(shot)] = [_embed_shot(self.model, file, self.silence) for file in _files(shot)]
+                files: Sequence[Shot] = recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
+                self.sounds[_key(shot)] = [_embed_shot(self.model, file, self.silence) for file in files]
         sounds = [embedding for shot in shots for embedding in self.sounds[_key(shot)]]
         # Means of unit vectors, not scaled to length 1 again: the released weights were trained so.
         means = [
@@ -115,10 +120,6 @@ def unknown_words(model: Askable[object], queries: Sequence[Query]) -> list[str]
             meant = f"; did you mean {near!r}?" if near else ""
             lines.append(f"{text!r}: the model {model.name} does not know {word!r} and leaves it out{meant}")
     return lines
-
-
-def _files(shot: Shot) -> Sequence[Shot]:
-    return recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
 
 
 def _embed_shot(model: Askable[object], shot: Shot, silence: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Defines the family of the bundled small model: known words and recordings, positive and negative."""
 
 from clapsep_cli.families.base import Family
-from clapsep_cli.families.embedding import conditions, likeness, stream, unknown_words
+from clapsep_cli.families.embedding import Embedder, conditions, likeness, stream, unknown_words
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig, MiniText
 
 FAMILY = Family(
@@ -11,6 +11,8 @@ FAMILY = Family(
     audio=MiniAudio,
     ask=conditions,
     stream=stream,
+    window_bytes=2**27,
+    embedder=Embedder,
     doubts=unknown_words,
     likeness=likeness,
     refine=True,

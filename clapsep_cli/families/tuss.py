@@ -11,7 +11,7 @@ from clapsep_cli.families.base import Askable, Family
 from clapsep_cli.models.prompts import TASKS, indices, untrained
 from clapsep_cli.models.tuss import Prompted, Tuss, TussConfig
 from clapsep_cli.query import Query
-from clapsep_cli.stitch.stem_stream import StemStream
+from clapsep_cli.stitch.stems import StemStream
 
 
 def prompts(model: Askable[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
@@ -58,8 +58,6 @@ def _set(queries: Sequence[Query]) -> list[str]:
 
 
 def _name(query: Query) -> str:
-    if query.pos_audio or query.neg_audio or query.pos_spans or query.neg_spans:
-        raise QueryError("this model separates by prompts, not by examples: use --pos with the name of a prompt")
     if len(query.pos) != 1:
         raise QueryError("this model separates by prompts: give each target one --pos that names a prompt")
     return query.pos[0]
@@ -70,6 +68,7 @@ FAMILY = Family(
     separator=Tuss,
     ask=prompts,
     stream=stream,
+    window_bytes=2**30,
     doubts=untrained_sets,
     mutual=False,
 )

@@ -22,8 +22,7 @@ from clapsep_cli.audio.writers import STDOUT, Outputs, Written
 from clapsep_cli.jobs.plot import Picture
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.query import MIXTURE, RESIDUAL
-from clapsep_cli.separation.levels import Meter, Presence
-from clapsep_cli.separation.pipeline import BLOCK_SECONDS, Passage
+from clapsep_cli.separation import BLOCK_SECONDS, Meter, Passage, Presence
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
@@ -86,6 +85,7 @@ class Recording:
         self.job, self.model, self.wanted, self.options, self.io = job, model, wanted, options, io
         self.result, self._check = result, check
         self.windows: deque[Tensor] = deque()
+        self.coming: deque[Future[tuple[Tensor, float]]] = deque()  # results of windows that workers have
         self.ended, self.samples, self.elapsed = False, 0, 0.0
         self._source, self._outputs = ExitStack(), ExitStack()
         self._reading: Future[tuple[Samples, Audio, bool]] | None = None

@@ -1,4 +1,4 @@
-"""Parses several targets: `--target dog="dog barking" --target siren=siren.wav`."""
+"""Parses several targets: `--target dog="dog barking" --target siren=siren.wav --target bell=3.2-4.5`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import folded
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.jobs.stores import Stage, is_url
-from clapsep_cli.query import MIXTURE, RESIDUAL
+from clapsep_cli.query import MIXTURE, RESIDUAL, Span, is_span, parse_span
 
 TAKEN = (MIXTURE, RESIDUAL)  # reserved names
 
 
-def parse_target(argument: str, stage: Stage = Stage()) -> tuple[str, str | Path]:
-    """Return the name and the query of `dog=dog barking` or `siren=siren.wav`.
+def parse_target(argument: str, stage: Stage = Stage()) -> tuple[str, str | Path | Span]:
+    """Return the name and the query of `dog=dog barking`, `siren=siren.wav` or `bell=3.2-4.5`.
 
-    The query is audio if it is a URL, or names a file or folder that exists, else text. Raises `QueryError` for a name
-    that cannot be part of a file name, and `AudioError` for the name of a recording that does not exist.
+    The query is audio if it is a URL, or names a file or folder that exists, a stretch of the mixture if it is two
+    times, else text. Raises `QueryError` for a name that cannot be part of a file name and for a stretch that ends
+    before its start, and `AudioError` for the name of a recording that does not exist.
     """
     name, equals, value = (piece.strip() for piece in argument.partition("="))
     name = unicodedata.normalize("NFC", name)
@@ -37,12 +38,12 @@ def parse_target(argument: str, stage: Stage = Stage()) -> tuple[str, str | Path
         return name, Path(value)
     if Path(value).suffix.lower() in SUFFIXES:
         raise AudioError(f"{value}: no such file, so --target {name} has no sound")
-    return name, value
+    return name, parse_span(value) if is_span(value) else value
 
 
-def parse_targets(arguments: Iterable[str], stage: Stage = Stage()) -> dict[str, str | Path]:
+def parse_targets(arguments: Iterable[str], stage: Stage = Stage()) -> dict[str, str | Path | Span]:
     """Return the query of each target by name (see `parse_target`). Raises `QueryError` also for equal names."""
-    targets: dict[str, str | Path] = {}
+    targets: dict[str, str | Path | Span] = {}
     for name, value in (parse_target(argument, stage) for argument in arguments):
         if folded(name) in map(folded, targets):
             raise QueryError(f"--target {name}: two targets have this name; give each its own")

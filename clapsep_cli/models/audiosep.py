@@ -6,7 +6,8 @@ channels of every block. It makes a complex mask, which also turns the phases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli.dsp import HOP, RATE_HZ
-from clapsep_cli.models.base import Separator, go_on
+from clapsep_cli.models.base import ConditionedSeparator, go_on
 from clapsep_cli.models.clapsep import TextSize
 from clapsep_cli.models.htsat import BinNorm
 from clapsep_cli.models.resunet import MOMENTUM, Decoder, Encoder, ResidualBlock, Rows
@@ -70,7 +71,7 @@ def waveform(spec: Tensor, samples: int) -> Tensor:
     )
 
 
-class AudioSep(Separator[Tensor]):
+class AudioSep(ConditionedSeparator[Tensor]):
     """Separates by conditions, one for each stem: float32 `[stems, dim]`, rows of length 1."""
 
     rate = RATE_HZ
@@ -109,6 +110,11 @@ class AudioSep(Separator[Tensor]):
             masks.append(self.mask(image, condition.expand(len(windows), -1))[:, : spec.shape[1]])
         return torch.stack(masks, 1)
 
+    def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Extract from `mixtures`, of any length, under each of `conditions`."""
+        for condition in conditions:
+            yield self(mixtures, condition.expand(len(mixtures), -1))
+
     def forward(self, audio: Tensor, condition: Tensor) -> Tensor:
         """Extract what `condition` (`[batch, dim]`) describes from `audio`, both float32 `[batch, samples]`."""
         samples = audio.shape[1]
@@ -126,9 +132,9 @@ class AudioSep(Separator[Tensor]):
 
         `image`: from `hear`, with as many frames; `condition`: float32 `[batch, dim]`.
         """
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            exact = image.device.type == "cpu" and self.dtype == torch.float32
-            if exact and not (self.training or torch.is_grad_enabled()):
+        lowered = self.dtype != torch.float32
+        with torch.autocast(image.device.type, self.dtype) if lowered else nullcontext():
+            if image.device.type == "cpu" and not (lowered or self.training or torch.is_grad_enabled()):
                 maps = torch.cat([self._quick(i[None], c) for i, c in zip(image, condition, strict=True)])
             else:
                 maps = self.maps(image, condition)
@@ -176,11 +182,15 @@ class AudioSep(Separator[Tensor]):
         return torch.cat(maps, 1).permute(0, 3, 1, 2)
 
     def _prepare(self) -> None:
-        if not self.prepared:
-            for module in self.modules():
-                if isinstance(module, ResidualBlock):
-                    module.prepare()
-            self.prepared = True
+        if self.prepared:
+            return
+        bins = N_FFT // 2
+        for encoder, decoder in zip(self.encoders, reversed(self.decoders), strict=True):
+            for block in (encoder.block, decoder.block):
+                cast(ResidualBlock, block).prepare(bins)
+            bins //= cast(Encoder, encoder).cell[1]
+        self.bottleneck.prepare(bins)
+        self.prepared = True
 
     def _forget(self, *_: object) -> None:
         self.prepared = False

@@ -59,7 +59,23 @@ class Separator(nn.Module, ABC, Generic[Wanted]):
         """
 
 
-class MaskSeparator(Separator[Conditions]):
+class ConditionedSeparator(Separator[Wanted]):
+    """Extracts one target at a time from whole mixtures, given a condition: what evaluation and training need."""
+
+    @abstractmethod
+    def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the targets in mixtures under each of several conditions.
+
+        Args:
+            mixtures: float32 `[batch, samples]`, at `rate` Hz; of `window` samples, unless a separator takes others.
+            conditions: float32 `[batch or 1, dim]` each, from the family's `embedder`.
+
+        Yields:
+            The targets, float32 `[batch, samples]`.
+        """
+
+
+class MaskSeparator(ConditionedSeparator[Conditions]):
     """Masks the magnitude STFT of a mixture (1024-point periodic Hann, hop 320, at 32 kHz), given a condition.
 
     `window` is a multiple of the hop. `encode` is separate from `mask` because several targets of one mixture share it.
@@ -83,15 +99,7 @@ class MaskSeparator(Separator[Conditions]):
         """
 
     def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the targets in whole windows under each of several conditions. Mixtures are encoded once.
-
-        Args:
-            mixtures: float32 `[batch, window]`, at `rate` Hz.
-            conditions: float32 `[batch or 1, 2 · dim]` each.
-
-        Yields:
-            The masked mixtures, float32 `[batch, window]`.
-        """
+        """Mask `mixtures`, which are encoded once, under each of `conditions`."""
         features, spectrum = self.encode(mixtures), dsp.spectrum(mixtures)
         for wanted in conditions:
             yield dsp.masked(spectrum, self.mask(features, wanted), mixtures.shape[1])

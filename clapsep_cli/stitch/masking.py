@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clapsep_cli.audio.samples import PEAK, downmix
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
-from clapsep_cli.stitch.windows import MaskTrack, Stream, Windower
+from clapsep_cli.stitch.windows import OVERLAP_FRAMES, Stream, Windower
 
 TOP_BINS = 64  # of the mask, 14–16 kHz
 VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache
@@ -41,7 +41,7 @@ class MaskedRecording(Stream):
     def __init__(self, window: int, stems: int, rate: int, channels: int, device: torch.device) -> None:
         super().__init__(Windower(window, channels), device)
         self.stems, self.channels, self.rate = stems, channels, rate
-        self.track = MaskTrack()
+        self.track = MaskTrack(stems, N_FFT // 2 + 1, device)
         self.hop = max(1, round(rate * HOP / RATE_HZ))
         self.half = max(1, round(rate * N_FFT / RATE_HZ / 2))  # of the analysis window, in samples
         self.size = 2 * self.half
@@ -62,33 +62,30 @@ class MaskedRecording(Stream):
 
     def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
         self.arrived.append(torch.from_numpy(block).to(self.device))
-        return [self._scaled(downmix(window)) for window in self._cut(block, heard, last)]
-
-    def _scaled(self, window: NDArray[np.float32]) -> Tensor:
-        peak = float(np.abs(window).max())
-        return torch.from_numpy(window if peak <= 1 else window * np.float32(PEAK / peak)).to(self.device)
+        windows = [downmix(window) for window in self._cut(block, heard, last)]
+        for window in windows:
+            if (peak := float(np.abs(window).max())) > 1:
+                window *= np.float32(PEAK / peak)
+        return [torch.from_numpy(window).to(self.device) for window in windows]
 
     def accept(self, result: Tensor) -> None:
         """`result`: the masks of a window, float32 `[stems, frames, 513 bins]`."""
-        self._extend_mask(self.track.add(self.starts.pop(0) // HOP, result))
-
-    def _extend_mask(self, final: Tensor | None) -> None:
-        if final is not None:
-            self.mask = torch.cat([self.mask, final], 1)
+        self.mask = torch.cat([self.mask, self.track.add(self.starts.pop(0) // HOP, result)], 1)
 
     def pull(self) -> Tensor:
+        nothing = self.audio.new_zeros(self.stems, self.channels, 0)
         if self.complete:
             rest = self.track.finish()
-            self._extend_mask(rest)
-            return self._nothing() if rest is None else self._rest()
+            self.mask = torch.cat([self.mask, rest], 1)
+            return self._rest() if rest.shape[1] else nothing
         held = self.audio.shape[1] + sum(audio.shape[1] for audio in self.arrived)
         begin = self.half if self.frame == 0 else 0  # still to be reflected
         if held <= begin:
-            return self._nothing()
+            return nothing
         audible = (begin + held - self.size) // self.hop + 1
         masked = math.ceil((self.mask_frame + self.mask.shape[1] - 1) / self.frames_per_hop) - self.frame
         count = min(audible, masked)
-        return self._by_stem(self._compute(count)) if count > 0 else self._nothing()
+        return self._compute(count).view(self.stems, self.channels, -1) if count > 0 else nothing
 
     def _rest(self) -> Tensor:
         """Compute what is left of the recording, once all masks are there."""
@@ -102,13 +99,7 @@ class MaskedRecording(Stream):
         self.audio = _reflect(self.audio, 0, last * self.hop + self.half - padded)
         before = max(self.pulled, 0)
         rest = torch.cat([self._compute(last + 1 - self.frame), self.sums / self.envelope.clamp(min=1e-8)], 1)
-        return self._by_stem(rest[:, : self.samples - before])
-
-    def _nothing(self) -> Tensor:
-        return self.audio.new_zeros(self.stems, self.channels, 0)
-
-    def _by_stem(self, audio: Tensor) -> Tensor:
-        return audio.view(self.stems, self.channels, -1)
+        return rest[:, : self.samples - before].view(self.stems, self.channels, -1)
 
     def _compute(self, count: int) -> Tensor:
         """Compute the samples that the next `count` frames complete, `[stems · channels, samples]`."""
@@ -157,6 +148,39 @@ class MaskedRecording(Stream):
         self.mask, self.mask_frame = self.mask[:, past:], self.mask_frame + past
         native = _interpolate(mask, self.bins, 2)
         return torch.where(self.above, mask[..., -TOP_BINS:].mean(-1, keepdim=True), native)
+
+
+class MaskTrack:
+    """Cross-fades the masks of overlapping windows into one. Weights rise and fall linearly over the overlap.
+
+    Masks are `[stems, frames, bins]`. Only frames that a later window can still change are held.
+    """
+
+    def __init__(self, stems: int, bins: int, device: torch.device) -> None:
+        self.start = 0  # the first frame held
+        self.sum = torch.zeros(stems, 0, bins, device=device)  # weighted masks
+        self.weight = torch.zeros(0, device=device)
+
+    def add(self, start: int, mask: Tensor) -> Tensor:
+        """Add the mask of the window at frame `start`; return the frames before it, now final."""
+        final, frames = self._take(start - self.start), mask.shape[1]
+        ramp = torch.arange(1, frames + 1, device=mask.device)
+        weight = torch.minimum(ramp, ramp.flip(0)).clamp(max=OVERLAP_FRAMES).float() / OVERLAP_FRAMES
+        at = start - self.start
+        extra = at + frames - self.sum.shape[1]
+        self.sum, self.weight = F.pad(self.sum, (0, 0, 0, extra)), F.pad(self.weight, (0, extra))
+        self.sum[:, at:] += mask * weight[:, None]
+        self.weight[at:] += weight
+        return final
+
+    def finish(self) -> Tensor:
+        """Return the frames still held."""
+        return self._take(self.sum.shape[1])
+
+    def _take(self, count: int) -> Tensor:
+        final = self.sum[:, :count] / self.weight[:count, None]
+        self.sum, self.weight, self.start = self.sum[:, count:], self.weight[count:], self.start + count
+        return final
 
 
 def _smooth(size: int) -> int:

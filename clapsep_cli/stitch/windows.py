@@ -1,4 +1,4 @@
-"""Cuts a stream into windows, cross-fades the masks of windows, and defines what joins results to a recording."""
+"""Cuts a stream into windows, and defines what joins the results of windows to a recording."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OVERLAP_FRAMES = 100  # 1 s over which neighbouring windows cross-fade
 
 
 class Stream(ABC):
-    """One recording on its way through a separator, of which it holds no more than is unfinished.
+    """Joins the separator's results for the windows of one recording; holds only the unfinished part.
 
     The pipeline pushes the recording's blocks twice, as they are and at the separator's rate; has the windows that come
     of it separated; hands the results back in their order; and pulls the stems as far as they are final.
@@ -103,43 +103,3 @@ class Windower:
     def _cut(self, start: int) -> tuple[int, NDArray[np.float32]]:
         piece = self.buffer[:, start - self.at :][:, : self.window]
         return start, np.pad(piece, ((0, 0), (0, self.window - piece.shape[1])))
-
-
-class MaskTrack:
-    """Cross-fades the masks of overlapping windows into one. Weights rise and fall linearly over the overlap.
-
-    Masks are `[stems, frames, bins]`. Only frames that a later window can still change are held.
-    """
-
-    def __init__(self) -> None:
-        self.start = 0  # the first frame held
-        self.sum: Tensor | None = None  # weighted masks
-        self.weight = torch.zeros(0)
-
-    def add(self, start: int, mask: Tensor) -> Tensor | None:
-        """Add the mask of the window at frame `start`; return the frames before it, now final (None for no frames)."""
-        final = self._take(start - self.start)
-        stems, frames, bins = mask.shape
-        ramp = torch.arange(1, frames + 1, device=mask.device)
-        weight = torch.minimum(ramp, ramp.flip(0)).clamp(max=OVERLAP_FRAMES).float() / OVERLAP_FRAMES
-        if self.sum is None:
-            self.sum, self.weight = mask * weight[:, None], weight
-            return final
-        extra = start + frames - (self.start + self.sum.shape[1])
-        self.sum = torch.cat([self.sum, mask.new_zeros(stems, extra, bins)], 1)
-        self.weight = torch.cat([self.weight, weight.new_zeros(extra)])
-        at = start - self.start
-        self.sum[:, at : at + frames] += mask * weight[:, None]
-        self.weight[at : at + frames] += weight
-        return final
-
-    def finish(self) -> Tensor | None:
-        """Return the frames still held; None where there are none."""
-        return None if self.sum is None else self._take(self.sum.shape[1])
-
-    def _take(self, count: int) -> Tensor | None:
-        if self.sum is None or count <= 0:
-            return None
-        final = self.sum[:, :count] / self.weight[:count, None]
-        self.sum, self.weight, self.start = self.sum[:, count:], self.weight[count:], self.start + count
-        return final

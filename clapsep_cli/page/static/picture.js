@@ -5,7 +5,7 @@ import { tick } from './times.js';
 const BANDS = 128;
 const LOWEST_HZ = 30;
 const RANGE = 166; // of the 255 steps of a level, 65 dB, that are told apart
-const PEAKS_PER_SECOND = 200;
+const PIECES = 4; // of the waveform in a column of the spectrogram
 const WAVE = 0.24; // of the height, for the waveform
 const RULER = 18; // pixels, for the times
 const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400];
@@ -47,7 +47,12 @@ export class Picture {
     const seconds = sound.frames / sound.rate;
     kept.peaks ??= getPeaks(sound.id);
     kept.whole ??= getPicture(sound.id, 0, seconds, 2000).then((levels) => ({ from: 0, to: seconds, levels }));
-    [kept.pairs, kept.all] = await Promise.all([kept.peaks, kept.whole]);
+    try {
+      [kept.pairs, kept.all] = await Promise.all([kept.peaks, kept.whole]);
+    } catch (error) {
+      if (this.kept.get(sound.id) === kept) throw error;
+      return; // another recording was opened meanwhile
+    }
     this.draw();
     this.look();
   }
@@ -74,9 +79,9 @@ export class Picture {
     this.aborter?.abort();
     this.aborter = new AbortController();
     const margin = (to - from) / 4;
-    // What the server keeps are columns of whole fiftieths of a second.
-    const first = Math.max(0, Math.floor((from - margin) * 50) / 50);
-    const last = Math.min(Math.ceil((sound.frames / sound.rate) * 50), Math.ceil((to + margin) * 50)) / 50;
+    const column = (PIECES * sound.piece) / sound.rate; // seconds: the server keeps whole columns
+    const first = Math.max(0, Math.floor((from - margin) / column) * column);
+    const last = Math.ceil(Math.min(sound.frames / sound.rate, to + margin) / column) * column;
     try {
       const levels = await getPicture(sound.id, first, last, 2400, this.aborter.signal);
       kept.near = { from: first, to: last, levels };
@@ -139,9 +144,10 @@ export class Picture {
     const middle = (top + bottom) / 2;
     const half = (bottom - top) / 2 - 3;
     context.fillStyle = theme.wave;
-    const perPixel = ((this.to - this.from) * PEAKS_PER_SECOND) / width;
+    const perSecond = this.sound.rate / this.sound.piece;
+    const perPixel = ((this.to - this.from) * perSecond) / width;
     for (let x = 0; x < width; x++) {
-      const first = Math.floor(this.from * PEAKS_PER_SECOND + x * perPixel);
+      const first = Math.floor(this.from * perSecond + x * perPixel);
       const last = Math.min(pairs.length / 2, Math.max(first + 1, Math.floor(first + perPixel)));
       let [low, high] = [0, 0];
       for (let i = Math.max(0, first); i < last; i++) {

@@ -1,4 +1,4 @@
-"""What a training run writes of itself beside its weights: what it was made from, and how it went."""
+"""Records a training run beside its weights: settings, data, hardware, and figures of its progress."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ RECORD, LOG = "run.json", "log.csv"
 
 def check(folder: Path, recipe: Any, corpus: Corpus) -> None:
     """Raise `CheckpointError` where the run in `folder`, if there is one, was begun with other settings or clips."""
-    path = folder / RECORD
-    if not path.exists():
-        return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _read(folder)
+        if before is None:
+            return
         settings, digest = before["settings"], before["data"]["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as the record of a run; use another --out") from error
+        raise CheckpointError(f"{folder / RECORD}: cannot be read as the record of a run; use another --out") from error
     now = settings_of(recipe)
     names = sorted((settings.keys() | now.keys()) - recipe.free)
     differing = [f"{n} was {settings.get(n)!r}, now {now.get(n)!r}" for n in names if settings.get(n) != now.get(n)]
@@ -49,16 +48,12 @@ def check(folder: Path, recipe: Any, corpus: Corpus) -> None:
 
 def precision(folder: Path) -> str:
     """Return the precision of the run in `folder` so far, or "" if there is none."""
-    path = folder / RECORD
-    calls = json.loads(path.read_text(encoding="utf-8"))["calls"] if path.exists() else []
+    calls = _calls(folder)
     return str(calls[-1].get("precision", "")) if calls else ""
 
 
 def write(folder: Path, recipe: Any, corpus: Corpus, hardware: Mapping[str, object]) -> None:
-    """Write `run.json`: all settings, the data's digest, and for each call what it ran on, from which revision of the
-    code, with which packages."""
-    path = folder / RECORD
-    calls = json.loads(path.read_text(encoding="utf-8"))["calls"] if path.exists() else []
+    """Write `run.json`: settings, the data's digest, and each call's hardware, packages and revision of the code."""
     call = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "clapsep": __version__,
@@ -77,9 +72,18 @@ def write(folder: Path, recipe: Any, corpus: Corpus, hardware: Mapping[str, obje
             "held_out": len(corpus.held_out),
             "hours": round(corpus.hours, 3),
         },
-        "calls": [*calls, call],
+        "calls": [*_calls(folder), call],
     }
-    replace_text(path, json.dumps(record, indent=2) + "\n")
+    replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _read(folder: Path) -> Any:
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _calls(folder: Path) -> list[dict[str, object]]:
+    return list((_read(folder) or {"calls": []})["calls"])
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -89,7 +93,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def settings_of(recipe: Any) -> dict[str, Any]:
-    """All settings of a recipe by dotted name, as JSON holds them."""
+    """Return all settings of a recipe by dotted name, as JSON holds them."""
     return dict(json.loads(json.dumps(dict(flatten(recipe)))))
 
 
@@ -101,7 +105,7 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-    """The commit of the checkout that the code runs from, with "+" where files differ from it; None elsewhere."""
+    """Return the commit of the checkout that the code runs from, "+" if files were changed; None without a checkout."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
@@ -116,9 +120,9 @@ def _revision() -> str | None:
 
 
 class Log:
-    """Figures of a run as rows `stage,step,figure,value` of `log.csv`, and as TensorBoard's events where `events`.
+    """Logs figures of a run as rows `stage,step,figure,value` of `log.csv`, and as TensorBoard's events.
 
-    Begun at a `step` that lies behind what was logged, it forgets what will be done again.
+    Rows of the stage after the initial `step` are removed: these steps will be repeated.
     """
 
     def __init__(self, folder: Path, stage: str, step: int) -> None:
@@ -128,7 +132,7 @@ class Log:
         rows = []
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [r for r in csv.reader(file) if len(r) == 4 and not _ahead(r, stage, step)]
+                rows = [r for r in csv.reader(file) if len(r) == 4 and not (r[0] == stage and int(r[1]) > step)]
         header = [["stage", "step", "figure", "value"]] if not rows else []
         lines = [",".join(row) for row in (*header, *rows)]
         replace_text(self.path, "\n".join(lines) + "\n")
@@ -137,7 +141,7 @@ class Log:
         )
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write down figures of a step, by name."""
+        """Log figures of a step, by name."""
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(
                 (self.stage, step, name, repr(value)) for name, value in figures.items()
@@ -145,9 +149,5 @@ class Log:
         self.events.log_metrics(dict(figures), step)
 
     def close(self) -> None:
-        """Have what is left written."""
+        """Write what is still buffered."""
         self.events.finalize("success")
-
-
-def _ahead(row: list[str], stage: str, step: int) -> bool:
-    return row[0] == stage and int(row[1]) > step

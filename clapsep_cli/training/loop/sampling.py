@@ -1,33 +1,173 @@
-"""What is drawn for each step of training. It depends on the seed, the step and the row alone, so that a resumed run,
-and one on another number of machines, draws the same."""
+"""Draws what each step of training takes: clips, from memory or from disk, and pairs of them.
+
+What is drawn depends on the seed, the step and the row alone, so that a resumed run, and one on another number of
+machines, draws the same.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Annotated, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import soundfile
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from clapsep_cli.audio.samples import Audio
+from clapsep_cli.audio.samples import Audio, to_rate
+from clapsep_cli.data import Corpus, read_clip
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
-from clapsep_cli.training.loop.pool import Pool
+from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
 from clapsep_cli.training.loop.settings import Share, settings
 
+Store = Literal["auto", "memory", "disk"]
+MEMORY_LIMIT_BYTES = 4 * 2**30  # "auto" keeps a corpus of up to this size in memory, as int16: 18 hours
+MAX_SECONDS = 30.0  # of a clip that is kept in memory
+MARGIN = 64  # samples beyond a stretch that are read, for the resampler to start and end in the signal
 TRIES = 50  # at drawing a label, before all of them are looked through
 
 Made = TypeVar("Made")
 
 
+class Pool(ABC):
+    """Reads the clips of a corpus as mono, and groups them by label. Safe to use from several threads.
+
+    Args:
+        corpus: the clips.
+        rate: sample rate in Hz to read them at; None for each clip's own.
+    """
+
+    def __init__(self, corpus: Corpus, rate: int | None = RATE_HZ) -> None:
+        self.clips = corpus.clips
+        self.rates = corpus.rates if rate is None else (rate,) * len(corpus.clips)
+        self.by_label: dict[str, list[int]] = defaultdict(list)
+        for index, clip in enumerate(corpus.clips):
+            self.by_label[clip.label].append(index)
+
+    @abstractmethod
+    def samples(self, index: int) -> int:
+        """Return the length of a clip, in samples at its rate."""
+
+    @abstractmethod
+    def read(self, index: int, start: int, stop: int) -> Audio:
+        """Read samples `start` to `stop`, or to the clip's end, float32 `[samples]`. Raises `ManifestError`."""
+
+
+class MemoryPool(Pool):
+    """Holds clips in memory as int16, the first `seconds` of each; with a file `cache`, decoded only once."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        workers: int = 2,
+        rate: int | None = RATE_HZ,
+        seconds: float = MAX_SECONDS,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__(corpus, rate)
+        of = {"clips": corpus.digest, "rate": str(rate), "seconds": str(seconds)}
+        kept = read_kept(cache, of) if cache else None
+        if kept is not None:
+            self.pcm = kept
+            return
+
+        def decode(index: int) -> NDArray[np.int16]:
+            whole = read_clip(corpus.clips[index].path, self.rates[index])
+            audio = whole[: int(min(seconds * self.rates[index], len(whole)))]
+            return np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
+
+        with ThreadPoolExecutor(workers) as pool:
+            self.pcm = list(pool.map(decode, range(len(corpus.clips))))
+        if cache:
+            keep(self.pcm, cache, of)
+
+    def samples(self, index: int) -> int:
+        return len(self.pcm[index])
+
+    def read(self, index: int, start: int, stop: int) -> Audio:
+        return np.asarray(self.pcm[index][start:stop].astype(np.float32) / 32768, np.float32)
+
+
+def keep(clips: Sequence[NDArray[np.int16]], path: Path, of: Mapping[str, str]) -> None:
+    """Write decoded clips to a file that `read_kept` maps. `of` states their source and the settings of decoding."""
+    ends = np.cumsum([len(clip) for clip in clips])
+    tensors = {"pcm": torch.from_numpy(np.concatenate(clips)), "ends": torch.from_numpy(ends)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_whole(tensors, path, of)
+
+
+def read_kept(path: Path, of: Mapping[str, str]) -> list[NDArray[np.int16]] | None:
+    """Map the clips that `keep` wrote from the file; None for no file, or one with another `of`."""
+    if not path.exists() or read_notes(path) != dict(of):
+        return None
+    tensors = read_tensors(path)
+    pcm, ends = tensors["pcm"].numpy(), tensors["ends"].tolist()
+    return [pcm[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+class DiskPool(Pool):
+    """Decodes stretches of clips from disk each time they are read, so clips may be of any length and number."""
+
+    def __init__(self, corpus: Corpus, rate: int | None = RATE_HZ) -> None:
+        super().__init__(corpus, rate)
+        self.seconds = corpus.seconds
+
+    def samples(self, index: int) -> int:
+        return max(1, int(round(self.seconds[index] * self.rates[index], 3)))
+
+    def read(self, index: int, start: int, stop: int) -> Audio:
+        path, wanted = self.clips[index].path, min(stop, self.samples(index)) - start
+        rate_out = self.rates[index]
+        try:
+            with soundfile.SoundFile(path) as file:
+                rate = file.samplerate
+                # From where a sample at either rate falls on one at the other, so that nothing is shifted.
+                common = math.gcd(rate, rate_out)
+                units = max(0, start - MARGIN) // (rate_out // common)
+                first, skip = units * (rate // common), start - units * (rate_out // common)
+                file.seek(first)
+                count = -(-(start + wanted) * rate // rate_out) - first + MARGIN
+                audio = file.read(count, dtype="float32", always_2d=True).mean(1)
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise ManifestError(f"{path}: cannot be decoded ({error})") from error
+        stretch = to_rate(audio, rate, rate_out)[skip : skip + wanted]
+        return np.pad(stretch, (0, wanted - len(stretch)))
+
+
+def open_pool(
+    corpus: Corpus,
+    store: Store = "auto",
+    rate: int | None = RATE_HZ,
+    seconds: float = MAX_SECONDS,
+    cache: Path | None = None,
+) -> Pool:
+    """Open the clips of a corpus.
+
+    Args:
+        corpus: the clips.
+        store: "memory", "disk", or "auto": memory if they fit into 4 GiB.
+        rate: sample rate in Hz to read them at; None for each clip's own.
+        seconds: length of a clip in memory; the rest is cut.
+        cache: a file to keep decoded clips in, so that the next run need not decode them.
+    """
+    disk = DiskPool(corpus, rate)
+    held = sum(min(length, seconds) * rate for length, rate in zip(corpus.seconds, disk.rates, strict=True)) * 2
+    fits = held <= MEMORY_LIMIT_BYTES
+    return MemoryPool(corpus, 2, rate, seconds, cache) if store == "memory" or (store == "auto" and fits) else disk
+
+
 @settings
 class Draw:
-    """How training examples are drawn. Lengths in seconds, gains in dB."""
+    """Settings for drawing training examples. Lengths in seconds, gains in dB."""
 
     seconds: Annotated[float, Field(ge=0.05, le=60)] = 5.0
     label_power: NonNegativeFloat = 0.7  # a label of n clips is drawn as often as min(n, cap) ** power
@@ -41,8 +181,10 @@ class Draw:
 
 
 class Pairs(NamedTuple):
-    """Targets and interferers, float32 `[rows, samples]`, to be mixed at `snr_db` (`[rows]`), and their clips' indices,
-    int64 `[rows, 2]`."""
+    """Holds targets and interferers, float32 `[rows, samples]`, to be mixed at `snr_db` (`[rows]`).
+
+    `clips` are their indices in the pool, int64 `[rows, 2]`.
+    """
 
     targets: Tensor
     interferers: Tensor
@@ -53,7 +195,12 @@ class Pairs(NamedTuple):
 class Sampler:
     """Draws pairs of clips of different sounds, cut or laid out to one length.
 
-    `near`: for a label, others from the most to the least alike; needed where `draw.hard` is not 0.
+    Args:
+        pool: the clips.
+        draw: how they are drawn.
+        seed: of all that is drawn.
+        among: indices of the clips to draw from; None for all.
+        near: for each label, others from the most to the least alike; needed where `draw.hard` is not 0.
     """
 
     def __init__(
@@ -75,8 +222,10 @@ class Sampler:
         self.sounds = {label: set(pool.clips[members[0]].captions) for label, members in self.groups.items()}
 
     def clip(self, rng: np.random.Generator, avoid: Sequence[str] = ()) -> int | None:
-        """The index of a clip whose label sounds like none of `avoid` (labels that share a caption are one sound), or
-        None where there is no other."""
+        """Draw the index of a clip of another sound than the labels `avoid`; None where there is none.
+
+        Labels that share a caption are one sound.
+        """
         for _ in range(TRIES):
             label = self.labels[rng.choice(len(self.labels), p=self.weight)]
             if self.differs(label, avoid):
@@ -85,11 +234,11 @@ class Sampler:
         return int(rng.choice(self.groups[rest[rng.integers(len(rest))]])) if rest else None
 
     def differs(self, label: str, others: Sequence[str]) -> bool:
-        """Whether no caption of `label` could mean one of `others`, too."""
+        """Return whether `label` shares no caption with any of `others`."""
         return all(label != other and not self.sounds[label] & self.sounds[other] for other in others)
 
     def interferer(self, rng: np.random.Generator, label: str) -> int:
-        """The index of a clip to go with one of `label`: of any other sound, or of one that is easily taken for it."""
+        """Draw the index of a clip to mix with one of `label`: of another sound, perhaps a similar one."""
         if self.draw.hard and rng.random() < self.draw.hard:
             alike = (other for other in self.near.get(label, ()) if other in self.groups)
             near = list(islice((other for other in alike if self.differs(other, [label])), self.draw.hard_labels))
@@ -101,14 +250,15 @@ class Sampler:
         return other
 
     def place(self, index: int, rng: np.random.Generator) -> Audio:
-        """A clip as it might occur in a recording: a stretch of a long one, a short one once or several times."""
+        """Lay out a clip as in a recording: a stretch of a long one, a short one once or several times."""
         available, n, speed = self.pool.samples(index), self.length, 1.0
         if rng.random() < self.draw.speed_share:
             speed += rng.uniform(-self.draw.speed, self.draw.speed)
         stretch = math.ceil(n * speed) + 1  # samples of the clip that fill the window
         if available > stretch:
             starts = rng.integers(0, available - stretch + 1, 2).tolist()
-            audio = max((self.pool.read(index, s, s + stretch) for s in starts), key=_energy)
+            stretches = (self.pool.read(index, s, s + stretch) for s in starts)
+            audio = max(stretches, key=lambda audio: float(np.square(audio[::8]).sum()))
         else:
             audio = self.pool.read(index, 0, available)
         if speed != 1:
@@ -127,7 +277,7 @@ class Sampler:
         return out
 
     def pairs(self, step: int, rows: range) -> Pairs:
-        """The given rows of a step's batch."""
+        """Draw the given rows of a step's batch."""
         audio = np.empty((2, len(rows), self.length), np.float32)
         drawn = []
         for at, row in enumerate(rows):
@@ -143,14 +293,10 @@ class Sampler:
         return Pairs(targets, interferers, torch.tensor(snr_db), torch.tensor(clips).T)
 
 
-def _energy(audio: Audio) -> float:
-    return float(np.square(audio[::8]).sum())
-
-
 def ahead(make: Callable[[int], Made], steps: range, workers: int = 1) -> Iterator[Made]:
     """Yield `make(step)` for each step in order, while `workers` threads make the next ones.
 
-    At most `workers` + 1 are kept. Decoding and resampling leave the interpreter free, so threads do for workers.
+    At most `workers` + 1 results wait. Decoding and resampling release the interpreter's lock, so threads are enough.
     """
     with ThreadPoolExecutor(workers) as pool:
         coming: list[Future[Made]] = []

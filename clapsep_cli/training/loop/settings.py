@@ -1,4 +1,4 @@
-"""Types and bounds of training settings, checked by pydantic; settings read from TOML, YAML and KEY=VALUE."""
+"""Checks types and bounds of training settings by pydantic; reads settings from TOML, YAML and KEY=VALUE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task in training: its steps, and its state on disk, which is whole at any moment."""
+"""Runs the steps of a task, and saves its state to disk, where it is complete at any moment."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, RecipeError
-from clapsep_cli.store.checkpoint import read_tensors
-from clapsep_cli.store.whole import read_notes, save_whole
-from clapsep_cli.training.loop.muon import Muon
+from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.training.loop.optimisation import Muon
 from clapsep_cli.training.loop.task import Task, Weights
 
 if TYPE_CHECKING:
@@ -37,14 +36,14 @@ class Means:
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
-        """The means since the last time, by name."""
+        """Return the means since the last call, by name."""
         means = {name: value / self.steps for name, value in self.sums.items()}
         self.sums, self.steps = {}, 0
         return means
 
 
 class _Through(nn.Module):
-    """Lets a loss be computed inside Fabric's wrapper, which sees to the precision and to gradients across devices."""
+    """Computes a loss inside Fabric's wrapper, which sets the precision and averages gradients over devices."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class _Through(nn.Module):
 
 
 def mean_of(several: Sequence[Weights]) -> Weights:
-    """The mean of several networks' weights; what is not a number with a fraction is taken from the first."""
+    """Average the weights of several networks; integer tensors are taken from the first."""
     return {
         name: torch.stack([weights[name] for weights in several]).mean(0) if first.is_floating_point() else first
         for name, first in several[0].items()
@@ -88,16 +87,17 @@ class Training:
             made.append(Muon([trained[name] for name in hidden], rate, plan.weight_decay))
         if others:
             rest = [trained[name] for name in others]
-            made.append(torch.optim.AdamW(rest, rate, eps=plan.epsilon, weight_decay=plan.weight_decay, fused=True))
+            adamw = partial(torch.optim.AdamW, eps=plan.epsilon, weight_decay=plan.weight_decay, amsgrad=plan.amsgrad)
+            made.append(adamw(rest, rate, fused=True))
         self.names = [names for names in (hidden, others) if names]  # by optimiser
         return made
 
     def weights(self) -> Weights:
-        """All of the network's, averaged where the plan says so."""
+        """Return all weights of the network, averaged over steps where the plan says so."""
         return self.average or self.task.net.state_dict()
 
     def advance(self, parts: Sequence[tuple[range, Any]], rate: float) -> None:
-        """One step of the optimiser on this device's rows of the batch."""
+        """Run one step of the optimiser on this device's rows of the batch, at the learning rate `rate`."""
         for optimiser in self.optimisers:
             optimiser.zero_grad()
             for group in optimiser.param_groups:
@@ -117,7 +117,12 @@ class Training:
             self.fabric.clip_gradients(self.module, optimiser, max_norm=self.task.plan.clip, error_if_nonfinite=False)
             optimiser.step()
         self.step += 1
-        self._update_average()
+        keep = min(self.task.plan.ema, (1 + self.step) / (10 + self.step))
+        for name, value in self.task.net.state_dict().items() if self.average else ():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - keep)
+            else:
+                self.average[name].copy_(value)
 
     def collect(self) -> None:
         """Add the figures of the steps since the last time, means over devices, to `means`. Waits for the device.
@@ -137,18 +142,10 @@ class Training:
             kept.add(figures)
         self._figures = {}
 
-    def _update_average(self) -> None:
-        keep = min(self.task.plan.ema, (1 + self.step) / (10 + self.step))
-        for name, value in self.task.net.state_dict().items() if self.average else ():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - keep)
-            else:
-                self.average[name].copy_(value)
-
     def best(self) -> Weights | None:
-        """The mean of the weights that fared best in validation, if those of now are among them.
+        """Return the mean of the best weights in validation if the present ones are among them, else None.
 
-        The plan says how many they are; if more than one, they are kept beside the state.
+        The plan sets how many are averaged; if more than one, they are kept beside the state.
         """
         count, latest = self.task.plan.keep_best, len(self.history) - 1
         order = sorted(range(len(self.history)), key=lambda at: (-self.history[at], at))[:count]
@@ -161,7 +158,7 @@ class Training:
         return mean_of([read_tensors(path) for path in kept.values() if path.exists()])
 
     def save(self) -> None:
-        """Write all that it takes to go on: weights, moments, means, and where it stands."""
+        """Write everything needed to continue: weights, moments, means and the step."""
         tensors = {f"net.{k}": v for k, v in self.task.net.state_dict().items() if k in self.kept}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for optimiser, names in zip(self.optimisers, self.names, strict=True):
@@ -173,11 +170,10 @@ class Training:
         save_whole(tensors, self.path, notes)
 
     def resume(self) -> None:
-        """Go on from the state on disk, if there is one. Raises `CheckpointError` where it is not of this task."""
+        """Continue from the state on disk, if there is one. Raises `CheckpointError` for the state of another task."""
         if not self.path.exists():
             return
-        tensors = read_tensors(self.path)
-        notes = read_notes(self.path)
+        tensors, notes = read_tensors(self.path), read_notes(self.path)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

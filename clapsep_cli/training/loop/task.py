@@ -1,4 +1,4 @@
-"""What the training loop knows of the things it trains."""
+"""Defines what the training loop trains: a task with its network, and a plan."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clapsep_cli.training.loop.schedules import Schedule
+from clapsep_cli.training.loop.optimisation import Schedule
 
 Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how a task is trained. `batch` examples make a step, in `accumulate` parts on each device."""
+    """Length and optimisation of a task. A step takes `batch` examples, in `accumulate` parts on each device."""
 
     steps: int
     batch: int
@@ -24,6 +24,7 @@ class Plan:
     accumulate: int = 1
     weight_decay: float = 0.01
     epsilon: float = 1e-8  # of AdamW
+    amsgrad: bool = False  # of AdamW
     clip: float = 5.0  # norm of the gradient
     ema: float = 0.0  # of the averaged weights; 0 for none
     report_every: int = 50
@@ -32,17 +33,16 @@ class Plan:
     keep_best: int = 0  # of how many of the best in validation the mean is written, rather than the last
     workers: int = 1
 
-    @property
-    def every(self) -> tuple[int, int, int]:
-        """After how many steps to report, to validate and to save."""
-        return self.report_every, self.validate_every, self.save_every
-
 
 class Task(ABC):
-    """A network in training: what a step draws, and what is minimised.
+    """Trains a network: draws the examples of a step and computes the loss.
 
-    `net`: those of its parameters that require gradients are trained. `state`: the file that resumes the task.
-    `measure`: what `validate` gives, and its unit.
+    Attributes:
+        name: in messages and logs.
+        state: name of the file that resumes the task.
+        measure: the figure that `validate` returns, and its unit.
+        plan: length and optimisation.
+        net: the network; its parameters that require gradients are trained.
     """
 
     name: str
@@ -53,28 +53,31 @@ class Task(ABC):
 
     @abstractmethod
     def draw(self, step: int, rows: range) -> tuple[Tensor, ...]:
-        """The given rows of a step's batch, on the CPU. Called from several threads; may depend on nothing else."""
+        """Draw the given rows of a step's batch, on the CPU.
+
+        It is called from several threads, so the result may depend on nothing else.
+        """
 
     @abstractmethod
     def prepare(self, drawn: Any, step: int, rows: range) -> Any:
-        """What the loss needs of it, made on the device, in float32 and without gradients."""
+        """Make the inputs of `loss` from what was drawn, on the device, in float32 and without gradients."""
 
     @abstractmethod
     def loss(self, prepared: Any) -> dict[str, Tensor]:
-        """What is minimised, under "loss", and other figures, each a mean over the rows; in the run's precision."""
+        """Compute the "loss" and other figures, each a mean over the rows, in the run's precision."""
 
     def hidden(self, name: str) -> bool:
-        """Whether the parameter of this `name` is trained by Muon rather than AdamW."""
+        """Return whether the parameter `name` is trained by Muon rather than AdamW."""
         return False
 
     def ready(self) -> None:
-        """Bring the network into the mode that it is trained in."""
+        """Set the network to training mode."""
         self.net.train()
 
     def validate(self, weights: Weights) -> Mapping[str, float]:
-        """Figures of the network with `weights`, the higher the better; the one that counts comes first."""
+        """Return figures of the network with `weights`, the higher the better; the first one decides what is best."""
         return {}
 
     @abstractmethod
     def write(self, weights: Weights) -> None:
-        """Write what was trained as part of a model."""
+        """Write `weights` as part of a model."""

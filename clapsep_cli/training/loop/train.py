@@ -1,6 +1,6 @@
-"""Training, whatever is trained: one loop on Lightning Fabric, which brings the devices, machines and precisions.
+"""Runs the training loop on Lightning Fabric, which provides devices, machines and precisions.
 
-A `Recipe` says what to do with a corpus; it has the loop fit one `Task` after another.
+A `Recipe` holds the settings and fits one `Task` after another.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from clapsep_cli.errors import DeviceError, ExtraError, RecipeError, StoppedErro
 from clapsep_cli.store.checkpoint import choose_precision
 from clapsep_cli.store.whole import read_notes
 from clapsep_cli.training.loop import record
-from clapsep_cli.training.loop.pool import Store
-from clapsep_cli.training.loop.sampling import ahead
+from clapsep_cli.training.loop.sampling import Store, ahead
 from clapsep_cli.training.loop.settings import Seed, Workers, settings
 from clapsep_cli.training.loop.state import Training
 from clapsep_cli.training.loop.task import Plan, Task, Weights
@@ -38,19 +37,24 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true", "bf16-mixed": "bf16-mixed"}
-SILENT_SECONDS = 10.0  # after which a run says how far it is, also between two reports
+SILENT_SECONDS = 10.0  # after which a run reports its step, also between two regular reports
 AGREED_EVERY = 10  # steps after which several processes ask each other whether to stop
 ESTIMATE = "estimate"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run says of itself while it goes on.
+    """Progress of a run.
 
-    `figures` are means since the last report, such as the loss in dB; in the stage "validation", means of `measure` by
-    kind of query or by set; in the stage "estimate", the seconds that each stage will take. A report without figures
-    only says that the run goes on. `seconds_left` counts to the end of the stage; in an estimate, to that of all
-    stages. `text`: more to be said.
+    Attributes:
+        stage: name of the task, "validation", or "estimate".
+        step: the step at hand, of `steps`.
+        steps: number of steps of the stage.
+        figures: means since the last report, such as the loss in dB; in a validation, means of `measure` by kind of
+            query or by set; in an estimate, the seconds that each stage will take. Empty for a sign of life.
+        seconds_left: to the end of the stage; in an estimate, of all stages.
+        measure: name and unit of a validation's figures.
+        text: a remark.
     """
 
     stage: str
@@ -67,7 +71,7 @@ Listener = Callable[[Report], None]
 
 @dataclass(frozen=True)
 class Hardware:
-    """On what to train, as Lightning Fabric names it. `batch` is always that of all devices together."""
+    """Devices to train on, as Lightning Fabric names them. A recipe's `batch` is that of all devices together."""
 
     accelerator: str = "auto"
     devices: str = "1"
@@ -77,8 +81,12 @@ class Hardware:
 
 @settings
 class Recipe(ABC):
-    """What every recipe can be set to. `free`: names of settings that a resumed run may change. `use`: the command
-    that uses the model in a `{folder}`."""
+    """Settings that all recipes share.
+
+    Attributes:
+        free: names of settings that a resumed run may change.
+        use: the command that uses the model in a `{folder}`.
+    """
 
     free: ClassVar[frozenset[str]] = frozenset({"precision", "report_every", "save_every", "workers"})
     use: ClassVar[str] = 'clapsep extract --model {folder} MIX --pos "…"'
@@ -93,21 +101,21 @@ class Recipe(ABC):
 
     @property
     def needs(self) -> str:
-        """The model that it starts from, by name or folder; none if empty."""
+        """Name or folder of the model to start from; empty for none."""
         return ""
 
     @property
     def labelling(self) -> Labelling:
-        """How a manifest is to say what its clips are of."""
+        """Rules for the labels of a manifest."""
         return LABELS
 
     def suited(self, corpus: Corpus) -> Recipe:
-        """Return the recipe with all that depends on the size of `corpus` and was not set."""
+        """Return the recipe with defaults that depend on the size of `corpus` filled in."""
         return self
 
     @abstractmethod
     def check(self, corpus: Corpus) -> None:
-        """Raise `ClapsepError` for what is missing to train on `corpus` by this recipe, before anything is written."""
+        """Raise `ClapsepError` if `corpus` cannot be trained on by this recipe, before anything is written."""
 
     @abstractmethod
     def train(self, run: Run) -> None:
@@ -116,8 +124,15 @@ class Recipe(ABC):
 
 @dataclass
 class Run:
-    """A corpus, a folder, and the devices to train on. `leads`: in the one process that writes and reports. Once `stop`
-    is set, the state is saved after the step at hand, and `StoppedError` raised."""
+    """Runs tasks on a corpus and saves to a folder.
+
+    Attributes:
+        fabric: the devices.
+        folder: where the model and the state go.
+        corpus: the clips.
+        listen: called with each report.
+        stop: once set, the state is saved after the step at hand, and `StoppedError` raised.
+    """
 
     fabric: Fabric
     folder: Path
@@ -127,21 +142,21 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """On which this process computes."""
+        """The device of this process."""
         return self.fabric.device
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes."""
+        """True in the one process that writes and reports."""
         return bool(self.fabric.is_global_zero)
 
     def tell(self, report: Report) -> None:
-        """Let whoever listens know, from the one process that reports."""
+        """Pass a report to `listen`, in the process that leads."""
         if self.leads:
             self.listen(report)
 
     def fit(self, task: Task) -> Weights:
-        """Train until the plan's steps, from wherever the state in the folder stands; the weights at the end.
+        """Train from the saved state, if any, to the plan's last step; return the final weights.
 
         Raises `StoppedError` where it was stopped before; the state is saved then.
         """
@@ -154,7 +169,9 @@ class Run:
             for drawn in self._drawn(task, training.step):
                 rate = plan.schedule.rate(training.step, training.history)
                 training.advance(drawn, rate)
-                report, validate, save = map(partial(_due, training.step, plan.steps), plan.every)
+                every = (plan.report_every, plan.validate_every, plan.save_every)
+                last = training.step == plan.steps
+                report, validate, save = (last or training.step % steps == 0 for steps in every)
                 report, stop = report or training.step == 1, self._stopped(training.step)
                 if report or validate or save or stop:
                     training.collect()
@@ -187,7 +204,10 @@ class Run:
         return training.weights()
 
     def rehearse(self, task: Task) -> float:
-        """Seconds that `task` will take from where its state stands, by the second of two steps. It is spent then."""
+        """Estimate the seconds that `task` will take from its saved state, by the second of two steps.
+
+        The task cannot be trained afterwards.
+        """
         training = Training(task, self.fabric, self.folder / task.state)
         done = int(read_notes(training.path)["step"]) if training.path.exists() else 0
         task.ready()
@@ -201,12 +221,12 @@ class Run:
         return (time.monotonic() - began) * max(0, task.plan.steps - done)
 
     def check_stop(self) -> None:
-        """Raise `StoppedError` where the run is to stop and has nothing to save, unless other processes wait for it."""
+        """Raise `StoppedError` if `stop` is set while there is nothing to save, in a run of one process."""
         if self.stop.is_set() and self.fabric.world_size == 1:
             raise StoppedError(f"stopped; the same command goes on from what is in {self.folder}")
 
     def _stopped(self, step: int) -> bool:
-        """Whether to stop after `step`, in all processes alike."""
+        """Return whether to stop after `step`; the same in all processes."""
         if self.fabric.world_size == 1:
             return self.stop.is_set()
         if step % AGREED_EVERY:
@@ -215,11 +235,12 @@ class Run:
         return bool(cast(Tensor, self.fabric.all_reduce(asked, reduce_op="sum")) > 0)
 
     def _drawn(self, task: Task, first: int) -> Iterator[list[tuple[range, Any]]]:
-        """What is drawn for this process's rows of each step, in parts, from step `first` on."""
-        parts = self._rows(task.plan)
+        """Draw this process's rows of each step, in parts, from step `first` on."""
+        parts, pin = self._rows(task.plan), self.device.type == "cuda"  # a GPU fetches pinned memory while it computes
 
         def draw(step: int) -> list[tuple[range, Any]]:
-            return [(rows, self._pinned(task.draw(step, rows))) for rows in parts]
+            drawn = [(rows, task.draw(step, rows)) for rows in parts]
+            return [(rows, tuple(t.pin_memory() for t in tensors) if pin else tensors) for rows, tensors in drawn]
 
         return ahead(draw, range(first, task.plan.steps), task.plan.workers)
 
@@ -230,7 +251,7 @@ class Run:
         self.tell(report)
 
     def _validate(self, training: Training) -> Mapping[str, float]:
-        """Validate in the leading process, and let all of them know; keep the best weights where that is the plan."""
+        """Validate in the leading process and share the figures; write the best weights where the plan says so."""
         task, history = training.task, training.history
         figures: dict[str, float] = {}
         if self.leads:
@@ -245,7 +266,7 @@ class Run:
         return figures
 
     def _rows(self, plan: Plan) -> list[range]:
-        """The rows of each batch that are this process's, in as many parts as are accumulated."""
+        """Return this process's rows of each batch, in as many parts as are accumulated."""
         parts = self.fabric.world_size * plan.accumulate
         size, rest = divmod(plan.batch, parts)
         if rest or not size:
@@ -253,17 +274,9 @@ class Run:
         first = self.fabric.global_rank * plan.accumulate
         return [range(at * size, (at + 1) * size) for at in range(first, first + plan.accumulate)]
 
-    def _pinned(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """In memory that a GPU fetches from while it computes."""
-        return tuple(tensor.pin_memory() for tensor in drawn) if self.device.type == "cuda" else drawn
-
-
-def _due(step: int, steps: int, every: int) -> bool:
-    return step % every == 0 or step == steps
-
 
 class Clock:
-    """Time per step since a run went on, without what it spent on other things. In seconds."""
+    """Measures the time per step since a run began or resumed, without pauses. In seconds."""
 
     def __init__(self, step: int = 0) -> None:
         self.step = step
@@ -271,20 +284,20 @@ class Clock:
 
     @property
     def silent(self) -> float:
-        """For how long nothing was told."""
+        """Seconds since the last report."""
         return time.monotonic() - self.told
 
     def seconds_a_step(self, step: int) -> float:
-        """On average, at the end of `step`."""
+        """Return the mean seconds per step, at the end of `step`."""
         return (time.monotonic() - self.began) / max(1, step - self.step)
 
     def seconds_left(self, step: int, steps: int) -> float:
-        """From the end of `step` to that of the last of `steps`, at the same pace."""
+        """Estimate the seconds from the end of `step` to that of the last of `steps`."""
         return self.seconds_a_step(step) * (steps - step)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Not to count what is done meanwhile."""
+        """Exclude the time spent inside this context."""
         since = time.monotonic()
         yield
         self.began += time.monotonic() - since
@@ -298,15 +311,14 @@ def train(
     hardware: Hardware | None = None,
     stop: threading.Event | None = None,
 ) -> bool:
-    """Train by `recipe` on the clips that `manifest` lists, and leave a model in the folder `out`.
+    """Train by `recipe` on the clips that `manifest` lists, and write a model to the folder `out`.
 
-    A run that was stopped goes on from `out`; what it would have drawn does not change.
+    A run that was stopped continues from `out` and draws what it would have drawn.
 
     Args:
         manifest: a CSV `file,label[,captions,split]`; clips whose split is not "train" are only validated on.
         out: the run's folder.
-        recipe: from `presets.build`, or one of the classes in `mini`, `clapsep` and `tuss`; it says what labels there
-            may be.
+        recipe: from `presets.build`, or one of the classes in `mini`, `clapsep` and `tuss`.
         listen: is called with each report.
         hardware: the devices; with several, Fabric starts this program once for each.
         stop: an event that, once set, stops the run after the step at hand; its state is saved.
@@ -315,7 +327,7 @@ def train(
         True in the one process that writes.
 
     Raises:
-        ManifestError: what is wrong with the clips, all at once.
+        ManifestError: lists all faults of the clips.
         RecipeError: settings that do not fit.
         CheckpointError: `out` holds another run.
         ModelError: a model is missing.
@@ -357,7 +369,7 @@ def _fabric(hardware: Hardware, precision: str) -> tuple[Fabric, str]:
     """
     from lightning_fabric import Fabric
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells of precisions and processes
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it reports precisions and processes
     try:
         devices = hardware.devices if hardware.devices == "auto" else int(hardware.devices)
         build = partial(Fabric, accelerator=hardware.accelerator, devices=devices, num_nodes=hardware.nodes)

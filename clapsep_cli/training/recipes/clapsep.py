@@ -1,10 +1,11 @@
-"""Training of CLAPSep by the paper's recipe (arXiv 2402.17455, III and IV-B): CLAP frozen, LoRA in the separator's
-encoder, the decoder trained from scratch or further."""
+"""Trains CLAPSep by the paper's recipe (arXiv 2402.17455, III and IV-B).
+
+CLAP is frozen, the separator's encoder is tuned by LoRA, and the decoder is trained from scratch or further.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
-from clapsep_cli.audio.samples import Audio
 from clapsep_cli.data import Corpus, fit
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models import htsat
@@ -26,9 +26,9 @@ from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
 from clapsep_cli.store.whole import copy
-from clapsep_cli.training.loop.pool import Pool, open_pool
+from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.record import settings_of
-from clapsep_cli.training.loop.schedules import Plateau
+from clapsep_cli.training.loop.sampling import Pool, open_pool
 from clapsep_cli.training.loop.settings import Share, Shares, Workers, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import Recipe, Run
@@ -44,12 +44,15 @@ TRIES = 1000  # at drawing a clip that sounds unlike another
 
 @settings
 class ClapsepRecipe(Recipe):
-    """`base`: the model whose CLAP is used, by name or folder. `init`: one whose separator is trained further, with its
-    CLAP; if empty, the separator's encoder starts as CLAP's and its decoder from scratch.
+    """Settings of the training of a CLAPSep.
 
-    `encoder` (Table IV): trained by LoRA, frozen, trained from scratch in full, or none, with zeros in its place.
-    `queries`: α ~ U(0, 1) (Eq. 3), 0 or 1. `valence`: shares of the steps with the positive query alone, the negative
-    alone, and both.
+    Attributes:
+        base: the model whose CLAP is used, by name or folder.
+        init: a model whose separator is trained further, with its CLAP; if empty, the separator's encoder starts as
+            CLAP's and its decoder from scratch.
+        encoder: (Table IV) trained by LoRA, frozen, trained from scratch in full, or none, with zeros in its place.
+        queries: the weight of audio, α ~ U(0, 1) (Eq. 3), 0 or 1.
+        valence: shares of the steps with the positive query alone, the negative alone, and both.
     """
 
     free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
@@ -108,12 +111,12 @@ class ClapsepRecipe(Recipe):
         window = net.config.window
         audio = None if self.queries == "text" else model.audio  # of CLAP; never read where no shot is a query
         validated = cases(pool, run.corpus.held_out, self.validation_mixtures, window, model.text, audio)
-        del model.text  # it has said all that is needed of it
+        del model.text  # not needed any more
         run.fit(ClapsepTask(self, run, model, net, pool, embedded, validated))
 
 
 def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
-    """The separator as training finds it, on the CPU."""
+    """Make the separator in its initial state, on the CPU."""
     torch.manual_seed(recipe.seed)
     if recipe.init:
         net: CLAPSep = load_part(model.folder, "separator", model.family, model.config)
@@ -121,39 +124,21 @@ def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
         net = CLAPSep(model.config)
         net.encoder.load_state_dict(load_part(model.folder, "audio", model.family, model.config).htsat.state_dict())
     net.requires_grad_(not recipe.lora_only)
-    ENCODERS[recipe.encoder](net, recipe)
+    match recipe.encoder:
+        case "lora":
+            adapters.inject(net.encoder, recipe.lora_rank, recipe.lora_alpha)
+        case "scratch":
+            net.encoder = net.config.build_htsat(stretch=False)
+        case "frozen" | "none":
+            net.encoder.requires_grad_(False)
+    if recipe.encoder == "none":  # zeros, so that the condition and the spectrum alone decide: a model like any other
+        for parameter in net.encoder.parameters():
+            parameter.data.zero_()
     return net
 
 
-def _lora(net: CLAPSep, recipe: ClapsepRecipe) -> None:
-    adapters.inject(net.encoder, recipe.lora_rank, recipe.lora_alpha)
-
-
-def _frozen(net: CLAPSep, recipe: ClapsepRecipe) -> None:
-    net.encoder.requires_grad_(False)
-
-
-def _scratch(net: CLAPSep, recipe: ClapsepRecipe) -> None:
-    net.encoder = net.config.build_htsat(stretch=False)
-
-
-def _none(net: CLAPSep, recipe: ClapsepRecipe) -> None:
-    """An encoder of zeros, which hears nothing: the condition and the spectrum are left, and a model like any other."""
-    net.encoder.requires_grad_(False)
-    for parameter in net.encoder.parameters():
-        parameter.data.zero_()
-
-
-ENCODERS: Mapping[str, Callable[[CLAPSep, ClapsepRecipe], None]] = {
-    "lora": _lora,
-    "frozen": _frozen,
-    "scratch": _scratch,
-    "none": _none,
-}
-
-
 class Prepared(NamedTuple):
-    """Mixtures and targets, float32 `[rows, window]`, the former at the encoder's rate too, and the conditions."""
+    """Holds mixtures and targets, float32 `[rows, window]`, the mixtures at the encoder's rate, and the conditions."""
 
     mixtures: Tensor
     heard: Tensor
@@ -162,7 +147,7 @@ class Prepared(NamedTuple):
 
 
 class ClapsepTask(Task):
-    """The separator learns to mask mixtures of two clips at 0 dB, made on the fly."""
+    """Trains the separator to mask mixtures of two clips at 0 dB, made on the fly."""
 
     name, state = "separator", "state.safetensors"
 
@@ -180,7 +165,7 @@ class ClapsepTask(Task):
         self.net: CLAPSep = net
         self.clips = run.corpus.train
         epoch = max(1, len(self.clips) // recipe.batch)
-        self.draws = Draws(recipe.seed, recipe.batch, epoch, tuple(self.clips))
+        self.epoch = epoch  # in steps
         self.plan = Plan(
             steps=recipe.epochs * epoch,
             batch=recipe.batch,
@@ -211,15 +196,22 @@ class ClapsepTask(Task):
         captions = np.empty((len(rows), 2), np.int64)
         for at, row in enumerate(rows):
             rng = np.random.default_rng((self.recipe.seed, step, row))
-            target = self.draws.target(step, row)
+            target = self.target(step, row)
             for side, clip in enumerate((target, self._interferer(target, rng))):
-                audio[side, at] = self._crop(clip, rng)
+                start = int(rng.integers(max(0, self.pool.samples(clip) - self.window) + 1))
+                audio[side, at] = fit(self.pool.read(clip, start, start + self.window), self.window)
                 captions[at, side] = rng.choice(self.captions[clip])
         targets, interferers = torch.from_numpy(audio)
         return targets, interferers, torch.from_numpy(captions)
 
+    def target(self, step: int, row: int) -> int:
+        """Return the clip that is the target of a row: each one once an epoch, in another order each time."""
+        epoch, within = divmod(step, self.epoch)
+        order = _order(self.recipe.seed, epoch, len(self.clips))
+        return self.clips[order[(within * self.recipe.batch + row) % len(order)]]
+
     def _interferer(self, target: int, rng: np.random.Generator) -> int:
-        """Another clip whose label is another, and which is described otherwise."""
+        """Draw a clip with another label and other captions."""
         clip = self.pool.clips[target]
         for _ in range(TRIES):
             index = int(rng.choice(self.clips))
@@ -227,10 +219,6 @@ class ClapsepTask(Task):
             if other.label != clip.label and not set(other.captions) & set(clip.captions):
                 return index
         raise ManifestError(f"{clip.path}: hardly a clip in the manifest sounds unlike it")
-
-    def _crop(self, clip: int, rng: np.random.Generator) -> Audio:
-        start = int(rng.integers(max(0, self.pool.samples(clip) - self.window) + 1))
-        return fit(self.pool.read(clip, start, start + self.window), self.window)
 
     def prepare(self, drawn: tuple[Tensor, ...], step: int, rows: range) -> Prepared:
         clips, captions = (drawn[0], drawn[1]), drawn[2]
@@ -246,12 +234,12 @@ class ClapsepTask(Task):
         return Prepared(mixtures, self.net.resample(mixtures), targets, condition(*sides))
 
     def _query(self, clips: Tensor, captions: Tensor, alpha: float, key: tuple[int, int], rows: range) -> Tensor:
-        """α · audio + (1 − α) · text (Eq. 3) of one side; the audio is the clip itself, disguised: `[rows, dim]`."""
+        """Embed one side, α · audio + (1 − α) · text (Eq. 3), `[rows, dim]`; the audio is the clip itself, altered."""
         texts = self.texts[captions]
         return texts if self.audio is None else alpha * self._shots(clips, key, rows) + (1 - alpha) * texts
 
     def _shots(self, clips: Tensor, key: tuple[int, int], rows: range) -> Tensor:
-        """Embeddings of clips, played a little slower or faster, and with stripes of time and mel left out."""
+        """Embed clips at a slightly lower or higher speed, with random stripes of time and mel bands masked."""
         assert self.audio is not None
         generator, batch = seeded(self.recipe.seed, 2, *key), self.plan.batch
         speed = int(torch.randint(len(self.players), (), generator=generator))
@@ -289,22 +277,8 @@ class ClapsepTask(Task):
             adapters.save(folder / ADAPTER, weights, self.model, recipe.lora_rank, recipe.lora_alpha, settings)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Which clip is the target of a row: each of `clips` once an epoch of `steps` steps, in another order each time."""
-
-    seed: int
-    batch: int
-    steps: int
-    clips: tuple[int, ...]
-
-    def target(self, step: int, row: int) -> int:
-        """The index of the clip that a row of a step's batch has for a target: each clip once an epoch."""
-        epoch, within = divmod(step, self.steps)
-        return self.clips[_order(self.seed, epoch, len(self.clips))[(within * self.batch + row) % len(self.clips)]]
-
-
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> list[int]:
+    """Shuffle the clips of an epoch."""
     order: list[int] = np.random.default_rng((seed, 3, epoch)).permutation(count).tolist()
     return order

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from clapsep_cli.data import Clip
 from clapsep_cli.errors import ManifestError, QueryError
 from clapsep_cli.models.base import TextEncoder, condition
-from clapsep_cli.training.loop.pool import Pool
-from clapsep_cli.training.loop.sampling import Sampler
+from clapsep_cli.training.loop.sampling import Pool, Sampler
 from clapsep_cli.training.loop.settings import Share, settings
 
 AT_ONCE = 64  # texts

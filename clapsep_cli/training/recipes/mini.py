@@ -24,12 +24,11 @@ from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.files import path_in
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import BUNDLED, weights_folder
-from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
-from clapsep_cli.store.whole import copy, save_whole
+from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, save_part
+from clapsep_cli.store.whole import copy, read_tensors, save_whole
 from clapsep_cli.tables import read_table
-from clapsep_cli.training.loop.pool import Pool, open_pool
-from clapsep_cli.training.loop.sampling import Draw, Sampler
-from clapsep_cli.training.loop.schedules import Trapezoid
+from clapsep_cli.training.loop.optimisation import Trapezoid
+from clapsep_cli.training.loop.sampling import Draw, Pool, Sampler, open_pool
 from clapsep_cli.training.loop.settings import Share, flatten, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import ESTIMATE, Clock, Recipe, Report, Run

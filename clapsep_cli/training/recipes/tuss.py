@@ -1,43 +1,69 @@
-"""Training of a TUSS as the released ones were trained (arXiv 2410.23987): mixtures made on the fly of clips whose
-labels name prompts, all of which are asked for."""
+"""Trains a TUSS as the released ones were trained (arXiv 2410.23987).
+
+Mixtures are made on the fly of clips whose labels name prompts, all of which are asked for. What is minimised is the
+negative SNR; which of equal prompts gives which source is left open.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from clapsep_cli.audio.samples import Audio, to_rate
 from clapsep_cli.data import TRAIN, Corpus, Labelling
 from clapsep_cli.errors import ManifestError, RecipeError
-from clapsep_cli.models.prompts import PROMPTS
+from clapsep_cli.models.prompts import COUNTS, PROMPTS, STEMS, draw, drawable, indices
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig
 from clapsep_cli.store.checkpoint import load_part, save_part
 from clapsep_cli.store.library import load_model
-from clapsep_cli.training.loop.pool import DiskPool, Pool, open_pool
-from clapsep_cli.training.loop.sampling import ahead
-from clapsep_cli.training.loop.schedules import Plateau
-from clapsep_cli.training.loop.settings import Share, Workers, settings
+from clapsep_cli.training.loop.optimisation import Plateau
+from clapsep_cli.training.loop.sampling import DiskPool, Pool, ahead, open_pool
+from clapsep_cli.training.loop.settings import Share, Shares, Workers, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import Recipe, Run
-from clapsep_cli.training.recipes.objective_tuss import source_losses
-from clapsep_cli.training.recipes.prompt_mixing import PromptMixer, PromptMixing, check_audible
 from clapsep_cli.training.recipes.validation import SEED
 
 FAMILY = "tuss"
+RATE_HZ = 48_000
+TRIES = 10  # stretches of a clip that are tried before the loudest of it is looked for
+AUDIBLE = 1e-3  # root mean square from which on a stretch is not silent (−60 dB)
+SCANNED = 2**18  # samples of a clip that are looked through at a time
+# Which prompts' clips a background may be summed from, where it is not a recording of its own.
+INGREDIENTS = {"sfxbg": ("sfx",), "musicbg": STEMS}
+QUIETEST_DB = {prompt: -20.0 if prompt in ("sfx", "sfxbg", "musicbg") else -10.0 for prompt in PROMPTS}
+SOFT_LIMIT = 10 ** (-30 / 10)  # of the error's energy relative to the source's: beyond 30 dB little is gained
+INACTIVE_WEIGHT = 0.1  # of a source that is silent
+EPSILON = 1e-7
+
+
+@settings
+class PromptMixing:
+    """Settings of mixtures, by default as for the released models."""
+
+    counts: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = COUNTS  # of prompts, equally often
+    recorded: Share = 0.75  # share of backgrounds that are recordings; the others are summed …
+    summed: Shares = (0.1, 0.4, 0.4, 0.1)  # … from one clip, from two, and so on, in these shares
 
 
 @settings
 class TussRecipe(Recipe):
-    """`init`: a TUSS to go on from, by name or folder, which decides the size and the prompts; if empty, one of the
-    size `tuss` is trained from scratch. Clips are heard in stretches of its window.
+    """Settings of the training of a TUSS, on stretches of clips as long as its window.
 
     The manifest's `prompt` column, or else its `label` column, names the clips' prompts. Each split other than "train"
     is a set to validate on; the mean over the sets counts.
+
+    Attributes:
+        init: a TUSS to continue from, by name or folder, which decides size and prompts; if empty, one of the size
+            `tuss` is trained from scratch.
     """
 
     free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
@@ -69,7 +95,7 @@ class TussRecipe(Recipe):
 
     @property
     def size(self) -> TussConfig:
-        """Of the network. Raises `RecipeError` where it is to go on from a model of another family."""
+        """The network's size. Raises `RecipeError` where `init` is a model of another family."""
         if not self.init:
             return self.tuss
         model = load_model(self.init, "cpu")
@@ -92,7 +118,7 @@ class TussRecipe(Recipe):
         check_audible(pool)
 
     def mixers(self, pool: Pool, corpus: Corpus) -> dict[str, PromptMixer]:
-        """By split: of the clips to train on, and of those of each set to validate on."""
+        """Make the mixer of each split: one to train on, the others to validate on."""
         splits: dict[str, list[int]] = {}
         for index, clip in enumerate(corpus.clips):
             splits.setdefault(clip.split, []).append(index)
@@ -110,7 +136,7 @@ class TussRecipe(Recipe):
         run.fit(TussTask(self, run, self.build(), self.mixers(pool, run.corpus)))
 
     def build(self) -> Tuss:
-        """The network as training finds it, on the CPU."""
+        """Make the network in its initial state, on the CPU."""
         torch.manual_seed(self.seed)
         if not self.init:
             return Tuss(self.tuss)
@@ -119,8 +145,8 @@ class TussRecipe(Recipe):
 
 
 class Prepared(NamedTuple):
-    """Mixtures, float32 `[rows, samples]`, the sources they are made of, `[rows, prompts, samples]`, and the prompts of
-    these, int64 `[rows, prompts]`."""
+    """Holds mixtures, float32 `[rows, samples]`, their sources, `[rows, prompts, samples]`, and the prompts of these,
+    int64 `[rows, prompts]`."""
 
     mixtures: Tensor
     sources: Tensor
@@ -128,7 +154,7 @@ class Prepared(NamedTuple):
 
 
 class TussTask(Task):
-    """The separator learns to take mixtures apart into all that was mixed."""
+    """Trains the separator to split mixtures into all their sources."""
 
     name, state, measure = "separator", "state.safetensors", "SNR in dB, up to 30"
 
@@ -167,24 +193,183 @@ class TussTask(Task):
         return {"loss": source_losses(estimates, prepared.sources, prepared.prompts).mean()}
 
     def validate(self, weights: Weights) -> Mapping[str, float]:
-        """Less the loss, which is how far the SNR is, by set."""
+        """Return minus the loss, an SNR, by set."""
         self.net.eval()
-        figures = {split: self._figure(mixer) for split, mixer in self.sets.items()}
+        figures = {split: -float(np.mean(list(self._losses(mixer)))) for split, mixer in self.sets.items()}
         return {"mean of sets": float(np.mean([*figures.values()])), **figures} if len(figures) > 1 else figures
 
     @torch.no_grad()
-    def _figure(self, mixer: PromptMixer) -> float:
-        drawn = ahead(
-            lambda step: mixer.batch(step, range(1)), range(self.recipe.validation_mixtures), self.plan.workers
-        )
-        losses = []
-        for step, (sources, prompts) in enumerate(drawn):
-            on_device = (self.run.fabric.to_device(torch.from_numpy(part)) for part in (sources, prompts))
+    def _losses(self, mixer: PromptMixer) -> Iterator[float]:
+        steps = range(self.recipe.validation_mixtures)
+        drawn = ahead(lambda step: mixer.batch(step, range(1)), steps, self.plan.workers)
+        for step, batch in zip(steps, drawn, strict=True):
+            prepared = self.prepare(self.run.fabric.to_device(tuple(map(torch.from_numpy, batch))), step, range(1))
             with self.run.fabric.autocast():
-                losses.append(self.loss(self.prepare(tuple(on_device), step, range(1)))["loss"].item())
-        return -float(np.mean(losses))
+                yield self.loss(prepared)["loss"].item()
 
     def write(self, weights: Weights) -> None:
         tensors = {name: tensor.cpu() for name, tensor in weights.items()}
         notes = {"base": self.recipe.init} if self.recipe.init else {}
         save_part(self.run.folder, "separator", FAMILY, self.net.config, tensors, **notes)
+
+
+class PromptMixer:
+    """Draws mixtures of clips. What it draws depends only on the seed, the step and the row.
+
+    Args:
+        pool: the clips, each at its own rate.
+        among: indices of the clips to draw from.
+        samples: length of a mixture at 48 kHz.
+        seed: of all that is drawn.
+        mixing: how mixtures are made.
+        vocabulary: the model's prompts, some of `PROMPTS`.
+
+    Raises:
+        ManifestError: where there are too few clips that may be mixed with each other.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        among: Sequence[int],
+        samples: int,
+        seed: int,
+        mixing: PromptMixing,
+        vocabulary: Sequence[str] = PROMPTS,
+    ) -> None:
+        self.pool, self.samples, self.seed, self.mixing, self.vocabulary = pool, samples, seed, mixing, vocabulary
+        self.by_prompt: dict[str, list[int]] = {prompt: [] for prompt in vocabulary}
+        for index in among:
+            self.by_prompt[pool.clips[index].label].append(index)
+        self.supply = {prompt: len(members) or bool(self._pools(prompt)) for prompt, members in self.by_prompt.items()}
+        self.counts = [count for count in mixing.counts if drawable(count, self.supply)]
+        if not self.counts:
+            present = ", ".join(prompt for prompt, number in self.supply.items() if number) or "none"
+            raise ManifestError(f"no {min(mixing.counts)} of the clips may be mixed with each other ({present})")
+
+    def batch(self, step: int, rows: range) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Draw the given rows of a step's batch. All mixtures of a step have equally many prompts.
+
+        Returns:
+            The sources to be summed, float32 `[rows, prompts, samples]`, and their prompts, indices into the
+            vocabulary, int64 `[rows, prompts]`.
+        """
+        count = int(np.random.default_rng((self.seed, step, 0)).choice(self.counts))
+        sources, prompts = [], []
+        for row in rows:
+            rng = np.random.default_rng((self.seed, step, 1 + row))
+            names = draw(rng, count, self.supply)
+            sources.append(self._sources(rng, names))
+            prompts.append(indices(names, self.vocabulary))
+        return np.stack(sources), np.array(prompts)
+
+    def _sources(self, rng: np.random.Generator, names: Sequence[str]) -> Audio:
+        chosen: list[list[int]] = []
+        for name in names:
+            chosen.append(self._choose(rng, name, {index for others in chosen for index in others}))
+        rate = min(self.pool.rates[index] for members in chosen for index in members)
+        sources = []
+        for name, members in zip(names, chosen, strict=True):
+            source = _levelled(np.sum([_levelled(self._stretch(rng, index, rate)) for index in members], axis=0))
+            sources.append(source * 10 ** (rng.uniform(QUIETEST_DB[name], 0) / 20))
+        return np.stack(sources).astype(np.float32)
+
+    def _choose(self, rng: np.random.Generator, name: str, used: set[int]) -> list[int]:
+        """Choose the clips of a source: a recording not yet in the mixture, or several to be summed."""
+        recordings = [index for index in self.by_prompt[name] if index not in used]
+        pools = self._pools(name)
+        if recordings and (not pools or rng.random() < self.mixing.recorded):
+            return [recordings[rng.integers(len(recordings))]]
+        many = 1 + int(rng.choice(len(self.mixing.summed), p=self.mixing.summed))
+        if len(INGREDIENTS[name]) == 1:
+            return [int(i) for i in rng.choice(pools[0], min(many, len(pools[0])), replace=False)]
+        different = rng.choice(len(pools), min(many, len(pools)), replace=False)
+        return [pools[i][rng.integers(len(pools[i]))] for i in different]
+
+    def _pools(self, name: str) -> list[list[int]]:
+        pools = (self.by_prompt.get(prompt, []) for prompt in INGREDIENTS.get(name, ()))
+        return [members for members in pools if members]
+
+    def _stretch(self, rng: np.random.Generator, index: int, rate: int) -> Audio:
+        """Read an audible stretch of a clip, or place all of a short one at random; band-limited to `rate`."""
+        own = self.pool.rates[index]
+        length = math.ceil(self.samples * own / RATE_HZ)
+        stretch = _audible(rng, self.pool, index, length)
+        at = int(rng.integers(0, length - len(stretch) + 1))
+        stretch = np.pad(stretch, (at, length - len(stretch) - at))
+        limited = to_rate(to_rate(stretch, own, rate), rate, RATE_HZ)[: self.samples]
+        return np.pad(limited, (0, self.samples - len(limited)))
+
+
+def check_audible(pool: Pool) -> None:
+    """Raise `ManifestError` that names all clips that are silent throughout."""
+    with ThreadPoolExecutor(8) as threads:
+        audible = threads.map(lambda index: any(peak > 0 for _, peak in _peaks(pool, index)), range(len(pool.clips)))
+        silent = [str(clip.path) for clip, heard in zip(pool.clips, audible, strict=True) if not heard]
+    if silent:
+        raise ManifestError("silent throughout: " + ", ".join(silent))
+
+
+def _audible(rng: np.random.Generator, pool: Pool, index: int, length: int) -> Audio:
+    """Read a random audible stretch of up to `length` samples; in a nearly silent clip, the one around its peak."""
+    last = max(0, pool.samples(index) - length)
+    for start in rng.integers(0, last + 1, TRIES).tolist():
+        stretch = pool.read(index, start, start + length)
+        if np.sqrt(np.square(stretch).mean()) >= AUDIBLE:
+            return stretch
+    peak, _ = max(_peaks(pool, index), key=lambda found: found[1])
+    start = min(max(0, peak - length // 2), last)
+    return pool.read(index, start, start + length)
+
+
+def _peaks(pool: Pool, index: int) -> Iterator[tuple[int, float]]:
+    """Yield the position and height of the peak of each piece of a clip."""
+    for start in range(0, pool.samples(index), SCANNED):
+        piece = np.abs(pool.read(index, start, start + SCANNED))
+        at = int(piece.argmax())
+        yield start + at, float(piece[at])
+
+
+def _levelled(audio: Audio) -> Audio:
+    """Scale to a root mean square of 1; silence stays silence."""
+    return np.asarray(audio / (np.sqrt(np.square(audio, dtype=np.float64).mean()) or 1.0), np.float32)
+
+
+def source_losses(estimates: Tensor, references: Tensor, prompts: Tensor) -> Tensor:
+    """Compute the negative SNR of each source; training minimises its mean.
+
+    Estimates of equal prompts are assigned to their references in the order with the lowest loss. Where a reference is
+    silent, the loss is the estimate's level relative to all references of its prompt.
+
+    Args:
+        estimates: `[batch, prompts, samples]`.
+        references: likewise.
+        prompts: int64 `[prompts]` or `[batch, prompts]`.
+
+    Returns:
+        Losses in dB, float32 `[batch, prompts]`.
+    """
+    estimates, references = estimates.float(), references.float()
+    rows = []
+    for e, r, ids in zip(estimates, references, prompts.expand(estimates.shape[:2]).tolist(), strict=True):
+        losses: list[Tensor] = [e.new_zeros(())] * len(ids)
+        for prompt in dict.fromkeys(ids):
+            members = [i for i, other in enumerate(ids) if other == prompt]
+            for i, loss in zip(members, _group_losses(e[members], r[members]), strict=True):
+                losses[i] = loss
+        rows.append(torch.stack(losses))
+    return torch.stack(rows)
+
+
+def _group_losses(estimates: Tensor, references: Tensor) -> Tensor:
+    """Compute the losses of one prompt's references, `[sources, samples]`, under the best order of the estimates."""
+    power = references.square().sum(1)
+    active = power > 0
+    scale = torch.where(active, power, references.sum(0).square().sum())
+    errors = torch.stack([(estimates - reference).square().sum(1) for reference in references])
+    level = 10 * torch.log10(errors + SOFT_LIMIT * scale[:, None] + EPSILON)
+    weight = torch.where(active, 1.0, INACTIVE_WEIGHT)
+    losses = weight[:, None] * (level - torch.where(active, 10 * torch.log10(scale + EPSILON), 0)[:, None])
+    orders = torch.tensor(list(permutations(range(len(losses)))), device=losses.device)
+    totals = losses.detach()[torch.arange(len(losses)), orders].sum(1)
+    return losses[torch.arange(len(losses)), orders[totals.argmin()]]

@@ -1,1 +1,0 @@
-"""Separates one recording in memory and measures its parts."""
