@@ -193,8 +193,9 @@ def test_options_of_commands_for_other_machines_exist(language: str) -> None:
     seen = 0
     for block in blocks():
         for line in block.commands if block.language == language else ():
-            command = line.partition("  #")[0].rpartition("clapsep ")[2]
-            if line.startswith("#") or "clapsep " not in line.partition("  #")[0]:
+            line = re.sub(r"[][,\"']", " ", line.partition("  #")[0])
+            command = line.rpartition("clapsep ")[2]
+            if line.startswith("#") or "clapsep " not in line:
                 continue
             name, *words = command.replace("'", " ").split()
             if name in known:

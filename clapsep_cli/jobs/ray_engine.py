@@ -32,6 +32,7 @@ from clapsep_cli.jobs.planning import lay_out, plan
 from clapsep_cli.jobs.stores import Stage, Stored
 from clapsep_cli.jobs.tasks import Job, Options, Outcome, Skipped, row_of
 from clapsep_cli.query import Query
+from clapsep_cli.startup import set_threads
 
 CHUNK = 8  # recordings
 CHUNKS_A_WORKER, MOST_CHUNKS = 8, 10_000
@@ -88,11 +89,9 @@ class Worker:
     def __init__(
         self, loading: Loading, options: Options, out: str | None, cluster: Cluster, folder: str, tally: Any
     ) -> None:
-        import torch
-
         with suppress(OSError):
             os.chdir(folder)  # relative names mean what they do for the driver, where files are shared
-        torch.set_num_threads(cluster.threads)
+        set_threads(cluster.threads)
         self.tally, self.stage, self.stop = tally, Stage(cluster.scratch), threading.Event()
         self.fault: ClapsepError | None = None
         try:
