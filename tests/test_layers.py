@@ -49,13 +49,16 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "jobs",
         [
-            {"inputs", "plot"},
+            {"plot", "stores"},
+            {"inputs"},
             {"manifest", "outputs"},
             {"resume"},
             {"tasks"},
+            {"exchange", "loading"},
             {"recording", "targets"},
-            {"batch"},
+            {"batch", "results"},
             {"planning"},
+            {"ray_engine"},
         ],
     ),
     ("page", [{"guard", "overview", "wishes"}, {"session"}, {"server"}]),
@@ -84,7 +87,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         [
             {"environment", "terminal"},
             {"evaluate", "models", "options"},
-            {"run", "ui"},
+            {"results", "run", "ui"},
             {"extract", "separate", "train"},
             {"demo"},
             {"app"},

@@ -20,7 +20,6 @@ from clapsep_cli.audio.samples import Audio, Samples, on_grid
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
 from clapsep_cli.jobs.plot import Picture
-from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.query import MIXTURE, RESIDUAL
 from clapsep_cli.separation import BLOCK_SECONDS, Meter, Passage, Presence
@@ -222,8 +221,6 @@ class Recording:
                 presence[name] = one.read(self._likeness(stem))
             absent = self._absent(presence)
             written = len(absent) < len(self.job.kept)
-            if self.job.marker and absent:
-                mark_absent(self.job.marker, absent, presence)
             result = self._commit(absent) if written else Written({}, 1.0)
         outputs = {part: path for part, path in self.job.outputs.items() if written and part not in absent}
         measured = outputs if self._draft is not None else self.job.outputs

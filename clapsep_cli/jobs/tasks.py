@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clapsep_cli.audio.writers import STDOUT, Clipping
-from clapsep_cli.errors import ClapsepError
+from clapsep_cli.errors import ClapsepError, TakenError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
 from clapsep_cli.query import RESIDUAL, Query
+
+if TYPE_CHECKING:
+    from clapsep_cli.store.checkpoint import Model
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Options:
         mutual: use the other targets as negative queries of each; None for yes.
         presence: measure whether each target is there; None where `min_presence` needs it.
         min_presence: write no target whose presence is below this.
+        markers: write a marker for each recording, also locally, as processes do that share them (see `stores`).
+        shard: process only the recordings of shard K of N, counted from 0 (see `in_shard`).
         batch_size: windows processed at once; 0 chooses by the device.
         jobs: threads that read and write files.
     """
@@ -59,6 +64,8 @@ class Options:
     mutual: bool | None = None
     presence: bool | None = None
     min_presence: float | None = None
+    markers: bool = False
+    shard: tuple[int, int] | None = None
     batch_size: int = 0
     jobs: int = 2
 
@@ -69,6 +76,21 @@ class Options:
         chosen = [name for name in targets if not self.only or name in self.only]
         wanted = self.out != STDOUT if self.residual is None else self.residual
         return [*chosen, *([RESIDUAL] if wanted else [])]
+
+
+def row_of(outcome: Extraction | Skipped | Failure, model: Model) -> dict[str, Any]:
+    """Return the result of a recording in types that JSON has, as `--json` prints it and markers keep it."""
+    facts: dict[str, Any]
+    if isinstance(outcome, Extraction):
+        status, facts = "done" if outcome.outputs else "absent", outcome.as_json()
+        del facts["mixture"]
+    elif isinstance(outcome, Skipped):
+        outputs = {part: str(path) for part, path in outcome.job.outputs.items()}
+        status, facts = "skipped", {"outputs": outputs}
+    else:
+        status, facts = "failed", {"error": str(outcome.error)}
+    used = {"model": model.name, "revision": model.revision, "device": str(model.device), "precision": model.precision}
+    return {"input": str(outcome.mixture), "status": status, **used, **facts}
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,8 @@ class Job:
         key: stored in the outputs to recognise them later (see `resume.signature`).
         picture: path of the picture of the parts.
         overwrite: replace existing outputs.
-        marks: folder of the markers for absent targets, where recordings are to be skipped later.
+        marks: folder of the markers, where recordings are to be skipped later (see `stores`).
+        marks_all: write a marker for each recording, not only for absent targets.
     """
 
     input: Input
@@ -94,10 +117,11 @@ class Job:
     picture: Path | None = None
     overwrite: bool = False
     marks: Path | None = None
+    marks_all: bool = False
 
     @property
     def marker(self) -> Path | None:
-        """The marker that names the absent targets of this recording, for the same queries, model and options."""
+        """The marker of this recording, for the same queries, model and options."""
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
 
     @property
@@ -151,6 +175,23 @@ class Extraction:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A recording that was done already, perhaps by another process meanwhile."""
+
+    job: Job
+
+    @property
+    def mixture(self) -> Path:
+        """The recording."""
+        return self.job.input.path
+
+    @property
+    def error(self) -> ClapsepError:
+        """What this means where nothing was to be skipped."""
+        return TakenError(f"{self.mixture}: was processed by another process meanwhile")
+
+
+@dataclass(frozen=True)
 class Failure:
     """A recording that could not be separated, with the error."""
 
@@ -158,4 +199,5 @@ class Failure:
     error: ClapsepError
 
 
+Outcome = Extraction | Skipped | Failure
 JobProgress = Callable[[Job, float, float], None]  # gets the seconds of a recording that are done, and their total
