@@ -299,8 +299,42 @@ def test_captions_of_a_folder_have_the_papers_prefix_or_another(clapsep: Clapsep
         assert made.returncode == 0, made.stderr
         rows = read_mixtures(tmp_path / "mixtures.csv")
         assert {row.label: row.positive_caption for row in rows}["church_bell"] == expected
-    refused = clapsep("mixtures", "make", "m.csv", "--prefix", "", "--overwrite", cwd=tmp_path)
-    assert (refused.returncode, "--prefix is for" in refused.stderr) == (2, True)
+
+
+def test_labels_of_a_manifest_have_the_prefix_and_captions_have_none(folder: Path, tmp_path: Path) -> None:
+    lines = [f"{folder}/dog/0.wav,big_dog,", f"{folder}/rain/0.wav,rain;dog;bell,", f"{folder}/violin/0.wav,v,A violin"]
+    (tmp_path / "m.csv").write_text("\n".join(["file,label,captions", *lines]))
+    clips, _ = labelled_clips(tmp_path / "m.csv")
+    assert [clip.captions for clip in clips] == [
+        ("The sound of big dog",),
+        ("The sounds of rain, dog and bell",),
+        ("A violin",),
+    ]
+
+
+def test_sounds_are_left_out_and_interferers_are_of_few_clips(folder: Path) -> None:
+    clips, root = labelled_clips(folder, excluded=["rain"])
+    assert {clip.label for clip in clips} == SOUNDS.keys() - {"rain"}
+    rows = make_mixtures(clips, root, seed=0, per_clip=3, interferers=6)
+    assert len({row.noise_file for row in rows}) <= 6 < len({row.source_file for row in rows})
+    with pytest.raises(ManifestError, match="no clip has the label snow"):
+        labelled_clips(folder, excluded=["snow"])
+    several = [Clip(Path(f"/r/{n}.wav"), label, (label,)) for n, label in enumerate(("dog;rain", "dog", "bell"))]
+    made = make_mixtures(several, Path("/r"), seed=0, per_clip=9)
+    assert {(row.source_file, row.noise_file) for row in made} == {
+        ("0.wav", "2.wav"),
+        ("1.wav", "2.wav"),
+        ("2.wav", "0.wav"),
+        ("2.wav", "1.wav"),
+    }
+
+
+def test_deviations_are_those_of_a_sample() -> None:
+    row = Mixture("", "", "", "")
+    found = summary([Score(row, "both", gain, gain, None, 0) for gain in (1.0, 2.0, -3.0)])["both"]
+    assert found["sdri_std"] == pytest.approx(np.std([1.0, 2.0, -3.0], ddof=1))
+    assert found["worse"] == pytest.approx(1 / 3)
+    assert summary([Score(row, "both", 1.0, 1.0, None, 0)])["both"]["sdri_std"] == 0
 
 
 def test_the_commands_from_a_folder_to_scores(
@@ -310,7 +344,7 @@ def test_the_commands_from_a_folder_to_scores(
     assert (made.returncode, made.stderr) == (0, "")
     assert made.stdout.startswith("mixtures.csv: 8 mixtures, targets of 4 labels, from 16 clips")
     listed = read_mixtures(tmp_path / "mixtures.csv")
-    assert {row.label: row.positive_caption for row in listed}["church_bell"] == "the sound of church bell"
+    assert {row.label: row.positive_caption for row in listed}["church_bell"] == "The sound of church bell"
     shots = read_shots(tmp_path / "mixtures.shots.csv")
     used = {file for row in listed for file in (row.source_file, row.noise_file)}
     assert not used & {file for files in shots.values() for file in files}

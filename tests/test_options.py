@@ -151,6 +151,8 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--shots": (MAKE, "--shots 1"),
         "--split": ("clips.csv -o new.csv", "--split test"),
         "--prefix": (MAKE, "--prefix some"),
+        "--exclude-labels": (MAKE, "--exclude-labels bell"),
+        "--interferers": (f"{MAKE} --exclude-labels bell --per-label 1", "--interferers 4"),
         "--seed": (MAKE, "--seed 5"),
         "--overwrite": ("labels", "--overwrite"),
         "--quiet": (MAKE, "-q"),

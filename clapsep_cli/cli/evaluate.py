@@ -58,7 +58,15 @@ def make(
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option("--prefix", metavar="TEXT", help='Before the labels of a folder; "the sound of".'),
+        typer.Option("--prefix", metavar="TEXT", help='Before labels, where there are no captions; "The sound of".'),
+    ] = None,
+    excluded: Annotated[
+        str | None,
+        typer.Option("--exclude-labels", metavar="NAME,…", help="Skip clips with any of these labels."),
+    ] = None,
+    interferers: Annotated[
+        int | None,
+        typer.Option("--interferers", metavar="N", min=1, help="Draw all interferers from N clips; default: from all."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all random draws.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing list.")] = False,
@@ -78,16 +86,14 @@ def make(
         write_shots,
     )
 
-    if prefix is not None and not source.is_dir():
-        raise typer.BadParameter("--prefix is for the labels of a folder; a manifest has captions")
-
     shots_out = out.with_suffix(".shots.csv")
     for path in (out, *([shots_out] if shots else [])):
         if path.exists() and not overwrite:
             raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another file")
-    clips, root = labelled_clips(source, split, PREFIX if prefix is None else prefix)
+    left_out = [label.strip() for label in (excluded or "").split(",") if label.strip()]
+    clips, root = labelled_clips(source, split, PREFIX if prefix is None else prefix, left_out)
     targets, kept = set_aside(clips, shots, seed)
-    rows = make_mixtures(targets, root, seed, per_label, per_clip, kept if shots else None)
+    rows = make_mixtures(targets, root, seed, per_label, per_clip, kept if shots else None, interferers)
     if shots:
         write_shots(shots_out, kept, clips, root)
     write_mixtures(out, rows)

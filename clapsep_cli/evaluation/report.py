@@ -135,7 +135,8 @@ def violins(samples: Mapping[str, Sequence[float]]) -> Chart:
 def _density(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
     """Density of `values` at evenly spaced points, scaled to a maximum of 1."""
     quartiles = np.percentile(values, [25, 75])
-    spread = min(float(values.std()), float(np.diff(quartiles)[0]) / 1.34) or float(values.std()) or 1.0
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    spread = min(deviation, float(np.diff(quartiles)[0]) / 1.34) or deviation or 1.0
     # Silverman's rule; but no curve so narrow that it falls between two points.
     width = max(0.9 * spread * len(values) ** -0.2, float(at[1] - at[0]))
     density = np.exp(-0.5 * np.square((at[:, None] - values) / width)).sum(1)

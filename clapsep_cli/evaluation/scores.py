@@ -34,7 +34,7 @@ class Score:
 
 def summary(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
     """Summarise scores by kind of query: number of `mixtures`, `level_median`, and by metric `METRIC`, the mean, with
-    `METRIC_std` and `METRIC_median`; all in dB."""
+    `METRIC_std` (of a sample, ddof 1) and `METRIC_median`, all in dB; `worse`, the share with an SI-SDRi below 0."""
     return {query: _figures(chosen) for query, chosen in _grouped(scores, lambda s: s.query).items()}
 
 
@@ -51,9 +51,10 @@ def _figures(scores: Sequence[Score]) -> dict[str, float]:
         values = np.array([value for s in scores if (value := getattr(s, metric)) is not None])
         if len(values):
             figures[metric] = float(values.mean())
-            figures[f"{metric}_std"] = float(values.std())
+            figures[f"{metric}_std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
             figures[f"{metric}_median"] = float(np.median(values))
-    return figures | {"level_median": float(np.median([s.level for s in scores]))}
+    worse = float(np.mean([s.si_sdri < 0 for s in scores]))
+    return figures | {"worse": worse, "level_median": float(np.median([s.level for s in scores]))}
 
 
 def by_label(scores: Iterable[Score], query: str) -> dict[str, dict[str, float]]:
