@@ -60,7 +60,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     ),
     ("page", [{"guard", "overview", "wishes"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
-    ("evaluation", [{"mixtures"}, {"scores"}, {"evaluate"}, {"report"}]),
+    ("evaluation", [{"mixtures"}, {"scores"}, {"compare", "evaluate"}, {"external", "prompted", "report"}]),
     (
         "training.loop",
         [
@@ -83,9 +83,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "cli",
         [
             {"environment", "terminal"},
-            {"evaluate", "models", "options"},
+            {"embed", "mixtures", "models", "options", "scoring"},
             {"run", "ui"},
-            {"extract", "separate", "train"},
+            {"evaluate", "extract", "separate", "train"},
             {"demo"},
             {"app"},
         ],

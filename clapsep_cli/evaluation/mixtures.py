@@ -98,6 +98,15 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
     return shots
 
 
+def located(shots: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+    """Name shots that lie in one of `folders` by their whole paths; the others stay as they are."""
+
+    def find(file: str) -> str:
+        return next((str((folder / file).resolve()) for folder in folders if (folder / file).is_file()), file)
+
+    return {name: tuple(map(find, files)) for name, files in shots.items()}
+
+
 def check_files(data: EvaluationSet, skip: bool = False) -> EvaluationSet:
     """Check that all recordings are there.
 
@@ -227,8 +236,8 @@ def make_mixtures(
 ) -> list[Mixture]:
     """Mix each clip with interferers of other labels, drawn evenly.
 
-    Labels that share a caption, or one of several sounds ("dog;rain" and "dog"), are never mixed. Each mixture also names one shot, and the caption of a
-    sound that is not in it, where there are any.
+    Labels that share a caption, or one of several sounds ("dog;rain" and "dog"), are never mixed. Each mixture also
+    names one shot, and the caption of a sound that is not in it, where there are any.
 
     Args:
         clips: the targets and interferers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -174,6 +174,34 @@ class ScoreFile:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def resumed(
+    path: Path,
+    settings: Mapping[str, object],
+    rows: Sequence[Mixture],
+    kinds: Sequence[Sequence[str]],
+    scored: Callable[[int], Iterator[list[Score]]],
+) -> Iterator[list[Score]]:
+    """Score a list, and keep the scores in a CSV.
+
+    Args:
+        path: the CSV. Scores that an earlier run with the same settings left there are yielded, not computed again.
+        settings: all that the scores depend on.
+        rows: the mixtures.
+        kinds: the kinds of query of each mixture, in order.
+        scored: yields the scores of each mixture, from one of a given index on.
+
+    Raises:
+        OutputError: where `path` holds scores of another run.
+    """
+    with ScoreFile(path, settings, rows, kinds) as file:
+        yield from list(file.scores)
+        if len(file.scores) < len(rows):
+            for scores in scored(len(file.scores)):
+                file.append(scores)
+                yield scores
+        file.finish()
 
 
 def _parse(line: str, number: int, row: Mixture) -> Score:
