@@ -106,6 +106,8 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
     "demo": {"--out": ("", "-o somewhere")},
     "train": {
         "--manifest": ("", "--manifest mine.csv"),
+        "--audio": ("mine.csv", "--audio labels"),
+        "--val": ("mine.csv", "--val clips.csv"),
         "--out": ("mine.csv", "-o out"),
         "--preset": ("mine.csv", "--preset clapsep-text"),
         "--init": ("mine.csv", "--init clapsep"),
