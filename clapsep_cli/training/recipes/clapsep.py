@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
-from clapsep_cli.data import Corpus, Labelling, fit
+from clapsep_cli.data import CAPTIONS, Corpus, Labelling, fit
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import condition
@@ -92,7 +92,7 @@ class ClapsepRecipe(Recipe):
 
     @property
     def labelling(self) -> Labelling:
-        return Labelling(optional=True)
+        return CAPTIONS
 
     @property
     def needs(self) -> str:
