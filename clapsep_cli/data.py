@@ -98,8 +98,8 @@ def read_manifest(path: Path) -> list[Clip]:
 
     Its columns are `file` (relative to the CSV) and `label`, and optionally `captions` (separated by ";"; the label
     where empty) or `caption`, `caption_2` … (one each, never split), and `split` ("train" where empty). Raises
-    `ManifestError` that lists all faults by line. As in AudioCaps, `file` may be called `file_name`, and where there are
-    captions but no labels, each clip's label is its name.
+    `ManifestError` that lists all faults by line. As in AudioCaps, `file` may be called `file_name`, and where there
+    are captions but no labels, each clip's label is its name.
     """
     rows, faults = _read_clips(path, CAPTIONS)
     check_faults(path, [f"line {line}: {fault}" for line, fault in faults] or ([] if rows else ["no rows"]))
