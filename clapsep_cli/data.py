@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from clapsep_cli.errors import AudioError, ManifestError
 from clapsep_cli.files import path_in
 from clapsep_cli.tables import check_faults, read_table
 
-TRAIN = "train"  # the split to train on
+TRAIN, VALIDATION = "train", "validation"  # splits: the one to train on, and that of a manifest to validate on
+SINGLE_CAPTION = re.compile(r"caption(_\d+)?")  # columns of one caption each, as in AudioCaps
 STREAMED = ("OGG", "MP3")  # have no length in a header: a cut file looks whole, only shorter
 EDGE = 1024  # samples to decode at either end of a clip, to see that it is whole
 
@@ -44,34 +46,50 @@ class Labelling:
         known: labels that are allowed; any if empty.
         captions: read captions, too.
         alone: one label is enough to train on.
+        optional: captions may stand without a label, as in AudioCaps: any other clip sounds unlike such a clip.
     """
 
     columns: tuple[str, ...] = ("label",)
     known: tuple[str, ...] = ()
     captions: bool = True
     alone: bool = False
+    optional: bool = False
 
 
-LABELS = Labelling()
+LABELS, CAPTIONS = Labelling(), Labelling(optional=True)
 
 
 def _captions(listed: str) -> tuple[str, ...]:
     return tuple(caption.strip() for caption in listed.split(";") if caption.strip())
 
 
-def _read_clips(path: Path, labelling: Labelling) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
-    """Read each row's line, clip, and whether its caption is empty; and the faults, with their lines."""
+def _captions_in(row: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the captions of a row: those of `captions`, separated by ";", and `caption`, `caption_2` … as they are."""
+    single = (text for name, text in row.items() if SINGLE_CAPTION.fullmatch(name) and text)
+    return (*_captions(row.get("captions", "")), *single)
+
+
+def _read_clips(
+    path: Path, labelling: Labelling, folder: Path | None = None, split: str = TRAIN
+) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
+    """Read each row's line, clip, and whether its caption is empty; and the faults, with their lines.
+
+    Files are relative to `folder`, by default that of the CSV; `split` is that of rows without one.
+    """
     rows, faults = [], []
-    for line, row in read_table(path, ("file", " or ".join(labelling.columns))):
-        column = next(name for name in labelling.columns if name in row)
-        recording, label = path_in(path.parent, row["file"]), row[column]
+    label_columns = " or ".join((*labelling.columns, *(("caption", "captions") if labelling.optional else ())))
+    for line, row in read_table(path, ("file or file_name", label_columns)):
+        column = next((name for name in labelling.columns if name in row), "")
+        file = row["file"] if "file" in row else row["file_name"]
+        recording, label = path_in(folder or path.parent, file), row[column] if column else file
         if not label:
             faults.append((line, f"no {column}"))
         elif not recording.is_file():
             faults.append((line, f"no file {recording}"))
-        captions = _captions(row.get("captions", "")) if labelling.captions else ()
-        clip = Clip(recording, label, captions or (label.replace("_", " "),), row.get("split") or TRAIN)
-        rows.append((line, clip, labelling.captions and "captions" in row and not captions))
+        captions = _captions_in(row) if labelling.captions else ()
+        captioned = any(name == "captions" or SINGLE_CAPTION.fullmatch(name) for name in row)
+        clip = Clip(recording, label, captions or (label.replace("_", " "),), row.get("split") or split)
+        rows.append((line, clip, labelling.captions and captioned and not captions))
     return rows, faults
 
 
@@ -79,9 +97,11 @@ def read_manifest(path: Path) -> list[Clip]:
     """Read a CSV of labelled clips.
 
     Its columns are `file` (relative to the CSV) and `label`, and optionally `captions` (separated by ";"; the label
-    where empty) and `split` ("train" where empty). Raises `ManifestError` that lists all faults by line.
+    where empty) or `caption`, `caption_2` … (one each, never split), and `split` ("train" where empty). Raises
+    `ManifestError` that lists all faults by line. As in AudioCaps, `file` may be called `file_name`, and where there
+    are captions but no labels, each clip's label is its name.
     """
-    rows, faults = _read_clips(path, LABELS)
+    rows, faults = _read_clips(path, CAPTIONS)
     check_faults(path, [f"line {line}: {fault}" for line, fault in faults] or ([] if rows else ["no rows"]))
     return [clip for _, clip, _ in rows]
 
@@ -120,19 +140,33 @@ class Corpus:
         return [index for index, clip in enumerate(self.clips) if clip.split != TRAIN]
 
 
-def read_corpus(path: Path, min_clips: int = 1, labelling: Labelling = LABELS) -> Corpus:
+def read_corpus(
+    path: Path,
+    min_clips: int = 1,
+    labelling: Labelling = LABELS,
+    audio: Path | None = None,
+    held_out: Path | None = None,
+) -> Corpus:
     """Read a manifest as `read_manifest` does, and check every file for training.
 
     Args:
         path: the manifest.
-        min_clips: clips that each label needs in the split `train`.
+        min_clips: clips that each label needs in the split `train`; captions without labels need no number.
         labelling: rules for the labels.
+        audio: folder of the files; by default that of each manifest.
+        held_out: a further manifest, of clips to validate on.
 
     Raises:
         ManifestError: lists, by line, all that is to be corrected: files that are missing, empty, listed twice or
             cannot be decoded, empty or unknown labels, empty captions, and too few clips or labels to train on.
     """
-    rows, faults = _read_clips(path, labelling)
+    rows, faults = _read_clips(path, labelling, audio)
+    if held_out:
+        check_faults(held_out, [f"line {line}: {fault}" for line, fault in _read_clips(held_out, labelling, audio)[1]])
+        last = max((line for line, *_ in rows), default=1)  # its lines count on from those of the first
+        further, _ = _read_clips(held_out, labelling, audio, VALIDATION)
+        rows += [(last + line, replace(clip, split=VALIDATION), uncaptioned) for line, clip, uncaptioned in further]
+    labelled = any(name in row for _, row in read_table(path, ())[:1] for name in labelling.columns)
     missing = {line for line, _ in faults}
     with ThreadPoolExecutor(8) as pool:
         inspected = list(pool.map(lambda row: (0.0, 0) if row[0] in missing else _inspect(row[1].path), rows))
@@ -147,7 +181,7 @@ def read_corpus(path: Path, min_clips: int = 1, labelling: Labelling = LABELS) -
             faults.append((line, "the caption is empty"))
         if first.setdefault(clip.path, line) != line:
             faults.append((line, f"{clip.path} is on line {first[clip.path]} already"))
-        if clip.split == TRAIN and 0 < trained[clip.label] < min_clips:
+        if labelled and clip.split == TRAIN and 0 < trained[clip.label] < min_clips:
             few = f"the label {clip.label!r} has too few clips to train on, {trained[clip.label]}"
             faults.append((line, f"{few}; it takes {min_clips}, unless set min_clips={trained[clip.label]}"))
     if len(trained) < (1 if labelling.alone else 2):
@@ -158,7 +192,7 @@ def read_corpus(path: Path, min_clips: int = 1, labelling: Labelling = LABELS) -
         raise ManifestError(f"{path}: {len(faults)} faults{listed}")
     clips = tuple(clip for _, clip, _ in rows)
     seconds, rates = zip(*((found[0], found[1]) for found in inspected if not isinstance(found, str)), strict=True)
-    return Corpus(path, clips, seconds, rates, _digest(clips, path.parent, seconds))
+    return Corpus(path, clips, seconds, rates, _digest(clips, audio or path.parent, seconds))
 
 
 def _inspect(path: Path) -> tuple[float, int] | str:

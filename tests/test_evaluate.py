@@ -10,30 +10,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 from conftest import Clapsep, Fixed, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tuss_stand_in import TINY, released
 
-from clapsep_cli import Query
+from clapsep_cli import Query, dsp, load_model, separate
 from clapsep_cli.cli.evaluate import _sides
 from clapsep_cli.data import Clip
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError, OutputError
 from clapsep_cli.evaluation import evaluate as module
+from clapsep_cli.evaluation import prompted as prompts
 from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_into
 from clapsep_cli.evaluation.mixtures import (
     EvaluationSet,
     Mixture,
     check_files,
     labelled_clips,
+    located,
     make_mixtures,
     read_mixtures,
     read_shots,
     set_aside,
+    write_mixtures,
 )
+from clapsep_cli.evaluation.prompted import read_parts
 from clapsep_cli.evaluation.scores import Score, by_label, presence, summary
 from clapsep_cli.metrics import si_sdr
-from clapsep_cli.store.checkpoint import Model
+from clapsep_cli.query import Excerpt
+from clapsep_cli.store.checkpoint import Model, save_part
+from clapsep_cli.store.convert_tuss import convert
+from clapsep_cli.tables import read_table
 
 SOUNDS = {"dog": 300, "rain": 0, "violin": 1500, "church_bell": 4000}
 RELEASED = """source_file,positive_caption,noise_file,negative_caption
@@ -187,7 +196,9 @@ def test_a_mixture_is_asked_for_as_by_extract(
     """Scores with texts and shots are those of the conditions that `Model.ask` makes; each shot is read once."""
     tiny.separator.window, read = 32_000, []
     shots = {
-        caption: [f"dog/{n}.wav" for n in range(3)] for row in rows for caption in (row.label, row.negative_caption)
+        caption.lower(): [f"dog/{n}.wav" for n in range(3)]
+        for row in rows
+        for caption in (row.label, row.negative_caption)
     }
     data = EvaluationSet(rows, folder, shots)
     options = EvaluationOptions(("both",), shots=(2,), bss=False)
@@ -299,8 +310,42 @@ def test_captions_of_a_folder_have_the_papers_prefix_or_another(clapsep: Clapsep
         assert made.returncode == 0, made.stderr
         rows = read_mixtures(tmp_path / "mixtures.csv")
         assert {row.label: row.positive_caption for row in rows}["church_bell"] == expected
-    refused = clapsep("mixtures", "make", "m.csv", "--prefix", "", "--overwrite", cwd=tmp_path)
-    assert (refused.returncode, "--prefix is for" in refused.stderr) == (2, True)
+
+
+def test_labels_of_a_manifest_have_the_prefix_and_captions_have_none(folder: Path, tmp_path: Path) -> None:
+    lines = [f"{folder}/dog/0.wav,big_dog,", f"{folder}/rain/0.wav,rain;dog;bell,", f"{folder}/violin/0.wav,v,A violin"]
+    (tmp_path / "m.csv").write_text("\n".join(["file,label,captions", *lines]))
+    clips, _ = labelled_clips(tmp_path / "m.csv")
+    assert [clip.captions for clip in clips] == [
+        ("The sound of big dog",),
+        ("The sounds of rain, dog and bell",),
+        ("A violin",),
+    ]
+
+
+def test_sounds_are_left_out_and_interferers_are_of_few_clips(folder: Path) -> None:
+    clips, root = labelled_clips(folder, excluded=["rain"])
+    assert {clip.label for clip in clips} == SOUNDS.keys() - {"rain"}
+    rows = make_mixtures(clips, root, seed=0, per_clip=3, interferers=6)
+    assert len({row.noise_file for row in rows}) <= 6 < len({row.source_file for row in rows})
+    with pytest.raises(ManifestError, match="no clip has the label snow"):
+        labelled_clips(folder, excluded=["snow"])
+    several = [Clip(Path(f"/r/{n}.wav"), label, (label,)) for n, label in enumerate(("dog;rain", "dog", "bell"))]
+    made = make_mixtures(several, Path("/r"), seed=0, per_clip=9)
+    assert {(row.source_file, row.noise_file) for row in made} == {
+        ("0.wav", "2.wav"),
+        ("1.wav", "2.wav"),
+        ("2.wav", "0.wav"),
+        ("2.wav", "1.wav"),
+    }
+
+
+def test_deviations_are_those_of_a_sample() -> None:
+    row = Mixture("", "", "", "")
+    found = summary([Score(row, "both", gain, gain, None, 0) for gain in (1.0, 2.0, -3.0)])["both"]
+    assert found["sdri_std"] == pytest.approx(np.std([1.0, 2.0, -3.0], ddof=1))
+    assert found["worse"] == pytest.approx(1 / 3)
+    assert summary([Score(row, "both", 1.0, 1.0, None, 0)])["both"]["sdri_std"] == 0
 
 
 def test_the_commands_from_a_folder_to_scores(
@@ -310,7 +355,7 @@ def test_the_commands_from_a_folder_to_scores(
     assert (made.returncode, made.stderr) == (0, "")
     assert made.stdout.startswith("mixtures.csv: 8 mixtures, targets of 4 labels, from 16 clips")
     listed = read_mixtures(tmp_path / "mixtures.csv")
-    assert {row.label: row.positive_caption for row in listed}["church_bell"] == "the sound of church bell"
+    assert {row.label: row.positive_caption for row in listed}["church_bell"] == "The sound of church bell"
     shots = read_shots(tmp_path / "mixtures.shots.csv")
     used = {file for row in listed for file in (row.source_file, row.noise_file)}
     assert not used & {file for files in shots.values() for file in files}
@@ -345,6 +390,214 @@ def test_the_commands_from_a_folder_to_scores(
     ):
         other = clapsep(*arguments, *wrong, cwd=tmp_path)
         assert (other.returncode, said in other.stderr) == (2, True)
+
+
+def test_other_systems_stand_in_one_table(
+    clapsep: Clapsep, folder: Path, tiny_folder: Path, rows: list[Mixture], tmp_path: Path
+) -> None:
+    """Mixtures are rendered, three "programs" separate them, and the table compares them with a model."""
+    write_mixtures(tmp_path / "list.csv", rows)
+    done = clapsep("mixtures", "render", "list.csv", "--audio", folder, "-o", "wavs", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"wavs/rendered.csv: {len(rows)} mixtures\n"
+    again = clapsep("mixtures", "render", "list.csv", "--audio", folder, "-o", "wavs", cwd=tmp_path)
+    assert (again.returncode, "already" in again.stderr) == (1, True)
+    for program in ("half", "ideal", "slow"):
+        (tmp_path / program).mkdir()
+    for row in read_table(tmp_path / "wavs" / "rendered.csv", ("mixture", "target", "interferer")):
+        mixture, target, interferer = (
+            soundfile.read(tmp_path / "wavs" / row[1][part], dtype="float32")[0]
+            for part in ("mixture", "target", "interferer")
+        )
+        np.testing.assert_allclose(target + interferer, mixture, atol=1e-6)
+        assert len(mixture) == 320_000
+        name = Path(row[1]["mixture"]).stem
+        soundfile.write(tmp_path / "half" / f"{name}.wav", mixture / 2, 32_000, "FLOAT")
+        spectra = [dsp.spectrum(torch.from_numpy(x)[None]) for x in (mixture, target, interferer)]
+        ratio = spectra[1].abs() / (spectra[1].abs() + spectra[2].abs() + 1e-9)
+        ideal = dsp.masked(spectra[0], ratio, len(mixture))[0].numpy()
+        stereo = np.repeat(soxr.resample(ideal, 32_000, 44_100)[:, None], 2, 1)
+        soundfile.write(tmp_path / "ideal" / f"{name}.flac", stereo / 1.001, 44_100, "PCM_24")
+        soundfile.write(tmp_path / "slow" / f"{name}.wav", mixture[: len(mixture) // 2], 32_000)
+
+    asked = ["evaluate", "--mixtures", "list.csv", "--audio", folder, "--queries", "pos", "--no-bss"]
+    several = [*asked, "--model", tiny_folder, "--estimates", "half", "--estimates", "ideal"]
+    done = clapsep(*several, "--json", "-o", "out", "--report", "r.html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [run["system"] for run in found["runs"]] == [tiny_folder.name, "half", "ideal"]
+    half, ideal = (run["queries"]["positive"] for run in found["runs"][1:])
+    assert (half["sdri"], half["si_sdri"]) == pytest.approx((3.01, 0), abs=0.3)
+    assert ideal["sdri"] > 10
+    first = found["runs"][0]["queries"]["positive"]["sdri"]
+    (difference,) = (d for d in found["differences"] if (d["system"], d["metric"]) == ("ideal", "sdri"))
+    assert difference["mean"] == pytest.approx(ideal["sdri"] - first)
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert difference["worse"] == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "Systems side by side" in page
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(kept) == 3
+    table = clapsep(*several, "-o", "out", cwd=tmp_path)
+    assert f"ideal − {tiny_folder.name}" in table.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == kept
+    alone = clapsep(*asked, "--estimates", "ideal", "--json", cwd=tmp_path)
+    assert json.loads(alone.stdout)["queries"] == {"positive": ideal}
+
+    for arguments, code, said in (
+        (["--estimates", "slow"], 1, "lasts 5.00 s, and its mixture 10 s"),
+        (["--estimates", "out"], 1, "4 of 4 estimates are missing: 00001, 00002"),
+        (["--estimates", "half", "--estimates", "half"], 2, "two systems are called 'half'"),
+        (["--estimates", "half", "--mixtures", "wavs/rendered.csv"], 2, "of one list"),
+    ):
+        refused = clapsep(*asked, *arguments, cwd=tmp_path)
+        assert (refused.returncode, said in refused.stderr) == (code, True), refused.stderr
+
+
+def test_several_lists_are_scored_each_in_its_folder(
+    clapsep: Clapsep, folder: Path, tiny_folder: Path, rows: list[Mixture], tmp_path: Path
+) -> None:
+    for name, listed in (("one", rows[:1]), ("two", rows[1:3])):
+        write_mixtures(tmp_path / f"{name}.csv", listed)
+    lists = ["--mixtures", "one.csv", "--audio", folder, "--mixtures", "two.csv", "--audio", folder]
+    asked = ["evaluate", *lists, "--model", tiny_folder, "--queries", "both", "--no-bss"]
+    found = json.loads(clapsep(*asked, "--json", cwd=tmp_path).stdout)
+    assert [(run["list"], run["queries"]["both"]["mixtures"]) for run in found["runs"]] == [
+        ("one.csv", 1),
+        ("two.csv", 2),
+    ]
+    assert found["differences"] == []
+    refused = clapsep(*asked, "--audio", folder, cwd=tmp_path)
+    assert (refused.returncode, "once for each --mixtures" in refused.stderr) == (2, True)
+
+
+def test_a_raw_condition_is_not_scaled(tiny: Model, folder: Path, rows: list[Mixture]) -> None:
+    query = Query("dog", "rain")
+    lengths = [float(module.embedder_of(tiny, kind).condition(query).norm()) for kind in ("unit", "raw")]
+    assert lengths == pytest.approx([1, 2**0.5])
+    tiny.separator.window = 32_000
+    data = EvaluationSet(rows[:1], folder)
+    options = [EvaluationOptions(("both",), bss=False, listed=False, condition=kind) for kind in ("unit", "raw")]
+    unit, raw = ([s.sdri for scores in evaluate(tiny, data, each) for s in scores] for each in options)
+    assert unit[0] != raw[0]
+    assert module.provenance(tiny, data, options[1])["condition"] == "raw"
+
+
+def test_shots_lie_elsewhere_and_are_cut(tmp_path: Path) -> None:
+    for name, seconds in (("a.wav", 3), ("b.wav", 1)):
+        soundfile.write(tmp_path / name, 0.1 * np.ones(8000 * seconds), 8000)
+    shots = located({"dog": ("a.wav", "b.wav", "c.wav")}, [tmp_path / "none", tmp_path])
+    assert shots["dog"] == (str(tmp_path / "a.wav"), str(tmp_path / "b.wav"), "c.wav")
+    row = Mixture("x.wav", "a dog", "y.wav", "rain", "dog")
+    options = EvaluationOptions(("positive",), text=False, shots=(2,), shot_seconds=(1, 2))
+    asked = options.queries(row, EvaluationSet([row], Path("audio"), shots))
+    assert list(asked) == ["positive 2 shots of 1 s", "positive 2 shots of 2 s"]
+    cut = asked["positive 2 shots of 2 s"].pos_audio
+    assert cut == (Excerpt(tmp_path / "a.wav", 0, 2), tmp_path / "b.wav"), "what is shorter is used whole"
+
+
+def test_embeddings_are_those_of_queries(
+    clapsep: Clapsep, folder: Path, tiny_folder: Path, tiny: Model, tmp_path: Path
+) -> None:
+    asked = ["embed", folder / "dog" / "0.wav", folder / "rain" / "1.wav", "--text", "a dog", "--model", tiny_folder]
+    done = clapsep(*asked, "-o", "e.npz", cwd=tmp_path)
+    assert (done.returncode, "3 embeddings of" in done.stdout) == (0, True), done.stderr
+    with np.load(tmp_path / "e.npz") as found:
+        names, embeddings = found["names"].tolist(), found["embeddings"]
+    assert names == [str(folder / "dog" / "0.wav"), str(folder / "rain" / "1.wav"), "a dog"]
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    condition = tiny.ask([Query("a dog")]).targets[0].numpy()
+    np.testing.assert_allclose(embeddings[2], condition[: embeddings.shape[1]], atol=1e-6)
+    again = clapsep(*asked, "-o", "e.npz", cwd=tmp_path)
+    assert (again.returncode, "exists already" in again.stderr) == (1, True)
+    assert clapsep("embed", cwd=tmp_path).returncode == 2
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TUSS of a few thousand weights, and a list of a mixture of two events in stereo and one of three parts."""
+    place = tmp_path_factory.mktemp("prompted")
+    (place / "model").mkdir()
+    save_part(place / "model", "separator", "tuss", TINY, convert(released(TINY), TINY))
+    lines, rng = ["mixture,prompt,reference,set"], np.random.default_rng(3)
+    for name, rate, channels, named in (
+        ("events", 44_100, 2, ("sfx", "sfx", "speech")),
+        ("film", 48_000, 1, ("speech", "musicbg", "sfxbg")),
+    ):
+        parts = 0.1 * rng.standard_normal((len(named), 15_000, channels))
+        parts[-1] *= name != "film"  # silent
+        soundfile.write(place / f"{name}.wav", parts.sum(0), rate, "FLOAT")
+        for n, (prompt, part) in enumerate(zip(named, parts, strict=True)):
+            soundfile.write(place / f"{name}{n}.wav", part, rate, "FLOAT")
+            lines.append(f"{name}.wav,{prompt},{name}{n}.wav,test")
+    (place / "parts.csv").write_text("\n".join(lines))
+    return place
+
+
+def test_parts_are_scored_in_the_best_order_at_their_own_rate(prompted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that gives the references, equal prompts in the other order, scores the limit of 70 dB."""
+    listed = read_parts(prompted / "parts.csv", prompted)
+    assert [parts.task for parts in listed] == ["", "cinematic"]
+    model = load_model(prompted / "model", "cpu", "high")
+    references = {len(p.references): [soundfile.read(f, always_2d=True)[0].T for f in p.references] for p in listed[:1]}
+    first, second, third = references[3]
+    asked = []
+
+    def separate(model: Model, mixture: np.ndarray, rate: int, numbers: list[int]) -> np.ndarray:
+        asked.append((rate, mixture.shape, tuple(numbers)))
+        return np.stack([second, first, 0.5 * third]).astype(np.float32)
+
+    monkeypatch.setattr(prompts, "_separate", separate)
+    (scores,) = prompts.evaluate_parts(model, listed[:1])
+    assert asked == [(44_100, (2, 15_000), (1, 1, 0))]
+    assert [(s.prompt, s.snr, s.si_snr) for s in scores[:2]] == [("sfx", 70, 70)] * 2
+    assert (scores[2].snr, scores[2].si_snr) == pytest.approx((6.02, 70), abs=0.01)
+    assert scores[2].snri == pytest.approx(6.02 + 3.01, abs=0.2)
+
+
+def test_a_list_of_prompts_is_scored_by_the_command(clapsep: Clapsep, prompted: Path) -> None:
+    asked = ["evaluate", "--mixtures", "parts.csv", "--audio", ".", "--model", "model"]
+    (found,) = json.loads(clapsep(*asked, "--json", cwd=prompted).stdout)
+    assert {name: s["parts"] for name, s in found["prompts"].items()} == {
+        "sfx": 2,
+        "speech": 2,
+        "musicbg": 1,
+        "task cinematic": 2,  # the third is silent
+    }
+    model, mixture = load_model(prompted / "model", "cpu", "high"), soundfile.read(prompted / "film.wav")[0]
+    wanted = {name: Query(name) for name in ("speech", "musicbg", "sfxbg")}
+    stem = separate(mixture, 48_000, wanted, model).stems["musicbg"]
+    reference = soundfile.read(prompted / "film1.wav", dtype="float32")[0]
+    assert found["prompts"]["musicbg"]["si_snr"] == pytest.approx(si_sdr(stem, reference), abs=1e-3)
+    others = {}
+    for option in ("--single-prompt", "--segment whole", "--segment 0.1", "--segment 0.1 --shift 0.1"):
+        done = clapsep(*asked, *option.split(), "--json", cwd=prompted)
+        others[option] = json.loads(done.stdout)[0]["prompts"]["musicbg"]["snr"]
+    assert len({found["prompts"]["musicbg"]["snr"], *others.values()}) == 5, others
+    assert "task cinematic" in clapsep(*asked, cwd=prompted).stdout
+    for arguments, said in (
+        (["--shift", "0.1"], "--shift 0.1: takes --segment"),
+        (["--segment", "0.1", "--shift", "0.01"], "lies between half"),
+        (["--segment", "soon"], "give seconds, or whole"),
+        (["--no-bss"], "--no-bss: it has no effect"),
+        (["--queries", "pos"], "--queries: it has no effect"),
+    ):
+        refused = clapsep(*asked, *arguments, cwd=prompted)
+        assert (refused.returncode, said in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_wrong_list_of_prompts_is_refused(clapsep: Clapsep, prompted: Path, tiny_folder: Path) -> None:
+    asked = ["evaluate", "--mixtures", "parts.csv", "--audio", "."]
+    done = clapsep(*asked, "--model", tiny_folder, cwd=prompted)
+    assert (done.returncode, "takes no prompts" in done.stderr) == (3, True), done.stderr
+    (prompted / "bad.csv").write_text("mixture,prompt,reference\nfilm.wav,speech,gone.wav\nfilm.wav,,film0.wav\n")
+    with pytest.raises(ManifestError, match=r"line 2: no file .*gone\.wav; line 3: no prompt"):
+        read_parts(prompted / "bad.csv", prompted)
+    (prompted / "other.csv").write_text("mixture,prompt,reference\nfilm.wav,speech,events0.wav\n")
+    with pytest.raises(ManifestError, match=r"differs from .*film\.wav in rate, channels or length"):
+        next(
+            prompts.evaluate_parts(load_model(prompted / "model", "cpu"), read_parts(prompted / "other.csv", prompted))
+        )
 
 
 def test_sides_may_be_named_as_the_tables_name_them() -> None:

@@ -63,7 +63,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     ),
     ("page", [{"guard", "overview", "wishes"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
-    ("evaluation", [{"mixtures"}, {"scores"}, {"evaluate"}, {"report"}]),
+    ("evaluation", [{"mixtures"}, {"scores"}, {"compare", "evaluate"}, {"external", "prompted", "report"}]),
     (
         "training.loop",
         [
@@ -86,9 +86,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "cli",
         [
             {"environment", "terminal"},
-            {"evaluate", "models", "options"},
+            {"embed", "mixtures", "models", "options", "scoring"},
             {"results", "run", "ui"},
-            {"extract", "separate", "train"},
+            {"evaluate", "extract", "separate", "train"},
             {"demo"},
             {"app"},
         ],

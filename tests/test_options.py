@@ -23,9 +23,12 @@ from conftest import Clapsep, Stub
 from media_files import encode
 from recordings import noise
 from stand_ins import Moody
+from tuss_stand_in import TINY
 
 from clapsep_cli.cli.app import app
+from clapsep_cli.families.base import load_family
 from clapsep_cli.jobs import batch
+from clapsep_cli.models.tuss import Tuss
 from clapsep_cli.store import adapters, library
 
 Observed = dict[str, Any]
@@ -69,6 +72,8 @@ SHARED = {  # by option: a line, and what of it makes a difference when it is ad
 }
 TWO = "mix.wav --target one=dog --target two=two.flac"
 EVALUATE = "--mixtures mixtures.csv --audio labels"
+SHOTS = f"{EVALUATE} --shots 1 --shots-csv shots.csv"
+PROMPTED = "--mixtures parts.csv --audio . --model tuss"
 MAKE = "labels --per-clip 1 -o new.csv"
 EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
     "clapsep": {"--version": ("", "--version")},
@@ -112,6 +117,8 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
     "demo": {"--out": ("", "-o somewhere")},
     "train": {
         "--manifest": ("", "--manifest mine.csv"),
+        "--audio": ("mine.csv", "--audio labels"),
+        "--val": ("mine.csv", "--val clips.csv"),
         "--out": ("mine.csv", "-o out"),
         "--preset": ("mine.csv", "--preset clapsep-text"),
         "--init": ("mine.csv", "--init clapsep"),
@@ -136,24 +143,47 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--mixtures": ("--audio labels", "--mixtures mixtures.csv"),
         "--audio": ("--mixtures mixtures.csv", "--audio labels"),
         "--model": (EVALUATE, "--model mini"),
+        "--estimates": (EVALUATE, "--estimates made"),
         "--device": (EVALUATE, "-d cpu"),
         "--model-dir": (EVALUATE, "--model-dir kept"),
         "--queries": (EVALUATE, "--queries pos"),
+        "--condition": (EVALUATE, "--condition raw"),
         "--shots": (f"{EVALUATE} --shots-csv shots.csv", "--shots 1"),
         "--shots-csv": (f"{EVALUATE} --shots 1", "--shots-csv shots.csv"),
-        "--text": (f"{EVALUATE} --shots 1 --shots-csv shots.csv --no-text", "--text"),
-        "--no-text": (f"{EVALUATE} --shots 1 --shots-csv shots.csv", "--no-text"),
+        "--shots-audio": (f"{SHOTS.replace('shots.csv', 'far.csv')}", "--shots-audio labels/dog"),
+        "--shot-seconds": (SHOTS, "--shot-seconds 0.5"),
+        "--text": (f"{SHOTS} --no-text", "--text"),
+        "--no-text": (SHOTS, "--no-text"),
         "--refine": (f"{EVALUATE} --no-refine", "--refine"),
         "--no-refine": (f"{EVALUATE} --refine", "--no-refine"),
         "--bss": (f"{EVALUATE} --no-bss", "--bss"),
         "--no-bss": (EVALUATE, "--no-bss"),
+        "--single-prompt": (PROMPTED, "--single-prompt"),
+        "--segment": (PROMPTED, "--segment 0.2"),
+        "--shift": (f"{PROMPTED} --segment 0.2", "--shift 0.15"),
         "--out": (EVALUATE, "-o scores"),
         "--report": (EVALUATE, "--report new.html"),
+        "--dataset": (f"{EVALUATE} --report new.html", "--dataset ESC-50"),
         "--json": (EVALUATE, "--json"),
         "--labels": (EVALUATE, "--labels"),
         "--skip-missing": ("--mixtures more.csv --audio labels", "--skip-missing"),
         "--overwrite": (f"{EVALUATE} --report old.html", "--overwrite"),
         "--quiet": (EVALUATE, "-q"),
+    },
+    "embed": {
+        "--text": ("mix.wav", "--text dog"),
+        "--out": ("mix.wav", "-o new.npz"),
+        "--model": ("mix.wav", "--model mini"),
+        "--device": ("mix.wav", "-d cpu"),
+        "--model-dir": ("mix.wav", "--model-dir kept"),
+        "--overwrite": ("mix.wav -o old.html", "--overwrite"),
+        "--quiet": ("mix.wav", "-q"),
+    },
+    "mixtures render": {
+        "--audio": ("mixtures.csv -o made", "--audio labels"),
+        "--out": ("mixtures.csv --audio labels", "-o new"),
+        "--overwrite": ("mixtures.csv --audio labels -o wavs", "--overwrite"),
+        "--quiet": ("mixtures.csv --audio labels -o new", "-q"),
     },
     "mixtures make": {
         "--out": ("labels", "-o new.csv"),
@@ -162,6 +192,8 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--shots": (MAKE, "--shots 1"),
         "--split": ("clips.csv -o new.csv", "--split test"),
         "--prefix": (MAKE, "--prefix some"),
+        "--exclude-labels": (MAKE, "--exclude-labels bell"),
+        "--interferers": (f"{MAKE} --exclude-labels bell --per-label 1", "--interferers 4"),
         "--seed": (MAKE, "--seed 5"),
         "--overwrite": ("labels", "--overwrite"),
         "--quiet": (MAKE, "-q"),
@@ -209,6 +241,12 @@ REFUSED = [
     (f"evaluate {EVALUATE}", "--overwrite"),
     (f"evaluate {EVALUATE}", "--no-text"),
     (f"evaluate {EVALUATE}", "--shots 1"),
+    (f"evaluate {EVALUATE}", "--shot-seconds 1"),
+    (f"evaluate {EVALUATE}", "--shots-audio labels"),
+    (f"evaluate {EVALUATE}", "--dataset ESC-50"),
+    (f"evaluate {EVALUATE}", "--single-prompt"),
+    (f"evaluate {EVALUATE}", "--segment whole"),
+    (f"evaluate {PROMPTED}", "--labels"),
     ("ui", "--stream 2"),
     ("train mine.csv", "--epochs 3"),
     ("train mine.csv", "--lora-only"),
@@ -257,6 +295,12 @@ def place(tmp_path: Path) -> Path:
     (place / "mixtures.csv").write_text(listed)
     (place / "more.csv").write_text(f"{listed}none.wav,a dog,rain/0.wav,rain\n")
     (place / "shots.csv").write_text("class,file\na dog,dog/1.wav\nrain,rain/1.wav\n")
+    (place / "far.csv").write_text("class,file\na dog,1.wav\nrain,2.wav\n")
+    (place / "parts.csv").write_text("mixture,prompt,reference\nmix.wav,speech,old.wav\nmix.wav,sfx,mix.wav\n")
+    for folder in ("made", "wavs"):
+        (place / folder).mkdir(parents=True)
+    (place / "wavs" / "rendered.csv").touch()
+    soundfile.write(place / "made" / "00001.wav", 0.1 * rng.standard_normal(80_000), 8000)
     (place / "jobs.csv").write_text("file,pos\nmix.wav,dog\n")
     (place / "settings.toml").write_text("seed = 9\n")
     (place / "mine.csv").touch()
@@ -299,6 +343,9 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         separator = Moody(8000)
         model = Stub(separator)
         model.family = "clapsep"
+        if "parts.csv" in line:
+            torch.manual_seed(0)
+            model.family, model.kind, model.separator = "tuss", load_family("tuss"), Tuss(TINY)
         loaded = noted("load", model)
         monkeypatch.setattr(library, "load_model", lambda *a, **k: loaded(*a, **k))
         monkeypatch.setattr(adapters, "apply", lambda model, path: noted("adapter")(path))

@@ -7,7 +7,7 @@ import io
 import re
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from conftest import Clapsep
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clapsep_cli.errors import UsageError
+from clapsep_cli.evaluation.compare import Run, differences
 from clapsep_cli.evaluation.mixtures import Mixture
 from clapsep_cli.evaluation.report import (
     FREQUENCIES,
@@ -25,6 +27,7 @@ from clapsep_cli.evaluation.report import (
     PUBLISHED_AUDIOSEP,
     Axis,
     Example,
+    check_dataset,
     compressed,
     number,
     render,
@@ -43,6 +46,7 @@ SCORES = [
 ]
 SETTINGS = {"model": "mini<1>", "mixtures": 12, "bss": True, "shots": (), "sides": ("both", "positive")}
 SOURCE = {"list": "few.csv", "date": "1 May 2026"}
+RUN = Run("few.csv", "mini<1>", SCORES, SETTINGS)
 VOID = {"meta", "img", "line", "rect", "polygon", "br"}
 
 
@@ -81,7 +85,7 @@ def example(title: str) -> Example:
 
 
 def test_the_page_is_whole_and_needs_no_network() -> None:
-    page = Page(render(SCORES, [example("Best"), example("Worst")], SETTINGS, SOURCE))
+    page = Page(render([RUN], [example("Best"), example("Worst")], SOURCE))
     assert len(page.sources) == 12
     assert all(source.startswith("data:") for source in page.sources)
     assert not {"script", "link", "iframe"} & set(page.tags)
@@ -100,9 +104,28 @@ def test_the_page_is_whole_and_needs_no_network() -> None:
         assert f"AudioSep, {name} {both[0]:.2f} {both[1]:.2f}" in " ".join(said.split())
 
 
+def test_systems_stand_side_by_side_and_one_block_of_published_figures() -> None:
+    better = [replace(s, sdri=s.sdri + 1.5, si_sdri=s.si_sdri + (3 if n else -9)) for n, s in enumerate(SCORES)]
+    runs = [RUN, Run("few.csv", "other", better, SETTINGS)]
+    found = {(d.query, d.metric): d for d in differences(runs)}
+    assert found.keys() == {(q, m) for q in ("both", "positive") for m in ("sdri", "si_sdri", "bss_sdri")}
+    exact = found["both", "sdri"]
+    assert (exact.mean, exact.low, exact.high, exact.worse) == pytest.approx((1.5, 1.5, 1.5, 0))
+    wide = found["both", "si_sdri"]
+    assert (wide.mean, wide.worse) == pytest.approx((2, 1 / 12))
+    assert -0.5 < wide.low < wide.mean < wide.high <= 3
+    said = " ".join(" ".join(Page(render(runs, [], SOURCE, "esc-50")).said).split())
+    assert "other − mini<1> few.csv both SI-SDRi 12 2.00" in said
+    assert "paper, ESC-50" in said
+    assert "AudioSep, ESC-50" in said
+    assert "AudioCaps" not in said
+    with pytest.raises(UsageError, match="nothing is published of it here; there are AudioCaps"):
+        check_dataset("mine")
+
+
 def test_a_run_of_one_kind_of_query_has_a_report() -> None:
     scores = [s for s in SCORES if s.query == "positive"][:1]
-    page = Page(render(scores, [], SETTINGS, SOURCE))
+    page = Page(render([Run("few.csv", "mini", scores, SETTINGS)], [], SOURCE))
     said = " ".join(page.said)
     assert "Beside the paper" not in said
     assert "What is there" not in said
@@ -142,7 +165,7 @@ def test_violins_and_bars_stand_where_their_values_are() -> None:
         for query, by_label in gains.items()
         for label, gain in by_label.items()
     ]
-    page = " ".join(render(scores, [], SETTINGS, SOURCE).split())
+    page = " ".join(render([Run("few.csv", "mini", scores, SETTINGS)], [], SOURCE).split())
     medians = [float(x) for x in re.findall(r'class="median" x1="([\d.]+)"', page)]
     assert medians == [pytest.approx(500, abs=0.1)] * 4
     bars = page[page.index("By label") :]
@@ -183,5 +206,5 @@ def test_an_existing_report_is_not_lost(clapsep: Clapsep, tmp_path: Path) -> Non
     done = clapsep(*arguments, cwd=tmp_path)
     assert (done.returncode, "exists already" in done.stderr) == (1, True)
     assert (tmp_path / "r.html").read_text() == "mine"
-    write_report(tmp_path / "new" / "r.html", SCORES, [], SETTINGS, SOURCE)
+    write_report(tmp_path / "new" / "r.html", [RUN], [], SOURCE)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.html"]

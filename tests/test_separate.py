@@ -269,6 +269,7 @@ class Bands(Separator[Prompted]):
     """
 
     rate, window = RATE, 2 * RATE
+    overlap = 48_000
 
     def __init__(self, channels: int, flips: Callable[[int, int], bool]) -> None:
         super().__init__()

@@ -15,7 +15,8 @@ from conftest import Clapsep
 from tiny_clapsep import ROBERTA, write_checkpoints
 
 from clapsep_cli import dsp, load_model
-from clapsep_cli.errors import CheckpointError, RecipeError
+from clapsep_cli.data import Labelling, read_corpus
+from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
 from clapsep_cli.models.base import condition
 from clapsep_cli.registry import MODELS
 from clapsep_cli.store import adapters
@@ -259,6 +260,105 @@ def test_the_ablations_train(encoder: str, manifest: Path, recipe: ClapsepRecipe
     )
     run(manifest, tmp_path, ablation)
     assert load_model(tmp_path, "cpu", "high").separator.window == ROBERTA.window
+
+
+def test_the_last_weights_are_kept_where_asked(manifest: Path, recipe: ClapsepRecipe, tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate(task: ClapsepTask, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        scale = task.recipe.lora_alpha / task.recipe.lora_rank
+        seen.append({k: v.clone() for k, v in adapters.merged(weights, scale).items()})
+        return {"both": -float(len(seen))}  # the first are the best
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClapsepTask, "validate", validate)
+        run(manifest, tmp_path, replace(recipe, keep="last"))
+    kept = read_tensors(tmp_path / "separator.safetensors")
+    assert all(torch.equal(kept[name], seen[-1][name]) for name in kept)
+
+
+def test_the_decoder_starts_as_the_references(recipe: ClapsepRecipe, base: Path) -> None:
+    net = build(recipe, load_model(base, "cpu"))
+    weights = [
+        layer.weight.detach().flatten()
+        for part in (net.aggregator, net.mask_net)
+        for layer in part.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(torch.cat(weights).mean()) < 1e-3
+    assert not net.aggregator.film.gamma.bias.any()
+    assert not net.mask_net.output.bias.any()
+    assert net.mask_net.spec_norm.momentum == 0.01
+    kept = load_part(base, "separator", "clapsep", net.config)
+    going_on = build(replace(recipe, init=str(base)), load_model(base, "cpu"))
+    assert torch.equal(going_on.mask_net.output.weight, kept.mask_net.output.weight)
+
+
+def test_later_blocks_of_the_decoder_are_dropped_more_often(
+    manifest: Path, recipe: ClapsepRecipe, tmp_path: Path
+) -> None:
+    task = task_of(replace(recipe, batch=4), manifest, tmp_path)
+    drawn = torch.stack([task._depth(step, range(4)) for step in range(1000)])
+    shares = (drawn == 0).float().mean((0, 1, 3))
+    last = len(shares) - 1
+    assert shares.tolist() == pytest.approx([0.1 * at / last for at in range(last + 1)], abs=0.01)
+    assert drawn.mean().item() == pytest.approx(1, abs=0.01)
+    assert torch.equal(task._depth(3, range(4))[1:3], task._depth(3, range(1, 3))), "however rows are shared"
+    prepared = task.prepare(task.draw(0, range(2)), 0, range(2))
+    task.net.eval()
+    whole, none = (
+        task.loss(prepared._replace(depth=torch.full_like(prepared.depth, x)))["loss"].item() for x in (1, 0)
+    )
+    blocks = [layer.block for layer in task.net.aggregator.layers]
+    for block in blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.attn.proj.bias)
+        for weight in block.mlp.parameters():
+            torch.nn.init.zeros_(weight)
+    assert whole != none == pytest.approx(task.loss(prepared)["loss"].item(), abs=1e-5)
+
+
+def test_every_shot_is_played_at_a_speed_of_its_own(manifest: Path, recipe: ClapsepRecipe, tmp_path: Path) -> None:
+    task = task_of(replace(recipe, batch=8, spec_augment=False), manifest, tmp_path)
+    clip = task.draw(0, range(1))[0][:1]
+    heard = task._shots(clip.expand(8, -1), (0, 0), range(8))
+    slow, fast = (
+        task.audio.embed_windows(torch.nn.functional.pad(player(clip), (0, task.audio.window))[:, : task.audio.window])
+        for player in task.players
+    )
+    which = [(torch.allclose(row, slow[0], atol=1e-4), torch.allclose(row, fast[0], atol=1e-4)) for row in heard]
+    assert set(which) == {(True, False), (False, True)}
+
+
+def test_audiocaps_as_released_is_trained_on(clapsep: Clapsep, manifest: Path, base: Path, tmp_path: Path) -> None:
+    """Captions without labels, of files in another folder; what is validated on has a list of its own."""
+    (tmp_path / "train.csv").write_text(
+        'file_name,caption\ndog0.wav,"A dog; it barks"\nrain0.wav,Rain falls\nbell0.wav,A bell rings\n'
+    )
+    (tmp_path / "val.csv").write_text(
+        "file_name,caption,caption_2\ndog2.wav,A dog,A hound\nrain2.wav,Rain,A shower\nbell2.wav,A bell,A chime\n"
+    )
+    done = clapsep(
+        *("train", "train.csv", "--audio", manifest.parent, "--val", "val.csv", "--preset", "clapsep-hybrid"),
+        *("--set", f"base={base}", "--set", "batch=1", "--epochs", "1", "--precision", "32-true", "-o", "out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "separator.safetensors").exists()
+    corpus = read_corpus(tmp_path / "train.csv", 2, recipe_labels(), manifest.parent, tmp_path / "val.csv")
+    assert corpus.clips[0].captions == ("A dog; it barks",)
+    assert corpus.clips[3].captions == ("A dog", "A hound")
+    assert (corpus.train, corpus.held_out) == ([0, 1, 2], [3, 4, 5])
+    (tmp_path / "val.csv").write_text("file_name,caption\ngone.wav,A dog\n")
+    with pytest.raises(ManifestError, match=r"val\.csv: line 2: no file .*gone\.wav"):
+        read_corpus(tmp_path / "train.csv", 2, recipe_labels(), manifest.parent, tmp_path / "val.csv")
+    with pytest.raises(ManifestError, match="no column label"):
+        read_corpus(tmp_path / "train.csv", 1, audio=manifest.parent)
+
+
+def recipe_labels() -> Labelling:
+    return ClapsepRecipe().labelling
 
 
 def test_a_step_follows_the_paper(manifest: Path, recipe: ClapsepRecipe, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def load_text() -> MiniText:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,split\na.wav,train\n", "no column label; it has: file,split"),
+        ("file,split\na.wav,train\n", "no column label or caption or captions; it has: file,split"),
         ("file,label\n", "no rows"),
         ("file,label\nnone.wav,dog\nnone2.wav,\n", r"line 2: no file .*none.wav; line 3: no label"),
     ],

@@ -26,9 +26,9 @@ from clapsep_cli.store.whole import read_tensors
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.sampling import DiskPool, MemoryPool, open_pool
 from clapsep_cli.training.loop.state import mean_of
-from clapsep_cli.training.loop.train import Report, train
+from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes import presets
-from clapsep_cli.training.recipes.tuss import PromptMixer, PromptMixing, TussRecipe
+from clapsep_cli.training.recipes.tuss import PromptMixer, PromptMixing, TussRecipe, TussTask
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 
@@ -284,6 +284,47 @@ def test_the_learning_rate_is_warmed_up_and_lowered_only_late() -> None:
     assert schedule.rate(99, [9.0, 8.0, 7.0, 1.0, 0.0]) == 1.0
     assert schedule.rate(99, [9.0, 8.0, 7.0, 1.0, 0.0, 1.0]) == 0.5
     assert schedule.rate(99, [9.0, 8.0, 7.0, 1.0, 2.0, 3.0]) == 1.0
+
+
+def test_ingredients_have_levels_of_their_own(manifest: Path) -> None:
+    """A background summed of events is no sum of equally loud ones; the learning rate falls as the release counts."""
+    pool = DiskPool(read_corpus(manifest, labelling=presets.build("tuss-medium").labelling), rate=None)
+    events = [index for index, clip in enumerate(pool.clips) if clip.label == "sfx"][:2]
+    mixer = PromptMixer(pool, range(len(pool.clips)), 9600, 0, PromptMixing())
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(mixer, "_choose", lambda rng, name, used: events)
+        patched.setattr(
+            mixer, "_stretch", lambda rng, index, rate: np.eye(2, 9600, dtype=np.float32)[events.index(index)]
+        )
+        levels = [mixer._sources(np.random.default_rng(n), ["sfxbg"])[0, :2] for n in range(200)]
+    gaps = [20 * np.log10(a / b) for a, b in levels]
+    assert 15 < max(gaps) <= 20
+    assert -20 <= min(gaps) < -15
+    assert np.std(gaps) == pytest.approx(20 / 6**0.5, rel=0.2)
+
+
+def test_prompts_are_dropped_and_their_sources_stay_in_the_mixture(manifest: Path, tmp_path: Path) -> None:
+    tasks: list[TussTask] = []
+    recipe = replace(presets.build("tuss-medium", {"tuss": {"window": 4800}, "prompt_dropout": 0.5}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "fit", lambda self, task: tasks.append(task))
+        train(manifest, tmp_path, recipe)
+    # Held for 75 epochs, then after more than five stale ones: an epoch later each than the words say.
+    assert tasks[0].plan.schedule == Plateau(1e-3, 0.0, 0.5, patience=6, warmup=10_000, ignored=76)
+    counts = []
+    for step in range(30):
+        drawn = tasks[0].draw(step, range(4))
+        prepared = tasks[0].prepare(drawn, step, range(4))
+        torch.testing.assert_close(prepared.mixtures, drawn[0].sum(1))
+        assert prepared.sources.shape[:2] == prepared.prompts.shape
+        half = tasks[0].prepare(tuple(part[2:] for part in drawn), step, range(2, 4))
+        assert torch.equal(prepared.prompts[2:], half.prompts)
+        for source, prompt in zip(prepared.sources[0], prepared.prompts[0], strict=True):
+            at = [n for n, other in enumerate(drawn[0][0]) if torch.equal(source, other)]
+            assert prompt in drawn[1][0][at]
+        counts.append(prepared.prompts.shape[1] < drawn[1].shape[1])
+    assert 8 < sum(counts) < 22
 
 
 # The command.

@@ -15,8 +15,10 @@ from typer.core import TyperArgument
 from typer.main import get_command
 
 from clapsep_cli.cli.demo import demo
-from clapsep_cli.cli.evaluate import evaluate, mixtures
+from clapsep_cli.cli.embed import embed
+from clapsep_cli.cli.evaluate import evaluate
 from clapsep_cli.cli.extract import extract
+from clapsep_cli.cli.mixtures import mixtures
 from clapsep_cli.cli.models import models
 from clapsep_cli.cli.results import results
 from clapsep_cli.cli.run import FAILED
@@ -47,6 +49,7 @@ app.command()(ui)
 app.command()(demo)
 app.command()(train)
 app.command()(evaluate)
+app.command()(embed)
 app.add_typer(mixtures, name="mixtures")
 app.add_typer(models, name="models")
 

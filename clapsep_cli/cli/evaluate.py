@@ -1,101 +1,33 @@
-"""The commands `mixtures make` and `evaluate`: lists of mixtures, and scores of a model on them."""
+"""The command `evaluate`: scores of models, and of what other programs made, on lists of mixtures."""
 
 from __future__ import annotations
 
-import sys
+import os
+import re
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.terminal import (
-    DeviceOption,
-    ModelDirOption,
-    ModelOption,
-    QuietOption,
-    downloads,
-    notes,
-    progress_bars,
-)
+from clapsep_cli.cli import scoring
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, QuietOption, among, downloads, notes
+from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from rich.table import Table
-
+    from clapsep_cli.evaluation.compare import Run
+    from clapsep_cli.evaluation.mixtures import EvaluationSet
+    from clapsep_cli.evaluation.prompted import PartScore
+    from clapsep_cli.evaluation.report import Example
     from clapsep_cli.evaluation.scores import Score
 
 SCORES = "scores.csv"
-PIPE_COLUMNS = 160
+PROMPTED = "tuss-medium"  # the model for lists of prompts, unless one is named
 SIDES = {"both": "both", "pos": "positive", "neg": "negative"}
-
-mixtures = typer.Typer(no_args_is_help=True, help="Make lists of mixtures to evaluate on.")
-
-
-@mixtures.command()
-def make(
-    source: Annotated[
-        Path, typer.Argument(metavar="DIR|MANIFEST", help="A folder with a sub-folder for each label, or a manifest.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The list to write.")] = Path("mixtures.csv"),
-    per_clip: Annotated[
-        int,
-        typer.Option("--per-clip", metavar="N", min=1, help="Mixtures of each target, with different interferers."),
-    ] = 5,
-    per_label: Annotated[
-        int | None,
-        typer.Option("--per-label", metavar="N", min=1, help="Targets of each label, drawn at random; default: all."),
-    ] = None,
-    shots: Annotated[
-        int,
-        typer.Option(
-            "--shots", metavar="N", min=0, help="Clips of each label to keep out of the mixtures, for audio queries."
-        ),
-    ] = 0,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Use only clips of this split of the manifest.")
-    ] = None,
-    prefix: Annotated[
-        str | None,
-        typer.Option("--prefix", metavar="TEXT", help='Before the labels of a folder; "the sound of".'),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all random draws.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing list.")] = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Write a list of mixtures for `clapsep evaluate`: two clips of different labels each.
-
-    With --shots, FILE.shots.csv lists the clips kept for audio queries.
-    """
-    from clapsep_cli.errors import OutputError
-    from clapsep_cli.evaluation.mixtures import (
-        PREFIX,
-        labelled_clips,
-        make_mixtures,
-        set_aside,
-        write_mixtures,
-        write_shots,
-    )
-
-    if prefix is not None and not source.is_dir():
-        raise typer.BadParameter("--prefix is for the labels of a folder; a manifest has captions")
-
-    shots_out = out.with_suffix(".shots.csv")
-    for path in (out, *([shots_out] if shots else [])):
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another file")
-    clips, root = labelled_clips(source, split, PREFIX if prefix is None else prefix)
-    targets, kept = set_aside(clips, shots, seed)
-    rows = make_mixtures(targets, root, seed, per_label, per_clip, kept if shots else None)
-    if shots:
-        write_shots(shots_out, kept, clips, root)
-    write_mixtures(out, rows)
-    if not quiet:
-        labels = len({row.label for row in rows})
-        typer.echo(f"{out}: {len(rows)} mixtures, targets of {labels} labels, from {len(clips)} clips in {root}")
-        if shots:
-            typer.echo(f"{shots_out}: {sum(map(len, kept.values()))} shots")
+MOST = 1_000_000  # shots, or seconds of them
 
 
 def _sides(text: str) -> tuple[str, ...]:
@@ -106,49 +38,117 @@ def _sides(text: str) -> tuple[str, ...]:
     return tuple(name for side, name in SIDES.items() if side in chosen)
 
 
-def _counts(text: str | None) -> tuple[int, ...]:
+def _numbers(text: str | None, what: str, whole: bool) -> tuple[float, ...]:
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(f"{text!r}: give numbers of recordings, separated by commas: 1,5,10")
-    return tuple(sorted({int(part) for part in parts}))
+    try:
+        numbers = {int(part) if whole else float(part) for part in parts}
+    except ValueError:
+        numbers = {0}
+    if not all(0 < number < MOST for number in numbers):
+        raise typer.BadParameter(f"{text!r}: give numbers of {what}, separated by commas: 1,5,10")
+    return tuple(sorted(numbers))
+
+
+def _each(values: Sequence[Path] | None, count: int, option: str) -> list[Path]:
+    """Return a value for each of `count` lists: as many as given, or one for all."""
+    if not values:
+        return []
+    if len(values) not in (1, count):
+        raise typer.BadParameter(f"{option}: give it once, or once for each --mixtures, in their order")
+    return list(values) * (count if len(values) == 1 else 1)
 
 
 def evaluate(
     listed: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            "--mixtures", metavar="CSV", help="List of mixtures, by `mixtures make` or as released with CLAPSep."
+            "--mixtures",
+            metavar="CSV",
+            help="List of mixtures, by `mixtures make` or as released with CLAPSep; or mixture,prompt,reference for a "
+            "model of prompts. Repeatable.",
         ),
     ],
-    audio: Annotated[Path, typer.Option("--audio", metavar="DIR", help="Folder of the list's files.")],
-    model: ModelOption = None,
+    audio: Annotated[
+        list[Path], typer.Option("--audio", metavar="DIR", help="Folder of the list's files; one, or one a list.")
+    ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME|PATH",
+            autocompletion=among(*MODELS),
+            help="A model by name or folder, repeatable; by default CLAPSEP_MODEL, or the best available.",
+        ),
+    ] = None,
+    estimates: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--estimates",
+            metavar="DIR",
+            help="Score what another program made of rendered mixtures; repeatable. Without --model, that alone.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     _model_dir: ModelDirOption = None,
     queries: Annotated[
         str | None,
         typer.Option(
-            "--queries", metavar="NAME,…", help="Sides of the query: pos, neg, both; default: all that the model takes."
+            "--queries",
+            metavar="NAME,…",
+            help="Sides of the query: pos, neg, both; default: all that the model takes. Of --estimates: the first.",
         ),
     ] = None,
+    condition: Annotated[
+        str,
+        typer.Option(
+            "--condition",
+            metavar="unit|raw",
+            autocompletion=among("unit", "raw"),
+            help="Scale joined queries to length 1, as CLAPSep's released inference, or not, as its test step.",
+        ),
+    ] = "unit",
     shots: Annotated[
         str | None,
         typer.Option("--shots", metavar="K,…", help="Also query with so many recordings: 1,5,10."),
     ] = None,
     shots_csv: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option("--shots-csv", metavar="CSV", help="Recordings for --shots: class,file (one, or a list)."),
+    ] = None,
+    shots_audio: Annotated[
+        list[Path] | None,
+        typer.Option("--shots-audio", metavar="DIR", help="Also look here for the recordings of --shots; repeatable."),
+    ] = None,
+    shot_seconds: Annotated[
+        str | None,
+        typer.Option("--shot-seconds", metavar="S,…", help="Cut these recordings to each of these lengths: 1,2,5,10."),
     ] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Query with texts, alone and with recordings.")] = True,
     refine: Annotated[
         bool | None, typer.Option("--refine/--no-refine", help="Separate in two passes; by default with mini.")
     ] = None,
     bss: Annotated[bool, typer.Option("--bss/--no-bss", help="Also compute BSS-eval SDR (512-tap filter).")] = True,
+    single_prompt: Annotated[
+        bool, typer.Option("--single-prompt", help="With prompts: ask for one part at a time.")
+    ] = False,
+    segment: Annotated[
+        str | None,
+        typer.Option("--segment", metavar="S|whole", help="With prompts: seconds to separate at once; as trained."),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option("--shift", metavar="S", help="With --segment: seconds from one segment to the next."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", help="Write scores.csv here; a stopped run continues from it."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE.html", help="Write a report as one self-contained page.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", metavar="NAME", help="In the report, show the published figures of this data alone."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all summaries as one JSON object.")] = False,
     labels: Annotated[bool, typer.Option("--labels", help="Also print scores by label.")] = False,
@@ -158,111 +158,186 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score a model on a list of mixtures of 10 s at 0 dB: SDRi, SI-SDRi and BSS-eval SDRi in dB.
+    """Score models on lists of mixtures of 10 s at 0 dB: SDRi, SI-SDRi and BSS-eval SDRi in dB.
 
-    The lists released with CLAPSep work as they are.
+    The lists released with CLAPSep work as they are. Of several models, each is compared with the first.
     """
     if bool(shots) != bool(shots_csv):
         raise typer.BadParameter("--shots and --shots-csv go together: give the number of recordings, and their list")
-    if overwrite and not report:
-        raise typer.BadParameter("--overwrite replaces a report: add --report FILE.html")
+    _refuse({"--shots-audio": shots_audio, "--shot-seconds": shot_seconds}, not shots, "add --shots and --shots-csv")
+    _refuse({"--overwrite": overwrite, "--dataset": dataset}, not report, "it is for a report: add --report FILE.html")
     if not text and not shots:
         raise typer.BadParameter("--no-text needs audio queries: add --shots and --shots-csv")
-    sides, counts = _sides(queries) if queries else None, _counts(shots)
-    from clapsep_cli.errors import OutputError
-    from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate_into, provenance
-    from clapsep_cli.evaluation.evaluate import evaluate as evaluate_set
-    from clapsep_cli.evaluation.mixtures import EvaluationSet, check_files, read_mixtures, read_shots
+    if condition not in ("unit", "raw"):
+        raise typer.BadParameter(f"--condition {condition}: use unit or raw")
+    sides = _sides(queries) if queries else None
+    counts, seconds = _numbers(shots, "recordings", True), _numbers(shot_seconds, "seconds", False)
+    folders, shot_lists = _each(audio, len(listed), "--audio"), _each(shots_csv, len(listed), "--shots-csv")
+    if report and report.exists() and not overwrite:
+        from clapsep_cli.errors import OutputError
+
+        raise OutputError(f"{report}: exists already; use --overwrite to replace it")
+    of_prompts = {"--single-prompt": single_prompt, "--segment": segment, "--shift": shift}
+    _refuse(of_prompts, not _are_prompted(listed), "it is for lists of prompts: mixture,prompt,reference")
+    if _are_prompted(listed):
+        others: dict[str, object] = {
+            "--queries": queries,
+            "--shots": shots,
+            "--report": report,
+            "--estimates": estimates,
+            "--out": out,
+        }
+        others |= {"--labels": labels, "--refine": refine is not None, "--skip-missing": skip_missing}
+        others |= {"--no-text": not text, "--no-bss": not bss, "--condition": condition != "unit"}
+        _refuse(others, True, "it has no effect on a list of prompts")
+        lists = list(zip(listed, folders, strict=True))
+        found = _score_parts(lists, model, device, (single_prompt, segment, shift), quiet)
+        scoring.show_parts(found, as_json, quiet)
+        return
+    if dataset:
+        from clapsep_cli.evaluation.report import check_dataset
+
+        check_dataset(dataset)
+    sets = _sets(listed, folders, shot_lists, shots_audio or [], skip_missing, quiet)
+    kinds = {"sides": sides, "text": text, "shots": counts, "bss": bss, "shot_seconds": seconds, "condition": condition}
+    runs, heard = _run(
+        sets, _models(model, bool(estimates)), estimates or [], kinds, (device, refine), out, report, quiet
+    )
+    if report:
+        from clapsep_cli.evaluation.report import write_report
+
+        source = {"list": runs[0].listed, "date": f"{date.today():%d %B %Y}"}
+        write_report(report, runs, heard, source, dataset)
+    scoring.show(runs, as_json, labels, quiet)
+
+
+def _refuse(options: Mapping[str, object], where: bool, why: str) -> None:
+    """Raise `BadParameter` for an option that is given `where` it has no effect."""
+    given = [option for option, value in options.items() if value not in (None, False, [])]
+    if where and given:
+        raise typer.BadParameter(f"{given[0]}: {why}")
+
+
+def _are_prompted(listed: Sequence[Path]) -> bool:
+    """Tell whether the lists are of prompts; all of them are, or none."""
+    from clapsep_cli.evaluation.prompted import is_prompted
+
+    kinds = {is_prompted(path) for path in listed}
+    if len(kinds) > 1:
+        raise typer.BadParameter("lists of prompts and lists of queries cannot be scored together")
+    return kinds.pop()
+
+
+def _models(named: Sequence[str] | None, others: bool) -> list[str | None]:
+    """Return the models to score: those named, or else the default one unless there are `others` to score."""
+    return list(named) if named else [] if others else [os.environ.get("CLAPSEP_MODEL") or None]
+
+
+def _score_parts(
+    lists: Sequence[tuple[Path, Path]],
+    named: Sequence[str] | None,
+    device: str,
+    how: tuple[bool, str | None, float | None],
+    quiet: bool,
+) -> list[tuple[str, str, list[PartScore]]]:
+    """Score models of prompts; returns the names of list and model, and the scores."""
+    from clapsep_cli.evaluation import prompted
     from clapsep_cli.store.library import load_model
 
-    if report and report.exists() and not overwrite:
-        raise OutputError(f"{report}: exists already; use --overwrite to replace it")
-    every = EvaluationSet(read_mixtures(listed), audio, read_shots(shots_csv) if shots_csv else {})
-    data = check_files(every, skip_missing)
-    if skipped := len(every.rows) - len(data.rows):
-        notes(quiet)(f"{listed}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
-    with downloads(quiet) as shown:
-        loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
-    kinds = EvaluationOptions.suited(loaded, sides, text, counts, bss)
-    loaded.refine(refine)
-    run = evaluate_into(out / SCORES, loaded, data, kinds) if out else evaluate_set(loaded, data, kinds)
-    scores = _collect(run, len(data.rows), listed.name, quiet)
-    settings = provenance(loaded, data, kinds) if report or as_json else {}
-    if report:
-        from clapsep_cli.evaluation.report import examples, write_report
-
-        source = {"list": listed.name, "date": f"{date.today():%d %B %Y}"}
-        write_report(report, scores, examples(loaded, scores, data, kinds), settings, source)
-    if as_json:
-        _print_json(settings, scores)
-    elif not quiet:
-        _print_table(scores)
-        if labels:
-            _print_labels(scores)
+    single, segment, shift = how
+    try:
+        length = segment if segment in (None, prompted.WHOLE) else float(str(segment))
+    except ValueError:
+        raise typer.BadParameter(f"--segment {segment}: give seconds, or {prompted.WHOLE}") from None
+    options, found = prompted.PromptOptions(single, length, shift), []
+    read = {path: prompted.read_parts(path, folder) for path, folder in lists}
+    for name in _models(named, False) if named else [os.environ.get("CLAPSEP_MODEL") or PROMPTED]:
+        with downloads(quiet) as shown:
+            loaded = load_model(name, device, "high", say=notes(quiet), progress=shown)
+        for path, parts in read.items():
+            scored = prompted.evaluate_parts(loaded, parts, options)
+            found.append((path.name, loaded.name, scoring.collect(scored, len(parts), path.name, quiet)))
+    return found
 
 
-def _collect(run: Iterable[Sequence[Score]], total: int, name: str, quiet: bool) -> list[Score]:
-    scores: list[Score] = []
-    with progress_bars(quiet) as bars:
-        task = bars.add_task(name, total=total)
-        for of_mixture in run:
-            scores += of_mixture
-            bars.advance(task)
-    return scores
+def _sets(
+    listed: Sequence[Path],
+    folders: Sequence[Path],
+    shot_lists: Sequence[Path],
+    shot_folders: Sequence[Path],
+    skip_missing: bool,
+    quiet: bool,
+) -> dict[str, EvaluationSet]:
+    """Read and check lists, by name."""
+    from clapsep_cli.evaluation.mixtures import EvaluationSet, check_files, located, read_mixtures, read_shots
+
+    sets: dict[str, EvaluationSet] = {}
+    names = [path.name for path in listed]
+    for at, (path, folder) in enumerate(zip(listed, folders, strict=True)):
+        shots = located(read_shots(shot_lists[at]), shot_folders) if shot_lists else {}
+        every = EvaluationSet(read_mixtures(path), folder, shots)
+        data = check_files(every, skip_missing)
+        if skipped := len(every.rows) - len(data.rows):
+            notes(quiet)(f"{path}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
+        name = path.name if names.count(path.name) == 1 else path.as_posix()
+        if name in sets:
+            raise typer.BadParameter(f"--mixtures {path} is given twice")
+        sets[name] = data
+    return sets
 
 
-def _print_json(settings: Mapping[str, object], scores: Sequence[Score]) -> None:
-    import json
+def _run(
+    sets: Mapping[str, EvaluationSet],
+    models: Sequence[str | None],
+    estimates: Sequence[Path],
+    kinds: Mapping[str, Any],
+    how: tuple[str, bool | None],
+    out: Path | None,
+    report: Path | None,
+    quiet: bool,
+) -> tuple[list[Run], list[Example]]:
+    """Score all systems on all lists; returns the runs, and examples of the first one for a report."""
+    from clapsep_cli.evaluation import external
+    from clapsep_cli.evaluation.compare import Run
+    from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate, provenance
+    from clapsep_cli.evaluation.report import examples
+    from clapsep_cli.evaluation.scores import resumed
+    from clapsep_cli.store.library import load_model
 
-    from clapsep_cli.evaluation.scores import by_label, presence, summary
+    runs: list[Run] = []
+    heard: list[Example] = []
+    single = len(sets) * (len(models) + len(estimates)) == 1
 
-    table = summary(scores)
-    labels = {query: by_label(scores, query) for query in table}
-    whole = {"settings": settings, "queries": table, "presence": presence(scores), "labels": labels}
-    typer.echo(json.dumps(whole, indent=2, ensure_ascii=False))
+    def add(
+        listed: str,
+        system: str,
+        settings: dict[str, object],
+        queries: Sequence[Sequence[str]],
+        scored: Callable[[int], Iterator[list[Score]]],
+    ) -> None:
+        if any((run.listed, run.system) == (listed, system) for run in runs):
+            raise typer.BadParameter(f"two systems are called {system!r}: give folders of different names")
+        rows = sets[listed].rows
+        stem = SCORES if single else re.sub(r"[^\w.-]+", "_", f"{listed}-{system}") + ".csv"
+        found = resumed(out / stem, settings, rows, queries, scored) if out else scored(0)
+        runs.append(Run(listed, system, scoring.collect(found, len(rows), listed, quiet), settings))
 
-
-def _print_table(scores: Sequence[Score]) -> None:
-    from rich.table import Table
-
-    from clapsep_cli.evaluation.scores import METRICS, presence, summary
-
-    rows = summary(scores)
-    measured = [metric for metric in METRICS if any(metric in figures for figures in rows.values())]
-    table = Table(box=None, title="mean ± standard deviation (median), dB", title_justify="left", pad_edge=False)
-    table.add_column("query")
-    for title in ("mixtures", *(METRICS[metric] for metric in measured), "level (median)"):
-        table.add_column(title, justify="right")
-    for query, s in rows.items():
-        cells = [f"{s[m]:.2f} ± {s[f'{m}_std']:5.2f} ({s[f'{m}_median']:6.2f})" for m in measured]
-        table.add_row(query, f"{s['mixtures']:.0f}", *cells, f"{s['level_median']:.1f}")
-    _show(table)
-    if found := presence(scores):
-        typer.echo(
-            f"level of the output: {found['present_level']:.1f} dB for sounds that are there, "
-            f"{found['absent_level']:.1f} dB for sounds that are not (medians); area under the ROC curve "
-            f"{found['roc_area']:.3f}"
-        )
-
-
-def _print_labels(scores: Sequence[Score]) -> None:
-    from rich.table import Table
-
-    from clapsep_cli.evaluation.scores import ABSENT, by_label, summary
-
-    for query in summary(scores):
-        if query == ABSENT:
-            continue
-        table = Table(box=None, title=f"\nby label, {query}", title_justify="left", pad_edge=False)
-        for title in ("SI-SDRi", "SDRi", "mixtures", "label"):
-            table.add_column(title, justify="left" if title == "label" else "right")
-        for label, s in by_label(scores, query).items():
-            table.add_row(f"{s['si_sdri']:.2f}", f"{s['sdri']:.2f}", f"{s['mixtures']:.0f}", label)
-        _show(table)
-
-
-def _show(table: Table) -> None:
-    from rich.console import Console
-
-    # In a file or a pipe, do not wrap: one row is one line.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+    if estimates and len(sets) > 1:
+        raise typer.BadParameter("--estimates are of one list: give --mixtures once")
+    first, side = next(iter(sets.values())), (kinds["sides"] or ("both",))[0]
+    outside = [(path, external.provenance_of(path, first, side, kinds["bss"])) for path in estimates]
+    for name in models:
+        with downloads(quiet) as shown:
+            loaded = load_model(name, how[0], "high", say=notes(quiet), progress=shown)
+        options = EvaluationOptions.suited(loaded, **kinds)
+        loaded.refine(how[1])
+        for listed, data in sets.items():
+            queries = [list(options.queries(row, data)) for row in data.rows]
+            scored = partial(evaluate, loaded, data, options)
+            add(listed, loaded.name, provenance(loaded, data, options), queries, scored)
+            if report and len(runs) == 1:
+                heard = examples(loaded, runs[0].scores, data, options)
+    for path, settings in outside:
+        scored = partial(external.score_estimates, path, first, side, kinds["bss"])
+        add(next(iter(sets)), str(settings["model"]), settings, [[side]] * len(first.rows), scored)
+    return runs, heard

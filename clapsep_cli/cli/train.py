@@ -22,9 +22,18 @@ PRESETS = [preset for traits in FAMILIES.values() for preset in traits.presets]
 
 ManifestArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[MANIFEST.csv]", help="Clips: file,label[,captions,split]; tuss: file,prompt[,split]."),
+    typer.Argument(
+        metavar="[MANIFEST.csv]",
+        help="Clips: file,label[,captions,split]; clapsep: also file_name,caption; tuss: file,prompt[,split].",
+    ),
 ]
 ManifestOption = Annotated[Path | None, typer.Option("--manifest", metavar="CSV", help="The same, as an option.")]
+AudioOption = Annotated[
+    Path | None, typer.Option("--audio", metavar="DIR", help="Folder of the clips; by default that of the manifest.")
+]
+ValOption = Annotated[
+    Path | None, typer.Option("--val", metavar="CSV", help="Clips to validate on; else those of splits but train.")
+]
 OutOption = Annotated[
     Path | None,
     typer.Option(
@@ -107,6 +116,8 @@ PrecisionOption = Annotated[
 def train(
     manifest: ManifestArgument = None,
     manifest_option: ManifestOption = None,
+    audio: AudioOption = None,
+    val: ValOption = None,
     out: OutOption = None,
     preset: PresetOption = None,
     init: InitOption = None,
@@ -155,7 +166,7 @@ def train(
     folder = out or Path("runs") / listed.stem
     hardware = Hardware(accelerator, devices, nodes, precision)
     with stoppable(quiet, "stopping after this step; its state is saved") as stop:
-        leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware, stop)
+        leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware, stop, audio, val)
     if leads and not quiet:
         typer.echo(f"done: {recipe.use.format(folder=folder)}")
         for adapter in sorted(folder.glob("adapter.safetensors")):

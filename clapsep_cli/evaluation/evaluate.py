@@ -14,21 +14,23 @@ import numpy as np
 import torch
 
 from clapsep_cli.audio.samples import Audio
+from clapsep_cli.audio.sources import Source
 from clapsep_cli.data import fit, mix, read_clip
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ExtraError, ManifestError, ModelError, UsageError
 from clapsep_cli.evaluation.mixtures import EvaluationSet, Mixture
-from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score, ScoreFile
+from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score, resumed
 from clapsep_cli.families.base import QueryEmbedder
 from clapsep_cli.metrics import bss_sdr, sdr, si_sdr
 from clapsep_cli.models.base import ConditionedSeparator
-from clapsep_cli.query import Query
+from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
 SECONDS = 10  # of a mixture
 LOWEST_DB = -100.0
 SIDES = ("both", "positive", "negative")
+CONDITIONS = ("unit", "raw")
 # Mixtures per pass. On a CPU more at a time are no faster (mini: 0.17, 0.17 and 0.26 s a mixture at 1, 4 and 8).
 BATCH = {"cpu": 1}
 GPU_BATCH = 16  # not measured
@@ -45,6 +47,9 @@ class EvaluationOptions:
         shots: also query by so many recordings of a side: by them alone and, with `text`, by both, averaged (α = 0.5).
         bss: also compute BSS-eval SDRi.
         listed: also query by the recording that a mixture lists, and nothing else.
+        shot_seconds: cut shots to each of these lengths in turn; by default they are used whole.
+        condition: "unit" scales the joined condition to length 1, as the released inference does; "raw" does not, as
+            the released test step.
     """
 
     sides: tuple[str, ...] = SIDES
@@ -52,6 +57,8 @@ class EvaluationOptions:
     shots: tuple[int, ...] = ()
     bss: bool = True
     listed: bool = True
+    shot_seconds: tuple[float, ...] = ()
+    condition: str = CONDITIONS[0]
 
     @staticmethod
     def suited(
@@ -60,6 +67,8 @@ class EvaluationOptions:
         text: bool = True,
         shots: tuple[int, ...] = (),
         bss: bool = True,
+        shot_seconds: tuple[float, ...] = (),
+        condition: str = CONDITIONS[0],
     ) -> EvaluationOptions:
         """Make the options for a model; by default `sides` are all that it takes.
 
@@ -71,7 +80,11 @@ class EvaluationOptions:
             raise UsageError(f"--queries: {model.name} takes no negative queries: leave it out, or use --queries pos")
         if shots and "audio" not in model.takes:
             raise UsageError(f"--shots: {model.name} takes no recordings as queries: leave it out")
-        return EvaluationOptions(tuple(sides or known), text, shots, bss, "audio" in model.takes)
+        if condition != CONDITIONS[0] and known != SIDES:
+            raise UsageError(f"--condition {condition}: {model.name} joins no two sides: leave it out")
+        return EvaluationOptions(
+            tuple(sides or known), text, shots, bss, "audio" in model.takes, shot_seconds, condition
+        )
 
     def queries(self, row: Mixture, data: EvaluationSet) -> dict[str, Query]:
         """Make the queries for one mixture, by kind. Kinds for which `data` has too few recordings are skipped."""
@@ -79,16 +92,18 @@ class EvaluationOptions:
         files: dict[str, list[Path]] = {}
         for side, names in captions.items():
             listed = next((data.shots[name.lower()] for name in names if name.lower() in data.shots), ())
-            files[side] = [data.folder / file for file in listed if file not in (row.source_file, row.noise_file)]
+            mixed = {data.folder / row.source_file, data.folder / row.noise_file}
+            files[side] = [path for path in (data.folder / file for file in listed) if path not in mixed]
         found: dict[str, Query] = {}
-        for count in (0, *self.shots):
+        for count, seconds in ((0, 0.0), *((n, cut) for n in self.shots for cut in self.shot_seconds or (0.0,))):
             for words in (False, True) if count else (True,):
                 for side in self.sides if self.text or not words else ():
                     named = captions if side == "both" else (side,)
                     if all(len(files[name]) >= count for name in named):
                         pos, neg = ([captions[name][-1]] if words and name in named else [] for name in captions)
-                        pos_audio, neg_audio = (files[name][:count] if name in named else [] for name in captions)
-                        found[kind(side, words, count)] = Query(pos, neg, pos_audio, neg_audio)
+                        shots = {name: [_first(path, seconds) for path in files[name][:count]] for name in named}
+                        pos_audio, neg_audio = (shots.get(name, []) for name in captions)
+                        found[kind(side, words, count, seconds)] = Query(pos, neg, pos_audio, neg_audio)
         if self.listed and row.shot_file and "positive" in self.sides:
             found[SHOT] = Query(pos_audio=data.folder / row.shot_file)
         if row.absent_caption and "positive" in self.sides and self.text:
@@ -96,9 +111,18 @@ class EvaluationOptions:
         return found
 
 
-def kind(side: str, words: bool, count: int) -> str:
-    """Name a kind of query: "both", "both 5 shots", "both text+5 shots"."""
-    shots = f"{count} shot{'s' if count > 1 else ''}"
+@lru_cache(maxsize=4096)
+def _first(path: Path, seconds: float) -> Shot:
+    """Return the first `seconds` of a shot, or all of a shorter one; 0 for all."""
+    if not seconds:
+        return path
+    with Source(path) as source:
+        return Excerpt(path, 0, seconds) if source.frames > seconds * source.rate else path
+
+
+def kind(side: str, words: bool, count: int, seconds: float = 0) -> str:
+    """Name a kind of query: "both", "both 5 shots", "both text+5 shots", "both 1 shot of 2 s"."""
+    shots = f"{count} shot{'s' if count > 1 else ''}" + (f" of {seconds:g} s" if seconds else "")
     return side if not count else f"{side} text+{shots}" if words else f"{side} {shots}"
 
 
@@ -108,22 +132,26 @@ def separator_of(model: Model) -> ConditionedSeparator[Any]:
     return model.separator
 
 
-def embedder_of(model: Model) -> QueryEmbedder:
-    """Return what embeds the queries of such a model; silent shots are accepted. Raises `ModelError` for another."""
+def embedder_of(model: Model, condition: str = CONDITIONS[0]) -> QueryEmbedder:
+    """Return what embeds the queries of such a model; silent shots are accepted. Raises `ModelError` for another.
+
+    `condition`: of `CONDITIONS`.
+    """
     if model.kind.embedder is None:
         raise ModelError(f"{model.name} is asked for all sounds at once: evaluate is for models that extract one")
     embedder: QueryEmbedder = model.kind.embedder(model, True)
+    embedder.unit = condition == "unit"
     return embedder
 
 
-def mixer(folder: Path, model: Model) -> Callable[[Mixture], tuple[Audio, Audio]]:
+def mixer(folder: Path, model: Model | None = None) -> Callable[[Mixture], tuple[Audio, Audio]]:
     """Return a function that mixes a row of a list, from clips in `folder`: 10 s, or a window of `model` if shorter.
 
     It returns the mixture and its target, float32 `[samples]` each at 32 kHz. It raises `ManifestError` for a clip that
     cannot be decoded.
     """
 
-    samples = min(model.separator.window, SECONDS * RATE_HZ)
+    samples = min(model.separator.window if model else SECONDS * RATE_HZ, SECONDS * RATE_HZ)
 
     @lru_cache(maxsize=32)  # a target comes with each of its interferers, one after the other
     def clip(file: str) -> Audio:
@@ -132,10 +160,18 @@ def mixer(folder: Path, model: Model) -> Callable[[Mixture], tuple[Audio, Audio]
     return lambda row: mix(clip(row.source_file), clip(row.noise_file))
 
 
-def _score(
-    row: Mixture, mixture: Audio, target: Audio, estimates: Mapping[str, Audio], bss_device: str | None
+def score(
+    row: Mixture, mixture: Audio, target: Audio, estimates: Mapping[str, Audio], bss_device: str = ""
 ) -> list[Score]:
-    """Score the estimates of a mixture, float32 `[samples]` each, by kind of query; BSS-eval runs on `bss_device`."""
+    """Score estimates of the target of a mixture.
+
+    Args:
+        row: the mixture's row of the list.
+        mixture: float32 `[samples]`, at 32 kHz as all.
+        target: likewise.
+        estimates: likewise, by kind of query.
+        bss_device: where to compute BSS-eval; if empty, it is skipped.
+    """
     improved: list[float | None] = [None] * len(estimates)
     if bss_device:
         *after, unmasked = bss_sdr(np.stack([*estimates.values(), mixture]), target, bss_device)
@@ -179,7 +215,7 @@ def evaluate(
     anything = next((query for queries in asked for query in queries.values()), None)
     if anything is None:
         raise ManifestError("there is no query: texts are off, and no mixture has enough shots")
-    embedder, mixed = embedder_of(model), mixer(data.folder, model)
+    embedder, mixed = embedder_of(model, options.condition), mixer(data.folder, model)
     embedder.embed_texts(text for queries in asked for query in queries.values() for text in (*query.pos, *query.neg))
     size = BATCH.get(model.device.type, GPU_BATCH)
     bss_device = "cpu" if model.device.type == "mps" else str(model.device)  # MPS has no float64
@@ -196,33 +232,18 @@ def evaluate(
         }
         for i in range(max(start - first, 0), len(batch)):
             estimates = {name: found[name][i] for name in kinds if name in batch[i]}
-            yield _score(rows[i], *pairs[i], estimates, bss_device if options.bss else None)
+            yield score(rows[i], *pairs[i], estimates, bss_device if options.bss else "")
 
 
 def evaluate_into(path: Path, model: Model, data: EvaluationSet, options: EvaluationOptions) -> Iterator[list[Score]]:
-    """Evaluate as `evaluate` does, and keep the scores in the CSV `path`.
-
-    Scores that an earlier run with the same settings left there are yielded first, and not computed again.
-
-    Raises:
-        OutputError: where `path` holds scores of another run. Else as `evaluate`.
-    """
+    """Evaluate as `evaluate` does, and keep the scores in the CSV `path`, as `scores.resumed` does."""
     kinds = [list(options.queries(row, data)) for row in data.rows]
-    with ScoreFile(path, provenance(model, data, options), data.rows, kinds) as file:
-        yield from list(file.scores)
-        if len(file.scores) < len(data.rows):
-            for scores in evaluate(model, data, options, len(file.scores)):
-                file.append(scores)
-                yield scores
-        file.finish()
+    settings = provenance(model, data, options)
+    return resumed(path, settings, data.rows, kinds, lambda start: evaluate(model, data, options, start))
 
 
 def provenance(model: Model, data: EvaluationSet, options: EvaluationOptions) -> dict[str, object]:
     """State all that scores depend on: versions, device, model with a hash of its weights, recordings and options."""
-    files = {file for row in data.rows for file in row.files}
-    files |= {file for listed in data.shots.values() for file in listed}
-    sizes = sorted((file, (data.folder / file).stat().st_size) for file in files)
-    recordings = repr((data.rows, sorted(data.shots.items()), sizes))
     return {
         "clapsep": __version__,
         "torch": torch.__version__,
@@ -232,6 +253,15 @@ def provenance(model: Model, data: EvaluationSet, options: EvaluationOptions) ->
         "weights": hashlib.sha256(model.identity.encode()).hexdigest()[:DIGITS],
         "precision": model.precision,
         "mixtures": len(data.rows),
-        "data": hashlib.sha256(recordings.encode()).hexdigest()[:DIGITS],
+        "data": digest_of(data),
         **asdict(options),
     }
+
+
+def digest_of(data: EvaluationSet) -> str:
+    """Hash a list, its shots and the sizes of all recordings."""
+    files = {file for row in data.rows for file in row.files}
+    files |= {file for listed in data.shots.values() for file in listed}
+    sizes = sorted((file, (data.folder / file).stat().st_size) for file in files)
+    recordings = repr((data.rows, sorted(data.shots.items()), sizes))
+    return hashlib.sha256(recordings.encode()).hexdigest()[:DIGITS]

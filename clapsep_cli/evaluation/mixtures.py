@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from clapsep_cli.data import Clip, read_manifest
 from clapsep_cli.errors import ManifestError
 from clapsep_cli.tables import MAX_FAULTS_SHOWN, check_faults, read_table, write_table
 
-PREFIX = "the sound of"  # before labels, as in the paper (IV-A2)
+PREFIX = "The sound of"  # before labels, as in the paper (IV-A2)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,15 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
     return shots
 
 
+def located(shots: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+    """Name shots that lie in one of `folders` by their whole paths; the others stay as they are."""
+
+    def find(file: str) -> str:
+        return next((str((folder / file).resolve()) for folder in folders if (folder / file).is_file()), file)
+
+    return {name: tuple(map(find, files)) for name, files in shots.items()}
+
+
 def check_files(data: EvaluationSet, skip: bool = False) -> EvaluationSet:
     """Check that all recordings are there.
 
@@ -122,22 +132,56 @@ def check_files(data: EvaluationSet, skip: bool = False) -> EvaluationSet:
     return EvaluationSet(whole, data.folder, shots)
 
 
-def labelled_clips(source: Path, split: str | None = None, prefix: str = PREFIX) -> tuple[list[Clip], Path]:
+def labels_of(label: str) -> list[str]:
+    """Split the labels of a clip with several sounds: "dog;rain"."""
+    return [part.strip() for part in label.split(";") if part.strip()]
+
+
+def caption_of(label: str, prefix: str = PREFIX) -> str:
+    """Make a caption of a label: "The sound of dog", or of several: "The sounds of dog, rain and bell"."""
+    *others, last = (part.replace("_", " ") for part in labels_of(label))
+    if not others:
+        return f"{prefix} {last}".strip()
+    prefix = re.sub(r"\bsound\b", "sounds", prefix)
+    return f"{prefix} {', '.join(others)} and {last}".strip()
+
+
+def labelled_clips(
+    source: Path, split: str | None = None, prefix: str = PREFIX, excluded: Iterable[str] = ()
+) -> tuple[list[Clip], Path]:
     """List labelled clips.
 
     Args:
         source: a manifest, or a folder with a sub-folder for each label.
         split: take only clips of this split of the manifest.
-        prefix: text before a label, which makes its caption; a manifest has captions of its own.
+        prefix: text before a label, which makes the caption of a clip that has none of its own.
+        excluded: skip clips with any of these labels.
 
     Returns:
         The clips, and the folder their files are in.
 
     Raises:
-        ManifestError: for a manifest that cannot be used, and where there are no clips.
+        ManifestError: for a manifest that cannot be used, for an excluded label that no clip has, and where there are
+            no clips.
     """
+    clips, root = _clips_in(source, split, prefix)
+    left_out = set(excluded)
+    if unknown := sorted(left_out - {label for clip in clips for label in labels_of(clip.label)}):
+        raise ManifestError(f"{source}: no clip has the label {', '.join(unknown)}: --exclude-labels names others")
+    chosen = [clip for clip in clips if not left_out & {*labels_of(clip.label)}]
+    if not chosen:
+        raise ManifestError(f"{source}: --exclude-labels leaves no clip")
+    return chosen, root
+
+
+def _clips_in(source: Path, split: str | None, prefix: str) -> tuple[list[Clip], Path]:
     if not source.is_dir():
-        clips = read_manifest(source)
+        clips = [
+            replace(clip, captions=(caption_of(clip.label, prefix),))
+            if clip.captions == (clip.label.replace("_", " "),)  # it has no caption but its label
+            else clip
+            for clip in read_manifest(source)
+        ]
         if chosen := [clip for clip in clips if split in (None, clip.split)]:
             return chosen, source.parent
         splits = ", ".join(sorted({clip.split for clip in clips}))
@@ -147,7 +191,7 @@ def labelled_clips(source: Path, split: str | None = None, prefix: str = PREFIX)
     clips = []
     for file in sorted(p for p in source.glob("*/**/*") if p.suffix.lower() in SUFFIXES and p.is_file()):
         label = file.relative_to(source).parts[0]
-        clips.append(Clip(file, label, (f"{prefix} {label.replace('_', ' ')}".strip(),), ""))
+        clips.append(Clip(file, label, (caption_of(label, prefix),), ""))
     if not clips:
         raise ManifestError(f"{source}: no recordings in sub-folders; each is a label: {source}/dog/1.wav")
     return clips, source
@@ -188,11 +232,12 @@ def make_mixtures(
     per_label: int | None = None,
     per_clip: int = 1,
     shots: Mapping[str, Sequence[Clip]] | None = None,
+    interferers: int | None = None,
 ) -> list[Mixture]:
     """Mix each clip with interferers of other labels, drawn evenly.
 
-    Labels that share a caption are one sound and never mixed. Each mixture also names one shot, and the caption of a
-    sound that is not in it, where there are any.
+    Labels that share a caption, or one of several sounds ("dog;rain" and "dog"), are never mixed. Each mixture also
+    names one shot, and the caption of a sound that is not in it, where there are any.
 
     Args:
         clips: the targets and interferers.
@@ -201,24 +246,30 @@ def make_mixtures(
         per_label: at most so many targets of a label; all by default.
         per_clip: mixtures of each target, with different interferers.
         shots: clips to take the shot from, by label; by default another clip of the label.
+        interferers: draw so many clips first, and interferers from these alone; by default from all.
 
     Raises:
         ManifestError: where a label has nothing to be mixed with.
     """
     rng = np.random.default_rng(seed)
     groups = _by_label(clips)
-    sounds = {label: {caption for clip in members for caption in clip.captions} for label, members in groups.items()}
+    sounds = {
+        label: {*labels_of(label), *(caption for clip in members for caption in clip.captions)}
+        for label, members in groups.items()
+    }
+    few = np.random.default_rng((seed, 2)).permutation(len(clips))[:interferers].tolist()
+    pools = _by_label(clips[at] for at in sorted(few)) if interferers else groups
 
     @cache
     def apart(*labels: str) -> list[str]:
         taken = {caption for label in labels for caption in sounds[label]}
         return [label for label in groups if label not in labels and not taken & sounds[label]]
 
-    def other(*labels: str, but: Sequence[Clip] = ()) -> Clip | None:
-        free = list(apart(*labels))
+    def other(*labels: str, but: Sequence[Clip] = (), among: Mapping[str, Sequence[Clip]] = groups) -> Clip | None:
+        free = [label for label in apart(*labels) if label in among]
         while free:
             index = rng.integers(len(free))
-            members = [clip for clip in groups[free.pop(index)] if clip not in but]
+            members = [clip for clip in among[free.pop(index)] if clip not in but]
             if members:
                 return members[rng.integers(len(members))]
         return None
@@ -227,7 +278,7 @@ def make_mixtures(
     for label in sorted(groups):
         for index in sorted(rng.permutation(len(groups[label]))[:per_label].tolist()):
             clip, noises = groups[label][index], list[Clip]()
-            while len(noises) < per_clip and (noise := other(label, but=noises)):
+            while len(noises) < per_clip and (noise := other(label, but=noises, among=pools)):
                 noises.append(noise)
                 absent = other(label, noise.label)
                 spare = shots.get(label, ()) if shots is not None else [c for c in groups[label] if c is not clip]
@@ -236,7 +287,10 @@ def make_mixtures(
                 caption = absent.captions[0] if absent else ""
                 rows.append(Mixture(source, clip.captions[0], interferer, noise.captions[0], label, shot, caption))
             if not noises:
-                raise ManifestError(f"{root}: nothing to mix {label!r} with: mixtures need two labels, of other sounds")
+                raise ManifestError(
+                    f"{root}: nothing to mix {label!r} with: mixtures need two labels, of other sounds"
+                    + (", and --interferers some of each" if interferers else "")
+                )
     return rows
 
 

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from clapsep_cli import dsp
 from clapsep_cli.audio.samples import Audio
-from clapsep_cli.errors import OutputError
+from clapsep_cli.errors import OutputError, UsageError
+from clapsep_cli.evaluation.compare import Run, differences
 from clapsep_cli.evaluation.evaluate import EvaluationOptions, embedder_of, mixer, separator_of
 from clapsep_cli.evaluation.mixtures import EvaluationSet
 from clapsep_cli.evaluation.scores import ABSENT, METRICS, Score, by_label, presence, summary
@@ -135,7 +136,8 @@ def violins(samples: Mapping[str, Sequence[float]]) -> Chart:
 def _density(values: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
     """Density of `values` at evenly spaced points, scaled to a maximum of 1."""
     quartiles = np.percentile(values, [25, 75])
-    spread = min(float(values.std()), float(np.diff(quartiles)[0]) / 1.34) or float(values.std()) or 1.0
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    spread = min(deviation, float(np.diff(quartiles)[0]) / 1.34) or deviation or 1.0
     # Silverman's rule; but no curve so narrow that it falls between two points.
     width = max(0.9 * spread * len(values) ** -0.2, float(at[1] - at[0]))
     density = np.exp(-0.5 * np.square((at[:, None] - values) / width)).sum(1)
@@ -226,7 +228,7 @@ def examples(model: Model, scores: Sequence[Score], data: EvaluationSet, options
     query = main_query(scores)
     ranked = sorted((s for s in scores if s.query == query), key=lambda s: -s.si_sdri)
     chosen = {"Best": ranked[0], "Median": ranked[(len(ranked) - 1) // 2], "Worst": ranked[-1]}
-    embedder, mixed = embedder_of(model), mixer(data.folder, model)
+    embedder, mixed = embedder_of(model, options.condition), mixer(data.folder, model)
     found = []
     for title, score in chosen.items():
         mixture, target = mixed(score.mixture)
@@ -236,26 +238,33 @@ def examples(model: Model, scores: Sequence[Score], data: EvaluationSet, options
     return found
 
 
+def check_dataset(name: str) -> None:
+    """Raise `UsageError` for data of which nothing is published here."""
+    known = list(dict.fromkeys((*PUBLISHED, *PUBLISHED_AUDIOSEP)))
+    if name.lower() not in map(str.lower, known):
+        raise UsageError(f"--dataset {name}: nothing is published of it here; there are {', '.join(known)}")
+
+
 def write_report(
     path: Path,
-    scores: Sequence[Score],
+    runs: Sequence[Run],
     examples: Sequence[Example],
-    settings: Mapping[str, object],
     source: Mapping[str, str],
+    dataset: str | None = None,
 ) -> None:
     """Write the report of an evaluation.
 
     Args:
         path: the HTML file.
-        scores: all scores of the run.
+        runs: the run to report, and others to stand beside it.
         examples: mixtures to listen to.
-        settings: what the scores depend on, from `provenance`.
         source: the name of the list, as `list`, and the `date`.
+        dataset: show published figures of this data alone.
 
     Raises:
         OutputError: if the file cannot be written.
     """
-    text = render(scores, examples, settings, source)
+    text = render(runs, examples, source, dataset)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -275,9 +284,10 @@ PAGE.filters |= {"number": number, "percent": lambda share, decimals=2: f"{share
 
 
 def render(
-    scores: Sequence[Score], examples: Sequence[Example], settings: Mapping[str, object], source: Mapping[str, str]
+    runs: Sequence[Run], examples: Sequence[Example], source: Mapping[str, str], dataset: str | None = None
 ) -> str:
     """Render the page of `write_report`."""
+    scores, settings = runs[0].scores, runs[0].settings
     query, table, found = main_query(scores), summary(scores), presence(scores)
     marks = {label: s["si_sdri"] for label, s in by_label(scores, "positive").items()} if query == "both" else {}
     labels = [
@@ -296,8 +306,11 @@ def render(
         table=table,
         metrics={metric: title for metric, title in METRICS.items() if any(metric in s for s in table.values())},
         absent=ABSENT,
-        published=PUBLISHED,
-        published_audiosep=PUBLISHED_AUDIOSEP,
+        runs=runs,
+        differences=list(differences(runs)),
+        all_metrics=METRICS,
+        published={name: row for name, row in PUBLISHED.items() if _is(name, dataset)},
+        published_audiosep={name: row for name, row in PUBLISHED_AUDIOSEP.items() if _is(name, dataset)},
         ten_shots=TEN_SHOTS,
         distributions={metric: violins(samples) for metric, samples in distributions.items() if samples},
         presence=found,
@@ -311,6 +324,10 @@ def render(
         spectrogram=spectrogram,
         compressed=compressed,
     )
+
+
+def _is(name: str, dataset: str | None) -> bool:
+    return dataset is None or name.lower() == dataset.lower()
 
 
 def _values(scores: Sequence[Score], query: str, metric: str) -> list[float]:

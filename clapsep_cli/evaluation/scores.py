@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ class Score:
 
 def summary(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
     """Summarise scores by kind of query: number of `mixtures`, `level_median`, and by metric `METRIC`, the mean, with
-    `METRIC_std` and `METRIC_median`; all in dB."""
+    `METRIC_std` (of a sample, ddof 1) and `METRIC_median`, all in dB; `worse`, the share with an SI-SDRi below 0."""
     return {query: _figures(chosen) for query, chosen in _grouped(scores, lambda s: s.query).items()}
 
 
@@ -51,9 +51,10 @@ def _figures(scores: Sequence[Score]) -> dict[str, float]:
         values = np.array([value for s in scores if (value := getattr(s, metric)) is not None])
         if len(values):
             figures[metric] = float(values.mean())
-            figures[f"{metric}_std"] = float(values.std())
+            figures[f"{metric}_std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
             figures[f"{metric}_median"] = float(np.median(values))
-    return figures | {"level_median": float(np.median([s.level for s in scores]))}
+    worse = float(np.mean([s.si_sdri < 0 for s in scores]))
+    return figures | {"worse": worse, "level_median": float(np.median([s.level for s in scores]))}
 
 
 def by_label(scores: Iterable[Score], query: str) -> dict[str, dict[str, float]]:
@@ -173,6 +174,34 @@ class ScoreFile:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def resumed(
+    path: Path,
+    settings: Mapping[str, object],
+    rows: Sequence[Mixture],
+    kinds: Sequence[Sequence[str]],
+    scored: Callable[[int], Iterator[list[Score]]],
+) -> Iterator[list[Score]]:
+    """Score a list, and keep the scores in a CSV.
+
+    Args:
+        path: the CSV. Scores that an earlier run with the same settings left there are yielded, not computed again.
+        settings: all that the scores depend on.
+        rows: the mixtures.
+        kinds: the kinds of query of each mixture, in order.
+        scored: yields the scores of each mixture, from one of a given index on.
+
+    Raises:
+        OutputError: where `path` holds scores of another run.
+    """
+    with ScoreFile(path, settings, rows, kinds) as file:
+        yield from list(file.scores)
+        if len(file.scores) < len(rows):
+            for scores in scored(len(file.scores)):
+                file.append(scores)
+                yield scores
+        file.finish()
 
 
 def _parse(line: str, number: int, row: Mixture) -> Score:

@@ -48,13 +48,21 @@ class Askable(Protocol[ConfigOf]):
 
 
 class QueryEmbedder(Protocol):
-    """Embeds queries of single targets, each text and each recording once."""
+    """Embeds queries of single targets, each text and each recording once.
+
+    `unit`: scale joined conditions to length 1; where a family joins no sides, it has no effect.
+    """
+
+    unit: bool
 
     def embed_texts(self, texts: Iterable[str]) -> None:
         """Embed `texts`, many at a time. Raises `QueryError` for one that the model does not understand."""
 
     def condition(self, query: Query) -> Tensor:
         """Make the condition for a query, float32 `[1, dim]`, as `ConditionedSeparator.estimate` takes it."""
+
+    def positive(self, query: Query) -> Tensor:
+        """Embed the positive side of a query, float32 `[1, dim]`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class Embedder:
 
     def __init__(self, model: Askable[object], silence: bool = False) -> None:
         """`silence`: accept silent recordings, rather than raise `AudioError`."""
-        self.model, self.silence = model, silence
+        self.model, self.silence, self.unit = model, silence, True
         self.words: dict[str, Tensor] = {}
         self.sounds: dict[Hashable, list[Tensor]] = {}
 
@@ -51,7 +51,15 @@ class Embedder:
 
     def join(self, positive: Tensor | None, negative: Tensor | None) -> Tensor:
         """Join the embeddings of both sides of a query, `[1, dim]` each, into its condition."""
-        return condition(positive, negative)
+        return condition(positive, negative, unit=self.unit)
+
+    @torch.inference_mode()
+    def positive(self, query: Query) -> Tensor:
+        """Embed the positive side of a query, float32 `[1, dim]`. Raises as `condition`."""
+        self.embed_texts(query.pos)
+        side = self._side(query.pos, query.pos_audio, query.alpha)
+        assert side is not None, "the query has a positive side"
+        return side
 
     def _side(self, texts: Sequence[str], shots: Sequence[Shot], alpha: float) -> Tensor | None:
         """Embed one side of a query, `[1, dim]` (paper, Eq. 3)."""

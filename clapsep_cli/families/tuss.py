@@ -37,7 +37,8 @@ def prompts(model: Askable[TussConfig], queries: Sequence[Query], kept: Sequence
 def stream(separator: Tuss, wanted: Prompted, rate: int, channels: int, device: torch.device) -> StemStream:
     """Make the stream that joins the stems of a recording of `channels` at `rate` Hz."""
     numbers = wanted.prompts.tolist()
-    return StemStream(separator.window, [numbers[at] for at in wanted.kept], rate, separator.rate, channels, device)
+    kept = [numbers[at] for at in wanted.kept]
+    return StemStream(separator.window, kept, rate, separator.rate, channels, device, separator.overlap)
 
 
 def untrained_sets(model: Askable[TussConfig], queries: Sequence[Query]) -> list[str]:

@@ -153,15 +153,19 @@ class AudioEncoder(nn.Module, ABC):
         """
 
 
-def condition(positive: Tensor | None, negative: Tensor | None) -> Tensor:
+def condition(positive: Tensor | None, negative: Tensor | None, *, unit: bool = True) -> Tensor:
     """Join both sides of a query into the condition of the FiLM layers (paper III-B).
+
+    The paper concatenates them and says nothing of their length. The released inference scales the result to length 1;
+    the released test step does not.
 
     Args:
         positive: float32 `[batch, dim]`, or None for a query without this side, which counts as zeros.
         negative: likewise.
+        unit: scale the result to length 1.
 
     Returns:
-        Both, concatenated and scaled to length 1: float32 `[batch, 2 · dim]`.
+        Both, concatenated: float32 `[batch, 2 · dim]`.
 
     Raises:
         ValueError: where both are missing.
@@ -171,4 +175,5 @@ def condition(positive: Tensor | None, negative: Tensor | None) -> Tensor:
     present = positive if positive is not None else negative
     assert present is not None
     sides = [side if side is not None else torch.zeros_like(present) for side in (positive, negative)]
-    return F.normalize(torch.cat(sides, dim=-1), dim=-1)
+    joined = torch.cat(sides, dim=-1)
+    return F.normalize(joined, dim=-1) if unit else joined

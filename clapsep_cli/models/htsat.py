@@ -96,7 +96,7 @@ class SwinBlock(nn.Module):
     def __init__(self, width: int, heads: int, side: int, window: int, shifted: bool) -> None:
         super().__init__()
         # A map of a single window has nothing to shift.
-        self.window = min(window, side)
+        self.side, self.window = side, min(window, side)
         shift = window // 2 if shifted and side > window else 0
         self.norm1 = nn.LayerNorm(width)
         self.attn = WindowAttention(width, heads, side, self.window, shift)

@@ -162,7 +162,10 @@ class Prompted(NamedTuple):
 
 
 class Tuss(Separator[Prompted]):
-    """Separates by a set of prompts. `rate` is in Hz; `window` is the length in samples that it was trained on."""
+    """Separates by a set of prompts.
+
+    `rate` is in Hz; `window` is the length in samples that it was trained on, and cut to.
+    """
 
     rate = RATE_HZ
 
@@ -170,6 +173,7 @@ class Tuss(Separator[Prompted]):
         super().__init__()
         self.config = config
         self.window = config.window
+        self.overlap = RATE_HZ  # samples by which windows of a recording overlap, at most half of one
         self.dtype = torch.float32  # of the stacks' products
         self.prompts = nn.Parameter(torch.randn(len(config.prompts), config.width))
         self.start = nn.Parameter(torch.randn(config.width))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from clapsep_cli.stitch.windows import Stream, Windower
 
-OVERLAP = 48_000  # samples by which regular windows overlap: 1 s, a sixth of the released models' window
 MAX_LAG = 96  # samples by which a source may come later in one channel than in another: 2 ms, 70 cm of air
 MARGIN = 0.1  # sum of correlations by which an order must be better than another to be believed
 INAUDIBLE = 1e-6  # of the loudest stem's energy (−60 dB): what is far below it correlates with nothing
@@ -49,7 +48,7 @@ class StemStream(Stream):
         rate_heard: int,
         channels: int,
         device: torch.device,
-        overlap: int = OVERLAP,
+        overlap: int,
     ) -> None:
         super().__init__(Windower(window, channels, overlap, step=1), device)
         self.stems, self.channels = len(prompts), channels

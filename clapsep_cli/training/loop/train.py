@@ -310,6 +310,8 @@ def train(
     listen: Listener = lambda report: None,
     hardware: Hardware | None = None,
     stop: threading.Event | None = None,
+    audio: Path | None = None,
+    held_out: Path | None = None,
 ) -> bool:
     """Train by `recipe` on the clips that `manifest` lists, and write a model to the folder `out`.
 
@@ -321,6 +323,8 @@ def train(
         recipe: from `presets.build`, or one of the classes in `mini`, `clapsep` and `tuss`.
         listen: is called with each report.
         hardware: the devices; with several, Fabric starts this program once for each.
+        audio: folder of the clips; by default that of each manifest.
+        held_out: a manifest of clips to validate on.
         stop: an event that, once set, stops the run after the step at hand; its state is saved.
 
     Returns:
@@ -342,7 +346,7 @@ def train(
             import_module(package)
     except ModuleNotFoundError as error:
         raise ExtraError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
-    corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling)
+    corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling, audio, held_out)
     recipe = recipe.suited(corpus)
     recipe.check(corpus)
     record.check(out, recipe, corpus)

@@ -6,22 +6,23 @@ CLAP is frozen, the separator's encoder is tuned by LoRA, and the decoder is tra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
-from clapsep_cli.data import Corpus, fit
+from clapsep_cli.data import CAPTIONS, Corpus, Labelling, fit
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clap import ClapAudioEncoder
-from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig, Features
+from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, Features
 from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
@@ -39,6 +40,9 @@ from clapsep_cli.training.recipes.validation import Case, cases, improvements
 
 ADAPTER = "adapter.safetensors"
 TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: width below which a stripe of frames, or of mel bins, is (IV-B)
+LINEAR_STD = 0.02  # of the decoder's linear weights at first
+DEEPEST_DROP = 0.1  # of what the last of the decoder's Swin blocks adds; from 0 at the first (stochastic depth)
+SPECTRUM_MOMENTUM = 0.01  # of the running statistics of the spectrum
 TRIES = 1000  # at drawing a clip that sounds unlike another
 
 
@@ -80,10 +84,15 @@ class ClapsepRecipe(Recipe):
     lr: NonNegativeFloat = 1e-4
     lr_floor: NonNegativeFloat = 5e-6
     lr_factor: Share = 0.3
-    stale_epochs: PositiveInt = 5  # without improvement, until the learning rate is lowered
+    stale_epochs: PositiveInt = 5  # without improvement, until the learning rate is lowered: by the paper's words
     weight_decay: NonNegativeFloat = 0.01
     clip: PositiveFloat = 5.0  # norm of the gradient
-    validation_mixtures: NonNegativeInt = 100
+    validation_mixtures: NonNegativeInt | None = None  # at most so many; None for one of every clip held out
+    keep: Literal["best", "last"] = "best"  # weights of which epoch are written
+
+    @property
+    def labelling(self) -> Labelling:
+        return CAPTIONS
 
     @property
     def needs(self) -> str:
@@ -110,7 +119,8 @@ class ClapsepRecipe(Recipe):
         embedded = embed_all(model.text, captions)
         window = net.config.window
         audio = None if self.queries == "text" else model.audio  # of CLAP; never read where no shot is a query
-        validated = cases(pool, run.corpus.held_out, self.validation_mixtures, window, model.text, audio)
+        count = len(run.corpus.held_out) if self.validation_mixtures is None else self.validation_mixtures
+        validated = cases(pool, run.corpus.held_out, count, window, model.text, audio)
         del model.text  # not needed any more
         run.fit(ClapsepTask(self, run, model, net, pool, embedded, validated))
 
@@ -122,7 +132,9 @@ def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
         net: CLAPSep = load_part(model.folder, "separator", model.family, model.config)
     else:
         net = CLAPSep(model.config)
+        start_decoder(net)
         net.encoder.load_state_dict(load_part(model.folder, "audio", model.family, model.config).htsat.state_dict())
+    net.mask_net.spec_norm.momentum = SPECTRUM_MOMENTUM
     net.requires_grad_(not recipe.lora_only)
     match recipe.encoder:
         case "lora":
@@ -137,13 +149,27 @@ def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
     return net
 
 
+def start_decoder(net: CLAPSep) -> None:
+    """Set the linear layers of a decoder as the reference does: truncated normal weights, and biases of zero."""
+    for part in (net.aggregator, net.mask_net):
+        for layer in part.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=LINEAR_STD)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+
 class Prepared(NamedTuple):
-    """Holds mixtures and targets, float32 `[rows, window]`, the mixtures at the encoder's rate, and the conditions."""
+    """Holds mixtures and targets, float32 `[rows, window]`, the mixtures at the encoder's rate, and the conditions.
+
+    `depth`: factors of what each Swin block of the decoder adds, float32 `[rows, blocks, 2]`, 0 where it is dropped.
+    """
 
     mixtures: Tensor
     heard: Tensor
     targets: Tensor
     conditions: Tensor
+    depth: Tensor
 
 
 class ClapsepTask(Task):
@@ -176,7 +202,7 @@ class ClapsepTask(Task):
             report_every=recipe.report_every,
             validate_every=epoch,
             save_every=recipe.save_every,
-            keep_best=1,
+            keep_best=int(recipe.keep == "best"),
             workers=recipe.workers,
         )
         row = {text: at for at, text in enumerate(embedded)}
@@ -231,7 +257,16 @@ class ClapsepTask(Task):
             for side, wanted in enumerate(asked)
         ]
         mixtures = targets + interferers
-        return Prepared(mixtures, self.net.resample(mixtures), targets, condition(*sides))
+        depth = self._depth(step, rows).to(mixtures.device)
+        return Prepared(mixtures, self.net.resample(mixtures), targets, condition(*sides), depth)
+
+    def _depth(self, step: int, rows: range) -> Tensor:
+        """Draw which of the decoder's Swin blocks are dropped for which rows, the later the more often."""
+        highest = 0.0 if self.recipe.lora_only else DEEPEST_DROP
+        rates = torch.linspace(0, highest, len(self.net.aggregator.layers))[:, None]
+        shape = (self.plan.batch, len(rates), 2)
+        kept = torch.rand(shape, generator=seeded(self.recipe.seed, 4, step)) >= rates
+        return (kept / (1 - rates))[rows.start : rows.stop]
 
     def _query(self, clips: Tensor, captions: Tensor, alpha: float, key: tuple[int, int], rows: range) -> Tensor:
         """Embed one side, α · audio + (1 − α) · text (Eq. 3), `[rows, dim]`; the audio is the clip itself, altered."""
@@ -241,10 +276,10 @@ class ClapsepTask(Task):
     def _shots(self, clips: Tensor, key: tuple[int, int], rows: range) -> Tensor:
         """Embed clips at a slightly lower or higher speed, with random stripes of time and mel bands masked."""
         assert self.audio is not None
-        generator, batch = seeded(self.recipe.seed, 2, *key), self.plan.batch
-        speed = int(torch.randint(len(self.players), (), generator=generator))
-        played = self.players[speed](clips)[:, : self.audio.window]
-        played = F.pad(played, (0, self.audio.window - played.shape[1]))
+        generator, batch, window = seeded(self.recipe.seed, 2, *key), self.plan.batch, self.audio.window
+        speeds = torch.randint(len(self.players), (batch,), generator=generator)[rows.start : rows.stop].tolist()
+        each = [self.players[at](clip[None])[0, :window] for at, clip in zip(speeds, clips, strict=True)]
+        played = torch.stack([F.pad(clip, (0, window - len(clip))) for clip in each])
         frames = dsp.spectrum(played[:1], htsat.HOP).shape[1]
         kept = stripes(batch, frames, TIME_STRIPE, generator)[:, :, None]
         kept = kept * stripes(batch, self.audio.htsat.mels, MEL_STRIPE, generator)[:, None]
@@ -256,7 +291,14 @@ class ClapsepTask(Task):
         spectrum = dsp.spectrum(prepared.mixtures)
         # Taken apart, as resampling would suffer from the precision that does for networks.
         features = Features(spectrum.abs(), self.net.encoder(prepared.heard))
-        mask = self.net.mask(features, prepared.conditions).float()
+        with ExitStack() as dropped:
+            factors = prepared.depth.permute(1, 2, 0)
+            for layer, (attention, mlp) in zip(self.net.aggregator.layers, factors, strict=True):
+                assert isinstance(layer, AggregatorLayer)
+                windows = (layer.block.side // layer.block.window) ** 2
+                dropped.enter_context(masked(layer.block.attn, attention.repeat_interleave(windows)[:, None, None]))
+                dropped.enter_context(masked(layer.block.mlp, mlp[:, None, None]))
+            mask = self.net.mask(features, prepared.conditions).float()
         estimate = dsp.masked(spectrum, mask, self.window)
         return {"loss": waveform_loss(estimate, prepared.targets, self.recipe.snr_weight)}
 

@@ -74,15 +74,18 @@ class TussRecipe(Recipe):
     init: str = ""
     tuss: TussConfig = MEDIUM
     mixing: PromptMixing = PromptMixing()
+    prompt_dropout: Share = (
+        0.0  # share of the steps that ask for some of the prompts only, as the released ones' did not
+    )
     epochs: PositiveInt = 150
     epoch_steps: PositiveInt = 2500
     batch: PositiveInt = 4
     accumulate: PositiveInt = 1  # parts of a device's batch that are computed one after the other
-    lr: NonNegativeFloat = 1e-3
+    lr: NonNegativeFloat = 1e-3  # of both sizes, as released; the paper used 5e-4 for the large one
     warmup: NonNegativeInt = 10_000  # steps
     lr_factor: Share = 0.5
     lr_epochs: NonNegativeInt = 75  # before which the learning rate is not lowered
-    stale_epochs: PositiveInt = 5  # without improvement, until it is
+    stale_epochs: PositiveInt = 5  # without improvement, after one more of which it is: as the released code counts
     weight_decay: NonNegativeFloat = 0.01
     epsilon: PositiveFloat = 1e-8  # of AdamW
     clip: PositiveFloat = 5.0  # norm of the gradient
@@ -145,12 +148,18 @@ class TussRecipe(Recipe):
 
 
 class Prepared(NamedTuple):
-    """Holds mixtures, float32 `[rows, samples]`, their sources, `[rows, prompts, samples]`, and the prompts of these,
-    int64 `[rows, prompts]`."""
+    """Holds mixtures, float32 `[rows, samples]`, the sources asked for, `[rows, prompts, samples]`, and the prompts of
+    these, int64 `[rows, prompts]`."""
 
     mixtures: Tensor
     sources: Tensor
     prompts: Tensor
+
+
+def whole_of(drawn: tuple[Tensor, ...]) -> Prepared:
+    """Mix sources, all of which are asked for."""
+    sources, prompts = drawn
+    return Prepared(sources.sum(1), sources, prompts)
 
 
 class TussTask(Task):
@@ -168,7 +177,7 @@ class TussTask(Task):
             batch=recipe.batch,
             accumulate=recipe.accumulate,
             schedule=Plateau(
-                recipe.lr, 0.0, recipe.lr_factor, recipe.stale_epochs, recipe.warmup, ignored=recipe.lr_epochs
+                recipe.lr, 0.0, recipe.lr_factor, recipe.stale_epochs + 1, recipe.warmup, ignored=recipe.lr_epochs + 1
             ),
             weight_decay=recipe.weight_decay,
             epsilon=recipe.epsilon,
@@ -185,8 +194,15 @@ class TussTask(Task):
         return torch.from_numpy(sources), torch.from_numpy(prompts)
 
     def prepare(self, drawn: tuple[Tensor, ...], step: int, rows: range) -> Prepared:
-        sources, prompts = drawn
-        return Prepared(sources.sum(1), sources, prompts)
+        whole = whole_of(drawn)
+        rng, count = np.random.default_rng((self.recipe.seed, 4, step)), drawn[1].shape[1]
+        if count < 2 or rng.random() >= self.recipe.prompt_dropout:
+            return whole
+        asked = int(rng.integers(1, count))  # the same of all rows, which of them differs
+        orders = np.argsort(rng.random((self.plan.batch, count)), axis=1)[rows.start : rows.stop, :asked]
+        kept = torch.from_numpy(np.sort(orders, axis=1)).to(drawn[1].device)
+        row = torch.arange(len(kept), device=kept.device)[:, None]
+        return Prepared(whole.mixtures, whole.sources[row, kept], whole.prompts[row, kept])
 
     def loss(self, prepared: Prepared) -> dict[str, Tensor]:
         estimates = self.net.separate(prepared.mixtures, prepared.prompts)
@@ -202,8 +218,8 @@ class TussTask(Task):
     def _losses(self, mixer: PromptMixer) -> Iterator[float]:
         steps = range(self.recipe.validation_mixtures)
         drawn = ahead(lambda step: mixer.batch(step, range(1)), steps, self.plan.workers)
-        for step, batch in zip(steps, drawn, strict=True):
-            prepared = self.prepare(self.run.fabric.to_device(tuple(map(torch.from_numpy, batch))), step, range(1))
+        for batch in drawn:
+            prepared = whole_of(self.run.fabric.to_device(tuple(map(torch.from_numpy, batch))))
             with self.run.fabric.autocast():
                 yield self.loss(prepared)["loss"].item()
 
@@ -270,7 +286,11 @@ class PromptMixer:
         rate = min(self.pool.rates[index] for members in chosen for index in members)
         sources = []
         for name, members in zip(names, chosen, strict=True):
-            source = _levelled(np.sum([_levelled(self._stretch(rng, index, rate)) for index in members], axis=0))
+            several = [_levelled(self._stretch(rng, index, rate)) for index in members]
+            if len(several) > 1:  # ingredients have levels of their own
+                quietest = [QUIETEST_DB[self.pool.clips[index].label] for index in members]
+                several = [one * 10 ** (rng.uniform(low, 0) / 20) for one, low in zip(several, quietest, strict=True)]
+            source = _levelled(np.sum(several, axis=0))
             sources.append(source * 10 ** (rng.uniform(QUIETEST_DB[name], 0) / 20))
         return np.stack(sources).astype(np.float32)
 
