@@ -46,11 +46,12 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"convert_audiosep"},
         ],
     ),
+    ("listening", [{"levels", "plot"}, {"events", "notebook"}]),
     ("", [{"separation"}]),
     (
         "jobs",
         [
-            {"inputs", "plot"},
+            {"inputs"},
             {"manifest", "outputs"},
             {"resume"},
             {"tasks"},

@@ -55,7 +55,11 @@ def extract(
     ] = None,
     target: Annotated[
         list[str] | None,
-        _query("--target", metavar="NAME=QUERY", help="One of several targets: a text, a recording, or a part of MIX, FROM-TO."),
+        _query(
+            "--target",
+            metavar="NAME=QUERY",
+            help="One of several targets: a text, a recording, or a part of MIX, FROM-TO.",
+        ),
     ] = None,
     mutual: Annotated[
         bool | None, _query("--mutual/--no-mutual", help="Use the other targets as negative queries of each.")
@@ -145,9 +149,9 @@ def _targets(arguments: Sequence[str], sides: dict[str, Any]) -> Mapping[str, Qu
     from clapsep_cli.query import Query
 
     shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
-    kinds = {str: "pos", tuple: "pos_spans"}  # a recording is a path
+    kinds: dict[type, str] = {str: "pos", tuple: "pos_spans"}  # a recording is a path
     return {
-        name: Query(**{kinds.get(type(sound), "pos_audio"): [sound]}, **shared)
+        name: Query(**{kinds.get(type(sound), "pos_audio"): [sound], **shared})
         for name, sound in parse_targets(arguments).items()
     }
 

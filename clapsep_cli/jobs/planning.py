@@ -17,9 +17,9 @@ from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
-from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import finished, in_the_way, read_absent, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
+from clapsep_cli.listening.plot import check_installed
 from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
 

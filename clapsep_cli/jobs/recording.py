@@ -19,11 +19,12 @@ from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.samples import Audio, Samples, on_grid
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
-from clapsep_cli.jobs.plot import Picture
 from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
+from clapsep_cli.listening.levels import Meter, Presence
+from clapsep_cli.listening.plot import Picture
 from clapsep_cli.query import MIXTURE, RESIDUAL
-from clapsep_cli.separation import BLOCK_SECONDS, Meter, Passage, Presence
+from clapsep_cli.separation import BLOCK_SECONDS, Passage
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clapsep_cli.errors import CheckpointError, ModelError
+from clapsep_cli.errors import CheckpointError, ClapsepWarning, ModelError
 from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, weights_folder
 from clapsep_cli.store import download
 from clapsep_cli.store.download import SUMS, amount
@@ -33,6 +34,10 @@ _Sources = Mapping[str, Mapping[str, str]]  # by file name: its `sha256`, and th
 
 def _nothing(*_: object) -> None:
     pass
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, ClapsepWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -241,28 +246,29 @@ def load_model(
     device: str = "auto",
     precision: str = "auto",
     *,
-    say: Say = _nothing,
+    say: Say | None = None,
     progress: Progress = _nothing,
 ) -> Model:
     """Load a model by name or from a folder; without either, the best one that can be had.
 
-    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told why. A model that
-    is named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: `high` (float32), `fast`
-    (bfloat16), or `auto` (see `checkpoint.choose_precision`). Raises `ModelError` where there
-    is no such model, `DownloadError`, `CheckpointError` where files are not right, `DeviceError` for an absent device.
+    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told why; without `say`,
+    there is a `ClapsepWarning`. A model that is named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or
+    `mps`. `precision`: `high` (float32), `fast` (bfloat16), or `auto` (see `checkpoint.choose_precision`). Raises
+    `ModelError` where there is no such model, `DownloadError`, `CheckpointError` where files are not right,
+    `DeviceError` for an absent device.
     """
     from clapsep_cli.store.checkpoint import Model, choose_device, native_bfloat16
 
-    chosen = choose_device(device)
+    chosen, warn, say = choose_device(device), say or _warn, say or _nothing
     if precision == "fast" and not native_bfloat16(chosen):
-        say(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
+        warn(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
     if model is None:
         instead = f"without it: --model {BUNDLED}, smaller and bundled"
         try:
             folder = install(PREFERRED, say=say, progress=progress, instead=instead)
             return Model(PREFERRED, folder, chosen, _text_cache(PREFERRED), precision)
         except (ModelError, OSError) as error:
-            say(f"using the small bundled model, {BUNDLED} (--model {BUNDLED}), without {PREFERRED}: {error}")
+            warn(f"using the small bundled model, {BUNDLED} (--model {BUNDLED}), without {PREFERRED}: {error}")
             return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, precision=precision)
     if isinstance(model, str) and model in MODELS:
         return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), precision)
