@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clapsep_cli.audio.encoding import choose_encoding
-from clapsep_cli.audio.samples import Audio, Samples, from_array
+from clapsep_cli.audio.samples import Audio, Samples, from_array, slowed
 from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
 from clapsep_cli.listening.events import Event, find_events
@@ -42,7 +42,8 @@ class Separation:
         residual: likewise.
         rate: sample rate in Hz.
         queries: description of each stem's query.
-        likenesses: by stem, how alike a recording at `rate` is to its query; empty where the model cannot tell.
+        likenesses: by stem, how alike a recording of that rate is to its query; empty where the model cannot tell.
+        expand: how many times slower the model heard it.
     """
 
     stems: dict[str, Audio]
@@ -50,6 +51,7 @@ class Separation:
     rate: int
     queries: Mapping[str, str] = field(default_factory=dict)
     likenesses: Mapping[str, Likeness] = field(default_factory=dict)
+    expand: float = 1.0
 
     @property
     def target(self) -> Audio:
@@ -72,7 +74,7 @@ class Separation:
         """
         told = {}
         for name, stem in self.stems.items():
-            presence = Presence(self.rate)
+            presence = Presence(round(self.rate / self.expand))
             presence.add(np.atleast_2d(self.mixture), np.atleast_2d(stem))
             likeness = self.likenesses.get(name)
             told[name] = presence.read(likeness) if likeness else None
@@ -81,11 +83,12 @@ class Separation:
     @cached_property
     def events(self) -> dict[str, list[Event]]:
         """When each stem sounds, found when first used; see `find_events` for other rules than the default."""
-        mixture = np.atleast_2d(self.mixture)
-        return {
-            name: find_events(mixture, np.atleast_2d(stem), self.rate, self.likenesses.get(name))
+        mixture, rate = np.atleast_2d(self.mixture), round(self.rate / self.expand)
+        found = {
+            name: find_events(mixture, np.atleast_2d(stem), rate, self.likenesses.get(name))
             for name, stem in self.stems.items()
         }
+        return {name: [one.moved(0.0, self.expand) for one in several] for name, several in found.items()}
 
     def save(
         self,
@@ -231,6 +234,7 @@ def separate(
     query: Query | Mapping[str, Query],
     model: Model,
     mutual: bool = True,
+    expand: float = 1.0,
     progress: Progress = lambda done, total: None,
 ) -> Separation:
     """Separate a recording in memory: one target, or one by each name.
@@ -241,6 +245,7 @@ def separate(
         query: what to extract, or several by name.
         model: from `load_model`.
         mutual: whether the other targets are negative queries of each.
+        expand: how many times slower the model hears the audio, and recordings of queries, for sounds above hearing.
         progress: is called with the seconds that are done, and their total.
 
     Raises:
@@ -260,27 +265,29 @@ def separate(
             raise AudioError(f"the audio ends at {mixture.shape[1] / rate:.2f} s: there is no {start:g}-{end:g} s")
         return stretch, rate
 
+    heard_rate = slowed(rate, expand, "audio") if expand != 1 else rate
     targets = check_targets(query)
     asked = model.apart(targets) if mutual else targets
-    wanted = model.ask([one.within(excerpt) for one in asked.values()])
+    wanted = model.ask([one.within(excerpt).slower(expand) for one in asked.values()])
     for doubt in model.doubts(list(asked.values())):
         warnings.warn(doubt, ClapsepWarning, stacklevel=2)
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
     found, done = [], 0
-    for _, stems in stream(model, wanted, blocks, rate, len(mixture)):
+    for _, stems in stream(model, wanted, blocks, heard_rate, len(mixture)):
         found.append(stems)
         done += stems.shape[2]
         progress(done / rate, mixture.shape[1] / rate)
     stems = np.concatenate(found, 2)
     residual = (mixture - stems.sum(0)).reshape(shape)
-    likenesses = {name: partial(_likeness, model, wanted, stem, rate) for stem, name in enumerate(targets)}
+    likenesses = {name: partial(_likeness, model, wanted, stem, heard_rate) for stem, name in enumerate(targets)}
     return Separation(
         dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)),
         residual,
         rate,
         {name: one.describe() for name, one in targets.items()},
         likenesses if model.tells_likeness else {},
+        expand,
     )
 
 

@@ -216,3 +216,19 @@ def test_falling_back_to_the_bundled_model_warns(monkeypatch: pytest.MonkeyPatch
     assert warned[0].filename == __file__
     with pytest.raises(ClapsepError):
         library.load_model("mini", "cpu")
+
+
+def test_expand_in_python(tiny: Model) -> None:
+    audio, query = noise(2, 400_000), Query(pos="dog", pos_audio=(noise(9000, seed=2), 96_000), pos_spans=(1.0, 2.0))
+    slow_query = Query(pos="dog", pos_audio=(noise(9000, seed=2), 9_600), pos_spans=(10.0, 20.0))
+    fast, slow = separate(audio, 96_000, query, tiny, expand=10), separate(audio, 9_600, slow_query, tiny)
+    np.testing.assert_allclose(fast.target, slow.target, atol=1e-6)  # blocks are of other lengths
+    assert fast.rate == 96_000
+    told, expected = fast.presence["target"], slow.presence["target"]
+    assert told is not None
+    assert told == pytest.approx(expected, abs=2e-3)
+    assert times(fast.events["target"]) == [
+        (pytest.approx(a / 10), pytest.approx(b / 10)) for a, b in times(slow.events["target"])
+    ]
+    with pytest.raises(ClapsepError, match="use at most --expand 12"):
+        separate(audio, 96_000, query, tiny, expand=13)

@@ -35,6 +35,7 @@ SHARED = {  # by option: a line, and what of it makes a difference when it is ad
     "--end": ("mix.wav {query}", "--end 0.2"),
     "--lenient": ("cut.wav {query}", "--lenient"),
     "--stream": ("film.mkv {query}", "--stream 2"),
+    "--expand": ("fast.wav {query}", "--expand 2"),
     "--out": ("mix.wav {query}", "-o out"),
     "--filename": ("mix.wav {query}", "--filename {{part}}/{{stem}}.{{ext}}"),
     "--format": ("mix.wav {query}", "-f flac"),
@@ -223,6 +224,7 @@ def place(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for name in ("mix.wav", "two.flac", "old.wav", "in/one.wav", "in/deep/two.wav"):
         soundfile.write(place / name, 0.1 * rng.standard_normal((5000, 1)), 8000, "PCM_16")
+    soundfile.write(place / "fast.wav", 0.1 * rng.standard_normal(5000), 16_000, "PCM_16")
     soundfile.write(place / "loud.wav", 3 * rng.standard_normal(3000), 8000, "FLOAT")
     whole = (place / "mix.wav").read_bytes()
     (place / "cut.wav").write_bytes(whole[:-4000])

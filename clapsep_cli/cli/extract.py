@@ -86,6 +86,7 @@ def extract(
     end: opt.End = None,
     lenient: opt.Lenient = False,
     stream: opt.Stream = None,
+    expand: opt.Expand = 1.0,
     out: opt.Out = None,
     filename: opt.Filename = None,
     format: opt.Format = "wav",  # noqa: A002

@@ -44,6 +44,13 @@ End = Annotated[str | None, _option(INPUT, "End at this time.", "--end", metavar
 Lenient = Annotated[bool, _option(INPUT, "Read damaged or truncated recordings as far as possible.", "--lenient")]
 Stream = Annotated[int | None, _number(INPUT, "Read this sound track of a film; else the first.", "--stream")]
 
+Expand = Annotated[
+    float,
+    _option(
+        INPUT, "Hear recordings this many times slower, for sounds above hearing: 10 for bats.", "--expand", metavar="X"
+    ),
+]
+
 Out = Annotated[
     Path | None,
     _option(OUTPUT, "Output folder; by default that of each input; - is stdout.", "--out", "-o", metavar="DIR"),

@@ -91,6 +91,7 @@ def separate(
     end: opt.End = None,
     lenient: opt.Lenient = False,
     stream: opt.Stream = None,
+    expand: opt.Expand = 1.0,
     out: opt.Out = None,
     filename: opt.Filename = None,
     format: opt.Format = "wav",  # noqa: A002

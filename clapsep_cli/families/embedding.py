@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,21 +123,22 @@ def unknown_words(model: Askable[object], queries: Sequence[Query]) -> list[str]
     return lines
 
 
-def _files(shot: Shot) -> Sequence[Shot]:
-    return recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
+def _files(shot: Shot) -> Sequence[tuple[Any, int] | Excerpt]:
+    if isinstance(shot, tuple):
+        return [shot]
+    part = shot if isinstance(shot, Excerpt) else Excerpt(Path(shot), 0.0, None)
+    return [replace(part, path=path) for path in recordings(part.path)]
 
 
-def _embed_shot(model: Askable[object], shot: Shot, silence: bool) -> Tensor:
+def _embed_shot(model: Askable[object], shot: tuple[Any, int] | Excerpt, silence: bool) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, tuple):
         name = "a recording given as a query"
         samples, own = from_array(*shot, name)
         mono = to_rate(downmix(samples), own, rate)
-    elif isinstance(shot, Excerpt):
-        name = f"{shot.path}, {shot.start:g}-{shot.end:g} s"
-        mono = _read_excerpt(shot, rate)
     else:
-        name, mono = str(shot), read_mono(Path(shot), rate)
+        name = str(shot.path) if shot.end is None else f"{shot.path}, {shot.start:g}-{shot.end:g} s"
+        mono = _read_excerpt(shot, rate)
     if not silence and not np.any(mono):
         raise AudioError(f"{name}: is silent; a query needs a recording of the sound")
     return _embed(model, mono)
@@ -143,8 +146,10 @@ def _embed_shot(model: Askable[object], shot: Shot, silence: bool) -> Tensor:
 
 def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
     try:
-        return read_mono(shot.path, rate, shot.start, shot.end, shot.lenient, shot.stream)
+        return read_mono(shot.path, rate, shot.start, shot.end, shot.lenient, shot.stream, shot.expand)
     except AudioError as error:
+        if shot.end is None:
+            raise
         raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s cannot be read: {error}") from error
 
 

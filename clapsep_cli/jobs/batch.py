@@ -102,7 +102,8 @@ class _Opened(ExitStack):
             return self.asked[key][1]
         path, lenient, stream = job.input.path, self.options.lenient, self.options.stream
         queries = {
-            name: query.within(lambda a, b: Excerpt(path, a, b, lenient, stream)) for name, query in job.targets.items()
+            name: query.within(lambda a, b: Excerpt(path, a, b, lenient, stream)).slower(self.options.expand)
+            for name, query in job.targets.items()
         }
         names = list(queries)
         wanted = self.model.ask(list(queries.values()), [names.index(name) for name in job.kept])

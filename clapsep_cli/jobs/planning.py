@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import get_args
 
@@ -25,7 +25,7 @@ from clapsep_cli.store.checkpoint import Model
 
 Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 # The options that change what is written; `mutual` changes the queries instead.
-DECISIVE = ("start", "end", "stream", "format", "subtype", "clip", "consistent", "min_presence")
+DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "clip", "consistent", "min_presence")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ def _check(asked: Requests, options: Options) -> None:
         check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
+    if not 1 <= options.expand < inf:
+        raise UsageError(f"--expand is {options.expand:g}: give how many times slower to hear, 10 for bats")
     if options.min_presence is not None and not isfinite(options.min_presence):
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
     if options.presence is False and options.min_presence is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from clapsep_cli.audio.encoding import choose_encoding
-from clapsep_cli.audio.samples import Audio, Samples, on_grid
+from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
 from clapsep_cli.jobs.resume import mark_absent
@@ -119,6 +119,7 @@ class Recording:
         source: Source = self._source.enter_context(self.result(opening))
         self._notes = source.notes
         self.rate, self.frames = source.rate, source.frames
+        self.heard_rate = slowed(source.rate, options.expand, source.name)
         self.encoding = choose_encoding(self.options.format, self.options.subtype, source)
         self._writer = self._outputs.enter_context(
             Outputs(
@@ -136,13 +137,13 @@ class Recording:
         self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
         self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
         watched = self.model.tells_likeness and (self.options.presence or self._decides)
-        self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
+        self._presence = {name: Presence(self.heard_rate) for name in self.job.kept} if watched else {}
         # Which of several targets are there is known at the end: until then nothing is written of any part.
         self._draft: Draft | None = None
         if self._decides and len(self.job.kept) > 1:
             folder = next((path.parent for path in self.job.outputs.values() if path != STDOUT), None)
             self._draft = self._outputs.enter_context(Draft(folder))
-        self.passage = Passage(self.model, self.wanted, source.rate, source.channels)
+        self.passage = Passage(self.model, self.wanted, self.heard_rate, source.channels)
         self._blocks = source.blocks(BLOCK_SECONDS)
         self._nothing = np.zeros((source.channels, 0), np.float32)
         self._reading = self.io.submit(self._next)
@@ -260,7 +261,7 @@ class Recording:
             self._write(mixture, np.stack(stems), absent)
 
     def _likeness(self, stem: int) -> Callable[[Audio], float | None]:
-        return lambda mono: self.model.likeness(self.wanted, stem, mono, self.rate)
+        return lambda mono: self.model.likeness(self.wanted, stem, mono, self.heard_rate)
 
     def _absent(self, presence: Mapping[str, dict[str, float] | None]) -> list[str]:
         """Return the targets below `min_presence`, if that is set."""

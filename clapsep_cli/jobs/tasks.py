@@ -22,6 +22,7 @@ class Options:
         start, end: part of the recording, in seconds; `end` None for its end.
         lenient: read damaged or truncated recordings as far as possible.
         stream: number of the sound track, from 1; None for the first.
+        expand: how many times slower the model hears recordings, those of queries too, for sounds above hearing.
         out: output folder; None for that of each recording, `-` for standard output.
         filename: template of output names (see `output_paths`); None for `{stem}.{part}.{ext}`.
         format, subtype: of the outputs (see `choose_encoding`).
@@ -44,6 +45,7 @@ class Options:
     end: float | None = None
     lenient: bool = False
     stream: int | None = None
+    expand: float = 1.0
     out: Path | None = None
     filename: str | None = None
     format: str = "wav"
