@@ -189,6 +189,11 @@ class Passage:
         """Take in the result of the oldest window that still lacks one."""
         self._stream.accept(result)
 
+    @property
+    def silence(self) -> Tensor | None:
+        """A result that silences a window in all stems; None where the model's family has none."""
+        return self._stream.silence
+
     @torch.inference_mode()
     def pull(self) -> tuple[Samples, Audio]:
         """Return what became final since the last call.

@@ -32,6 +32,7 @@ def _number(panel: str, text: str, *names: str, most: int = 1024, least: int = 1
 CLIPS = ("warn", "rescale", "error")
 FORMATS = ("wav", "flac", "ogg", "opus", "mp3")
 SUBTYPES = ("pcm16", "pcm24", "float")
+EVENTS = ("csv", "audacity", "raven")
 PRECISIONS = ("auto", "high", "fast")
 
 Inputs = Annotated[
@@ -82,6 +83,28 @@ Clip = Annotated[
         known=CLIPS,
     ),
 ]
+Events = Annotated[bool, _option(OUTPUT, "Also write when each target sounds, {stem}.events.csv.", "--events")]
+EventsFormat = Annotated[
+    str,
+    _option(
+        OUTPUT,
+        "csv, audacity (labels) or raven (a selection table).",
+        "--events-format",
+        metavar="NAME",
+        known=EVENTS,
+    ),
+]
+EventsLevel = Annotated[
+    float | None,
+    _option(OUTPUT, "Level in dB relative to the mixture at which an event begins.", "--events-level", metavar="DB"),
+]
+EventsPresence = Annotated[
+    float | None, _option(OUTPUT, "Least presence of an event.", "--events-presence", metavar="X")
+]
+EventsLength = Annotated[
+    float | None, _option(OUTPUT, "Shortest event, in seconds.", "--events-length", metavar="SECONDS")
+]
+NoAudio = Annotated[bool, _option(OUTPUT, "Write the events alone, which is faster.", "--no-audio")]
 Plot = Annotated[bool, _option(OUTPUT, "Also write a picture of the parts, {stem}.png.", "--plot")]
 Overwrite = Annotated[bool, _option(OUTPUT, "Replace existing outputs.", "--overwrite")]
 SkipExisting = Annotated[

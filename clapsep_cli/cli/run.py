@@ -216,7 +216,7 @@ class _Lines:
         note(str(failure.error))
 
     def done(self, done: Extraction) -> None:
-        self.outcomes[DONE if done.outputs else ABSENT] += 1
+        self.outcomes[DONE if done.found else ABSENT] += 1
         for line in done.notes:
             self.say(line)
         for part, count in done.clipped.items():
@@ -226,7 +226,7 @@ class _Lines:
                 self.say(f"{name}: {count} {were} over full scale and clipped; see --clip")
         if self.json:
             facts = done.as_json()
-            self._object(facts.pop("mixture"), "done" if done.outputs else "absent", **facts)
+            self._object(facts.pop("mixture"), "done" if done.found else "absent", **facts)
         else:
             self._describe(done)
 
@@ -239,9 +239,13 @@ class _Lines:
         for target, score in done.presence.items():
             left = "; not written" if target in done.absent else ""
             self._print(f"  presence of {target}: {_presence(score)}{left}")
-        if not done.outputs:
+        if not done.found:
             self._print("  nothing written: below --min-presence")
-        named = {**done.outputs, **({"picture": done.picture} if done.picture else {})}
+        for target, events in done.events.items():
+            sounding = sum(event.end - event.start for event in events)
+            self._print(f"  {target} sounds {len(events)} times, {sounding:.2f} s in all")
+        extras = {"picture": done.picture, "events": done.events_file}
+        named = {**done.outputs, **{name: path for name, path in extras.items() if path}}
         width = max(map(len, named), default=0)
         for part, path in named.items():
             self._print(f"  {part:{width}}  {_named(path, 'output')}")

@@ -158,6 +158,8 @@ class _Opened(ExitStack):
 
     def separate(self) -> None:
         """Separate one batch of windows with the same queries."""
+        for recording in self.recordings:
+            recording.pass_over()
         batch = [(recording, window) for recording in self.recordings for window in recording.windows]
         if not batch:
             return

@@ -19,6 +19,7 @@ from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
 from clapsep_cli.jobs.resume import finished, in_the_way, read_absent, signature
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
+from clapsep_cli.listening.events import FORMATS as EVENT_FORMATS
 from clapsep_cli.listening.plot import check_installed
 from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
@@ -63,7 +64,7 @@ def lay_out(asked: Requests, options: Options = Options()) -> list[Job]:
         _check_stdout(asked, options)
     jobs = [_job(item, targets, options) for item, targets in asked]
     if options.out != STDOUT:
-        files = [(job.input, {**job.outputs, **({"picture": job.picture} if job.picture else {})}) for job in jobs]
+        files = [(job.input, {**job.outputs, **job.extras}) for job in jobs]
         check_outputs(files, options.overwrite, options.skip_existing)
     return jobs
 
@@ -124,6 +125,7 @@ def _check(asked: Requests, options: Options) -> None:
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
     if options.presence is False and options.min_presence is not None:
         raise UsageError("--min-presence measures the presence: use it without --no-presence")
+    _check_events(options)
     if options.remove and options.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
@@ -144,6 +146,34 @@ def _check(asked: Requests, options: Options) -> None:
                 raise AudioError(f"{path}: no such file")
 
 
+def _check_events(options: Options) -> None:
+    if options.events_format not in EVENT_FORMATS:
+        raise UsageError(f"there is no --events-format {options.events_format!r}; there are {', '.join(EVENT_FORMATS)}")
+    given = {
+        "--events-format": options.events_format != "csv",
+        "--events-level": options.events_level is not None,
+        "--events-presence": options.events_presence is not None,
+        "--events-length": options.events_length is not None,
+        "--no-audio": options.no_audio,
+    }
+    if not options.events and any(given.values()):
+        raise UsageError(f"{next(name for name, one in given.items() if one)} is about events: use it with --events")
+    bounds = (options.events_level, options.events_presence, options.events_length)
+    if any(not isfinite(bound) for bound in bounds if bound is not None) or (options.events_length or 0) < 0:
+        raise UsageError("--events-level, --events-presence and --events-length are numbers; the last is not below 0")
+    idle = {
+        "--format": options.format != "wav",
+        "--subtype": options.subtype is not None,
+        "--clip": options.clip != "warn",
+        "--residual, --no-residual": options.residual is not None,
+        "--remove": options.remove,
+        "-o -": options.out == STDOUT,
+    }
+    if options.no_audio and any(idle.values()):
+        name = next(name for name, one in idle.items() if one)
+        raise UsageError(f"--no-audio writes no audio, so {name} has no effect: leave it out")
+
+
 def _check_stdout(asked: Requests, options: Options) -> None:
     if len(asked) > 1:
         raise UsageError(f"-o - writes one recording to standard output, not {len(asked)}; use another -o")
@@ -154,6 +184,7 @@ def _check_stdout(asked: Requests, options: Options) -> None:
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
     idle = {
         "--plot": options.plot,
+        "--events": options.events,
         "--filename": options.filename is not None,
         "--skip-existing": options.skip_existing,
         "--overwrite": options.overwrite,
@@ -167,7 +198,8 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
         return Job(item, targets, {}, [])
     parts = options.parts(list(targets))
     whole = options.consistent or RESIDUAL in parts  # the residual needs all targets
-    kept = [name for name in targets if whole or name in parts]
+    wanted = options.chosen(list(targets)) if options.no_audio else parts
+    kept = [name for name in targets if whole or name in wanted]
     if options.out == STDOUT:
         return Job(item, targets, dict.fromkeys(parts, STDOUT), kept)
     out = Path() if options.out is None and item.path == STDIN else options.out
@@ -178,8 +210,14 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
     outputs = output_paths(item, parts, out, filename, options.format, words)
     name = "{name}.{ext}" if "{name}" in filename else "{stem}.{ext}"
     picture = output_paths(item, ["plot"], out, name, "png")["plot"] if options.plot else None
+    listed = None
+    if options.events:
+        name = "{name}.{part}.{ext}" if "{name}" in filename else TEMPLATE
+        suffix = EVENT_FORMATS[options.events_format]
+        listed = output_paths(item, ["events"], out, name, suffix)["events"]
     marks = item.path.parent / MARKS if out is None else out / MARKS / item.below.parent
-    return Job(item, targets, outputs, kept, picture=picture, marks=marks if options.skip_existing else None)
+    resumed = marks if options.skip_existing else None
+    return Job(item, targets, outputs, kept, picture=picture, events=listed, marks=resumed)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
@@ -187,6 +225,8 @@ def _key(job: Job, model: Model, options: Options) -> str:
     if job.input.path == STDIN:
         return ""
     decisive = {name: str(getattr(options, name)) for name in DECISIVE}
+    if options.events:
+        decisive |= {"events": f"{options.rules} {options.events_format} {options.no_audio}"}
     return signature(job.input.path, job.targets, model.identity, {**decisive, "precision": model.precision})
 
 
@@ -195,18 +235,20 @@ def _as_done(job: Job) -> Job | None:
     if not job.key:
         return None
     absent = read_absent(job.marker) if job.marker else []
+    extras = all(path.exists() for path in job.extras.values())
     if absent and set(job.kept) <= set(absent):
-        return replace(job, outputs={}, picture=None)
+        if not job.outputs:  # the events alone were asked for
+            return job if extras else None
+        return replace(job, outputs={}, picture=None, events=None)
     job = replace(job, outputs={part: path for part, path in job.outputs.items() if part not in absent})
-    finished_all = finished(job.outputs.values(), job.key)
-    return job if finished_all and (job.picture is None or job.picture.exists()) else None
+    return job if job.outputs and extras and finished(job.outputs.values(), job.key) else None
 
 
 def _in_the_way(job: Job) -> Path | None:
     """Return an existing file at the path of an output that was not written for this job."""
     there = [path for path in job.outputs.values() if is_there(path)]
-    if not there and job.picture and is_there(job.picture):  # it is made after the outputs
-        return job.picture
+    if not there:  # the others are made after the outputs
+        return next((path for path in job.extras.values() if is_there(path)), None)
     return in_the_way(there, job.key) if job.key else next(iter(there), None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import ClapsepError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
+from clapsep_cli.listening.events import Event, Rules
 from clapsep_cli.query import RESIDUAL, Query
 
 
@@ -35,6 +36,10 @@ class Options:
         remove: write the residual alone.
         consistent: add the residual to the targets in equal shares, so that they add up to the mixture.
         mutual: use the other targets as negative queries of each; None for yes.
+        events: also write when each target sounds.
+        events_format: "csv", "audacity" or "raven".
+        no_audio: write the events alone; windows that are unlike the query at a first look are not separated.
+        events_level, events_presence, events_length: what counts as an event (see `Rules`); None for the default.
         presence: measure whether each target is there; None where `min_presence` needs it.
         min_presence: write no target whose presence is below this.
         batch_size: windows processed at once; 0 chooses by the device.
@@ -61,16 +66,33 @@ class Options:
     mutual: bool | None = None
     presence: bool | None = None
     min_presence: float | None = None
+    events: bool = False
+    events_format: str = "csv"
+    no_audio: bool = False
+    events_level: float | None = None
+    events_presence: float | None = None
+    events_length: float | None = None
     batch_size: int = 0
     jobs: int = 2
 
+    @property
+    def rules(self) -> Rules:
+        """What counts as an event."""
+        given = {name: getattr(self, f"events_{name}") for name in ("level", "presence", "length")}
+        return replace(Rules(), **{name: value for name, value in given.items() if value is not None})
+
+    def chosen(self, targets: Sequence[str]) -> list[str]:
+        """Return the targets that are wanted of a recording with these."""
+        return [name for name in targets if not self.only or name in self.only]
+
     def parts(self, targets: Sequence[str]) -> list[str]:
         """Return the parts to write of a recording with these targets."""
+        if self.no_audio:
+            return []
         if self.remove:
             return [RESIDUAL]
-        chosen = [name for name in targets if not self.only or name in self.only]
         wanted = self.out != STDOUT if self.residual is None else self.residual
-        return [*chosen, *([RESIDUAL] if wanted else [])]
+        return [*self.chosen(targets), *([RESIDUAL] if wanted else [])]
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,7 @@ class Job:
         kept: targets to compute for that.
         key: stored in the outputs to recognise them later (see `resume.signature`).
         picture: path of the picture of the parts.
+        events: path of the list of events.
         overwrite: replace existing outputs.
         marks: folder of the markers for absent targets, where recordings are to be skipped later.
     """
@@ -94,13 +117,19 @@ class Job:
     kept: Sequence[str]
     key: str = ""
     picture: Path | None = None
+    events: Path | None = None
     overwrite: bool = False
     marks: Path | None = None
 
     @property
     def marker(self) -> Path | None:
-        """The marker that names the absent targets of this recording, for the same queries, model and options."""
+        """The marker that names targets of this recording without audio, for the same queries, model and options."""
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
+
+    @property
+    def extras(self) -> dict[str, Path]:
+        """The paths of what is written after the audio, by name."""
+        return {name: path for name, path in (("picture", self.picture), ("events", self.events)) if path}
 
     @property
     def has_spans(self) -> bool:
@@ -124,6 +153,8 @@ class Extraction:
         presence: of each target, where it was measured.
         absent: targets that were not written because their presence is too low; they stay in the residual.
         picture: path of the picture.
+        events: of each target, in order of time, where they were asked for.
+        events_file: path of their list.
         notes: damage that was ignored, and sound tracks that were not read.
     """
 
@@ -138,12 +169,19 @@ class Extraction:
     presence: dict[str, dict[str, float] | None] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     picture: Path | None = None
+    events: dict[str, list[Event]] = field(default_factory=dict)
+    events_file: Path | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def target(self) -> Path:
         """The path of the first output."""
         return next(iter(self.outputs.values()))
+
+    @property
+    def found(self) -> bool:
+        """Whether any target is there, as far as `min_presence` asks."""
+        return len(self.absent) < len(self.queries)
 
     def as_json(self) -> dict[str, Any]:
         """Return a dictionary of types that JSON has."""

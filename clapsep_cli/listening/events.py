@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio, downmix
+from clapsep_cli.errors import OutputError
+from clapsep_cli.files import replacing
 from clapsep_cli.listening.levels import Likeness, Presence
 
 FRAME_SECONDS = 0.025
@@ -20,6 +23,7 @@ HEARD_SECONDS = 10.0  # of an event, from its start, that its presence is told f
 HYSTERESIS_DB = 6.0  # an event goes on down to this below the level at which it begins
 RANGE_DB = 30.0  # below the loudest frame of three chunks, a target counts as silent
 GAP_SECONDS = 0.3  # shorter silences do not end an event
+UNLIKE = -0.1  # likeness of a window of the mixture to a query, below which the sound is not there
 SILENCE = 1e-10  # mean square (−100 dB) that counts as nothing
 FORMATS = {"csv": "csv", "audacity": "txt", "raven": "txt"}  # suffix by name
 
@@ -225,6 +229,16 @@ def find_events(
     finder = EventFinder(rate, rules)
     finder.add(mixture, stem)
     return finder.finish(likeness)
+
+
+def save_events(path: Path, events: Mapping[str, Sequence[Event]], format: str, rate: int) -> None:  # noqa: A002
+    """Write a file as `write_events` does, whole or not at all. Raises `OutputError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            write_events(file, events, format, rate)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_events(file: TextIO, events: Mapping[str, Sequence[Event]], format: str, rate: int) -> None:  # noqa: A002
