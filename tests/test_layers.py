@@ -46,7 +46,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"convert_audiosep"},
         ],
     ),
-    ("listening", [{"levels", "plot"}, {"events", "notebook"}]),
+    ("listening", [{"levels", "plot"}, {"events", "hearing", "notebook"}]),
     ("", [{"separation"}]),
     (
         "jobs",
@@ -87,7 +87,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"environment", "terminal"},
             {"evaluate", "models", "options", "ui"},
             {"run"},
-            {"extract", "separate", "train"},
+            {"extract", "hear", "separate", "train"},
             {"demo"},
             {"app"},
         ],

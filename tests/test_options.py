@@ -97,6 +97,26 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--residual": ("mix.wav --prompts dog rain", "--residual"),
         "--consistent": ("mix.wav --prompts dog rain", "--consistent"),
     },
+    "hear": {
+        "--vocabulary": ("mix.wav", "--vocabulary sounds.txt"),
+        "--top": ("mix.wav --min-score 0", "--top 1"),
+        "--min-score": ("mix.wav", "--min-score 1"),
+        "--recursive": ("in", "-r"),
+        "--start": ("mix.wav --min-score 0", "--start 0.2"),
+        "--end": ("mix.wav --min-score 0", "--end 0.2"),
+        "--lenient": ("cut.wav", "--lenient"),
+        "--stream": ("film.mkv --min-score 0", "--stream 2"),
+        "--expand": ("fast.wav --min-score 0", "--expand 2"),
+        "--plot": ("mix.wav", "--plot"),
+        "--overwrite": ("drawn.wav --plot", "--overwrite"),
+        "--model": ("mix.wav", "--model mini"),
+        "--adapter": ("mix.wav", "--adapter adapter.safetensors"),
+        "--device": ("mix.wav", "-d cpu"),
+        "--model-dir": ("mix.wav", "--model-dir kept"),
+        "--threads": ("mix.wav", "--threads 3"),
+        "--json": ("mix.wav", "--json"),
+        "--quiet": ("mix.wav", "-q"),
+    },
     "ui": {
         "--model": ("", "--model mini"),
         "--device": ("", "-d cpu"),
@@ -197,6 +217,7 @@ REFUSED = [
     ("extract mix.wav --pos dog -o -", "--json"),
     ("extract mix.wav --pos dog -o -", "--events"),
     ("extract mix.wav --pos dog", "--no-audio"),
+    ("hear mix.wav", "--overwrite"),
     ("extract mix.wav --pos dog", "--events-format raven"),
     ("extract mix.wav --pos dog", "--events-length 1"),
     ("extract mix.wav --pos dog --events --no-audio", "--format flac"),
@@ -254,6 +275,9 @@ def place(tmp_path: Path) -> Path:
     (place / "jobs.csv").write_text("file,pos\nmix.wav,dog\n")
     (place / "settings.toml").write_text("seed = 9\n")
     (place / "mine.csv").touch()
+    (place / "sounds.txt").write_text("dog\nrain on a roof\n")
+    soundfile.write(place / "drawn.wav", 0.1 * rng.standard_normal(5000), 8000, "PCM_16")
+    (place / "drawn.sounds.png").touch()
     (place / "old.html").touch()
     for part in ("target", "residual", "dog", "rain"):
         (place / f"old.{part}.wav").touch()

@@ -17,6 +17,7 @@ from typer.main import get_command
 from clapsep_cli.cli.demo import demo
 from clapsep_cli.cli.evaluate import evaluate, mixtures
 from clapsep_cli.cli.extract import extract
+from clapsep_cli.cli.hear import hear
 from clapsep_cli.cli.models import models
 from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
@@ -41,6 +42,7 @@ app = typer.Typer(
 
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
+app.command()(hear)
 app.command()(ui)
 app.command()(demo)
 app.command()(train)

@@ -74,7 +74,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
     _, *others = sets = _sets(jobs)
     if setup.model in MODELS and not others:
         check_taken(sets[0].values(), FAMILIES[MODELS[setup.model].family].takes, setup.model)
-    model = _load(setup)
+    model = load(setup.model, setup.device, setup.precision, setup.adapter, setup.quiet)
     if options.presence is None:
         options = replace(options, presence=setup.json and model.tells_likeness)
     model.refine(setup.refine)
@@ -111,16 +111,16 @@ def _work(todo: Todo, model: Model, options: Options, setup: Setup, lines: _Line
         raise typer.Exit(FAILED)
 
 
-def _load(setup: Setup) -> Model:
-    """Load the model with its adapter, and show a download if one is needed."""
+def load(name: str | None, device: str, precision: str, adapter: Path | None, quiet: bool) -> Model:
+    """Load a model with its adapter, and show a download if one is needed."""
     from clapsep_cli.store.library import load_model
 
-    with downloads(setup.quiet) as shown:
-        model = load_model(setup.model, setup.device, setup.precision, say=notes(setup.quiet), progress=shown)
-    if setup.adapter:
+    with downloads(quiet) as shown:
+        model = load_model(name, device, precision, say=notes(quiet), progress=shown)
+    if adapter:
         from clapsep_cli.store.adapters import apply
 
-        apply(model, setup.adapter)
+        apply(model, adapter)
     return model
 
 

@@ -178,6 +178,36 @@ class Picture:
         return figure
 
 
+def save_scores(path: Path, names: Sequence[str], edges: Sequence[float], scores: Audio) -> None:
+    """Draw scores over time, a row for each name, as a PNG, whole or not at all.
+
+    Args:
+        path: of the picture.
+        names: of the rows, from the top.
+        edges: of the columns, in seconds, one more than there are columns.
+        scores: `[names, columns]`, 0 to 1.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, style.context("default"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            figure = Figure(figsize=(11, 1.3 + 0.28 * len(names)), dpi=120, layout="constrained")
+            axis = figure.subplots()
+            mesh = axis.pcolormesh(edges, np.arange(len(names) + 1), scores, cmap="magma", vmin=0, vmax=1)
+            axis.set_yticks(np.arange(len(names)) + 0.5, [_printable(name) for name in names], fontfamily=_fonts())
+            axis.set(xlabel="s", ylim=(len(names), 0))
+            figure.colorbar(mesh, label="score", pad=0.012)
+            figure.savefig(temporary, format="png", metadata={"Software": "clapsep"})
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def _printable(text: str) -> str:
     """Wrap `text` into a few lines, without characters that cannot be printed."""
     plain = "".join(c if unicodedata.category(c)[0] != "C" else " " * c.isspace() for c in text)
