@@ -23,22 +23,26 @@ def _hann(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def spectrum(x: Tensor, hop: int = HOP) -> Tensor:
-    """Complex STFT of `x`, 1024-point periodic Hann, centred, reflected at the ends.
+    """Compute the STFT with a 1024-point periodic Hann window, centred, reflected at the ends.
 
-    `x`: float32 `[samples]` or `[batch, samples]`, more than 512 samples. Returns complex64
-    `[(batch,) samples // hop + 1 frames, 513 bins]`.
+    Args:
+        x: float32 `[samples]` or `[batch, samples]`, more than 512 samples.
+        hop: samples between frames.
+
+    Returns:
+        complex64 `[(batch,) samples // hop + 1 frames, 513 bins]`.
     """
     bins_first = torch.stft(x, N_FFT, hop, window=_hann(x.device, x.dtype), pad_mode="reflect", return_complex=True)
     return bins_first.transpose(-1, -2)
 
 
 def power(spec: Tensor) -> Tensor:
-    """|spec|², float32; without the square root that `abs` would take first."""
+    """Compute |spec|², float32, without the square root of `abs`."""
     return torch.addcmul(spec.real.square(), spec.imag, spec.imag)
 
 
 def waveform(spec: Tensor, length: int) -> Tensor:
-    """Inverse of `spectrum`: complex64 `[(batch,) frames, 513]` to float32 `[(batch,) length samples]`."""
+    """Invert `spectrum`: complex64 `[(batch,) frames, 513]` to float32 `[(batch,) length samples]`."""
     window = _hann(spec.device, spec.real.dtype)
     return torch.istft(spec.transpose(-1, -2), N_FFT, HOP, window=window, length=length)
 
@@ -94,7 +98,7 @@ class Resampler(nn.Module):
 
 
 def mel_filters(rate: int, bands: int, low: float, high: float) -> Tensor:
-    """Triangular filters of equal area between `low` and `high` Hz, on Slaney's mel scale: float32 `[513, bands]`."""
+    """Make triangles of equal area between `low` and `high` Hz, on Slaney's mel scale: float32 `[513, bands]`."""
     edges = _mel_to_hz(torch.linspace(hz_to_mel(low), hz_to_mel(high), bands + 2, dtype=torch.float64, device="cpu"))
     bins = torch.linspace(0, rate / 2, N_FFT // 2 + 1, dtype=torch.float64, device="cpu")[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]

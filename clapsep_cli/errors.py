@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 
 class ClapsepError(Exception):
     """One clear line: what is wrong, where, and what to do about it. `exit_code` is the command's, if it ends by it."""
@@ -67,6 +72,24 @@ class ManifestError(ClapsepError):
 
 class ClapsepWarning(UserWarning):
     """A result may differ from what the user expects. The command prints it as a note."""
+
+
+@contextmanager
+def told_of_warnings(tell: Callable[[str], None]) -> Iterator[None]:
+    """Call `tell` with each `ClapsepWarning` that is raised within, once, instead of showing it."""
+    with warnings.catch_warnings():
+        others, told = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, ClapsepWarning):
+                others(message, category, *place, **more)
+            elif str(message) not in told:
+                told.add(str(message))
+                tell(str(message))
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", ClapsepWarning)
+        yield
 
 
 class StoppedError(ClapsepError):

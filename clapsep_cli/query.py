@@ -1,7 +1,8 @@
-"""What a user asks for: texts and recordings of what to keep, and of what to leave."""
+"""Defines queries: texts and recordings of sounds to keep and to leave, and stretches of time as people type them."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ MAX_TARGETS = 64  # of a run: each takes memory (about 15 MB), and up to two of 
 MIXTURE, TARGET, RESIDUAL = "mixture", "target", "residual"  # as a recording and its parts are called
 
 Span = tuple[float, float]  # a stretch of the mixture, from and to, in seconds
+_TIME = re.compile(r"(?:(?:(?P<h>[0-9]{1,6}):)?(?P<m>[0-9]{1,6}):)?(?P<s>[0-9]{1,9}(?:\.[0-9]*)?|\.[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
 def _is_span(value: object) -> bool:
     return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value))
 
@@ -56,7 +54,7 @@ def _is_shot(value: object) -> bool:
 
 
 _KINDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
-    ("", _is_text, "a text"),
+    ("", lambda value: isinstance(value, str), "a text"),
     ("_audio", _is_shot, "a path, or samples and their rate in Hz, (array, 44100)"),
     ("_spans", _is_span, "from and to in seconds, (1.5, 3)"),
 )
@@ -68,7 +66,7 @@ def _brief(value: object) -> str:
 
 
 def _several(name: str, given: Any, known: Callable[[object], bool], what: str) -> tuple[Any, ...]:
-    """`given`, one of a kind or several, as several. Raises `QueryError` where one is not `what` it should be."""
+    """Make a tuple of one value or several. Raises `QueryError` for a value that is not `known`, i.e. not `what`."""
     single = known(given) or not isinstance(given, Iterable) or hasattr(given, "shape")
     several = (given,) if single else tuple(given)
     for one in several:
@@ -79,7 +77,7 @@ def _several(name: str, given: Any, known: Callable[[object], bool], what: str) 
 
 @dataclass(frozen=True, init=False)
 class Query:
-    """Texts, audio shots and stretches of the mixture itself, of the positive and of the negative side.
+    """A query: texts, audio shots and stretches of the mixture itself, for the positive and the negative side.
 
     Several texts of a side are averaged, and so are several shots, spans included; where a side has both, its embedding
     is `alpha` · audio + (1 − `alpha`) · text (paper, Eq. 3). At least one side must be given. A single text, shot or
@@ -127,7 +125,7 @@ class Query:
             raise QueryError('no query: say what to keep or what to leave, e.g. --pos "dog barking" --neg "rain"')
 
     def describe(self) -> str:
-        """The query in words, for titles and summaries."""
+        """Describe the query in words, for titles and summaries."""
         sides = (("", self.pos, self.pos_audio, self.pos_spans), ("not ", self.neg, self.neg_audio, self.neg_spans))
         parts = []
         for prefix, texts, shots, spans in sides:
@@ -137,7 +135,7 @@ class Query:
         return ", ".join(parts)
 
     def within(self, excerpt: Callable[[float, float], Shot]) -> Query:
-        """The query with its spans as audio shots; `excerpt` gives the mixture from one second to another."""
+        """Return the query with its spans as audio shots; `excerpt` cuts from start to end in seconds."""
         if not (self.pos_spans or self.neg_spans):
             return self
         positive = (*self.pos_audio, *(excerpt(*span) for span in self.pos_spans))
@@ -167,7 +165,7 @@ def _name(shot: Shot) -> str:
 
 
 def check_targets(targets: object) -> Mapping[str, Query]:
-    """The targets of a run by name: `targets` itself, or a single query as "target".
+    """Return the targets of a run by name: `targets` itself, or a single query as "target".
 
     Raises `QueryError` for none, for more than `MAX_TARGETS`, and for what is no query.
     """
@@ -198,7 +196,7 @@ def check_taken(queries: Iterable[Query], takes: Collection[str], model: str) ->
 
 
 def mutual(targets: Mapping[str, Query]) -> dict[str, Query]:
-    """The targets, where what the others ask for is also on the negative side of each."""
+    """Add to the negative side of each target the positive sides of all others."""
 
     def against(name: str, query: Query) -> Query:
         others = [other for key, other in targets.items() if key != name]
@@ -210,3 +208,34 @@ def mutual(targets: Mapping[str, Query]) -> dict[str, Query]:
         )
 
     return {name: against(name, query) for name, query in targets.items()}
+
+
+def parse_time(text: str) -> float:
+    """Return the seconds of a time given as seconds (`83.5`), `m:s` (`1:23.5`) or `h:m:s` (`1:02:03`).
+
+    Raises `QueryError`.
+    """
+    match = _TIME.fullmatch(text.strip())
+    if not match:
+        raise QueryError(f"{text!r} is not a time: give seconds (83.5), m:s (1:23.5) or h:m:s (1:02:03)")
+    hours, minutes, seconds = match["h"], match["m"], float(match["s"])
+    if (minutes is not None and seconds >= 60) or (hours is not None and int(minutes) >= 60):
+        raise QueryError(f"{text!r} is not a time: what follows a colon lies below 60")
+    return int(hours or 0) * 3600.0 + int(minutes or 0) * 60.0 + seconds
+
+
+def is_span(text: str) -> bool:
+    """Return True for two times with a dash between them, which `parse_span` reads unless they are out of order."""
+    times = text.replace("–", "-").split("-")
+    return len(times) == 2 and all(_TIME.fullmatch(time.strip()) for time in times)
+
+
+def parse_span(text: str) -> tuple[float, float]:
+    """Return start and end in seconds of a stretch such as `3.2-4.5` or `1:02-1:04`. Raises `QueryError`."""
+    start, dash, end = text.replace("–", "-").partition("-")
+    if not (dash and start.strip() and end.strip()):
+        raise QueryError(f"{text!r} is not a stretch: give its start and end, as in 3.2-4.5 or 1:02-1:04")
+    span = parse_time(start), parse_time(end)
+    if span[1] <= span[0]:
+        raise QueryError(f"{text!r} is not a stretch: it has to end after its start")
+    return span

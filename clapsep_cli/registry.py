@@ -17,23 +17,31 @@ class Traits:
     Attributes:
         parts: its networks, each a file on disk.
         takes: the kinds of queries it takes: "text", "audio", "negatives", "prompts".
+        presets: names of the recipes that train it; the first is the one to go on from a model with.
         tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" where there is none.
     """
 
     parts: tuple[str, ...]
     takes: tuple[str, ...]
+    presets: tuple[str, ...] = ()
     tokenizer: str = ""
 
 
 FAMILIES = {
+    "mini": Traits(parts=("separator", "text", "audio"), takes=("text", "audio", "negatives"), presets=("mini",)),
     "clapsep": Traits(
         parts=("separator", "text", "audio"),
         takes=("text", "audio", "negatives"),
+        presets=("clapsep-hybrid", "clapsep-text"),
         tokenizer="roberta-tokenizer.json.gz",
     ),
-    "mini": Traits(parts=("separator", "text", "audio"), takes=("text", "audio", "negatives")),
-    "tuss": Traits(parts=("separator",), takes=("prompts",)),
-    "audiosep": Traits(parts=("separator", "text"), takes=("text",), tokenizer="roberta-tokenizer.json.gz"),
+    "tuss": Traits(parts=("separator",), takes=("prompts",), presets=("tuss-medium", "tuss-large")),
+    "audiosep": Traits(
+        parts=("separator", "text"),
+        takes=("text",),
+        presets=("audiosep-base",),
+        tokenizer="roberta-tokenizer.json.gz",
+    ),
 }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import chain
@@ -15,6 +19,7 @@ import soxr
 import torch
 from torch import Tensor
 
+from clapsep_cli import startup
 from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.samples import Audio, Samples, from_array, slowed
 from clapsep_cli.audio.writers import Outputs
@@ -22,6 +27,7 @@ from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
 from clapsep_cli.listening.events import Event, find_events
 from clapsep_cli.listening.levels import Likeness, Presence
 from clapsep_cli.listening.notebook import show
+from clapsep_cli.models.base import go_on
 from clapsep_cli.query import MIXTURE, RESIDUAL, Query, Shot, check_targets
 from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
@@ -209,8 +215,62 @@ class Passage:
         return mixture[:, : stems.shape[2]], stems
 
 
+class Workers:
+    """Separates windows on all cores of a CPU: several at a time, each on one thread.
+
+    One thread a window keeps all cores busy, and gives the same bits whatever the number of cores. Only where there are
+    fewer windows than cores, each has several threads. There are fewer workers where memory is short. On other devices
+    there is one worker, which is the calling thread.
+
+    Args:
+        model: separates the windows.
+        windows: how many there are in all, where that is known; 0 if not, or for many.
+    """
+
+    def __init__(self, model: Model, windows: int = 0) -> None:
+        self._model, self._cores = model, torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+        self.count = 1
+        if model.device.type == "cpu" and self._cores > 1:
+            room = startup.free_bytes() // model.kind.window_bytes
+            self.count = max(1, min(self._cores, windows or self._cores, room))
+            threads = max(1, self._cores // windows) if windows else 1
+            torch.set_num_threads(threads)  # of this thread; each worker sets its own
+            self._pool = ThreadPoolExecutor(self.count, "clapsep-window", torch.set_num_threads, (threads,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._cores)
+
+    def submit(self, window: Tensor, wanted: Any, check: Callable[[], None] = go_on) -> Future[tuple[Tensor, float]]:
+        """Have a window separated.
+
+        Args:
+            window: float32 `[samples]`.
+            wanted: what to separate, from `model.ask`.
+            check: raises where the user wants to stop.
+
+        Returns:
+            The result to come, and the time in s that it took.
+        """
+        _ = self._model.separator  # read here, once
+        if self._pool is None:
+            done: Future[tuple[Tensor, float]] = Future()
+            done.set_result(self._infer(window, wanted, check))
+            return done
+        return self._pool.submit(self._infer, window, wanted, check)
+
+    def _infer(self, window: Tensor, wanted: Any, check: Callable[[], None]) -> tuple[Tensor, float]:
+        began = time.perf_counter()
+        return self._model.infer([window], wanted, check)[0], time.perf_counter() - began
+
+
 def stream(
-    model: Model, wanted: Any, blocks: Iterable[Samples], rate: int, channels: int
+    model: Model, wanted: Any, blocks: Iterable[Samples], rate: int, channels: int, seconds: float = 0
 ) -> Iterator[tuple[Samples, Audio]]:
     """Separate a recording that arrives in blocks.
 
@@ -220,17 +280,27 @@ def stream(
         blocks: the recording, float32 `[channels, samples]` each.
         rate: sample rate of the recording in Hz.
         channels: number of channels of the recording.
+        seconds: its duration; 0 if unknown.
 
     Yields:
         Pairs of mixture, `[channels, samples]`, and stems, `[stems, channels, samples]`, that join to the whole.
     """
-    passage = Passage(model, wanted, rate, channels)
-    for block, last in chain(((block, False) for block in blocks), [(np.zeros((channels, 0), np.float32), True)]):
-        for window in passage.push(block, passage.hear(block, last), last):
-            passage.accept(model.infer([window], wanted)[0])
-        mixture, stems = passage.pull()
-        if mixture.size:
-            yield mixture, stems
+    passage, coming = Passage(model, wanted, rate, channels), deque[Future[tuple[Tensor, float]]]()
+    with Workers(model, windows_in(model, seconds)) as workers:
+        for block, last in chain(((block, False) for block in blocks), [(np.zeros((channels, 0), np.float32), True)]):
+            coming.extend(
+                workers.submit(window, wanted) for window in passage.push(block, passage.hear(block, last), last)
+            )
+            while coming and (last or len(coming) > workers.count or coming[0].done()):
+                passage.accept(coming.popleft().result()[0])
+            mixture, stems = passage.pull()
+            if mixture.size:
+                yield mixture, stems
+
+
+def windows_in(model: Model, seconds: float) -> int:
+    """Return how many windows a recording of so many seconds takes at least; 0 if they are not known."""
+    return math.ceil(seconds * model.separator.rate / model.separator.window)
 
 
 def separate(
@@ -279,7 +349,7 @@ def separate(
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
     found, done = [], 0
-    for _, stems in stream(model, wanted, blocks, heard_rate, len(mixture)):
+    for _, stems in stream(model, wanted, blocks, heard_rate, len(mixture), mixture.shape[1] / heard_rate):
         found.append(stems)
         done += stems.shape[2]
         progress(done / rate, mixture.shape[1] / rate)

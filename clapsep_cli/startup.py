@@ -1,12 +1,14 @@
-"""How the command's process is set up: its standard streams, threads before torch is imported, and memory."""
+"""Sets up the process: its standard streams, threads before torch is imported, and memory; tells what is free of it."""
 
 from __future__ import annotations
 
 import ctypes
 import io
 import os
+import re
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 # Of a waiting OpenMP thread, before it sleeps. On two cores as fast as the default (300,000) when the machine is free;
 # with another process on one of them, the default makes everything 3 to 8 times slower, and this 2 times.
@@ -15,6 +17,8 @@ SPINS = 3000
 # Of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = 2**31 - 1
+
+UNKNOWN_BYTES = 2**33  # assumed where the system does not tell
 
 
 def prepare() -> None:
@@ -59,3 +63,23 @@ def keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def free_bytes(system: Path = Path("/")) -> int:
+    """Return the memory that is left to this process, within its container's limit, in bytes.
+
+    Args:
+        system: where the system's `proc` and `sys` are mounted.
+    """
+    known = []
+    with suppress(OSError, ValueError):
+        told = re.search(r"^MemAvailable:\s+(\d+) kB", (system / "proc/meminfo").read_text(), re.M)
+        known += [int(told[1]) * 1024] if told else []
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        group = system / "sys/fs/cgroup"
+        used = int((group / "memory.current").read_text())
+        known.append(int((group / "memory.max").read_text()) - used)
+    if not known:
+        with suppress(OSError, ValueError, AttributeError):  # not on Windows
+            known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(0, min(known, default=UNKNOWN_BYTES))

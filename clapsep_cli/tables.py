@@ -54,7 +54,7 @@ def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
 
 
 def decoded(content: bytes) -> str:
-    """The text of a file in UTF-8, with or without BOM, or in UTF-16 with one. Raises `UnicodeDecodeError`."""
+    """Decode UTF-8, with or without BOM, or UTF-16 with one. Raises `UnicodeDecodeError`."""
     return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
 
 

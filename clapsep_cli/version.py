@@ -1,3 +1,3 @@
-"""The version of this package: what outputs, scores and trained models say they were made by."""
+"""The version of this package, which outputs, scores and trained models state."""
 
 __version__ = "0.1.0"

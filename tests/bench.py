@@ -144,6 +144,12 @@ def bench_window() -> None:
         row("", f"{whole / (gflop / rate):.2f} × the time of its {gflop:.0f} GFLOP of products at that rate")
         row("", f"a second target costs {mask / whole:.0%} of the first")
     row("bfloat16 beside float32, waveform of a real mixture", f"{near:.1f} dB")
+    beside("bench_audiosep.py")
+
+
+def beside(script: str) -> None:
+    """Run a benchmark in a process of its own, which must not begin with what this one holds."""
+    subprocess.run([sys.executable, HERE / script], check=True)
 
 
 def bench_processes(folder: Path) -> None:
@@ -222,7 +228,7 @@ def main(chosen: Sequence[str]) -> None:
             "processes": lambda: bench_processes(Path(name)),  # before this process has held much
             "growth": lambda: bench_growth(Path(name)),
             "window": bench_window,
-            "tuss": lambda: subprocess.run([sys.executable, HERE / "bench_tuss.py"], check=True) and None,
+            "tuss": lambda: beside("bench_tuss.py"),
         }
         for part in chosen or parts:
             parts[part]()

@@ -126,7 +126,7 @@ class Browser:
         assert "exceptionDetails" not in result, f"{script}: {result['exceptionDetails']}"
         return result["result"].get("value")
 
-    def wait(self, script: str, until: Callable[[Any], bool] = bool, seconds: float = 20.0) -> Any:
+    def wait(self, script: str, until: Callable[[Any], bool] = bool, seconds: float = 60.0) -> Any:
         """The value of an expression once it is as wanted."""
         limit = time.monotonic() + seconds
         while True:
@@ -167,6 +167,12 @@ class Browser:
         """Click the middle of an element."""
         box = self.box(selector)
         self.drag((box[0] + box[2] / 2, box[1] + box[3] / 2))
+
+    def choose(self, selector: str, path: Path) -> None:
+        """Choose a file in a field for files."""
+        document = self.send("DOM.getDocument")["root"]["nodeId"]
+        field = self.send("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", nodeId=field, files=[str(path)])
 
     def box(self, selector: str) -> list[float]:
         """Left, top, width and height of an element, brought into view."""

@@ -1,4 +1,4 @@
-"""Little recordings to train on."""
+"""Small recordings to train on."""
 
 from __future__ import annotations
 

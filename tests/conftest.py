@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from released import write_released
 from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
@@ -23,10 +25,11 @@ from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.families.base import Family, load_family
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
-from clapsep_cli.registry import FAMILIES, MODELS, HubFile, Traits, weights_folder
-from clapsep_cli.store import convert_clapsep, download
+from clapsep_cli.registry import FAMILIES, MODELS, Traits, WebFile, weights_folder
+from clapsep_cli.store import convert_clapsep
 from clapsep_cli.store.checkpoint import Model, save_part
-from clapsep_cli.store.library import load_model
+from clapsep_cli.store.convert_audiosep import convert_audiosep
+from clapsep_cli.store.library import load_model, write_tokenizer
 
 # The same examples at every run, so that a change fails for its own reasons alone; `make fuzz` looks for new ones.
 # No example has a deadline: a machine may be slow for reasons of its own.
@@ -83,13 +86,12 @@ class Mean(AudioEncoder):
 
 
 class Stub(Model):
-    """A CLAPSep model around a given separator."""
+    """The bundled model with a given separator, and with encoders and the family of CLAPSep, which knows any word."""
 
     def __init__(self, separator: Separator[Any]) -> None:
-        self.name, self.folder, self.device = "stub", Path(), torch.device("cpu")
-        self.family, self.config, self.revision, self.dtype = "clapsep", None, "", torch.float32
-        self.kind = load_family("clapsep")
-        self.__dict__.update(separator=separator, text=OneHot(), audio=Mean(), identity="stub")
+        super().__init__("stub", weights_folder() / "mini", torch.device("cpu"), precision="high")
+        self.kind, self.identity = load_family("clapsep"), "stub"
+        self.separator, self.text, self.audio = separator, OneHot(), Mean()
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +104,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, network in (("separator", Mini(TINY_MINI)), ("audio", MiniAudio(TINY_MINI))):
         save_part(folder, part, "mini", TINY_MINI, network.state_dict())
     return folder
+
+
+@pytest.fixture(scope="session")
+def audiosep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny AudioSep as it is converted."""
+    from audiosep_stand_in import TINY, save_released, tiny_checkpoint
+
+    place = tmp_path_factory.mktemp("audiosep")
+    save_released(place / "a.ckpt", tiny_checkpoint())
+    (place / "model").mkdir()
+    convert_audiosep([place / "a.ckpt"], place / "model", TINY)
+    write_tokenizer(MODELS["audiosep"], place / "model")
+    return place / "model"
 
 
 @pytest.fixture
@@ -134,30 +149,23 @@ def add_family(
     patch.setitem(sys.modules, f"clapsep_cli.store.convert_{name}", SimpleNamespace(**{f"convert_{name}": convert}))
 
 
-def pinned(path: Path) -> dict[str, Any]:
-    """A `HubFile` of the file's name and content, as keywords."""
-    data = path.read_bytes()
-    place = {"repo": "some/one", "repo_type": "model", "revision": "0" * 40, "path": path.name}
-    return place | {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
 @pytest.fixture
-def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Files of the Hub come from a folder; returns the names of those that were fetched."""
-    paths = write_checkpoints(tmp_path / "served", ROBERTA)
-    remotes = tuple(HubFile(**pinned(path)) for path in paths)
-    monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
-    fetched: list[str] = []
+def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server on the loopback that has the files of a tiny `clapsep`."""
+    with HubServer() as server:
+        remotes = tuple(serve(server, path) for path in write_checkpoints(tmp_path / "served", ROBERTA))
+        monkeypatch.setitem(MODELS, "clapsep", replace(MODELS["clapsep"], remotes=remotes))
+        monkeypatch.setenv("CLAPSEP_ENDPOINT", server.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
 
-    def bring(remote: Any, folder: Path, progress: download.Progress | None) -> Path:
-        fetched.append(remote.name)
-        if progress:
-            progress(remote.size, remote.size)
-        return Path(shutil.copy(tmp_path / "served" / remote.name, folder))
 
-    monkeypatch.setattr(download, "_from_hub", bring)
-    monkeypatch.setattr(download, "ask", lambda remote: None)
-    return fetched
+def serve(server: HubServer, path: Path) -> WebFile:
+    """Serve a file, and pin it."""
+    data = path.read_bytes()
+    server.add_plain(f"/{path.name}", data)
+    return WebFile(url=f"https://some.one/{path.name}", size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Recordings to separate, and what is found afterwards."""
+"""Makes recordings to separate, and reads the outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is typed, the command ends with an exit code and a line, never with a traceback or debris.
+"""Any arguments end in an exit code and one line, never in a traceback or leftover files.
 
 `HYPOTHESIS_PROFILE=search pytest tests/test_any_arguments.py` tries 2,000 lines instead of a few.
 """

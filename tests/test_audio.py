@@ -1,4 +1,4 @@
-"""Recordings in and out: whole or not at all, to the sample, in every format."""
+"""Tests reading and writing recordings: complete or not at all, exact to the sample, in every format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from clapsep_cli.audio import media, mpeg, wav, writers
+from clapsep_cli.audio import decoders, wav, writers
+from clapsep_cli.audio.containers import read_frame, scan_mpeg
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, choose_encoding
 from clapsep_cli.audio.samples import on_grid, to_rate
 from clapsep_cli.audio.sources import Source, read_mono, recordings
@@ -199,11 +200,11 @@ def test_mp3s_with_junk_are_read_leniently(recording: Callable[..., Path], capfd
     path = recording("mp3")
     expected, data = read(path), path.read_bytes()
     with path.open("rb") as file:
-        stream = mpeg.scan(file, pytest.fail)
+        stream = scan_mpeg(file, pytest.fail)
     assert stream is not None
     middle = stream.spans[0][0]
     while middle < len(data) // 2:
-        frame = mpeg.read_frame(data[middle : middle + 4])
+        frame = read_frame(data[middle : middle + 4])
         assert frame is not None
         middle += frame.size
     junk = b"this is no sound. " * 50
@@ -241,7 +242,7 @@ def test_recordings_in_a_row_are_not_taken_for_the_first_alone(recording: Callab
 def without_note(path: Path) -> None:
     """Take the first frame of an MP3, which notes its length."""
     with path.open("rb") as file:
-        stream = mpeg.scan(file, pytest.fail)
+        stream = scan_mpeg(file, pytest.fail)
     assert stream is not None
     assert stream.stated is not None
     ((begin, end),) = stream.spans
@@ -672,7 +673,7 @@ def test_channels_keep_their_speakers_in_formats_of_another_order(tmp_path: Path
     assert heard(read(path)) == tones
     with Source(path) as source:
         speakers = source.speakers
-    with path.open("rb") as file, contextlib.closing(media.AvDecoder(file, "it")) as decoder:
+    with path.open("rb") as file, contextlib.closing(decoders.AvDecoder(file, "it")) as decoder:
         assert heard(np.asarray(decoder.read(48_000))) == tones
         assert decoder.speakers in (speakers, 0x60F, 0x607)  # its "side" is our "back"
 
@@ -949,13 +950,13 @@ def test_no_other_file_is_read_than_the_one_named(tmp_path: Path, script: str) -
 def test_without_a_decoder_a_line_says_which_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recording: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(media, "available", lambda: False)
+    monkeypatch.setattr(decoders, "has_av", lambda: False)
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
     assert 'takes PyAV: pip install "clapsep[av]"' in refused(tmp_path / "a.m4a")
     (tmp_path / "a.wav").write_text("I am not audio")
     assert "PyAV" not in refused(tmp_path / "a.wav")
     assert recordings(tmp_path) == [tmp_path / "a.wav"]
-    monkeypatch.setattr(media, "available", lambda: True)
+    monkeypatch.setattr(decoders, "has_av", lambda: True)
     assert recordings(tmp_path) == [tmp_path / "a.m4a", tmp_path / "a.wav"]
     assert recordings(tmp_path / "a.m4a") == [tmp_path / "a.m4a"]
 

@@ -33,9 +33,11 @@ from clapsep_cli.dsp import HOP, RATE_HZ
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig, spectrum, waveform
 from clapsep_cli.models.clap import ClapTextEncoder
-from clapsep_cli.models.convolution import WIDE, Kernel
-from clapsep_cli.store.checkpoint import read_tensors
+from clapsep_cli.models.layers import FEWEST_COLUMNS, WIDE, Kernel
+from clapsep_cli.models.resunet import ShiftedNorm
+from clapsep_cli.store import convert_audiosep as convert_audiosep_module
 from clapsep_cli.store.convert_audiosep import CLAP, SEPARATOR, convert, convert_audiosep
+from clapsep_cli.store.whole import read_tensors
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="takes ../shared/golden")
 
@@ -159,6 +161,29 @@ def test_whole_golden_files(released: AudioSep, case: str, samples: int, key: in
 
 
 @shared
+def test_shifts_of_every_norm(released: AudioSep) -> None:
+    with np.load(SHARED / "ten.npz") as arrays:
+        expected = arrays["a_betas"]
+    norms = {
+        SEPARATOR + convert_audiosep_module._released(f"{name}.beta.weight"): norm
+        for name, norm in released.named_modules()
+        if isinstance(norm, ShiftedNorm)
+    }
+    at, unused = 0, []
+    for name, shape in recorded_shapes().items():
+        if ".film." not in name or not name.endswith(".weight"):
+            continue
+        if name in norms:
+            shifts = norms.pop(name).beta(condition(1))[0]
+            np.testing.assert_allclose(shifts, expected[at : at + shape[0]], rtol=0, atol=1e-5, err_msg=name)
+        else:
+            unused.append(name)
+        at += shape[0]
+    assert (at, norms) == (len(expected), {})
+    assert all("decoder_block" in name and "beta2" in name for name in unused)
+
+
+@shared
 def test_chunks_as_the_reference_joins_them(released: AudioSep) -> None:
     """Flaws that only parity needs: hard cuts, off the network's grid."""
     audio, parts = mixture(384_000, 207), []
@@ -230,12 +255,13 @@ def test_any_size_equals_the_plain_network(frames: int, widths: tuple[int, ...])
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 32])
 @pytest.mark.parametrize(("into", "out"), [(3, 5), (WIDE, WIDE), (2 * WIDE, WIDE + 4)])
-def test_wide_convolutions_are_convolutions(rows: int, into: int, out: int) -> None:
+@pytest.mark.parametrize("columns", [FEWEST_COLUMNS - 1, FEWEST_COLUMNS])
+def test_wide_convolutions_are_convolutions(rows: int, into: int, out: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(out, into, 3, 3, generator=generator) / (9 * into) ** 0.5
-    x, bias = torch.randn(2, into, rows + 2, 6, generator=generator), torch.randn(out, generator=generator)
-    kernel = Kernel(weight)
-    assert len(kernel.weights) == (6 if into >= WIDE else 1)
+    x, bias = torch.randn(2, into, rows + 2, columns, generator=generator), torch.randn(out, generator=generator)
+    kernel = Kernel(weight, columns)
+    assert len(kernel.weights) == (6 if into >= WIDE and columns == FEWEST_COLUMNS else 1)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=(0, 1))
     convolved = kernel(x.contiguous(memory_format=torch.channels_last), bias)
     torch.testing.assert_close(convolved.double(), expected, rtol=0, atol=4e-5)

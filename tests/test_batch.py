@@ -1,4 +1,4 @@
-"""Runs over many recordings: what is shared, what is not, and what becomes of each."""
+"""Tests runs over many recordings: shared batches, separate results, and failures of single ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from stand_ins import Moody
 from torch import Tensor
 
-from clapsep_cli import Query, extract
+from clapsep_cli import Query, extract, separate, startup
 from clapsep_cli.audio.encoding import Encoding
 from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError, UsageError
 from clapsep_cli.files import clear_unfinished
@@ -31,6 +32,7 @@ from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.planning import Todo, lay_out, plan
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
 from clapsep_cli.models.base import TARGETS_AT_ONCE, Conditions, go_on
+from clapsep_cli.separation import Workers
 from clapsep_cli.store.checkpoint import Model
 
 DOG, RAIN = Query("dog"), Query("rain")
@@ -236,7 +238,7 @@ def test_batches_shrink_to_what_the_device_has_memory_for(tmp_path: Path) -> Non
     outcomes(items, Stub(Moody()), tmp_path / "one", Options(batch_size=1))
     assert contents(tmp_path / "small") == contents(tmp_path / "one")
     with pytest.raises(DeviceError, match="memory for a window"):
-        outcomes(items, Stub(Small(0)), tmp_path / "none")
+        outcomes(items, Stub(Small(0)), tmp_path / "none", Options(batch_size=1))
     assert contents(tmp_path / "none") == {}
 
 
@@ -522,3 +524,89 @@ def test_a_picture_that_is_missing_is_made(folder: Path) -> None:
     assert len(again(folder, plot=True).jobs) == 3
     assert len(again(folder, plot=True).done) == 3
     assert len(list((folder / "out").glob("*.png"))) == 3
+
+
+@pytest.fixture
+def cores() -> Iterator[Callable[[int], None]]:
+    """Pretends to have so many cores, until the test is over."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_windows_on_several_cores_give_the_same_bits(
+    tmp_path: Path, tiny: Model, cores: Callable[[int], None], count: int
+) -> None:
+    lengths = (30_000, 400_000, 2_000)  # 3.75, 50 and 0.25 s
+    items = [(record(tmp_path, f"{n}.wav", length, seed=n), DOG) for n, length in enumerate(lengths)]
+    first = outcomes(items, tiny, tmp_path / "one", Options(presence=True))
+    cores(count)
+    second = outcomes(items, tiny, tmp_path / "many", Options(presence=True))
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    assert [(o.mixture, o.levels, o.presence) for o in first] == [(o.mixture, o.levels, o.presence) for o in second]
+    assert torch.get_num_threads() == count
+
+
+def test_a_window_has_one_thread_unless_there_are_fewer_windows_than_cores(
+    tmp_path: Path, tiny: Model, cores: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[tuple[str, int]] = set()
+    infer = Model.infer
+
+    def watched(self: Model, *arguments: Any) -> Tensor:
+        used.add((threading.current_thread().name.rpartition("_")[0], torch.get_num_threads()))
+        return infer(self, *arguments)
+
+    monkeypatch.setattr(Model, "infer", watched)
+    short, long = (record(tmp_path, f"{n}.wav", samples) for n, samples in enumerate((30_000, 400_000)))
+    for items, threads in (([short], 4), ([long], 1), ([short, long], 1)):
+        used.clear()
+        cores(4)
+        outcomes([(item, DOG) for item in items], tiny, tmp_path / f"{len(items)} {items[0].path.name}", Options())
+        assert used == {("clapsep-window", threads)}
+    used.clear()
+    cores(4)
+    separate(noise(1, 400_000), 8000, DOG, tiny)
+    assert used == {("clapsep-window", 1)}
+
+
+def test_where_memory_is_short_fewer_windows_are_computed_at_once(
+    tiny: Model, cores: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(8)
+    need = tiny.kind.window_bytes
+    for free, count in ((0, 1), (2.5 * need, 2), (1000 * need, 8)):
+        monkeypatch.setattr(startup, "free_bytes", lambda free=free: int(free))
+        with Workers(tiny) as workers:
+            assert workers.count == count
+    monkeypatch.undo()
+    assert startup.free_bytes() > 2**20
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable:    500 kB\n")
+    assert startup.free_bytes(tmp_path) == 500 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("1000\n")
+    (group / "memory.max").write_text("max\n")
+    assert startup.free_bytes(tmp_path) == 500 * 1024
+    (group / "memory.max").write_text("3000\n")
+    assert startup.free_bytes(tmp_path) == 2000
+
+
+def test_what_fails_on_a_core_ends_the_run_and_the_user_can_stop(
+    tmp_path: Path, tiny: Model, cores: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(2)
+    items, stop = [(record(tmp_path, "long.wav", 400_000), DOG)], threading.Event()
+    running = run(planned(items, tiny, Options(out=tmp_path)).jobs, tiny, Options(), lambda *_: stop.set(), stop)
+    with pytest.raises(StoppedError):
+        list(running)
+
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(tiny.separator, "infer", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        outcomes(items, tiny, tmp_path / "out", Options())
+    assert not [path for path in tmp_path.rglob("*") if "target" in path.name]
+    assert torch.get_num_threads() == 2

@@ -1,4 +1,4 @@
-"""The released networks reproduce the reference's outputs; small ones of the same classes keep their promises."""
+"""The released networks reproduce the outputs of the reference; small ones keep the contracts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command as a user meets it: what it writes, prints and exits with."""
+"""Tests the command as users see it: files, messages and exit codes."""
 
 from __future__ import annotations
 

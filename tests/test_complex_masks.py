@@ -1,4 +1,4 @@
-"""Masks that turn phases reach recordings of every rate and length as the network meant them."""
+"""Complex masks are applied correctly to recordings of every rate and length."""
 
 from __future__ import annotations
 

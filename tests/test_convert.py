@@ -1,4 +1,4 @@
-"""From checkpoints to parts: every nesting is read, nothing is run, and what is written is what was meant."""
+"""Tests converters: every nesting is read, no code of a pickle is run, and the written weights are exact."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.models.base import condition
-from clapsep_cli.store.checkpoint import Model, read_metadata, read_tensors
+from clapsep_cli.store.checkpoint import Model, read_metadata
 from clapsep_cli.store.convert_clapsep import convert, convert_clapsep
 from clapsep_cli.store.released import read_checkpoint
+from clapsep_cli.store.whole import read_tensors
 
 
 def test_released_nesting_to_a_model_that_runs(tmp_path: Path) -> None:

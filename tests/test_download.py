@@ -1,4 +1,4 @@
-"""Downloads, from a server on the loopback that fails on demand; from a Hub in processes, by its real client."""
+"""Tests downloads from a local server that fails on demand, and by the Hub's real client in processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`environment`: what a bug report needs, whatever state the machine is in, and no secrets."""
+"""`clapsep env` prints the facts for a bug report on any machine, and no secrets."""
 
 from __future__ import annotations
 

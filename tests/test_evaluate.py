@@ -1,4 +1,4 @@
-"""Evaluation: lists of mixtures, what is asked of them, and scores that survive a killed run."""
+"""Tests evaluation: lists of mixtures, their queries, and scores that survive a killed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`clapsep extract`, option by option, from what is typed to what is written, printed and returned."""
+"""Tests `clapsep extract` option by option: files, messages and exit codes."""
 
 from __future__ import annotations
 

@@ -115,6 +115,7 @@ def test_faults(hear: Callable[..., Done], tmp_path: Path, clapsep: Clapsep) -> 
 def test_a_model_without_words_or_vocabulary_says_so(
     model: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    model.family = "stub"
     with pytest.raises(hearing.ModelError, match="there is no vocabulary for stub: name a file"):
         hearing.vocabulary_of(model)
     model.kind = library.import_module("clapsep_cli.families.tuss").FAMILY

@@ -1,4 +1,4 @@
-"""What is done and where it goes: inputs, manifests, names of outputs, resuming, times and targets."""
+"""Tests the planning of jobs: inputs, manifests, names of outputs, resuming, times and targets."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ from clapsep_cli.jobs.manifest import read_jobs
 from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
 from clapsep_cli.jobs.targets import parse_target, parse_targets
-from clapsep_cli.query import Query
-from clapsep_cli.times import parse_span, parse_time
+from clapsep_cli.query import Query, parse_span, parse_time
 
 CELLS = [*'*[@-",;\n\r\\é', "**", "..", "file", "pos", "neg", "query_audio", "a.wav"]
 ROOT = Path(__file__).parents[1]
@@ -640,7 +639,7 @@ def test_targets(tree: Callable[..., None]) -> None:
 def test_no_torch_is_needed() -> None:
     modules = ", ".join(
         f"clapsep_cli.{m}"
-        for m in ("jobs.inputs", "jobs.manifest", "jobs.outputs", "jobs.resume", "jobs.targets", "times", "tables")
+        for m in ("jobs.inputs", "jobs.manifest", "jobs.outputs", "jobs.resume", "jobs.targets", "query", "tables")
     )
     subprocess.run(
         [sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT

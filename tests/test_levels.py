@@ -1,4 +1,4 @@
-"""What is told of a separation: levels, and how far what was asked for was there."""
+"""Tests levels and presence scores."""
 
 from __future__ import annotations
 

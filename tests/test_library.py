@@ -1,4 +1,4 @@
-"""Which model runs, and how it got here."""
+"""Tests how models are chosen, installed, verified and removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import Clapsep, add_family, pinned
+from conftest import Clapsep, add_family
 from hub_server import HubServer
 from safetensors.torch import save_file
 from tiny_clapsep import ROBERTA, convert_tiny, write_checkpoints
@@ -32,26 +32,27 @@ from clapsep_cli.models.base import TextEncoder
 from clapsep_cli.query import Query
 from clapsep_cli.registry import MODELS, HubFile, WebFile
 from clapsep_cli.store import checkpoint, download, library
-from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
+from clapsep_cli.store.checkpoint import CachedTexts, Model, load_part, read_metadata, save_part
 from clapsep_cli.store.download import amount
-from clapsep_cli.store.texts import CachedTexts
+from clapsep_cli.store.whole import read_tensors
 
 LICENCE = "LAION-CLAP CC0; the separator's weights state none (its code: MIT)"
 
 
-def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home: Path, tmp_path: Path) -> None:
+def test_the_best_model_is_fetched_once_and_then_at_hand(served: HubServer, home: Path, tmp_path: Path) -> None:
     said: list[str] = []
     seen: list[tuple[str, int, int]] = []
     model = library.load_model(None, "cpu", say=said.append, progress=lambda *at: seen.append(at))
     assert model.name == "clapsep"
-    assert "some/one@000000000000" in model.revision
+    assert "clap.pt@" in model.revision
     assert model.separator.window == ROBERTA.window
     size, instead = amount(MODELS["clapsep"].download_bytes), "; without it: --model mini, smaller and bundled"
     assert said == [f"downloading clapsep: {size}; licence: {LICENCE}{instead}"]
-    assert [file for file, _, _ in seen] == served == ["clap.pt", "clapsep.ckpt"]
+    assert list(dict.fromkeys(file for file, _, _ in seen)) == ["clap.pt", "clapsep.ckpt"]
+    assert [get.path for get in served.gets()] == ["/clap.pt", "/clapsep.ckpt"]
     assert not list((home / "downloads").iterdir()), "originals are deleted after conversion"
     assert library.load_model(None, "cpu").name == "clapsep"
-    assert len(served) == 2
+    assert len(served.gets()) == 2
     notes = read_metadata(model.folder / "text.safetensors")
     sources = json.loads(notes["sources"])
     assert set(sources) == {"clap.pt", "clapsep.ckpt"}
@@ -66,7 +67,7 @@ def test_the_best_model_is_fetched_once_and_then_at_hand(served: list[str], home
     }
 
 
-def test_originals_can_be_kept(served: list[str], home: Path) -> None:
+def test_originals_can_be_kept(served: HubServer, home: Path) -> None:
     folder = library.install("clapsep", keep_original=True)
     assert len(list((home / "downloads").iterdir())) == 2
     sound = set(library.verify("clapsep"))
@@ -79,7 +80,7 @@ def test_originals_can_be_kept(served: list[str], home: Path) -> None:
     with pytest.raises(DownloadError, match=r"is damaged: .* it was deleted, run the command again"):
         library.install("clapsep")
     assert library.install("clapsep") == folder
-    assert len(served) == 3
+    assert len(served.gets()) == 3
 
 
 def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +98,7 @@ def test_without_a_network_the_bundled_model_runs_and_says_so(home: Path, monkey
             library.load_model("clapsep", "cpu")
 
 
-def test_where_the_converted_model_is_damaged_the_bundled_one_runs(served: list[str]) -> None:
+def test_where_the_converted_model_is_damaged_the_bundled_one_runs(served: HubServer) -> None:
     separator = library.install("clapsep") / "separator.safetensors"
     separator.write_bytes(separator.read_bytes()[:-100])
     said: list[str] = []
@@ -135,7 +136,7 @@ def test_carried_files_are_converted_and_noted(home: Path, tmp_path: Path) -> No
 
 
 def test_a_failed_conversion_leaves_nothing_that_is_believed(
-    served: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
+    served: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(files: Sequence[Path], folder: Path, **notes: str) -> None:
         convert_tiny(files, folder, **notes)
@@ -157,7 +158,7 @@ def flip(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_damage_is_found(served: list[str]) -> None:
+def test_damage_is_found(served: HubServer) -> None:
     folder = library.install("clapsep")
     for file in sorted(set(folder.iterdir()) - {folder / "SHA256SUMS"}):
         flip(file)
@@ -177,7 +178,7 @@ def test_damage_is_found(served: list[str]) -> None:
         library.verify("clapsep")
 
 
-def test_a_file_that_the_sums_leave_out_is_not_sound(served: list[str]) -> None:
+def test_a_file_that_the_sums_leave_out_is_not_sound(served: HubServer) -> None:
     folder = library.install("clapsep")
     sums = folder / "SHA256SUMS"
     sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if "separator" not in line))
@@ -208,7 +209,7 @@ def test_the_bundled_model_is_what_was_released(monkeypatch: pytest.MonkeyPatch,
         flip(path)
 
 
-def test_verify_finds_any_flipped_tensor_whatever_computes(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_any_flipped_tensor_whatever_computes(served: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where models keep their weights in another form in memory."""
     monkeypatch.setattr("clapsep_cli.store.checkpoint.native_bfloat16", lambda device: True)
     separator = library.install("clapsep") / "separator.safetensors"
@@ -220,7 +221,7 @@ def test_verify_finds_any_flipped_tensor_whatever_computes(served: list[str], mo
         separator.write_bytes(whole)
 
 
-def test_what_coreutils_say_of_the_sums(served: list[str]) -> None:
+def test_what_coreutils_say_of_the_sums(served: HubServer) -> None:
     folder = library.install("clapsep")
     sha256sum = shutil.which("sha256sum")
     if not sha256sum:
@@ -231,7 +232,7 @@ def test_what_coreutils_say_of_the_sums(served: list[str]) -> None:
     assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 1
 
 
-def test_all_that_is_left_of_a_model_is_removed(served: list[str], home: Path) -> None:
+def test_all_that_is_left_of_a_model_is_removed(served: HubServer, home: Path) -> None:
     models = home / "models"
     others = [models / "clapsep-large-0123456789ab", models / "clapsep-mine", home / "texts" / "0123456789ab"]
     older, killed = models / "clapsep-0123456789ab", models / ".clapsep-0123456789ab.partial"
@@ -270,7 +271,7 @@ def test_a_family_without_query_encoders(
 
 
 def test_a_home_that_cannot_be_written_serves_what_is_there(
-    served: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
+    served: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = library.install("clapsep")
 
@@ -316,10 +317,10 @@ def test_what_is_said_of_a_family_is_true_of_it() -> None:
         assert ("negatives" in traits.takes) <= family.mutual
 
 
-def test_another_pin_is_another_model(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_pin_is_another_model(served: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = library.install("clapsep")
     entry = MODELS["clapsep"]
-    newer = replace(entry, remotes=(replace(entry.remotes[0], revision="1" * 40), entry.remotes[1]))
+    newer = replace(entry, remotes=(replace(entry.remotes[0], sha256="1" * 64), entry.remotes[1]))
     monkeypatch.setitem(MODELS, "clapsep", newer)
     assert library.installed(newer) is None
     assert library.place(newer) != folder
@@ -352,7 +353,7 @@ def test_a_repeated_text_needs_no_encoder(tmp_path: Path) -> None:
     assert encoder.asked[-1] == ["dog"]
 
 
-def test_the_text_encoder_is_read_once(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_encoder_is_read_once(served: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many new texts there are, in however many calls."""
     model = library.load_model("clapsep", "cpu", "high")
     read: list[str] = []
@@ -374,7 +375,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
     assert texts.embed(["dog"]).shape == (1, 5)
 
 
-def test_models_commands(served: list[str], home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
+def test_models_commands(served: HubServer, home: Path, clapsep: Clapsep, tmp_path: Path) -> None:
     listed = clapsep("models", "list", cwd=tmp_path)
     assert "not here" in listed.stdout
     rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
@@ -452,8 +453,9 @@ def test_from_an_empty_home_through_the_hub_to_a_target(tmp_path: Path) -> None:
     with HubServer() as server:
         remotes = []
         for path in paths:
-            server.add_file("some/one", "model", "0" * 40, path.name, path.read_bytes())
-            remotes.append(pinned(path))
+            data, place = path.read_bytes(), {"repo": "some/one", "repo_type": "model", "revision": "0" * 40}
+            sha256 = server.add_file(*place.values(), path.name, data)
+            remotes.append({**place, "path": path.name, "size": len(data), "sha256": sha256})
         environment = {
             **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
             "HF_ENDPOINT": server.url,

@@ -1,4 +1,4 @@
-"""Masks reach audio of every rate, unharmed and in place."""
+"""Masks are applied correctly to recordings of every rate."""
 
 from __future__ import annotations
 

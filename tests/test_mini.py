@@ -1,4 +1,4 @@
-"""The mini family keeps the contract, and its bundled text encoder understands words nobody trained on."""
+"""The mini family keeps the contracts, and its text encoder understands words outside the training data."""
 
 from __future__ import annotations
 

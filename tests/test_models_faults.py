@@ -1,4 +1,4 @@
-"""`clapsep models` end to end: a model from a plain address, and what goes wrong between download and conversion."""
+"""Tests `clapsep models` end to end with a model from a plain address, and faults of download and conversion."""
 
 from __future__ import annotations
 

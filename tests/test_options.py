@@ -27,7 +27,7 @@ from clapsep_cli.store import adapters, library
 
 Observed = dict[str, Any]
 LIBRARYS_OWN = {"--help", "--install-completion", "--show-completion"}  # typer's
-TIMING = re.compile(r'in [\d.]+ s \(\d+ times real time\)|"(?:elapsed|real_time_factor)": [\d.e-]+')
+TIMING = re.compile(r'in [\d.]+ s \([\d.]+ times real time\)|"(?:elapsed|real_time_factor)": [\d.e-]+')
 
 SHARED = {  # by option: a line, and what of it makes a difference when it is added
     "--recursive": ("in -o out {query}", "-r"),
@@ -40,6 +40,7 @@ SHARED = {  # by option: a line, and what of it makes a difference when it is ad
     "--filename": ("mix.wav {query}", "--filename {{part}}/{{stem}}.{{ext}}"),
     "--format": ("mix.wav {query}", "-f flac"),
     "--subtype": ("mix.wav {query}", "--subtype pcm24"),
+    "--remux": ("film.mkv {query}", "--remux"),
     "--clip": ("loud.wav --subtype pcm16 {query}", "--clip rescale"),
     "--plot": ("mix.wav --end 0.2 {query}", "--plot"),
     "--events": ("mix.wav {query}", "--events"),
@@ -118,6 +119,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--quiet": ("mix.wav", "-q"),
     },
     "ui": {
+        "--stream": ("film.mkv", "--stream 2"),
         "--model": ("", "--model mini"),
         "--device": ("", "-d cpu"),
         "--port": ("", "--port 8080"),
@@ -218,6 +220,8 @@ REFUSED = [
     ("extract mix.wav --pos dog -o -", "--events"),
     ("extract mix.wav --pos dog", "--no-audio"),
     ("hear mix.wav", "--overwrite"),
+    ("extract film.mkv --pos dog --remux", "--format flac"),
+    ("extract film.mkv --pos dog --remux", "--start 0.1"),
     ("extract mix.wav --pos dog", "--events-format raven"),
     ("extract mix.wav --pos dog", "--events-length 1"),
     ("extract mix.wav --pos dog --events --no-audio", "--format flac"),
@@ -226,6 +230,7 @@ REFUSED = [
     (f"evaluate {EVALUATE}", "--overwrite"),
     (f"evaluate {EVALUATE}", "--no-text"),
     (f"evaluate {EVALUATE}", "--shots 1"),
+    ("ui", "--stream 2"),
     ("train mine.csv", "--epochs 3"),
     ("train mine.csv", "--lora-only"),
     ("train mine.csv --preset clapsep-text", "--text kept"),
@@ -315,6 +320,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setattr(torch, "set_num_threads", noted("torch"))
         monkeypatch.setattr(batch, "ThreadPoolExecutor", Pool)
         monkeypatch.setattr("clapsep_cli.training.loop.train.train", noted("train", True))
+        monkeypatch.setattr(Opened, "open", noted("open"), raising=False)
         monkeypatch.setattr("clapsep_cli.page.session.Session", noted("session", Opened()))
         monkeypatch.setattr("clapsep_cli.page.server.Page", noted("page", Opened()))
         monkeypatch.setattr("webbrowser.open", noted("browser"))

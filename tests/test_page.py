@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,6 +25,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+import media_files
 import numpy as np
 import pytest
 import soundfile
@@ -34,7 +37,8 @@ from torch import Tensor
 pytest.importorskip("starlette", reason="the page takes the packages of clapsep[ui]")
 pytest.importorskip("uvicorn", reason="the page takes the packages of clapsep[ui]")
 
-from clapsep_cli.errors import ClapsepError, OutputError, QueryError
+from clapsep_cli.errors import ClapsepError, ClapsepWarning, OutputError, QueryError
+from clapsep_cli.jobs import batch
 from clapsep_cli.page import session as sessions
 from clapsep_cli.page.overview import BANDS, look
 from clapsep_cli.page.server import Page
@@ -378,10 +382,89 @@ def test_the_model_can_be_changed_and_changed_back(ready: Running, tiny_folder: 
         attempt = ready.attempt()
         assert (attempt["state"], attempt["model"]) == ("done", model)
         assert ready.state["model"] == model
-        assert {"name": str(tiny_folder), "here": True} in ready.state["models"]
+        takes = ["text", "audio", "negatives"]
+        assert {"name": str(tiny_folder), "here": True, "takes": takes} in ready.state["models"]
 
 
-def test_several_targets_examples_and_stretches(ready: Running, tmp_path: Path) -> None:
+def test_a_model_that_takes_words_alone_says_so(audiosep_folder: Path, mix: Path, tmp_path: Path) -> None:
+    server = Running(Session(str(audiosep_folder), "cpu", tmp_path / "page"))
+    try:
+        server.ask("POST", "/api/recording", mix.read_bytes(), **{"X-Name": "mix.wav"})
+        server.opened()
+        assert {"name": str(audiosep_folder), "here": True, "takes": ["text"]} in server.state["models"]
+        for wish, said in (
+            (DOG, "takes no negative queries"),
+            ({"targets": [{"name": "target", "texts": ["dog"], "spans": [[0, 0.2]]}]}, "takes no recordings"),
+        ):
+            refused = server.extract(wish)
+            assert (refused.status, said in refused.json["error"]) == (400, True)
+        assert not server.state["attempts"], "nothing was begun"
+        assert server.extract({"targets": DOG["targets"]}).status == 200
+        attempt = server.attempt()
+        assert (attempt["state"], [part["presence"] for part in attempt["parts"]]) == ("done", [None, None])
+    finally:
+        server.stop()
+
+
+def test_refining_is_chosen_and_is_what_the_command_does(ready: Running, mix: Path, clapsep: Clapsep) -> None:
+    """By default as the command does: `mini` refines."""
+    made = []
+    for refine, two in ((None, True), (True, True), (False, False)):
+        assert ready.extract({**DOG, "model": "mini", "refine": refine}).status == 200
+        attempt = ready.attempt()
+        assert (attempt["state"], attempt["refined"]) == ("done", two)
+        done = clapsep(*shlex.split(attempt["command"])[1:], "--overwrite", cwd=mix.parent)
+        assert done.returncode == 0, done.stderr
+        made.append(ready.ask("GET", f"/api/sounds/{attempt['parts'][0]['id']}/file").body)
+        assert made[-1] == mix.with_name("mix.target.wav").read_bytes()
+    assert made[0] == made[1] != made[2]
+
+
+def test_what_may_go_wrong_is_noted(ready: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command prints as notes, warnings of the library among them, stands with the attempt."""
+    run = batch.run
+
+    def warned(*arguments: Any, **more: Any) -> Any:
+        warnings.warn("it may be poor", ClapsepWarning, stacklevel=2)
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(batch, "run", warned)
+    assert ready.extract({**DOG, "model": "mini", "leave": {"texts": ["xqzwv rain"]}}).status == 200
+    attempt = ready.attempt()
+    notes = attempt["notes"]
+    assert "it may be poor" in notes, attempt["error"]
+    assert any("xqzwv" in note for note in notes), notes
+
+
+def test_a_sound_track_of_a_film_is_chosen(running: Running, tmp_path: Path, clapsep: Clapsep) -> None:
+    pytest.importorskip("av")
+    film = tmp_path / "in" / "film.mkv"
+    film.parent.mkdir()
+    tracks = [noise(channels, 2 * RATE, seed=channels) for channels in (1, 2)]
+    media_files.encode(film, tracks[0], RATE, "flac", further=tracks[1:])
+    running.ask("POST", "/api/recording", film.read_bytes(), **{"X-Name": "film.mkv"})
+    first = running.opened()
+    assert (first["track"], first["channels"], first["tracks"]) == (1, 1, ["flac mono", "flac stereo"])
+    for wrong, status in (("0", 400), ("3", 400), ("-1", 404), ("x", 404), ("1.0", 404)):
+        assert running.ask("POST", f"/api/recording/tracks/{wrong}").status == status
+    assert running.ask("POST", "/api/recording/tracks/2").status == 200
+    second = running.opened()
+    assert (second["track"], second["channels"]) == (2, 2)
+    samples = np.frombuffer(running.ask("GET", f"/api/sounds/{second['id']}/samples").body, "<f4").reshape(-1, 2)
+    np.testing.assert_allclose(samples, tracks[1].T, atol=1e-4)
+    running.extract({"targets": [{"name": "target", "spans": [[0.5, 1]]}]})
+    attempt = running.attempt()
+    assert attempt["notes"] == []
+    assert "--stream 2" in attempt["command"]
+    done = clapsep(*shlex.split(attempt["command"])[1:], cwd=film.parent)
+    assert done.returncode == 0, done.stderr
+    for part in attempt["parts"]:
+        downloaded = running.ask("GET", f"/api/sounds/{part['id']}/file").body
+        expected = soundfile.read(film.with_name(part["file"]), dtype="int16")[0]
+        np.testing.assert_array_equal(soundfile.read(io.BytesIO(downloaded), dtype="int16")[0], expected)
+
+
+def test_several_targets_examples_and_stretches(ready: Running, mix: Path, tmp_path: Path, clapsep: Clapsep) -> None:
     example = tmp_path / "in" / "bark.wav"
     soundfile.write(example, noise(RATE, 1, seed=3), RATE)
     shots = ready.ask("POST", "/api/shots", example.read_bytes(), **{"X-Name": "bark.wav"}).json["shots"]
@@ -395,7 +478,13 @@ def test_several_targets_examples_and_stretches(ready: Running, tmp_path: Path) 
     attempt = ready.attempt()
     assert [part["name"] for part in attempt["parts"]] == ["dog", "siren", "here", "residual"]
     assert attempt["summary"] == "dog: like bark.wav; siren; here: like 0.5–1.25 s"
-    assert attempt["command"] is None
+    said = attempt["command"].split(" --model")[0]
+    assert said == f"clapsep extract {mix} --target dog=bark.wav --target siren=siren --target here=0.5-1.25"
+    done = clapsep(*shlex.split(attempt["command"])[1:], cwd=example.parent)
+    assert done.returncode == 0, done.stderr
+    for part in attempt["parts"]:
+        downloaded = ready.ask("GET", f"/api/sounds/{part['id']}/file").body
+        assert downloaded == mix.with_name(part["file"]).read_bytes()
     mixture = np.frombuffer(ready.ask("GET", f"/api/sounds/{ready.state['recording']['id']}/samples").body, "<f4")
     parts = [np.frombuffer(ready.ask("GET", f"/api/sounds/{p['id']}/samples").body, "<f4") for p in attempt["parts"]]
     np.testing.assert_array_equal(sum(parts), mixture)
@@ -440,7 +529,11 @@ def test_a_lossy_recording_gives_parts_of_its_own_format(running: Running, tmp_p
         {"targets": [{"name": "target", "spans": [[2, 1]]}]},
         {"targets": [{"name": "target", "spans": [["0", "1"]]}]},
         {"targets": [{"name": "target", "spans": [[0, True]]}]},
+        {"targets": [{"name": "target", "spans": [[0, math.inf]]}]},
+        {"targets": [{"name": "target", "spans": [[math.nan, 1]]}]},
         {"targets": [{"name": "../evil", "texts": ["dog"]}]},
+        {"targets": [{"name": "a", "texts": ["dog", "cat"]}]},
+        {**DOG, "refine": "yes"},
         {"targets": [{"name": "residual", "texts": ["dog"]}]},
         {"targets": [{"name": "a", "texts": ["dog"]}, {"name": "A", "texts": ["cat"]}]},
         {**DOG, "leave": 1},
@@ -560,30 +653,30 @@ def test_a_damaged_recording_is_told_where_it_is_read(running: Running, tmp_path
 
 SHOTS = {"1": ("a bark.wav", Path("x")), "2": ("-x.wav", Path("y"))}
 TARGET = {"name": "target"}
-SAME: list[tuple[list[Any], dict[str, Any], str | None]] = [
+SAME: list[tuple[list[Any], dict[str, Any], str]] = [
     ([TARGET | {"texts": ["dog"]}], {}, "--pos dog"),
     ([TARGET | {"texts": ["it's $HOME"]}], {}, """--pos 'it'"'"'s $HOME'"""),
     ([TARGET | {"texts": ["-x"]}], {"texts": ["--y z"]}, "--pos=-x '--neg=--y z'"),
     ([TARGET], {"spans": [[1, 3601.2349]]}, "--neg-span 1-3601.235"),
     ([TARGET | {"shots": ["1"]}], {"shots": ["2"]}, "--query-audio 'a bark.wav' --neg-audio ./-x.wav"),
     ([{"name": "a", "texts": ["dog"]}, {"name": "b", "shots": ["1"]}], {}, "--target a=dog --target 'b=a bark.wav'"),
-    ([{"name": "a", "texts": ["dog", "cat"]}], {}, None),
+    ([{"name": "a", "texts": ["dog"]}, {"name": "b", "spans": [[1.5, 64]]}], {}, "--target a=dog --target b=1.5-64"),
 ]
 
 
 @pytest.mark.parametrize(("targets", "leave", "command"), SAME)
-def test_the_command_line_says_the_same(targets: Any, leave: Any, command: str | None) -> None:
-    wish = Wish.read({"model": "mini", "targets": targets, "leave": leave}, SHOTS)
-    made = command_line(wish, "mix.wav", "wav", "auto")
-    assert made == (command and f"clapsep extract mix.wav {command} --model mini")
+def test_the_command_line_says_the_same(targets: Any, leave: Any, command: str) -> None:
+    wish = Wish.read(json.dumps({"model": "mini", "targets": targets, "leave": leave}), SHOTS)
+    made = command_line(wish, SHOTS, "mix.wav", "wav", "auto")
+    assert made == f"clapsep extract mix.wav {command} --model mini"
 
 
 def test_odd_names_of_recordings_in_the_command_line() -> None:
-    wish = Wish.read({"model": "mini", **DOG}, {})
+    wish = Wish.read(json.dumps({"model": "mini", **DOG}), {})
     for given, shown in (("-", "./-"), ("--x.wav", "./--x.wav"), ("@a.wav", "./@a.wav"), ("a b.flac", "a b.flac")):
-        assert shlex.split(command_line(wish, given, "flac", "cpu") or "")[2] == shown
+        assert shlex.split(command_line(wish, {}, given, "flac", "cpu"))[2] == shown
     with pytest.raises(QueryError):
-        Wish.read({"model": "mini", "targets": [{"name": "target"}]}, {})
+        Wish.read(json.dumps({"model": "mini", "targets": [{"name": "target"}]}), {})
 
 
 def test_presence_in_words() -> None:
@@ -672,6 +765,7 @@ def test_an_hour_within_300_mb_and_nothing_is_left_after_sigterm(tmp_path: Path)
         (["none.wav"], 1, "none.wav: no such file"),
         (["--model", "none"], 2, "no model 'none'"),
         (["--port", "1"], 2, "port 1 cannot be used"),
+        (["--stream", "2"], 2, "--stream chooses a sound track of MIX"),
     ],
 )
 def test_mistakes_on_the_command_line(
@@ -721,4 +815,4 @@ def test_static_files_name_nothing_outside() -> None:
 
 def test_errors_are_of_the_one_tree() -> None:
     with pytest.raises(ClapsepError):
-        Wish.read({"model": "mini"}, {})
+        Wish.read('{"model": "mini"}', {})

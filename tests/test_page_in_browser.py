@@ -46,7 +46,7 @@ class Shown:
     def wait_for_gains(self, *gains: float) -> None:
         """Wait until the parts are heard with these gains, which takes some hundredths of a second."""
         script = "(await import('/static/app.js')).player.deck.gains.map((one) => one.gain.value)"
-        self.browser.wait(script, lambda now: now == pytest.approx(gains, abs=1e-3), seconds=5)
+        self.browser.wait(script, lambda now: now == pytest.approx(gains, abs=1e-3))
 
     def slide(self, percent: int) -> None:
         """Say how much of the rest is heard."""
@@ -63,11 +63,13 @@ class Shown:
 
 
 @pytest.fixture
-def shown(tmp_path: Path) -> Iterator[Shown]:
+def shown(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shown]:
+    """The page with a recording open; the parameter, if there is one, is the fixture of its model."""
+    model = str(request.getfixturevalue(request.param)) if hasattr(request, "param") else "mini"
     mix = tmp_path / "mix.flac"
     shutil.copy(ROOT / "examples" / "mix.flac", mix)
     process = subprocess.Popen(
-        [sys.executable, "-m", "clapsep_cli", "ui", "mix.flac", "--no-browser", "--model", "mini", "--device", "cpu"],
+        [sys.executable, "-m", "clapsep_cli", "ui", "mix.flac", "--no-browser", "--model", model, "--device", "cpu"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CLAPSEP_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -110,13 +112,25 @@ def test_from_a_recording_to_its_parts(shown: Shown, clapsep: Clapsep) -> None:
     browser.press("Enter")
     browser.type("input[name=leave]", "rain")
     browser.press("Enter", CTRL)
-    browser.wait("document.querySelector('.attempt.done') !== null", seconds=40)
+    browser.wait("document.querySelector('.attempt.done') !== null", seconds=120)
     assert re.match(r"1\. dog barking, like 0\.\d+–1\.\d+ s without rain", shown.text(".attempt .title"))
     assert "there" in shown.text(".presence")
     hear_and_switch(shown)
     compare(shown)
     download(shown, clapsep)
     look(shown)
+    another(shown)
+
+
+@pytest.mark.parametrize("shown", ["audiosep_folder"], indirect=True)
+def test_what_a_model_does_not_take_is_out_of_use(shown: Shown) -> None:
+    left = "document.querySelector('.side.leave').disabled"
+    assert shown.text("#takes").endswith("takes words alone: no examples and no stretches, nothing to leave.")
+    assert shown.browser.evaluate(left)
+    choose = "const one = document.querySelector('#model'); one.value = 'mini'; one.dispatchEvent(new Event('change'));"
+    shown.browser.evaluate(f"(() => {{ {choose} }})()")
+    assert shown.browser.evaluate("document.querySelector('#takes').hidden")
+    assert not shown.browser.evaluate(left)
 
 
 def hear_and_switch(shown: Shown) -> None:
@@ -148,11 +162,13 @@ def hear_and_switch(shown: Shown) -> None:
         for (const [index, heard] of [-1, 0, 1].entries()) {
             app.hear(heard);
             const meter = new AnalyserNode(player.context, { fftSize: 8192 });
-            player.deck.fader.connect(meter);
-            await new Promise((done) => setTimeout(done, 350));
             const samples = new Float32Array(8192);
-            meter.getFloatTimeDomainData(samples);
-            meters[index] = Math.hypot(...samples);
+            for (let tries = 0; tries < 20 && meters[index] <= 0.01; tries++) {
+                player.deck.fader.connect(meter);
+                await new Promise((done) => setTimeout(done, 350));
+                meter.getFloatTimeDomainData(samples);
+                meters[index] = Math.hypot(...samples);
+            }
         }
         return meters;
     })()"""
@@ -164,9 +180,7 @@ def hear_and_switch(shown: Shown) -> None:
 def compare(shown: Shown) -> None:
     """A second attempt, by an example and marked by keys, and back and forth between the two while they play."""
     browser = shown.browser
-    document = browser.send("DOM.getDocument")["root"]["nodeId"]
-    field = browser.send("DOM.querySelector", nodeId=document, selector=".leave input[type=file]")["nodeId"]
-    browser.send("DOM.setFileInputFiles", nodeId=field, files=[str(ROOT / "examples" / "rain.flac")])
+    browser.choose(".leave input[type=file]", ROOT / "examples" / "rain.flac")
     browser.wait("document.querySelector('.side.leave').innerText.includes('rain.flac')")
     browser.press("0")
     shown.app("(app.player.currentTime = 3.2, 1)")
@@ -176,8 +190,9 @@ def compare(shown: Shown) -> None:
     assert browser.evaluate("document.querySelectorAll('.keep li').length") == 3
     browser.click("#several")
     browser.evaluate("document.querySelectorAll('.keep li button[aria-label^=Remove]')[0].click()")
+    browser.evaluate("document.querySelector('#refine').value = 'false'")
     browser.click("#extract")
-    browser.wait("document.querySelectorAll('.attempt.done').length === 2", seconds=40)
+    browser.wait("document.querySelectorAll('.attempt.done').length === 2", seconds=120)
     assert browser.evaluate("document.querySelectorAll('#listen button').length") == 4
     browser.evaluate("document.activeElement.blur()")
     browser.press(" ")
@@ -219,17 +234,30 @@ CHANGE = """(async () => {
 
 
 def without_a_gap(shown: Shown) -> None:
-    """The mixture is heard sample by sample, though another attempt's parts make it up from some moment on."""
-    heard = np.asarray(shown.app(f"await {CHANGE}"), np.float32)
+    """The mixture is heard sample by sample, though another attempt's parts make it up from some moment on.
+
+    A machine that is too busy to play in real time gets more tries.
+    """
     mixture = soundfile.read(shown.mix, dtype="float32")[0]
-    spectra = np.fft.rfft(mixture, 1 << 20) * np.conj(np.fft.rfft(heard, 1 << 20))
-    at = int(np.fft.irfft(spectra).argmax())
-    np.testing.assert_allclose(heard, mixture[at : at + len(heard)], atol=1e-6)
+    worst = []
+    for _ in range(4):
+        heard = np.asarray(shown.app(f"await {CHANGE}"), np.float32)
+        spectra = np.fft.rfft(mixture, 1 << 20) * np.conj(np.fft.rfft(heard, 1 << 20))
+        expected = mixture[int(np.fft.irfft(spectra).argmax()) :][: len(heard)]
+        worst.append(float(abs(heard[: len(expected)] - expected).max()) if len(expected) == len(heard) else 1.0)
+        if worst[-1] <= 1e-6:
+            return
+    raise AssertionError(f"off by {worst}")
 
 
 def download(shown: Shown, clapsep: Clapsep) -> None:
     """What the page links to holds the samples that the command it shows writes."""
     shown.browser.wait("document.querySelectorAll('.attempt.done').length === 2")
+    named = shown.app("app.attempts.all[1].command")
+    assert " --target 'dog_barking=dog barking' --target at_3.2_s=3.2-3.8 --neg rain --neg-audio rain.flac " in named
+    assert " --no-refine " in named
+    assert "two passes" in shown.text(".attempt:last-child .actions")
+    assert "two passes" not in shown.text(".attempt:first-child .actions")
     command, link = shown.app("[app.attempts.all[0].command, app.attempts.all[0].parts[0].id]")
     read = f"Array.from(new Uint8Array(await (await fetch('/api/sounds/{link}/file')).arrayBuffer()))"
     downloaded = shown.mix.with_name("downloaded.flac")
@@ -261,3 +289,21 @@ def look(shown: Shown) -> None:
     nameless = """[...document.querySelectorAll('button, input:not([hidden]), select, progress')]
         .filter((one) => !(one.ariaLabel || one.innerText?.trim() || one.labels?.length)).map((one) => one.outerHTML)"""
     assert browser.evaluate(nameless) == [], "everything has a name for a screen reader"
+    out_of_reach = """[...document.querySelectorAll('#work input, #work select, header input')]
+        .filter((one) => one.checkVisibility() || one.type === 'file')
+        .filter((one) => (one.focus(), document.activeElement !== one)).map((one) => one.outerHTML)"""
+    assert browser.evaluate(out_of_reach) == [], "everything is reached by keys"
+
+
+def another(shown: Shown) -> None:
+    """Another recording in place of the first, while the picture of that may still be asked for."""
+    browser = shown.browser
+    browser.evaluate("document.querySelector('.attempt .actions button:last-of-type').click()")
+    browser.wait("document.querySelectorAll('.attempt').length === 0")
+    browser.click("#zoom-in")
+    browser.choose("#open", ROOT / "examples" / "dog.flac")
+    browser.wait("document.querySelector('#name').innerText === 'dog.flac'")
+    browser.wait("document.querySelectorAll('#listen button').length === 1")
+    assert browser.evaluate("document.querySelector('.keep ul').innerText.includes('stretch')") is False
+    assert shown.app("app.stage.regions.getRegions().length") == 0
+    assert browser.evaluate("document.querySelector('#banner').hidden")

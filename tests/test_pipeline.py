@@ -1,4 +1,4 @@
-"""The pipeline: what goes in comes out as target and residual, of the same shape, at the same level."""
+"""Tests the pipeline: target and residual have the shape and level of the input, and add up to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures: the numbers that are drawn, and that anything can be drawn."""
+"""Tests pictures: the numbers drawn, and unusual recordings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is computed for speed is what was meant: attention and linear layers, lower precision, and who chooses it."""
+"""Fast computations give the right results: attention, linear layers, lower precision and its choice."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from clapsep_cli import Query, load_model
 from clapsep_cli.audio.sources import read_mono
 from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
 from clapsep_cli.errors import UsageError
-from clapsep_cli.models import attention
-from clapsep_cli.models.attention import attend
+from clapsep_cli.models import layers
 from clapsep_cli.models.base import MaskSeparator
+from clapsep_cli.models.layers import attend
 from clapsep_cli.store.checkpoint import choose_precision
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -67,7 +67,7 @@ def test_long_attention_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over long sequences it goes head by head, to the same end."""
     qkv = torch.randn(2, 40, 3 * 12, generator=torch.Generator().manual_seed(0)).bfloat16()
     short = attend(qkv, 3)
-    monkeypatch.setattr(attention, "LONG", 16)
+    monkeypatch.setattr(layers, "LONG", 16)
     torch.testing.assert_close(attend(qkv, 3), short, rtol=0, atol=2e-2)
     torch.testing.assert_close(attend(qkv, 3).double(), by_definition(qkv, 3, None), rtol=0, atol=3e-2)
 

@@ -1,4 +1,4 @@
-"""Prompts are drawn, mixed and scored as the specification of TUSS says; what is learnt by that falls in loss."""
+"""Prompts are drawn, mixed and scored as the specification of TUSS says, and training lowers the loss."""
 
 from __future__ import annotations
 

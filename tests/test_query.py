@@ -1,4 +1,4 @@
-"""What is asked for, before any model hears of it."""
+"""Tests queries: their checks, and how they are combined."""
 
 from __future__ import annotations
 

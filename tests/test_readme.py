@@ -1,6 +1,6 @@
-"""README's commands, run as they stand there and in their order, in a folder such as a reader might have.
+"""Runs the commands of README in their order, in a folder such as a reader might have.
 
-The networks are tiny, presets of training take a step or two, and originals come from a folder instead of the Hub.
+The networks are tiny, presets of training take a step or two, and originals come from a server on the loopback.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 import soundfile
 from clips import write_clips
-from conftest import TINY_MINI, Clapsep, pinned
+from conftest import TINY_MINI, Clapsep, serve
+from hub_server import HubServer
 from recordings import noise
 from tuss_stand_in import TINY, convert_tiny, released, save_released
 
-from clapsep_cli.registry import MODELS, HubFile
+from clapsep_cli.registry import MODELS
 from clapsep_cli.store import convert_tuss
 from clapsep_cli.training.recipes.presets import PRESETS
 
@@ -62,7 +63,7 @@ def blocks() -> Iterator[Block]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, served: HubServer, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A reader's folder, with every recording that README names, and commands on the PATH that it calls."""
     place = tmp_path / "reader"
     for folder in ("barks", "recordings/april"):
@@ -93,7 +94,7 @@ def place(tmp_path: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def small(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(place: Path, served: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets that take a step or two, and a TUSS of a few thousand weights in place of the released one."""
     mini: dict[str, object] = {
         "mini": {**dataclasses.asdict(TINY_MINI), "seconds": 2},
@@ -108,7 +109,7 @@ def small(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_tuss, "convert_tuss", convert_tiny)
     path = tmp_path / "served" / "tuss.pth"
     save_released(path, released(TINY))
-    monkeypatch.setitem(MODELS, "tuss-medium", replace(MODELS["tuss-medium"], remotes=(HubFile(**pinned(path)),)))
+    monkeypatch.setitem(MODELS, "tuss-medium", replace(MODELS["tuss-medium"], remotes=(serve(served, path),)))
 
 
 def run(command: str, place: Path, clapsep: Clapsep) -> None:

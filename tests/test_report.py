@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, with figures that say what the scores say."""
+"""Tests the report: one self-contained file, with figures that match the scores."""
 
 from __future__ import annotations
 
@@ -18,9 +18,20 @@ from conftest import Clapsep
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clapsep_cli.evaluation.figures import FREQUENCIES, Axis, compressed, number, spectrogram, violins
 from clapsep_cli.evaluation.mixtures import Mixture
-from clapsep_cli.evaluation.report import PUBLISHED, PUBLISHED_AUDIOSEP, Example, render, write_report
+from clapsep_cli.evaluation.report import (
+    FREQUENCIES,
+    PUBLISHED,
+    PUBLISHED_AUDIOSEP,
+    Axis,
+    Example,
+    compressed,
+    number,
+    render,
+    spectrogram,
+    violins,
+    write_report,
+)
 from clapsep_cli.evaluation.scores import Score, summary
 
 RNG = np.random.default_rng(0)

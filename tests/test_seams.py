@@ -1,4 +1,4 @@
-"""Where windows meet, a recording sounds as it does elsewhere."""
+"""Windows join without an audible seam."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`clapsep separate`: by prompts, through the same pipeline as everything else."""
+"""Tests `clapsep separate`: by prompts, through the common pipeline."""
 
 from __future__ import annotations
 

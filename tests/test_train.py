@@ -1,4 +1,4 @@
-"""Training a mini model: that it learns, and that a stopped run goes on as if nothing had happened."""
+"""Tests training of a mini model: it learns, and a stopped run resumes exactly."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from clapsep_cli import load_model
 from clapsep_cli.data import read_corpus
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError, StoppedError
 from clapsep_cli.registry import weights_folder
-from clapsep_cli.store.checkpoint import choose_precision, load_part, read_metadata, read_tensors
-from clapsep_cli.store.whole import copy
+from clapsep_cli.store.checkpoint import choose_precision, load_part, read_metadata
+from clapsep_cli.store.whole import copy, read_tensors
 from clapsep_cli.training.loop.sampling import Draw, MemoryPool, Sampler
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes.augment import Acoustics

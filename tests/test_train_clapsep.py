@@ -1,4 +1,4 @@
-"""Training CLAPSep by the paper's recipe, on a tiny one: resume, what is trained, adapters, ablations."""
+"""Tests training of a tiny CLAPSep by the paper's recipe: resuming, trained weights, adapters, ablations."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from clapsep_cli.errors import CheckpointError, RecipeError
 from clapsep_cli.models.base import condition
 from clapsep_cli.registry import MODELS
 from clapsep_cli.store import adapters
-from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata, read_tensors
+from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata
 from clapsep_cli.store.convert_clapsep import convert_clapsep
 from clapsep_cli.store.library import write_tokenizer
+from clapsep_cli.store.whole import read_tensors
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes.clapsep import ClapsepRecipe, ClapsepTask, build
 

@@ -1,4 +1,4 @@
-"""The same run on one device, in parts, and on two."""
+"""A run gives the same weights on one device, in accumulated parts, and on two devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clips import write_clips
 from linear_recipe import LinearRecipe
 
 from clapsep_cli.errors import DeviceError
-from clapsep_cli.store.checkpoint import read_tensors
+from clapsep_cli.store.whole import read_tensors
 from clapsep_cli.training.loop.train import Hardware, train
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")

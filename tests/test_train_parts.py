@@ -1,4 +1,4 @@
-"""What training is made of: manifests, clips from memory or disk, what is drawn, the loss, settings."""
+"""Tests the parts of training: manifests, clips from memory or disk, sampling, loss, settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a TUSS: from a manifest to a model that the command uses; stopped, it goes on as if nothing had happened."""
+"""Tests training of a TUSS, from a manifest to a model for the command; a stopped run resumes exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from clapsep_cli.data import read_corpus
 from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
 from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss
-from clapsep_cli.store.checkpoint import read_metadata, read_tensors, save_part
+from clapsep_cli.store.checkpoint import read_metadata, save_part
+from clapsep_cli.store.whole import read_tensors
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.sampling import DiskPool, MemoryPool, open_pool
 from clapsep_cli.training.loop.state import mean_of

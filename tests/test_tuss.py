@@ -1,4 +1,4 @@
-"""The released TUSS networks reproduce the reference's outputs; small ones of the same classes keep their promises."""
+"""The released TUSS networks reproduce the outputs of the reference; small ones keep the contracts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from clapsep_cli.models import locoformer
 from clapsep_cli.models.locoformer import rotations
 from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig, spectrum, waveform
-from clapsep_cli.store.checkpoint import read_tensors
 from clapsep_cli.store.convert_tuss import convert, convert_tuss
+from clapsep_cli.store.whole import read_tensors
 
 
 @pytest.fixture(autouse=True)

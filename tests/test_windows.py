@@ -1,4 +1,4 @@
-"""Windows cover a stream whatever its blocks, and their masks join without a step."""
+"""Windows cover a stream for any sizes of blocks, and their masks join smoothly."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from clapsep_cli.audio.media import CONTAINERS, SPEAKERS, available
-from clapsep_cli.audio.samples import Samples
+from clapsep_cli.audio.decoders import AV_SPEAKERS, CONTAINERS, has_av
+from clapsep_cli.audio.samples import Encoder, Samples
 from clapsep_cli.errors import OutputError
 
 if TYPE_CHECKING:
@@ -19,12 +19,23 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 MUXERS = {
-    **{"mp4": "mp4", "m4v": "mp4", "m4a": "ipod", "mov": "mov", "mkv": "matroska", "mka": "matroska"},
-    **{"webm": "webm", "avi": "avi", "ts": "mpegts"},
+    "mp4": "mp4",
+    "m4v": "mp4",
+    "m4a": "ipod",
+    "mov": "mov",
+    "mkv": "matroska",
+    "mka": "matroska",
+    "webm": "webm",
+    "avi": "avi",
+    "ts": "mpegts",
 }
 ENCODERS = {  # of the codec that a track has; others become FLAC in Matroska, and AAC elsewhere
     **{name: name for name in ("aac", "ac3", "eac3", "flac", "alac", "mp2")},
-    **{"opus": "libopus", "libopus": "libopus", "vorbis": "libvorbis", "mp3": "libmp3lame", "mp3float": "libmp3lame"},
+    "opus": "libopus",
+    "libopus": "libopus",
+    "vorbis": "libvorbis",
+    "mp3": "libmp3lame",
+    "mp3float": "libmp3lame",
 }
 LAYOUTS = ("", "mono", "stereo", "3.0", "4.0", "5.0", "5.1", "6.1", "7.1")  # by number of channels
 CHANNEL_BIT_RATE = 96_000  # of lossy codecs
@@ -43,7 +54,7 @@ class Film:
     def suffix(self) -> str:
         """Its suffix without the dot, as its outputs have it. Raises `OutputError` if it cannot be written."""
         suffix = self.path.suffix.lower().removeprefix(".")
-        if not available():
+        if not has_av():
             raise OutputError(f"--remux: {MISSING}")
         if suffix not in MUXERS:
             raise OutputError(f"{self.path}: --remux writes {', '.join(MUXERS)}, not {suffix or 'this'}")
@@ -73,7 +84,7 @@ class Film:
         return self.codec().startswith(LOSSLESS)
 
 
-class MediaEncoder:
+class MediaEncoder(Encoder):
     """Encodes sound as a file of its own or into the copy of a film: pictures, subtitles, chapters, other tracks.
 
     Args:
@@ -102,21 +113,23 @@ class MediaEncoder:
         speakers: int | None = None,
         film: Film | None = None,
     ) -> None:
-        if not available():
+        if not has_av():
             raise OutputError(MISSING)
         import av
 
-        self._av, self._rate, self._film, self._done = av, rate, None, 0
-        options = {"movflags": "use_metadata_tags"} if muxer in ("mp4", "mov") else {}
+        self._av, self._rate, self._done = av, rate, 0
+        self._film: InputContainer | None = None
+        options = {"movflags": "use_metadata_tags"} if muxer == "mov" else {}  # else it would store no software
         try:
             self._out: Any = av.open(stream, "w", format=muxer, options=options)
             layout = _layout(channels, speakers)
             if film is None:
-                self._track = self._out.add_stream(codec, rate=rate, layout=layout)
+                self._track: Any = self._out.add_stream(codec, rate=rate, layout=layout)
                 self._first = 0
             else:
                 self._begin(film, codec, layout)
-            self._out.metadata.update({name: text for name, text in tags.items() if name != "tracknumber"})
+            known = {"tracknumber": "track", "software": "encoding_tool" if muxer in ("mp4", "ipod") else "software"}
+            self._out.metadata.update({known.get(name, name): text for name, text in tags.items()})
             context = self._track.codec_context
             able = [form.name for form in context.codec.audio_formats or ()]
             fitting = [name for name in able if name.removesuffix("p") == ("s16" if bits == 16 else "s32")]
@@ -136,16 +149,17 @@ class MediaEncoder:
         with film.open() as whole:
             first = next(whole.decode(whole.streams.audio[film.track - 1]))
             self._first = round((first.time or 0.0) * self._rate)
-        self._film = film.open()
-        self._out.metadata.update(self._film.metadata)
-        self._out.set_chapters(self._film.chapters())
-        replaced = self._film.streams.audio[film.track - 1]
-        self._copies = {}
-        for one in self._film.streams:
+        self._film = copied = film.open()
+        self._out.metadata.update(copied.metadata)
+        self._out.set_chapters(copied.chapters())
+        replaced = copied.streams.audio[film.track - 1]
+        self._copies: dict[int, Any] = {}
+        for one in copied.streams:
             if one.index == replaced.index:
                 copy = self._track = self._out.add_stream(codec, rate=self._rate, layout=layout)
             elif one.type == "attachment":
-                self._out.add_attachment(one.name or "attached", one.mimetype or "application/octet-stream", one.data)
+                attached: Any = one
+                self._out.add_attachment(attached.name, attached.mimetype or "application/octet-stream", attached.data)
                 continue
             elif one.type in ("video", "audio", "subtitle"):
                 copy = self._copies[one.index] = self._out.add_stream_from_template(one)
@@ -153,7 +167,7 @@ class MediaEncoder:
                 continue
             copy.metadata.update(one.metadata)
             copy.disposition = one.disposition
-        self._packets = self._demuxed(self._film)
+        self._packets = self._demuxed(copied)
         self._next = next(self._packets, None)
 
     def _demuxed(self, film: InputContainer) -> Iterator[Packet[Any]]:
@@ -173,11 +187,10 @@ class MediaEncoder:
             self._next = next(self._packets, None)
 
     def write(self, audio: Samples) -> int:
-        """Append `[channels, samples]`; returns how many were over full scale."""
         clipped = int(np.count_nonzero(np.abs(audio) > 1))
-        kind = np.float64 if audio.dtype == np.float64 else np.float32
-        samples = np.ascontiguousarray(np.clip(audio, -1, 1).T, kind).reshape(1, -1)
-        frame = self._av.AudioFrame.from_ndarray(samples, "dbl" if kind is np.float64 else "flt", self._layout)
+        wide = audio.dtype == np.float64
+        samples: Any = np.clip(audio, -1, 1).T.astype(np.float64 if wide else np.float32).reshape(1, -1)
+        frame = self._av.AudioFrame.from_ndarray(samples, "dbl" if wide else "flt", self._layout)
         frame.sample_rate, frame.time_base = self._rate, Fraction(1, self._rate)
         frame.pts = self._first + self._done
         self._done += audio.shape[1]
@@ -194,7 +207,6 @@ class MediaEncoder:
             raise OSError(str(getattr(error, "strerror", None) or error)) from error
 
     def finish(self) -> None:
-        """Encode what is still held, copy the rest of the film, and complete the file."""
         self._encode(None)
         try:
             for packet in self._track.encode(None):
@@ -207,14 +219,27 @@ class MediaEncoder:
             self._film.close()
 
     def discard(self) -> None:
-        """Close without finishing the file."""
         if self._film is not None:
             self._film.close()
 
 
+def read_software(path: Path) -> str:
+    """Return the `software` that an output was written with; "" for a file that has none, or is no recording."""
+    if path.suffix.lower().removeprefix(".") not in MUXERS or not has_av():
+        return ""
+    import av
+
+    try:
+        with Film(path).open() as file:
+            told = {name.lower(): text for name, text in file.metadata.items()}
+    except (av.FFmpegError, OSError, ValueError):
+        return ""
+    return told.get("software") or told.get("encoder", "")
+
+
 def _layout(channels: int, speakers: int | None) -> str:
-    if speakers and speakers.bit_count() == channels and speakers < 1 << len(SPEAKERS):
-        return "+".join(name for bit, name in enumerate(SPEAKERS) if speakers >> bit & 1)
+    if speakers and speakers.bit_count() == channels and speakers < 1 << len(AV_SPEAKERS):
+        return "+".join(name for bit, name in enumerate(AV_SPEAKERS) if speakers >> bit & 1)
     if channels >= len(LAYOUTS):
         raise ValueError(f"{channels} channels have no usual layout")
     return LAYOUTS[channels]

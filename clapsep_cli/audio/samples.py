@@ -1,11 +1,11 @@
-"""Samples as arrays, and what every decoder does: readers yield `Samples`, writers take them."""
+"""Defines samples as arrays, which readers yield and writers take, and the interface of decoders."""
 
 from __future__ import annotations
 
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import index
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ Audio = NDArray[np.float32]
 Samples = NDArray[np.floating[Any]]  # float64 holds 32-bit integers exactly, float32 those of 24 bits
 
 LARGEST = 2.0**50  # 301 dB over full scale; squares of such samples can still be added up in float32
-PEAK = 0.9  # to which what is over full scale is brought before a model hears it (paper IV-A)
+PEAK = 0.9  # to which a signal over full scale is scaled before a model hears it (paper IV-A)
 MAX_CHANNELS = 32
 LOWEST_HZ = 8_000  # rate of a recording
 DROPPED_AT_ONCE = 2**16  # samples
@@ -32,7 +32,7 @@ class Decoder(ABC):
 
     Attributes:
         name: what messages call the recording.
-        lenient: note damage in `notes` and read on, instead of raising `AudioError`.
+        lenient: report damage in `notes` and continue, instead of raising `AudioError`.
         notes: the damage so far, one line each.
         rate: in Hz.
         channels: their number.
@@ -40,6 +40,7 @@ class Decoder(ABC):
         bits: the depth that an output needs to hold the samples: 16, 24 or 32; None for float and lossy.
         speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines; None if the recording states none.
         tags: by libsndfile's names.
+        tracks: what is known of each sound track of a film, in words; none where there can be but one.
     """
 
     rate: int
@@ -49,6 +50,7 @@ class Decoder(ABC):
     bits: int | None = None
     speakers: int | None = None
     tags: Mapping[str, str] = MappingProxyType({})
+    tracks: Sequence[str] = ()
 
     def __init__(self, name: str, lenient: bool) -> None:
         self.name, self.lenient = name, lenient
@@ -69,13 +71,29 @@ class Decoder(ABC):
         """
 
     def skip(self, samples: int) -> None:
-        """Pass over `samples`. This decodes and drops them, which is exact for every codec."""
+        """Skip `samples`. This decodes and drops them, which is exact for every codec."""
         while samples > 0 and (dropped := self.read(min(samples, DROPPED_AT_ONCE)).shape[1]):
             samples -= dropped
 
     @abstractmethod
     def close(self) -> None:
         """Close all files. May be called again."""
+
+
+class Encoder(ABC):
+    """Writes samples into a stream, which stays open. `OSError` is passed on, also what a library would swallow."""
+
+    @abstractmethod
+    def write(self, audio: Samples) -> int:
+        """Append `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what is still held, and complete the header."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Close without finishing the file."""
 
 
 def seconds(samples: int, rate: int) -> str:
@@ -101,13 +119,16 @@ def check_finite(audio: Samples, name: str, rate: int, offset: int = 0) -> None:
 
 
 def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
-    """`audio` as float32 `[channels, samples]`, and its `rate` as an int; `name` stands for it in messages.
+    """Convert and check samples that a caller gave.
 
     Args:
         audio: `[samples]` or `[channels, samples]`, NumPy or torch, of real numbers. Integers are taken as PCM of their
             width: full scale is ±1 for floats, −32768 to 32767 for int16.
         rate: sample rate in Hz, a whole number.
-        name: what it is, e.g. "audio".
+        name: the name in messages, e.g. "audio".
+
+    Returns:
+        The samples as float32 `[channels, samples]`, and the rate as an int.
 
     Raises:
         AudioError: for another shape or type, no samples, a sample that is not a finite number, or an impossible rate.
@@ -133,22 +154,18 @@ def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
         raise AudioError(f"{name}: has the rate {rate!r}; give a whole number of Hz, e.g. 44100") from error
     if whole < 1:
         raise AudioError(f"{name}: has the rate {whole} Hz; give one above 0, e.g. 44100")
-    samples = np.atleast_2d(_scaled(values))
+    if values.dtype.kind != "f":
+        zero = 128 if values.dtype == np.uint8 else 0  # as WAV has it
+        values = (values.astype(np.float64) - zero) / 2.0 ** (8 * values.dtype.itemsize - 1)
+    samples = np.atleast_2d(np.asarray(values, np.float32))
     check_finite(samples, name, whole)
     return samples, whole
 
 
-def _scaled(values: NDArray[Any]) -> Audio:
-    if values.dtype.kind == "f":
-        return np.asarray(values, np.float32)
-    zero = 128 if values.dtype == np.uint8 else 0  # as WAV has it
-    return np.asarray((values.astype(np.float64) - zero) / 2.0 ** (8 * values.dtype.itemsize - 1), np.float32)
-
-
 def downmix(audio: Audio) -> Audio:
-    """What a model hears of `audio` (float32 `[channels, samples]`): the mean of its channels, float32 `[samples]`.
+    """Mix channels to what a model hears: float32 `[channels, samples]` to their mean, float32 `[samples]`.
 
-    Where they cancel (a channel with its polarity reversed, say), it is the loudest channel instead.
+    Where the channels cancel (one has its polarity reversed, say), take the loudest channel instead.
     """
     mean = audio.mean(0)
     energies = np.square(audio).sum(1)

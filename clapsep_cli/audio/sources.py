@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clapsep_cli.audio import decoders, media
+from clapsep_cli.audio import decoders
 from clapsep_cli.audio.samples import (
     LOWEST_HZ,
     MAX_CHANNELS,
@@ -29,7 +29,7 @@ from clapsep_cli.errors import AudioError
 STDIN = Path("-")
 RATES_HZ = (LOWEST_HZ, 1_000_000)
 HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
-SUFFIXES = decoders.SUFFIXES | media.SUFFIXES  # of recordings; some of them need a decoder that may not be here
+SUFFIXES = decoders.SNDFILE_SUFFIXES | decoders.AV_SUFFIXES  # some take PyAV
 
 
 class Source:
@@ -51,6 +51,7 @@ class Source:
         bits: the depth that an output needs: 16, 24 or 32; None for float and lossy.
         speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines, None if the recording states none.
         tags: by libsndfile's names.
+        tracks: what is known of each sound track of a film, in words; none where there can be but one.
 
     Raises:
         AudioError: the file is no recording, cut short or damaged, or beyond what can be separated; see also `blocks`.
@@ -77,13 +78,13 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """What a user has to know of what was read so far: damage that was passed over, other sound tracks."""
+        """Remarks on what was read so far: damage that was skipped, other sound tracks."""
         return self._decoder.notes
 
     def _check(self) -> None:
         decoder = self._decoder
         self.rate, self.channels, self.bits, self.tags = decoder.rate, decoder.channels, decoder.bits, decoder.tags
-        self.speakers = decoder.speakers
+        self.speakers, self.tracks = decoder.speakers, decoder.tracks
         if not RATES_HZ[0] <= self.rate <= RATES_HZ[1]:
             raise AudioError(f"{self.name}: is at {self.rate} Hz; resample it to between 8000 and 1000000 Hz first")
         if not 1 <= self.channels <= MAX_CHANNELS:
@@ -96,12 +97,10 @@ class Source:
 
     def _check_part(self, frames: int) -> None:
         """Raise `AudioError` if a recording of `frames` has no such part."""
-        for name, limit, at in (("start", self._start, self._first + 1), ("end", self._end, self._last())):
+        last = 0 if self._wanted is None else self._first + self._wanted
+        for name, limit, at in (("start", self._start, self._first + 1), ("end", self._end, last)):
             if frames < at:
                 raise AudioError(f"{self.name}: ends at {frames / self.rate:.2f} s, so it has no {name} at {limit:g} s")
-
-    def _last(self) -> int:
-        return 0 if self._wanted is None else self._first + self._wanted
 
     def __enter__(self) -> Source:
         return self
@@ -168,7 +167,7 @@ def _open_pipe(pipe: BinaryIO, name: str, lenient: bool, stream: int | None) -> 
         if not start:
             raise AudioError(f"{name}: is empty")
         if is_wav(start):
-            media.check_track(name, stream, 1)
+            decoders.check_track(name, stream, 1)
             return WavStream(pipe, name, start, lenient)
     except BaseException:
         pipe.close()
@@ -190,29 +189,24 @@ def _open_file(file: BinaryIO, name: str, suffix: str, lenient: bool, stream: in
         try:
             decoder = decoders.SoundFileDecoder(file, name, suffix, lenient)
         except decoders.UnknownFormatError as refused:
-            if media.available():
-                return media.AvDecoder(file, name, lenient, stream)
-            if suffix in decoders.SUFFIXES:
+            if decoders.has_av():
+                return decoders.AvDecoder(file, name, lenient, stream)
+            if suffix in decoders.SNDFILE_SUFFIXES:
                 raise
-            raise AudioError(f"{name}: {media.MISSING}") from refused
-        media.check_track(name, stream, 1)
+            raise AudioError(f"{name}: {decoders.AV_MISSING}") from refused
+        decoders.check_track(name, stream, 1)
         if decoder.frames or not decoder.notes:
             return decoder
-        return _unfinished(file, decoder)
+        file.seek(0)
+        start = file.read(12)
+        if not is_wav(start):
+            return decoder
+        unfinished = WavStream(file, name, start, lenient=True)  # its header states no samples: read it to its end
+        unfinished.notes = decoder.notes
+        return unfinished
     except BaseException:
         file.close()
         raise
-
-
-def _unfinished(file: BinaryIO, decoder: Decoder) -> Decoder:
-    """Read a WAV whose header states no samples to its end."""
-    file.seek(0)
-    start = file.read(12)
-    if not is_wav(start):
-        return decoder
-    stream = WavStream(file, decoder.name, start, lenient=True)
-    stream.notes = decoder.notes
-    return stream
 
 
 def read_mono(
@@ -235,13 +229,13 @@ def read_mono(
 
 
 def recordings(path: Path) -> list[Path]:
-    """`path` itself, or the recordings directly in it if it is a folder: those that can be decoded here.
+    """Return `path` itself, or all recordings directly in it that can be decoded here if it is a folder.
 
     Raises `AudioError` if there are none.
     """
     if not path.is_dir():
         return [path]
-    known = SUFFIXES if media.available() else decoders.SUFFIXES
+    known = SUFFIXES if decoders.has_av() else decoders.SNDFILE_SUFFIXES
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file())
     if not found:
         raise AudioError(f"{path}: no recordings in this folder")

@@ -127,7 +127,7 @@ class WavStream(Decoder):
 
 
 def is_wav(start: bytes) -> bool:
-    """Whether a file that begins with these 12 bytes is a WAV or RF64."""
+    """Return whether a file that begins with these 12 bytes is a WAV or RF64."""
     return start[:4] in (b"RIFF", b"RF64", b"BW64") and start[8:12] == b"WAVE"
 
 
@@ -171,7 +171,7 @@ class WavWriter:
         chunks.append(_chunk("fmt ", form + more))
         self._fact = 12 + sum(map(len, chunks)) + 8
         chunks += [] if bits else [_chunk("fact", struct.pack("<I", UNKNOWN))]
-        if info := _info(tags):
+        if info := b"".join(_chunk(INFO[name], text.encode() + b"\0") for name, text in tags.items() if name in INFO):
             chunks.append(_chunk("LIST", b"INFO" + info))
         header = struct.pack("<4sI4s", b"RIFF", UNKNOWN, b"WAVE") + b"".join(chunks)
         self._data = len(header) + 8
@@ -211,10 +211,6 @@ class WavWriter:
 
 def _chunk(name: str, content: bytes) -> bytes:
     return struct.pack("<4sI", name.encode(), len(content)) + content + bytes(len(content) % 2)
-
-
-def _info(tags: Mapping[str, str]) -> bytes:
-    return b"".join(_chunk(INFO[name], text.encode() + b"\0") for name, text in tags.items() if name in INFO)
 
 
 def _read_info(content: bytes) -> Iterator[tuple[str, str]]:

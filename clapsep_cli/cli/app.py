@@ -21,10 +21,10 @@ from clapsep_cli.cli.hear import hear
 from clapsep_cli.cli.models import models
 from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
-from clapsep_cli.cli.terminal import ModelDirOption, note, warnings_as_notes
+from clapsep_cli.cli.terminal import ModelDirOption, note
 from clapsep_cli.cli.train import train
 from clapsep_cli.cli.ui import ui
-from clapsep_cli.errors import ClapsepError, ModelError
+from clapsep_cli.errors import ClapsepError, ModelError, told_of_warnings
 from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
 
@@ -77,7 +77,7 @@ def main() -> NoReturn:
     command = get_command(app)
     _simplify_help(command)
     try:
-        with warnings_as_notes():
+        with told_of_warnings(note):
             command(standalone_mode=True)
     except ClapsepError as error:
         note(str(error))

@@ -20,18 +20,11 @@ UNKNOWN = "unknown"
 PACKAGES = ("numpy", "soundfile", "soxr", "safetensors", "tokenizers", "huggingface_hub", "av", "librosa", "matplotlib")
 # By name: whatever else is set on the machine, secrets among it, stays there.
 VARIABLES = (
-    *(
-        "CLAPSEP_HOME",
-        "CLAPSEP_MODEL",
-        "CLAPSEP_DEVICE",
-        "HF_HOME",
-        "HF_HUB_CACHE",
-        "HF_ENDPOINT",
-        "HF_HUB_OFFLINE",
-        "CUDA_VISIBLE_DEVICES",
-    ),
-    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTORCH_ENABLE_MPS_FALLBACK"),
+    *("CLAPSEP_HOME", "CLAPSEP_MODEL", "CLAPSEP_DEVICE", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
+    *("CUDA_VISIBLE_DEVICES", "PYTORCH_ENABLE_MPS_FALLBACK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS"),
+    "OPENBLAS_NUM_THREADS",
 )
+DRIVER_VERSION = ("--query-gpu=driver_version", "--format=csv,noheader")
 REASON_LETTERS = 120
 WAIT_SECONDS = 5  # for a program to print its version
 
@@ -47,8 +40,8 @@ def environment() -> dict[str, str]:
         "memory": _memory,
         "torch": _torch,
         "cuda": _cuda,
-        "mps": _mps,
-        "nvidia driver": _driver,
+        "mps": lambda: "available" if import_module("torch").backends.mps.is_available() else "not available",
+        "nvidia driver": lambda: _output("nvidia-smi", *DRIVER_VERSION).split("\n")[0] or "not found",
         "libsndfile": lambda: str(import_module("soundfile").__libsndfile_version__),
         **{name: _version_of(name) for name in PACKAGES},
         "models": _models,
@@ -124,17 +117,6 @@ def _cuda() -> str:
         return "not available"
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return "; ".join(f"{d.name}, {d.total_memory / 2**30:.1f} GiB, sm_{d.major}{d.minor}" for d in devices)
-
-
-def _mps() -> str:
-    import torch
-
-    return "available" if torch.backends.mps.is_available() else "not available"
-
-
-def _driver() -> str:
-    said = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return said.split("\n")[0] or "not found"
 
 
 def _version_of(package: str) -> Callable[[], str]:

@@ -16,7 +16,7 @@ from clapsep_cli.errors import QueryError, UsageError
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.planning import Requests
-    from clapsep_cli.query import Query
+    from clapsep_cli.query import Query, Span
 
 QUERY = "Queries"  # panel of --help
 
@@ -91,6 +91,7 @@ def extract(
     filename: opt.Filename = None,
     format: opt.Format = "wav",  # noqa: A002
     subtype: opt.Subtype = None,
+    remux: opt.Remux = False,
     clip: opt.Clip = "warn",
     plot: opt.Plot = False,
     events: opt.Events = False,
@@ -119,8 +120,7 @@ def extract(
     Give at least one query, of either side, as text or as audio.
     """
     given = locals()  # all options by name
-    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query
-    from clapsep_cli.times import parse_span
+    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query, parse_span
 
     sides: dict[str, Any] = {
         "pos": pos or (),
@@ -156,11 +156,13 @@ def _targets(arguments: Sequence[str], sides: dict[str, Any]) -> Mapping[str, Qu
     from clapsep_cli.query import Query
 
     shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
-    kinds: dict[type, str] = {str: "pos", tuple: "pos_spans"}  # a recording is a path
-    return {
-        name: Query(**{kinds.get(type(sound), "pos_audio"): [sound], **shared})
-        for name, sound in parse_targets(arguments).items()
-    }
+
+    def query(sound: str | Path | Span) -> Query:
+        if isinstance(sound, Path):
+            return Query(pos_audio=[sound], **shared)
+        return Query(pos=sound, **shared) if isinstance(sound, str) else Query(pos_spans=[sound], **shared)
+
+    return {name: query(sound) for name, sound in parse_targets(arguments).items()}
 
 
 def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:

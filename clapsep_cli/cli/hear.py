@@ -13,8 +13,8 @@ from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import FAILED, find, load, stoppable
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes
 from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError
+from clapsep_cli.query import parse_time
 from clapsep_cli.startup import set_threads
-from clapsep_cli.times import parse_time
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input

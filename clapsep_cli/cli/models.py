@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note, notes
-from clapsep_cli.registry import FAMILIES, MODELS
+from clapsep_cli.registry import MODELS
 
 models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
 
@@ -34,9 +34,8 @@ def list_models(
     for status in statuses():
         entry = status.entry
         where = status.folder or f"not here; {amount(entry.download_bytes)} to download"
-        takes = ", ".join(FAMILIES[entry.family].takes)
         typer.echo(f"{entry.name:13} {entry.about}\n{'':13} {where}")
-        typer.echo(f"{'':13} takes: {takes}; licence: {entry.licence}")
+        typer.echo(f"{'':13} takes: {', '.join(status.takes)}; licence: {entry.licence}")
 
 
 @models.command()

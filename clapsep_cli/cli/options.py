@@ -11,7 +11,6 @@ import typer
 
 from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, among
 from clapsep_cli.errors import UsageError
-from clapsep_cli.times import parse_time
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Options
@@ -30,7 +29,7 @@ def _number(panel: str, text: str, *names: str, most: int = 1024, least: int = 1
 
 # Values that shells complete.
 CLIPS = ("warn", "rescale", "error")
-FORMATS = ("wav", "flac", "ogg", "opus", "mp3")
+FORMATS = ("wav", "flac", "ogg", "opus", "mp3", "m4a")
 SUBTYPES = ("pcm16", "pcm24", "float")
 EVENTS = ("csv", "audacity", "raven")
 PRECISIONS = ("auto", "high", "fast")
@@ -61,7 +60,7 @@ Filename = Annotated[
     _option(OUTPUT, 'Output name, "{stem}.{part}.{ext}"; also {name}, {query}.', "--filename", metavar="NAME"),
 ]
 Format = Annotated[
-    str, _option(OUTPUT, "wav, flac, ogg, opus or mp3.", "--format", "-f", metavar="NAME", known=FORMATS)
+    str, _option(OUTPUT, "wav, flac, ogg, opus, mp3 or m4a.", "--format", "-f", metavar="NAME", known=FORMATS)
 ]
 Subtype = Annotated[
     str | None,
@@ -72,6 +71,9 @@ Subtype = Annotated[
         metavar="NAME",
         known=SUBTYPES,
     ),
+]
+Remux = Annotated[
+    bool, _option(OUTPUT, "Write films again with each part as the sound track; pictures are copied.", "--remux")
 ]
 Clip = Annotated[
     str,
@@ -164,6 +166,7 @@ class Setup:
 def options_of(given: Mapping[str, Any]) -> Options:
     """Make `Options` from the arguments of a command, by name. Raises `QueryError` for an invalid time."""
     from clapsep_cli.jobs.tasks import Options
+    from clapsep_cli.query import parse_time
 
     times = {name: None if given[name] is None else parse_time(given[name]) for name in ("start", "end")}
     values = {**given, **times, "start": times["start"] or 0.0}

@@ -22,7 +22,6 @@ import typer
 from clapsep_cli.cli.options import Setup
 from clapsep_cli.cli.terminal import Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, ClapsepWarning, StoppedError, UsageError
-from clapsep_cli.query import check_taken
 from clapsep_cli.registry import FAMILIES, MODELS
 from clapsep_cli.startup import set_threads
 
@@ -66,6 +65,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
         ClapsepError: nothing can be done.
     """
     from clapsep_cli.jobs.planning import lay_out, plan
+    from clapsep_cli.query import check_taken
 
     set_threads(setup.threads)
     if _is_stdout(options.out) and setup.json:
@@ -233,7 +233,9 @@ class _Lines:
     def _describe(self, done: Extraction) -> None:
         speed = done.seconds / max(done.elapsed, 1e-6)
         name = _named(done.mixture, "input")
-        self._print(f"{name}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.0f} times real time)")
+        self._print(
+            f"{name}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.{int(speed < 10)}f} times real time)"
+        )
         if done.gain != 1:
             self._print(f"  all parts were lowered by {-20 * log10(done.gain):.2f} dB so that nothing clips")
         for target, score in done.presence.items():

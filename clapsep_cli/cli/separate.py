@@ -96,6 +96,7 @@ def separate(
     filename: opt.Filename = None,
     format: opt.Format = "wav",  # noqa: A002
     subtype: opt.Subtype = None,
+    remux: opt.Remux = False,
     clip: opt.Clip = "warn",
     plot: opt.Plot = False,
     events: opt.Events = False,

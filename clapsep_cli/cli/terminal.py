@@ -10,7 +10,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -122,24 +122,6 @@ def note(line: str) -> None:
 def notes(quiet: bool) -> Callable[[str], None]:
     """Return `note`, or a function that prints nothing if `quiet`: for everything except errors."""
     return (lambda line: None) if quiet else note
-
-
-@contextmanager
-def warnings_as_notes() -> Iterator[None]:
-    """Print the library's warnings on stderr as notes, each once."""
-    with warnings.catch_warnings():
-        others, shown = warnings.showwarning, set[str]()
-
-        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if not issubclass(category, ClapsepWarning):
-                others(message, category, *place, **more)
-            elif str(message) not in shown:
-                shown.add(str(message))
-                note(str(message))
-
-        warnings.showwarning = show
-        warnings.simplefilter("always", ClapsepWarning)
-        yield
 
 
 def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:

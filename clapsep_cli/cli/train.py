@@ -11,12 +11,14 @@ import typer
 from clapsep_cli import startup
 from clapsep_cli.cli.run import stoppable
 from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, notes
-from clapsep_cli.registry import MODELS
+from clapsep_cli.registry import FAMILIES, MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from clapsep_cli.training.loop.train import Recipe, Report
+
+PRESETS = [preset for traits in FAMILIES.values() for preset in traits.presets]
 
 ManifestArgument = Annotated[
     Path | None,
@@ -34,8 +36,8 @@ PresetOption = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
-        autocompletion=among("mini", "clapsep-hybrid", "clapsep-text", "tuss-medium", "tuss-large"),
-        help="mini, clapsep-hybrid, clapsep-text, tuss-medium or tuss-large; mini, or as --init says.",
+        autocompletion=among(*PRESETS),
+        help=f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}; mini, or as --init says.",
     ),
 ]
 InitOption = Annotated[
@@ -80,7 +82,10 @@ AudioStepsOption = Annotated[
 EpochsOption = Annotated[
     int | None,
     typer.Option(
-        "--epochs", metavar="N", min=1, help="clapsep: in each, every clip is a target once; tuss: of epoch_steps."
+        "--epochs",
+        metavar="N",
+        min=1,
+        help="clapsep: in each, every clip is a target once; tuss, audiosep: of epoch_steps.",
     ),
 ]
 SeedOption = Annotated[

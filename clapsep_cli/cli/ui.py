@@ -11,12 +11,14 @@ from typing import Annotated
 
 import typer
 
+from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, downloads, note
 from clapsep_cli.errors import ExtraError, UsageError
 
 
 def ui(
     mix: Annotated[Path | None, typer.Argument(metavar="[MIX]", help="A recording to open at once.")] = None,
+    stream: opt.Stream = None,
     model: ModelOption = None,
     device: DeviceOption = "auto",
     port: Annotated[
@@ -32,6 +34,8 @@ def ui(
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ExtraError(f'clapsep ui takes {" and ".join(missing)} too: pip install "clapsep[ui]"')
+    if stream is not None and mix is None:
+        raise UsageError("--stream chooses a sound track of MIX: name that, too, or choose on the page")
     from clapsep_cli.page.server import Page
     from clapsep_cli.page.session import Session
     from clapsep_cli.registry import MODELS
@@ -47,7 +51,7 @@ def ui(
     session = Session(model, device)
     try:
         if mix is not None:
-            session.open(mix, str(mix))
+            session.open(mix, str(mix), stream)
         with closing(Page(session, port)) as page:
             typer.echo(f"clapsep ui: {page.address}\nCtrl-C ends it.")
             if not no_browser:

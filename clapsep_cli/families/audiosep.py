@@ -43,6 +43,7 @@ FAMILY = Family(
     text=ClapTextEncoder,
     ask=descriptions,
     stream=stream,
+    window_bytes=2**30,
     embedder=Descriptions,
     mutual=False,
 )

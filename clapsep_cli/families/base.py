@@ -36,7 +36,7 @@ class Askable(Protocol[ConfigOf]):
 
     @property
     def device(self) -> torch.device:
-        """Where its networks compute."""
+        """The device of its networks."""
 
     @property
     def text(self) -> TextEncoder:
@@ -77,6 +77,7 @@ class Family(Generic[Config, Network, Wanted]):
             targets. None where targets are only separated together.
         mutual: whether targets become negative queries of one another, unless the user forbids it.
         refine: whether it separates in two passes (`models.refined`) unless told otherwise.
+        window_bytes: what a window takes in memory while it is separated on one thread, in bytes.
         near_in_bfloat16: whether bfloat16 is within 40 dB or more of float32, so that it is used unasked.
     """
 
@@ -91,6 +92,7 @@ class Family(Generic[Config, Network, Wanted]):
     embedder: Callable[[Askable[Config], bool], QueryEmbedder] | None = None
     mutual: bool = True
     refine: bool = False
+    window_bytes: int
     near_in_bfloat16: bool = False
 
 

@@ -12,6 +12,7 @@ FAMILY = Family(
     audio=ClapAudioEncoder,
     ask=conditions,
     stream=stream,
+    window_bytes=2**29,
     embedder=Embedder,
     likeness=likeness,
     near_in_bfloat16=True,

@@ -11,6 +11,7 @@ FAMILY = Family(
     audio=MiniAudio,
     ask=conditions,
     stream=stream,
+    window_bytes=2**27,
     embedder=Embedder,
     doubts=unknown_words,
     likeness=likeness,

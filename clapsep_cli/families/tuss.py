@@ -68,6 +68,7 @@ FAMILY = Family(
     separator=Tuss,
     ask=prompts,
     stream=stream,
+    window_bytes=2**30,
     doubts=untrained_sets,
     mutual=False,
 )

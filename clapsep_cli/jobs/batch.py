@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputErro
 from clapsep_cli.jobs.recording import Recording
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.query import Excerpt
+from clapsep_cli.separation import Workers, windows_in
 from clapsep_cli.store.checkpoint import Model
 
 MAX_OPEN = 32  # recordings
@@ -71,7 +72,8 @@ class _Opened(ExitStack):
     def __init__(self, model: Model, options: Options, stop: threading.Event) -> None:
         super().__init__()
         self.model, self.options, self.stop = model, options, stop
-        self.at_once = options.batch_size  # windows; 0 until it is chosen by the device
+        self.at_once = options.batch_size  # windows in a batch; 0 until it is chosen by the device
+        self.workers: Workers | None = None  # on a CPU
         self.recordings: list[Recording] = []
         self.failures: list[Failure] = []  # not yielded yet
         self.asked: dict[tuple[int, tuple[str, ...]], tuple[Job, Any]] = {}
@@ -121,23 +123,28 @@ class _Opened(ExitStack):
         for recording in list(self.recordings):
             self._read(recording)
         while waiting and self._has_room(waiting[0]) and (self._lacks_windows() or self.recordings[-1].windows):
-            self._open(waiting.popleft())
+            self._open(waiting.popleft(), alone=not waiting and not self.recordings)
 
     def _lacks_windows(self) -> bool:
-        return not self.recordings or sum(len(recording.windows) for recording in self.recordings) < self.at_once
+        windows = sum(len(recording.windows) + len(recording.coming) for recording in self.recordings)
+        return windows < (self.workers.count + 1 if self.workers else max(1, self.at_once))
 
     def _has_room(self, job: Job) -> bool:
         """Return True if another recording may be open; each needs one file to read, and up to two for each part."""
         return len(self.recordings) < max(2, min(MAX_OPEN, MAX_FILES // (1 + 2 * len(job.outputs))))
 
-    def _open(self, job: Job) -> None:
+    def _open(self, job: Job, alone: bool) -> None:
         try:
             recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result, self.check)
         except (ClapsepError, OSError) as error:
             self._fail(job, error)
             return
         self.recordings.append(recording)
-        if not self.at_once:
+        if not self.at_once and self.model.device.type == "cpu":
+            if self.workers is None:
+                windows = windows_in(self.model, recording.total) if alone else 0
+                self.workers = self.enter_context(Workers(self.model, windows))
+        elif not self.at_once:
             self.at_once = windows_at_once(self.model, recording.wanted)
         self._read(recording)
 
@@ -157,6 +164,34 @@ class _Opened(ExitStack):
         self.failures.append(Failure(job.input.path, error))
 
     def separate(self) -> None:
+        """Separate windows, until there are results."""
+        if self.workers:
+            self._hand_out(self.workers)
+        else:
+            self._separate_batch()
+
+    def _hand_out(self, workers: Workers) -> None:
+        """Give all windows to the workers, and take in the results that are there: at least one, if any is to come."""
+        for recording in self.recordings:
+            while recording.windows:
+                window = recording.windows.popleft()
+                silence = recording.silence(window)
+                if silence is None:
+                    recording.coming.append(workers.submit(window, recording.wanted, self.check))
+                else:
+                    settled: Future[Any] = Future()
+                    recording.coming.append(settled)
+                    settled.set_result((silence, 0.0))
+        oldest = [recording.coming[0] for recording in self.recordings if recording.coming]
+        while oldest and not wait(oldest, LOOK_SECONDS, FIRST_COMPLETED).done:
+            self.check()
+        for recording in self.recordings:
+            while recording.coming and recording.coming[0].done():
+                result, seconds = recording.coming.popleft().result()
+                recording.elapsed += seconds
+                recording.passage.accept(result)
+
+    def _separate_batch(self) -> None:
         """Separate one batch of windows with the same queries."""
         for recording in self.recordings:
             recording.pass_over()
@@ -185,7 +220,7 @@ class _Opened(ExitStack):
             try:
                 if recording.deliver():
                     progress(recording.job, recording.seconds, recording.total)
-                if recording.windows or not recording.ended:
+                if recording.windows or recording.coming or not recording.ended:
                     continue
                 done = recording.finish()
             except (ClapsepError, OSError) as error:
@@ -203,12 +238,7 @@ class _Opened(ExitStack):
 
 
 def windows_at_once(model: Model, wanted: Any) -> int:
-    """Choose the number of windows in a batch: on a GPU as many as fit into half of its free memory, else one.
-
-    On a CPU, two would save 5 % in lower precision, but the last bits of a recording would depend on its neighbours.
-    """
-    if model.device.type != "cuda":
-        return 1
+    """Choose the number of windows in a batch on a GPU: as many as fit into half of its free memory."""
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     try:

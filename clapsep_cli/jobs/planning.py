@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from clapsep_cli.audio.encoding import choose_encoding
+from clapsep_cli.audio.film import Film
 from clapsep_cli.audio.sources import STDIN, recordings
 from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
@@ -26,7 +27,7 @@ from clapsep_cli.store.checkpoint import Model
 
 Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 # The options that change what is written; `mutual` changes the queries instead.
-DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "clip", "consistent", "min_presence")
+DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "remux", "clip", "consistent", "min_presence")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def _check(asked: Requests, options: Options) -> None:
     if options.presence is False and options.min_presence is not None:
         raise UsageError("--min-presence measures the presence: use it without --no-presence")
     _check_events(options)
+    _check_remux(asked, options)
     if options.remove and options.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
@@ -144,6 +146,23 @@ def _check(asked: Requests, options: Options) -> None:
         for path in (file for shot in shots if isinstance(shot, str | Path) for file in recordings(Path(shot))):
             if not is_there(path):
                 raise AudioError(f"{path}: no such file")
+
+
+def _check_remux(asked: Requests, options: Options) -> None:
+    if not options.remux:
+        return
+    idle = {
+        "--format": options.format != "wav",
+        "--subtype": options.subtype is not None,
+        "--no-audio": options.no_audio,
+        "--start": options.start > 0,
+        "--end": options.end is not None,
+        "-o -": options.out == STDOUT,
+        "- (standard input)": any(item.path == STDIN for item, _ in asked),
+    }
+    if any(idle.values()):
+        name = next(name for name, one in idle.items() if one)
+        raise UsageError(f"--remux writes whole films, of their own format: use it without {name}")
 
 
 def _check_events(options: Options) -> None:
@@ -207,14 +226,17 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
     words = " ".join(
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
-    outputs = output_paths(item, parts, out, filename, options.format, words)
+    try:
+        suffix = Film(item.path).suffix if options.remux else options.format
+    except OutputError as error:
+        return Job(replace(item, fault=error), targets, {}, [])
+    outputs = output_paths(item, parts, out, filename, suffix, words)
     name = "{name}.{ext}" if "{name}" in filename else "{stem}.{ext}"
     picture = output_paths(item, ["plot"], out, name, "png")["plot"] if options.plot else None
     listed = None
     if options.events:
         name = "{name}.{part}.{ext}" if "{name}" in filename else TEMPLATE
-        suffix = EVENT_FORMATS[options.events_format]
-        listed = output_paths(item, ["events"], out, name, suffix)["events"]
+        listed = output_paths(item, ["events"], out, name, EVENT_FORMATS[options.events_format])["events"]
     marks = item.path.parent / MARKS if out is None else out / MARKS / item.below.parent
     resumed = marks if options.skip_existing else None
     return Job(item, targets, outputs, kept, picture=picture, events=listed, marks=resumed)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clapsep_cli.audio.encoding import choose_encoding
+from clapsep_cli.audio.encoding import choose_encoding, encoding_of
+from clapsep_cli.audio.film import Film
 from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
@@ -88,6 +89,7 @@ class Recording:
         self.job, self.model, self.wanted, self.options, self.io = job, model, wanted, options, io
         self.result, self._check = result, check
         self.windows: deque[Tensor] = deque()
+        self.coming: deque[Future[tuple[Tensor, float]]] = deque()  # results of windows that workers have
         self.ended, self.samples, self.elapsed = False, 0, 0.0
         self._source, self._outputs = ExitStack(), ExitStack()
         self._reading: Future[tuple[Samples, Audio, bool]] | None = None
@@ -121,7 +123,8 @@ class Recording:
         self._notes = source.notes
         self.rate, self.frames = source.rate, source.frames
         self.heard_rate = slowed(source.rate, options.expand, source.name)
-        self.encoding = choose_encoding(self.options.format, self.options.subtype, source)
+        film = Film(self.job.input.path, options.stream or 1) if options.remux else None
+        self.encoding = encoding_of(film, source) if film else choose_encoding(options.format, options.subtype, source)
         self._writer = self._outputs.enter_context(
             Outputs(
                 self.job.outputs,
@@ -133,6 +136,7 @@ class Recording:
                 f"clapsep {__version__}" + (f" key={self.job.key}" if self.job.key else ""),
                 self.job.overwrite,
                 source.speakers,
+                film,
             )
         )
         self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
@@ -223,10 +227,15 @@ class Recording:
 
     def pass_over(self) -> None:
         """Take the next windows as silent as long as they are unlike all that is asked for, at a first look."""
-        silence = self.passage.silence if self.options.no_audio and self.model.tells_likeness else None
-        while silence is not None and self.windows and self._is_unlike(self.windows[0]):
+        while self.windows and (silence := self.silence(self.windows[0])) is not None:
             self.windows.popleft()
             self.passage.accept(silence)
+
+    def silence(self, window: Tensor) -> Tensor | None:
+        """Return the result for a window that is unlike all that is asked for, where no audio is wanted; else None."""
+        looks = self.options.no_audio and self.model.tells_likeness
+        silence = self.passage.silence if looks else None
+        return silence if silence is not None and self._is_unlike(window) else None
 
     def _is_unlike(self, window: Tensor) -> bool:
         with self._clocked():

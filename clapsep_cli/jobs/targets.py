@@ -11,8 +11,7 @@ from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import folded
 from clapsep_cli.jobs.outputs import safe_name
-from clapsep_cli.query import MIXTURE, RESIDUAL, Span
-from clapsep_cli.times import is_span, parse_span
+from clapsep_cli.query import MIXTURE, RESIDUAL, Span, is_span, parse_span
 
 TAKEN = (MIXTURE, RESIDUAL)  # reserved names
 

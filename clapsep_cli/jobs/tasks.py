@@ -27,6 +27,7 @@ class Options:
         out: output folder; None for that of each recording, `-` for standard output.
         filename: template of output names (see `output_paths`); None for `{stem}.{part}.{ext}`.
         format, subtype: of the outputs (see `choose_encoding`).
+        remux: write films again, with each part as their sound track.
         clip: how to treat samples over full scale: "warn", "rescale" or "error" (see `Outputs`).
         plot: write a picture of each recording, too.
         overwrite: replace existing outputs.
@@ -55,6 +56,7 @@ class Options:
     filename: str | None = None
     format: str = "wav"
     subtype: str | None = None
+    remux: bool = False
     clip: Clipping = "warn"
     plot: bool = False
     overwrite: bool = False

@@ -27,10 +27,10 @@ class Meter:
 
     def add(self, audio: Audio) -> None:
         """Take in float32 `[channels, samples]`."""
-        rows = np.ascontiguousarray(audio)
-        self._energy += sum(float(np.dot(row, row)) for row in rows)
+        # In float64, so that the figures do not depend on how the stream was cut.
+        self._energy += sum(float(np.dot(row, row)) for row in audio.astype(np.float64))
         self._values += audio.size
-        self._peak = max(self._peak, float(rows.max(initial=0)), -float(rows.min(initial=0)))
+        self._peak = max(self._peak, float(audio.max(initial=0)), -float(audio.min(initial=0)))
 
     def read(self) -> dict[str, float | None]:
         """Return `rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""

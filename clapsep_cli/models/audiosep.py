@@ -7,6 +7,7 @@ channels of every block. It makes a complex mask, which also turns the phases.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -131,9 +132,9 @@ class AudioSep(ConditionedSeparator[Tensor]):
 
         `image`: from `hear`, with as many frames; `condition`: float32 `[batch, dim]`.
         """
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            exact = image.device.type == "cpu" and self.dtype == torch.float32
-            if exact and not (self.training or torch.is_grad_enabled()):
+        lowered = self.dtype != torch.float32
+        with torch.autocast(image.device.type, self.dtype) if lowered else nullcontext():
+            if image.device.type == "cpu" and not (lowered or self.training or torch.is_grad_enabled()):
                 maps = torch.cat([self._quick(i[None], c) for i, c in zip(image, condition, strict=True)])
             else:
                 maps = self.maps(image, condition)
@@ -181,11 +182,15 @@ class AudioSep(ConditionedSeparator[Tensor]):
         return torch.cat(maps, 1).permute(0, 3, 1, 2)
 
     def _prepare(self) -> None:
-        if not self.prepared:
-            for module in self.modules():
-                if isinstance(module, ResidualBlock):
-                    module.prepare()
-            self.prepared = True
+        if self.prepared:
+            return
+        bins = N_FFT // 2
+        for encoder, decoder in zip(self.encoders, reversed(self.decoders), strict=True):
+            for block in (encoder.block, decoder.block):
+                cast(ResidualBlock, block).prepare(bins)
+            bins //= cast(Encoder, encoder).cell[1]
+        self.bottleneck.prepare(bins)
+        self.prepared = True
 
     def _forget(self, *_: object) -> None:
         self.prepared = False

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, power, spectrum
 from clapsep_cli.models import htsat
-from clapsep_cli.models.attention import attend
 from clapsep_cli.models.base import MaskSeparator
 from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
+from clapsep_cli.models.layers import attend
 
 BINS = N_FFT // 2 + 1
 

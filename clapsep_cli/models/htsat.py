@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli.dsp import mel_filters, power, spectrum
-from clapsep_cli.models.attention import attend
+from clapsep_cli.models.layers import attend
 
 RATE_HZ = 48_000
 HOP = 480  # samples, at RATE_HZ

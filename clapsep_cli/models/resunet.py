@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clapsep_cli.models.convolution import Kernel
+from clapsep_cli.models.layers import Kernel
 
 SLOPE = 0.01  # of the leaky ReLU
 MOMENTUM = 0.01  # of the normalisation's running statistics
-ROWS = 32  # frames that a block is run on at a time
+ROWS = 32  # frames that a block is run on at a time; with half as many at the finest level it is no faster
 
 Rows = Callable[[int, int], Tensor]  # the frames from one to another of an image
 
@@ -66,10 +66,10 @@ class ResidualBlock(nn.Module):
         h = self.conv2(self.norm2.activated(h, condition))
         return cast(Tensor, h + (self.shortcut(x) if self.shortcut else x))
 
-    def prepare(self) -> None:
-        """Fold the second norm into the first convolution, for `pieces`."""
+    def prepare(self, bins: int) -> None:
+        """Fold the second norm into the first convolution, for `pieces` of images of so many bins."""
         folded = self.conv1.weight * self.norm2.scale()[:, None, None, None]
-        self.kernels = Kernel(folded), Kernel(self.conv2.weight)
+        self.kernels = Kernel(folded, bins), Kernel(self.conv2.weight, bins)
 
     def pieces(self, source: Rows, frames: int, condition: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the output for one condition (`[dim]`) piece by piece, each with its first frame.

@@ -89,7 +89,7 @@ def spectrum(x: Tensor) -> Tensor:
 
 
 def waveform(spec: Tensor, samples: int) -> Tensor:
-    """Inverse of `spectrum`: float32 `[batch, samples]`."""
+    """Invert `spectrum`: float32 `[batch, samples]`."""
     return torch.istft(spec.transpose(1, 2), N_FFT, HOP, window=_window(spec), length=samples)
 
 

@@ -6,11 +6,10 @@ random ids, never by paths.
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -40,6 +39,8 @@ MAX_FRAMES = 1 << 19  # of samples, in one answer
 MAX_REQUEST_BYTES = 1 << 20  # of JSON
 PIECE_BYTES = 1 << 20  # of an upload, written at a time
 BAD, MISSING, TOO_LARGE, FULL = 400, 404, 413, 507
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Page:
@@ -81,12 +82,13 @@ def application(session: Session) -> Starlette:
         Route("/", handlers.index),
         Route("/static/{name}", handlers.static),
         Route("/api/state", handlers.state),
-        Route("/api/recording", handlers.open, methods=["POST"]),
-        Route("/api/shots", handlers.add_shot, methods=["POST"]),
-        Route("/api/shots/{id}", handlers.remove_shot, methods=["DELETE"]),
+        Route("/api/recording", handlers.uploads(session.open), methods=["POST"]),
+        Route("/api/recording/tracks/{track:int}", handlers.choose_track, methods=["POST"]),
+        Route("/api/shots", handlers.uploads(session.add_shot), methods=["POST"]),
+        Route("/api/shots/{id}", handlers.acts(session.remove_shot), methods=["DELETE"]),
         Route("/api/attempts", handlers.extract, methods=["POST"]),
-        Route("/api/attempts/{id}", handlers.remove, methods=["DELETE"]),
-        Route("/api/attempts/{id}/cancel", handlers.cancel, methods=["POST"]),
+        Route("/api/attempts/{id}", handlers.acts(session.remove), methods=["DELETE"]),
+        Route("/api/attempts/{id}/cancel", handlers.acts(session.cancel), methods=["POST"]),
         Route("/api/sounds/{id}/peaks", handlers.peaks),
         Route("/api/sounds/{id}/picture", handlers.picture),
         Route("/api/sounds/{id}/samples", handlers.samples),
@@ -124,11 +126,23 @@ class _Handlers:
     async def state(self, request: Request) -> Response:
         return JSONResponse(self.session.state())
 
-    async def open(self, request: Request) -> Response:
-        return await self._upload(request, self.session.open)
+    def uploads(self, take: Callable[[Path, str], object]) -> Handler:
+        """Answer uploads, which `take` gets with the names that they were given."""
 
-    async def add_shot(self, request: Request) -> Response:
-        return await self._upload(request, self.session.add_shot)
+        async def handle(request: Request) -> Response:
+            return await self._upload(request, take)
+
+        return handle
+
+    def acts(self, act: Callable[[str], None]) -> Handler:
+        """Answer what is asked of something by its id."""
+
+        async def handle(request: Request) -> Response:
+            with _known():
+                act(request.path_params["id"])
+            return await self.state(request)
+
+        return handle
 
     async def _upload(self, request: Request, take: Callable[[Path, str], object]) -> Response:
         """Stream the body of a request to disk, and hand it on; nothing of it stays where that fails."""
@@ -165,9 +179,8 @@ class _Handlers:
         except OSError as error:
             raise OutputError(f"the upload cannot be written ({error.strerror or error})") from error
 
-    async def remove_shot(self, request: Request) -> Response:
-        with _known():
-            self.session.remove_shot(request.path_params["id"])
+    async def choose_track(self, request: Request) -> Response:
+        await to_thread.run_sync(self.session.choose_track, request.path_params["track"])
         return await self.state(request)
 
     async def extract(self, request: Request) -> Response:
@@ -176,21 +189,7 @@ class _Handlers:
             body += piece
             if len(body) > MAX_REQUEST_BYTES:
                 raise HTTPException(TOO_LARGE, "the request is too large")
-        try:
-            wish = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise UsageError("the request is not JSON") from error
-        await to_thread.run_sync(self.session.extract, wish)
-        return await self.state(request)
-
-    async def cancel(self, request: Request) -> Response:
-        with _known():
-            self.session.cancel(request.path_params["id"])
-        return await self.state(request)
-
-    async def remove(self, request: Request) -> Response:
-        with _known():
-            self.session.remove(request.path_params["id"])
+        await to_thread.run_sync(self.session.extract, bytes(body))
         return await self.state(request)
 
     def _seen(self, request: Request) -> Overview:

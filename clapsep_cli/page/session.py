@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,11 @@ from filelock import FileLock, Timeout
 
 from clapsep_cli.audio.encoding import FORMATS
 from clapsep_cli.audio.sources import Source
-from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError
+from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError, told_of_warnings
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
 from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
-from clapsep_cli.query import RESIDUAL
+from clapsep_cli.query import RESIDUAL, Query, check_taken
 from clapsep_cli.registry import BUNDLED, MODELS, PREFERRED, home
 
 if TYPE_CHECKING:
@@ -59,10 +60,17 @@ class Recording:
     sound: Sound
     folder: Path
     given: str  # the name by which a command would find it
+    tracks: Sequence[str]  # of a film, in words
+    track: int | None  # which of them is open, from 1; None where there is but one
     state: str = WORKING
     done: float = 0.0  # share of it that was read
     error: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the page has to know of it."""
+        told = {name: getattr(self, name) for name in ("tracks", "track", "state", "done", "error")}
+        return {**self.sound.as_json(), **told}
 
 
 @dataclass
@@ -71,27 +79,26 @@ class Attempt:
 
     id: str
     wish: Wish
-    model: str
-    command: str | None
+    queries: Mapping[str, Query]  # by target
+    summary: str
+    command: str
     folder: Path
     state: str = WAITING
     done: float = 0.0
     error: str = ""
+    refined: bool = False  # whether it took two passes
     elapsed: float = 0.0
     parts: list[Sound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     presence: dict[str, dict[str, Any]] = field(default_factory=dict)
-    levels: dict[str, float | None] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
         """What the page has to know of it."""
-        parts = [
-            {**part.as_json(), "presence": self.presence.get(part.name), "level": self.levels.get(part.name)}
-            for part in self.parts
-        ]
-        told = {name: getattr(self, name) for name in ("id", "model", "command", "state", "done", "error", "notes")}
-        return {**told, "summary": self.wish.describe(), "elapsed": round(self.elapsed, 1), "parts": parts}
+        plain = ("id", "summary", "command", "state", "done", "error", "refined", "notes")
+        told = {name: getattr(self, name) for name in plain}
+        parts = [{**part.as_json(), "presence": self.presence.get(part.name)} for part in self.parts]
+        return {**told, "model": self.wish.model, "elapsed": round(self.elapsed, 1), "parts": parts}
 
 
 class Session:
@@ -116,7 +123,7 @@ class Session:
         self.recording: Recording | None = None
         self.shots: dict[str, tuple[str, Path]] = {}  # by id: the name it was given, and where it lies
         self.attempts: dict[str, Attempt] = {}
-        self._model: tuple[str, Model] | None = None
+        self._model: tuple[tuple[str, bool | None], Model] | None = None  # as it was asked for
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="clapsep-look")
         self._working = ThreadPoolExecutor(1, thread_name_prefix="clapsep-work")
 
@@ -139,13 +146,7 @@ class Session:
         """All that the page shows, in plain types."""
         recording = self.recording
         return {
-            "recording": recording
-            and {
-                **recording.sound.as_json(),
-                "state": recording.state,
-                "done": recording.done,
-                "error": recording.error,
-            },
+            "recording": recording and recording.as_json(),
             "shots": [{"id": key, "name": name} for key, (name, _) in list(self.shots.items())],
             "attempts": [attempt.as_json() for attempt in list(self.attempts.values())],
             "models": models_here(self.given),
@@ -173,27 +174,37 @@ class Session:
             raise OutputError(GONE if not self.folder.is_dir() else f"{error.strerror or error}") from error
         return folder
 
-    def open(self, path: Path, given: str) -> Recording:
+    def open(self, path: Path, given: str, track: int | None = None) -> Recording:
         """Take `path` for the recording to work on, in place of the one that is open, whose attempts are removed.
 
-        It is read in the background, see `Recording.state`. Raises `AudioError` at once where it is no recording.
+        It is read in the background, see `Recording.state`. Of a film's sound tracks, `track` is the one to read, from
+        1; None for the first. Raises `AudioError` at once where it is no recording.
         """
-        with Source(path):
-            pass
+        with Source(path, stream=track) as source:
+            tracks = source.tracks
         self._stop_all()
         for key in list(self.attempts):
             self.remove(key)
         before, folder = self.recording, self._new_folder()
-        recording = Recording(Sound(new_id(), path.name, path), folder, given)
+        chosen = (track or 1) if len(tracks) > 1 else track
+        recording = Recording(Sound(new_id(), path.name, path), folder, given, tracks, chosen)
         self.recording = recording
         if before is not None:
-            self._looking.submit(self._forget, before)
+            self._looking.submit(self._forget, before, path)
         self._looking.submit(self._look, recording)
         return recording
 
-    def _forget(self, recording: Recording) -> None:
+    def choose_track(self, track: int) -> None:
+        """Open another sound track of the film that is open. Raises `UsageError` where there is none."""
+        recording = self.recording
+        if recording is None or not 1 <= track <= len(recording.tracks):
+            raise UsageError("there is no such sound track")
+        self.open(recording.sound.path, recording.given, track)
+
+    def _forget(self, recording: Recording, now: Path) -> None:
+        """Remove what was kept of a recording, and its upload unless that is open `now`."""
         shutil.rmtree(recording.folder, ignore_errors=True)
-        if self.folder in recording.sound.path.parents:
+        if recording.sound.path != now and self.folder in recording.sound.path.parents:
             shutil.rmtree(recording.sound.path.parent, ignore_errors=True)
 
     def _look(self, recording: Recording) -> None:
@@ -203,7 +214,9 @@ class Session:
                 raise OutputError(f"the disk of {self.folder.parent} is nearly full")
 
         try:
-            recording.sound.overview = look(recording.sound.path, recording.folder, told, recording.stop)
+            recording.sound.overview = look(
+                recording.sound.path, recording.folder, told, recording.stop, recording.track
+            )
             recording.state = DONE
         except Exception as error:
             recording.state, recording.error = FAILED, self._reason(error)
@@ -229,25 +242,30 @@ class Session:
         sounds += [part for attempt in self.attempts.values() for part in attempt.parts]
         return {sound.id: sound for sound in sounds}[key]
 
-    def extract(self, told: Any) -> Attempt:
-        """Begin what the page asks for. Raises `UsageError`, `QueryError` and `OutputError` for what cannot be done."""
+    def extract(self, told: bytes | str) -> Attempt:
+        """Begin what the page asks for, in JSON. Raises `UsageError`, `QueryError`, `OutputError` where it cannot."""
         if self.recording is None or self.recording.sound.overview is None:
             raise UsageError("open a recording first")
         if any(attempt.state in (WAITING, WORKING) for attempt in self.attempts.values()):
             raise UsageError("an extraction is under way: wait for it, or cancel it first")
         wish = Wish.read(told, self.shots)
-        if wish.model not in {model["name"] for model in models_here(self.given) if model["here"]}:
+        here = {model["name"]: model["takes"] for model in models_here(self.given) if model["here"]}
+        if wish.model not in here:
             raise UsageError(f"the model {wish.model!r} is not here: clapsep models download {wish.model}")
-        self._check_room(self.recording.sound.path, len(wish.targets) + 1)
-        command = command_line(wish, self.recording.given, own_format(self.recording.sound.path), self.device)
-        attempt = Attempt(new_id(), wish, wish.model, command, self._new_folder())
+        queries = wish.queries(self.shots)
+        check_taken(queries.values(), here[wish.model], wish.model)
+        recording, path = self.recording, self.recording.sound.path
+        self._check_room(recording, len(wish.targets) + 1)
+        command = command_line(wish, self.shots, recording.given, own_format(path), self.device, recording.track)
+        summary = wish.describe(self.shots)
+        attempt = Attempt(new_id(), wish, queries, summary, command, self._new_folder())
         self.attempts[attempt.id] = attempt
         self.chosen = wish.model
-        self._working.submit(self._work, attempt, self.recording)
+        self._working.submit(self._work, attempt, recording)
         return attempt
 
-    def _check_room(self, path: Path, parts: int) -> None:
-        with Source(path) as source:  # which also tells whether it is still there
+    def _check_room(self, recording: Recording, parts: int) -> None:
+        with Source(recording.sound.path, stream=recording.track) as source:  # an error if it is not there any more
             needed = source.frames * source.channels * 4 * parts
         if needed > (room := self.room()):
             raise OutputError(
@@ -268,7 +286,9 @@ class Session:
     def _work(self, attempt: Attempt, recording: Recording) -> None:
         attempt.state = WORKING
         try:
-            self._report(attempt, self._run(attempt, recording))
+            with told_of_warnings(attempt.notes.append):
+                done = self._run(attempt, recording)
+            self._report(attempt, done)
         except StoppedError:
             attempt.state = STOPPED
         except Exception as error:
@@ -289,10 +309,11 @@ class Session:
         def told(job: object, done: float, total: float) -> None:
             attempt.done = min(1.0, done / total) if total else 0.0
 
-        model = self._load(attempt.model)
-        path = recording.sound.path
-        options = Options(out=attempt.folder, format=own_format(path), presence=model.tells_likeness)
-        asked = [(Input(path, Path(path.name)), attempt.wish.queries())]
+        model = self._load(attempt.wish)
+        attempt.refined = model.refined
+        path, presence = recording.sound.path, model.tells_likeness
+        options = Options(out=attempt.folder, format=own_format(path), stream=recording.track, presence=presence)
+        asked = [(Input(path, Path(path.name)), attempt.queries)]
         jobs = lay_out(asked, options)
         attempt.notes += model.doubts(list(jobs[0].targets.values()))
         (outcome,) = run(plan(jobs, model, options).jobs, model, options, told, attempt.stop)
@@ -300,21 +321,21 @@ class Session:
             raise outcome.error
         return outcome
 
-    def _load(self, name: str) -> Model:
+    def _load(self, wish: Wish) -> Model:
         from clapsep_cli.store.library import load_model
 
-        if self._model is None or self._model[0] != name:
+        wanted = wish.model, wish.refine
+        if self._model is None or self._model[0] != wanted:
             self._model = None  # so that two never lie in memory
-            model = load_model(name, self.device)
-            model.refine(None)  # as the command does
-            self._model = name, model
+            model = load_model(wish.model, self.device)
+            model.refine(wish.refine)
+            self._model = wanted, model
         return self._model[1]
 
     def _report(self, attempt: Attempt, done: Extraction) -> None:
         """Take in what was made, and look at its parts."""
         attempt.elapsed, attempt.done = done.elapsed, 1.0
         attempt.notes += done.notes
-        attempt.levels = {part: level["rms_db"] for part, level in done.levels.items()}
         for name, told in done.presence.items():
             score = told["score"] if told else None
             attempt.presence[name] = {"score": score, "words": presence_in_words(score)}
@@ -343,11 +364,11 @@ def best_here() -> str:
 
 
 def models_here(given: str) -> list[dict[str, Any]]:
-    """All models by name, and whether each is on this machine; with the one that was given, which may be a folder."""
-    from clapsep_cli.store.library import statuses
+    """All models by name, whether each is here, and what it takes; first the one that was given, if it is a folder."""
+    from clapsep_cli.store.library import statuses, taken_by
 
-    known = [{"name": status.entry.name, "here": status.folder is not None} for status in statuses()]
-    return known if given in MODELS else [{"name": given, "here": True}, *known]
+    known = [{"name": s.entry.name, "here": s.folder is not None, "takes": s.takes} for s in statuses()]
+    return known if given in MODELS else [{"name": given, "here": True, "takes": taken_by(given)}, *known]
 
 
 def own_format(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Joins the stems that a separator makes of windows, at its own rate and of each channel by itself, to whole stems.
+"""Joins stems of windows, separated at the model's own rate and channel by channel, to stems of a recording.
 
 Which of several equal prompts gets which source is arbitrary, in every window and, where channels are separated
 apart, in every channel. So equal prompts, and only they, are put into one order before anything is joined: first the
@@ -25,11 +25,11 @@ INAUDIBLE = 1e-6  # of the loudest stem's energy (−60 dB): what is far below i
 
 
 class StemStream(Stream):
-    """Stems of a recording, joined from those of its windows.
+    """Joins the stems of windows to those of a recording.
 
-    Each window fades in, by a raised cosine, over all that it shares with those before; what agrees is left bit for
-    bit as it is. What is separated for equal prompts may change places between windows and channels, which is undone;
-    stems of other prompts never change places. A recording shorter than a window is heard without silence behind it.
+    Each window fades in, by a raised cosine, over its overlap with those before; equal samples stay bit for bit as they
+    are. Stems of equal prompts may change places between windows and channels, which is undone; stems of other prompts
+    never do. A recording shorter than a window is processed without padding.
 
     Args:
         window: length of the separator's window, in samples at `rate_heard`.

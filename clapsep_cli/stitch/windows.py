@@ -16,7 +16,7 @@ OVERLAP_FRAMES = 100  # 1 s over which neighbouring windows cross-fade
 
 
 class Stream(ABC):
-    """One recording on its way through a separator, of which it holds no more than is unfinished.
+    """Joins the separator's results for the windows of one recording; holds only the unfinished part.
 
     The pipeline pushes the recording's blocks twice, as they are and at the separator's rate; has the windows that come
     of it separated; hands the results back in their order; and pulls the stems as far as they are final.

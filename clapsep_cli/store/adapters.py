@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): of a network in training, as small files, and merged into a loaded model.
+"""Handles low-rank adapters (LoRA): injects them for training, saves them, and merges them into a loaded model.
 
 An adapted linear layer computes W·x + b + α/r · B·A·x. A file holds A, B and b of each such layer, by the names that
 the layers have in the separator: `X.lora_A` `[r, in]`, `X.lora_B` `[out, r]`, `X.bias` `[out]`, float32.
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, ExtraError
-from clapsep_cli.store.checkpoint import Model, load_part, read_tensors
-from clapsep_cli.store.whole import read_notes, save_whole
+from clapsep_cli.store.checkpoint import Model, load_part
+from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
 
 # Of an encoder's attention alone: a bare "proj" would also match its patch embedding.
 TARGETS = r"layers\.\d+\.blocks\.\d+\.attn\.(?:qkv|proj)"
@@ -25,8 +25,10 @@ _DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_l
 
 
 def inject(encoder: nn.Module, rank: int, alpha: float) -> None:
-    """Have peft wrap the attention layers of `encoder`, of which A, B and the wrapped layers' biases are then the only
-    parameters that require gradients. B is zero: nothing changes yet. Raises `ExtraError` without peft."""
+    """Wrap the attention layers of `encoder` by peft. B is zero, so the output does not change yet.
+
+    Only A, B and the biases of the wrapped layers require gradients afterwards. Raises `ExtraError` without peft.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
@@ -37,7 +39,7 @@ def inject(encoder: nn.Module, rank: int, alpha: float) -> None:
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The weights of a network as it was before `inject`, with W + scale · B·A in the place of W."""
+    """Return the weights by the names before `inject`, with W + scale · B·A in place of W."""
     plain = {n.replace(_BASE, "."): t for n, t in weights.items() if ".lora_" not in n}
     for layer in _layers(weights):
         down, up = weights[layer + _DOWN], weights[layer + _UP]
@@ -46,7 +48,19 @@ def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
 
 
 def save(path: Path, weights: Mapping[str, Tensor], base: Model, rank: int, alpha: float, settings: Any) -> None:
-    """Write the adapter that is in `weights`, made for the separator of `base`. Raises `ModelError`."""
+    """Write an adapter.
+
+    Args:
+        path: the file.
+        weights: weights of the adapted network, of which those of the adapter are written.
+        base: the model whose separator was adapted.
+        rank: r.
+        alpha: α.
+        settings: of the training, for the file's notes.
+
+    Raises:
+        ModelError: if the file cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     for layer in _layers(weights):
         parts = {"lora_A": layer + _DOWN, "lora_B": layer + _UP, "bias": f"{layer}{_BASE}bias"}
@@ -67,8 +81,8 @@ def save(path: Path, weights: Mapping[str, Tensor], base: Model, rank: int, alph
 def apply(model: Model, path: Path) -> None:
     """Merge an adapter into the separator of `model`, which computes as fast as before.
 
-    The separator is read anew, so this comes before anything is kept of it. Raises `CheckpointError` where the file is
-    no adapter, or one that was trained on another separator.
+    The separator is read again, so call this before it is used. Raises `CheckpointError` for a file that is no adapter,
+    or one that was trained on another separator.
     """
     tensors, notes = read_tensors(path), read_notes(path)
     if notes.get("kind") != "adapter":

@@ -7,9 +7,10 @@ configuration. Parts are read when they are first needed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,18 +23,15 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, QueryError, UsageError
 from clapsep_cli.families.base import load_family
-from clapsep_cli.files import digest
+from clapsep_cli.files import digest, replacing
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder, go_on
 from clapsep_cli.query import Query, check_taken, mutual
 from clapsep_cli.registry import FAMILIES
 from clapsep_cli.stitch.windows import Stream
-from clapsep_cli.store.texts import CachedTexts
-from clapsep_cli.store.whole import save_whole
+from clapsep_cli.store.whole import read_tensors, save_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-PIECE_BYTES = 1 << 25  # of tensors that are mapped together
 
 
 class Model:
@@ -140,7 +138,7 @@ class Model:
         return str(self.dtype).removeprefix("torch.")
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Any:
-        """Turn queries into what the separator is asked for.
+        """Turn queries into the input of the separator.
 
         Args:
             queries: the queries, of all targets.
@@ -197,7 +195,7 @@ class Model:
         return self.kind.likeness is not None
 
     def likeness(self, wanted: Any, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
-        """Compare a recording with what a stem is asked for.
+        """Compare a recording with the query of a stem.
 
         Args:
             wanted: from `ask`.
@@ -223,6 +221,50 @@ class Model:
             The results, along the first axis.
         """
         return self.separator.infer(torch.stack(list(windows)), wanted, check)
+
+
+class CachedTexts(TextEncoder):
+    """Embeds texts, and keeps the embeddings on disk, so that a repeated query needs no text encoder.
+
+    Args:
+        load: returns the encoder; called when it is first needed, as it takes longer than embedding many texts.
+        folder: holds a small file for each text, of one version of one model. If it cannot be written, this only costs
+            time.
+        dim: length of an embedding.
+        device: where embeddings are returned.
+    """
+
+    def __init__(self, load: Callable[[], TextEncoder], folder: Path, dim: int, device: torch.device) -> None:
+        super().__init__()
+        self.load, self.folder, self.dim, self.device = load, folder, dim, device
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """The encoder for texts that are not in the folder."""
+        return self.load()
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        known = {text: found for text in texts if (found := self._read(text)) is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing:
+            for text, row in zip(missing, self.encoder.embed(missing), strict=True):
+                known[text] = row
+                with suppress(OSError):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    with replacing(self._path(text)) as partial:
+                        partial.write_bytes(row.cpu().numpy().astype("<f4").tobytes())
+        return torch.stack([known[text].to(self.device) for text in texts])
+
+    def _path(self, text: str) -> Path:
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.f32"
+
+    def _read(self, text: str) -> Tensor | None:
+        try:
+            values = np.frombuffer(self._path(text).read_bytes(), "<f4").astype(np.float32)
+        except (OSError, ValueError):
+            return None
+        # A whole embedding has length 1; anything else was cut short or is not ours.
+        return torch.from_numpy(values) if len(values) == self.dim and abs(values @ values - 1) < 1e-3 else None
 
 
 def load_part(folder: Path, part: str, family: str, config: Any) -> Any:
@@ -268,7 +310,7 @@ def _tokenizer(path: Path) -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` prefers CUDA, then Apple's MPS. Raises `DeviceError`."""
+    """Return the device called `name`; `auto` prefers CUDA, then Apple's MPS. Raises `DeviceError`."""
     if name == "auto":
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -353,24 +395,3 @@ def read_config(metadata: Mapping[str, str], folder: Path) -> Any:
         return load_family(metadata["family"]).config(**arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: has a configuration that is not understood here ({error})") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a part, mapped from the file. Raises `CheckpointError`.
-
-    Every 32 MB are mapped by themselves, and so leave memory as soon as none of their tensors lies in the file any
-    more: when they are converted, say.
-    """
-    tensors: dict[str, Tensor] = {}
-    mapped = PIECE_BYTES
-    try:
-        with ExitStack() as stack:
-            file = stack.enter_context(safe_open(path, "pt"))
-            for name in list(file.keys()):
-                if mapped >= PIECE_BYTES:
-                    file, mapped = stack.enter_context(safe_open(path, "pt")), 0
-                tensors[name] = file.get_tensor(name)
-                mapped += tensors[name].nbytes
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    return tensors

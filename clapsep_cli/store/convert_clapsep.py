@@ -98,12 +98,19 @@ def convert_clapsep(files: Sequence[Path], folder: Path, config: CLAPSepConfig |
 def convert(
     clap: Mapping[str, Tensor], tuned: Mapping[str, Tensor], config: CLAPSepConfig | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """State dicts of `CLAPSep` ("separator"), `ClapTextEncoder` ("text") and `ClapAudioEncoder` ("audio"), float32.
+    """Convert the tensors of both checkpoints to state dicts.
 
-    `clap` and `tuned` are the tensors of the LAION-CLAP and of the CLAPSep checkpoint, by their released names, with
-    or without `module.` before them. Tensors that need no change are shared with them, not copied. Raises
-    `CheckpointError`, naming the first few, for tensors that are missing, unexpected or not of the shape that `config`
-    (the released size by default) has.
+    Args:
+        clap: tensors of the LAION-CLAP checkpoint by their released names, with or without `module.` before them.
+        tuned: tensors of the CLAPSep checkpoint, likewise.
+        config: the model's size, by default the released one.
+
+    Returns:
+        State dicts of `CLAPSep` ("separator"), `ClapTextEncoder` ("text") and `ClapAudioEncoder` ("audio"), float32.
+        Tensors that need no change are shared, not copied.
+
+    Raises:
+        CheckpointError: names the first few tensors that are missing, unexpected or of another shape.
     """
     config = config or CLAPSepConfig()
     towers, decoder = Released("LAION-CLAP", clap), Released("CLAPSep", tuned)
@@ -131,7 +138,7 @@ def convert(
 
 
 def convert_text(clap: Released, config: TextSize) -> dict[str, Tensor]:
-    """State dict of `ClapTextEncoder`, from the tensors of a CLAP by their released names."""
+    """Make the state dict of `ClapTextEncoder` from the tensors of a CLAP by their released names."""
     with torch.device("meta"):
         text = ClapTextEncoder(config, None)
     return {name: _text_tensor(name, shape, clap) for name, shape in needed(text)}
@@ -145,7 +152,7 @@ def _released(name: str, rules: _Rules) -> str:
 
 
 def _text_tensor(name: str, shape: torch.Size, clap: Released) -> Tensor:
-    """One tensor of the text tower; query, key and value, three layers in the checkpoint, are one in ours."""
+    """Make a tensor of the text tower; the checkpoint's layers for query, key and value are joined to one."""
     fused = re.match(r"layers\.(\d+)\.qkv\.(\w+)$", name)
     if not fused:
         return clap.take(_released(name, _TEXT), shape)
@@ -156,7 +163,7 @@ def _text_tensor(name: str, shape: torch.Size, clap: Released) -> Tensor:
 
 
 def _merged(name: str, shape: torch.Size, clap: Released, tuned: Released) -> Tensor:
-    """One tensor of the separator's encoder: CLAP's, with the tuned biases and W + B·A/16 where LoRA tuned it."""
+    """Make a tensor of the separator's encoder: CLAP's, with the tuned biases and W + B·A/16 where LoRA tuned it."""
     target = _LORA_TARGET.match(name)
     if not target:
         return clap.take(name, shape)

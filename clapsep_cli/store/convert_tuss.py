@@ -24,7 +24,7 @@ _BANDS = "separator.band_split_module"
 
 
 class _Part(NamedTuple):
-    """One of our tensors: the released ones it is made of, all of one shape, and how."""
+    """Rule for one tensor: made by `make` from the `released` ones, all of one shape."""
 
     name: str
     released: Sequence[str]
@@ -46,7 +46,7 @@ def convert_tuss(files: Sequence[Path], folder: Path, config: TussConfig | None 
 
 
 def released_size(tensors: Mapping[str, Tensor]) -> TussConfig:
-    """The released size, medium or large, that a checkpoint has. Raises `CheckpointError`."""
+    """Return the size of a released checkpoint, medium or large. Raises `CheckpointError`."""
     start = tensors.get(f"{PREFIX}separator.sos_token")
     width = start.shape[0] if start is not None and start.dim() else 0
     for config in (MEDIUM, LARGE):
@@ -56,7 +56,7 @@ def released_size(tensors: Mapping[str, Tensor]) -> TussConfig:
 
 
 def convert(tensors: Mapping[str, Tensor], config: TussConfig) -> dict[str, Tensor]:
-    """State dict of `Tuss`, float32, from the tensors of a released file.
+    """Convert the tensors of a released file to a state dict of `Tuss`, float32.
 
     Raises `CheckpointError`, naming the first few, for tensors that are missing, unexpected or not of the shape that
     `config` has, and for rotary frequencies (which are computed, not kept) other than those computed here.

@@ -1,8 +1,8 @@
-"""Download pinned files. A file is used only once its size and SHA-256 were checked.
+"""Downloads pinned files. A file is used only after its size and SHA-256 were checked.
 
 Downloads lie in `home()/downloads`, each in a folder with `SHA256SUMS`, which is written last: without it a file does
-not count. The Hub's files come by its own client, so HF_ENDPOINT, HF_HUB_OFFLINE and its tokens work, and are used
-from its cache (HF_HOME) where another program has brought them there.
+not count. Files of the Hub are downloaded by its own client, so HF_ENDPOINT, HF_HUB_OFFLINE and its tokens work, and
+its cache (HF_HOME) is used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Fetched:
-    """A checked file: its place, its SHA-256 in hex, and on whose word (`source`) that hash was accepted."""
+    """A checked file: its path, its SHA-256 in hex, and the `source` of that hash."""
 
     path: Path
     sha256: str
@@ -45,7 +45,7 @@ class Fetched:
 
 @contextmanager
 def lock(name: str, say: Say | None = None) -> Iterator[None]:
-    """Hold the lock `name` among all processes that share `home()`; wait for it if need be, and `say` so first.
+    """Hold the lock `name` among all processes that share `home()`; report to `say` before waiting for it.
 
     It is free again when its holder dies. Not re-entrant. Raises `DownloadError` if `home()` cannot be written.
     """
@@ -70,7 +70,7 @@ def lock(name: str, say: Say | None = None) -> Iterator[None]:
 
 
 def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
-    """Get the pinned file, downloaded if it is neither in `home()` nor in the Hub's cache.
+    """Return the pinned file; download it if it is neither in `home()` nor in the Hub's cache.
 
     Processes that may want the same file must hold a `lock`.
 
@@ -108,13 +108,13 @@ def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
 
 
 def find(remote: Remote) -> Path | None:
-    """The file in `home()`, if it was downloaded before."""
+    """Return the file in `home()`, if it was downloaded before."""
     path = _folder(remote) / remote.name
     return path if path.is_file() and (path.parent / SUMS).is_file() else None
 
 
 def to_download(remote: Remote) -> int:
-    """The bytes that `fetch` would download. Raises `DownloadError` where the Hub has another file than the pinned."""
+    """Return the bytes that `fetch` would download. Raises `DownloadError` if the Hub has another file."""
     if find(remote) or _cached(remote):
         return 0
     ask(remote)
@@ -122,7 +122,7 @@ def to_download(remote: Remote) -> int:
 
 
 def clear(remote: Remote) -> list[Path]:
-    """Delete what `fetch` has brought to `home()`, or left there; return what there was. Raises `OSError`."""
+    """Delete downloads of a file, complete or not, from `home()`; return their folders. Raises `OSError`."""
     found = [path for path in (_folder(remote), _partial(remote)) if path.is_dir()]
     for path in found:
         shutil.rmtree(path)
@@ -130,7 +130,7 @@ def clear(remote: Remote) -> list[Path]:
 
 
 def ask(remote: Remote) -> str | None:
-    """The SHA-256 that the Hub states for a file of the pinned revision; None where it states none, or of another host.
+    """Ask the Hub for the SHA-256 of a file of the pinned revision; None if it states none, and for another host.
 
     Raises `DownloadError` where nothing may be downloaded, or the Hub has another file.
     """
@@ -151,7 +151,7 @@ def ask(remote: Remote) -> str | None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, from a folder's `SHA256SUMS`. Raises `OSError`, `ValueError`."""
+    """Read the SHA-256 of each file of a folder from its `SHA256SUMS`. Raises `OSError`, `ValueError`."""
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
 
@@ -163,7 +163,7 @@ def write_sums(folder: Path, sums: dict[str, str]) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file in hex, read in blocks. Raises `DownloadError` if it cannot be read."""
+    """Compute the SHA-256 of a file in hex. Raises `DownloadError` if it cannot be read."""
     try:
         return files.digest(path)
     except OSError as error:
@@ -171,12 +171,15 @@ def digest(path: Path) -> str:
 
 
 def amount(size: int) -> str:
-    """A number of bytes, in words."""
+    """Format a number of bytes, e.g. "2.53 GB"."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _checked(remote: Remote, path: Path, stated: str | None, advice: str = "") -> Fetched:
-    """The file, if it is the pinned one, or the one that the Hub states; without `advice`, what else is deleted."""
+    """Accept a file if it is the pinned one, or has the hash `stated` by the Hub. Raises `DownloadError` else.
+
+    Without `advice` for the message, a file that is refused is deleted.
+    """
     size = path.stat().st_size
     sha256 = digest(path) if size == remote.size else "another size"
     if sha256 in (remote.sha256, stated):
@@ -210,7 +213,7 @@ def _cached(remote: Remote) -> Path | None:
 
 
 def _from_hub(remote: Any, folder: Path, progress: Progress | None) -> Path:
-    """A file of the Hub. Its client goes on where a connection broke."""
+    """Download a file of the Hub. Its client resumes after a broken connection."""
     from huggingface_hub import hf_hub_download
 
     bar: Any = _bar(progress, remote.size)
@@ -218,7 +221,7 @@ def _from_hub(remote: Any, folder: Path, progress: Progress | None) -> Path:
 
 
 def _from_web(remote: Any, folder: Path, progress: Progress | None) -> Path:
-    """A file at an address, or at its path below CLAPSEP_ENDPOINT, from its beginning."""
+    """Download a file from its address, or from its path below CLAPSEP_ENDPOINT, without resuming."""
     import httpx2
 
     mirror = os.environ.get("CLAPSEP_ENDPOINT", "").rstrip("/")
@@ -244,7 +247,7 @@ def _from_web(remote: Any, folder: Path, progress: Progress | None) -> Path:
 
 
 def _bar(progress: Progress | None, total: int) -> type:
-    """A class that the Hub's client takes for a tqdm: it calls `progress`, and prints nothing."""
+    """Make a class that stands in for tqdm in the Hub's client: it calls `progress` and prints nothing."""
 
     class Bar:
         def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
@@ -268,7 +271,7 @@ def _bar(progress: Progress | None, total: int) -> type:
 
 
 def _attempts(remote: Remote, call: Callable[[], _T]) -> _T:
-    """Call until it succeeds, or fails for good: then raise `DownloadError`."""
+    """Call until it succeeds; raise `DownloadError` where it cannot."""
     pauses = iter(PAUSES_S)
     while True:
         try:
@@ -285,7 +288,7 @@ def _attempts(remote: Remote, call: Callable[[], _T]) -> _T:
 
 
 def _passes(error: Exception) -> bool:
-    """Whether another attempt may help. Where nobody answers at all, the user should not have to wait for it."""
+    """Return whether another attempt may help; not without any answer, so that the user need not wait."""
     import httpx2
 
     response = getattr(error, "response", None)
@@ -313,7 +316,7 @@ def _disk(folder: Path, error: OSError) -> str:
 
 
 def _way_out(remote: Remote) -> str:
-    """What to do where its host cannot be reached: the files can be carried."""
+    """Return advice for a host that cannot be reached: to bring the files by other means."""
     entry = next((e for e in MODELS.values() if remote in e.remotes), None)
     name = entry.name if entry else "NAME"
     names = " ".join(r.name for r in (entry.remotes if entry else (remote,)))

@@ -1,4 +1,4 @@
-"""The models on this machine: finding, getting, checking and removing them.
+"""Finds, installs, checks and removes the models on this machine.
 
 A bundled model lies in the package. Others are converted from downloaded files into a folder of `home()`, named after
 the pinned files that it was made from, so a later pin never meets an older conversion.
@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,43 +47,56 @@ class Status:
     entry: Entry
     folder: Path | None
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The kinds of queries it takes, see `registry.Traits`."""
+        return FAMILIES[self.entry.family].takes
+
     def as_json(self) -> dict[str, object]:
-        """Everything known of the model, in plain types."""
+        """Return all facts about the model as JSON holds them."""
         return {
             "here": self.folder is not None,
             "folder": None if self.folder is None else str(self.folder),
             "download_bytes": self.entry.download_bytes,
-            "takes": FAMILIES[self.entry.family].takes,
+            "takes": self.takes,
             **asdict(self.entry),
         }
 
 
+@cache
+def taken_by(folder: str) -> tuple[str, ...]:
+    """Return the kinds of queries that the model in a folder takes. Raises `CheckpointError`."""
+    from clapsep_cli.store.checkpoint import read_metadata
+
+    return FAMILIES[read_metadata(Path(folder) / "separator.safetensors")["family"]].takes
+
+
 def find(name: str) -> Entry:
-    """The entry of that name. Raises `ModelError`."""
+    """Return the entry of that name. Raises `ModelError`."""
     if name not in MODELS:
         raise ModelError(f"no model {name!r}: there are {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def pin(entry: Entry) -> str:
-    """A short hash of all that an entry pins."""
+    """Compute a short hash of all that an entry pins."""
     pinned = json.dumps([remote.pinned for remote in entry.remotes])
     return hashlib.sha256(pinned.encode()).hexdigest()[:SHORT]
 
 
 def place(entry: Entry) -> Path:
-    """Where the model's folder is, or would be."""
+    """Return the path of the model's folder, whether it exists or not."""
     return home() / "models" / f"{entry.name}-{pin(entry)}" if entry.remotes else weights_folder() / entry.name
 
 
 def installed(entry: Entry) -> Path | None:
-    """The model's folder, if it is here. A folder gets its name only once it is complete."""
+    """Return the model's folder, or None. A folder gets its name only once it is complete."""
     folder = place(entry)
     return folder if folder.is_dir() else None
 
 
 def statuses() -> list[Status]:
-    """All models, and which of them are here."""
+    """List all models, and whether they are here."""
     return [Status(entry, installed(entry)) for entry in MODELS.values()]
 
 
@@ -95,11 +108,25 @@ def install(
     progress: Progress = _nothing,
     instead: str = "",
 ) -> Path:
-    """Get a model: download its files, or take `files`, which somebody carried here, and convert them.
+    """Install a model: download its files, or take those that the user brought, and convert them.
 
-    Two processes may ask at once: one works, the other waits and finds it done. Downloaded originals are deleted after
-    conversion unless `keep_original`. Before a download, `say` is told its size, and what could be had `instead`.
-    Raises `DownloadError`, `CheckpointError`, `ModelError`.
+    Two processes may ask at once: one works, the other waits for it.
+
+    Args:
+        name: of the model.
+        files: released files that the user brought; none to download them.
+        keep_original: keep downloads after conversion.
+        say: told of a download's size before it begins, and of unusual files.
+        progress: told of each download's progress.
+        instead: an alternative to the download, for the message.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        DownloadError: for a file that cannot be downloaded.
+        CheckpointError: for a file that cannot be converted.
+        ModelError: for an unknown model, and a folder that cannot be written.
     """
     entry = find(name)
     if files and not entry.remotes:
@@ -128,7 +155,7 @@ def install(
 
 
 def _given(entry: Entry, files: Sequence[Path], say: Say) -> _Sources:
-    """The hashes of files that somebody carried here; `say` is told of those that are not the pinned ones."""
+    """Hash files that the user brought; report those that are not the pinned ones to `say`."""
     pinned = {remote.sha256 for remote in entry.remotes}
     hashes = {file: download.digest(file) for file in files}
     for file, sha256 in hashes.items():
@@ -147,7 +174,8 @@ def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         unfinished.mkdir(parents=True)
-        notes = {"revision": _revision(entry), "pin": pin(entry), "sources": json.dumps(sources)}
+        revision = ", ".join(remote.version for remote in entry.remotes)
+        notes = {"revision": revision, "pin": pin(entry), "sources": json.dumps(sources)}
         converter(entry.family)(files, unfinished, **notes)
         write_tokenizer(entry, unfinished)
         download.write_sums(unfinished, {file.name: download.digest(file) for file in sorted(unfinished.iterdir())})
@@ -173,12 +201,8 @@ def write_tokenizer(entry: Entry, folder: Path) -> None:
         (folder / "tokenizer.json").write_bytes(gzip.decompress(packed.read_bytes()))
 
 
-def _revision(entry: Entry) -> str:
-    return ", ".join(remote.version for remote in entry.remotes)
-
-
 def path_of(name: str) -> Path:
-    """The folder of a model. Raises `ModelError` where it is not here."""
+    """Return the folder of a model. Raises `ModelError` where it is not here."""
     folder = installed(find(name))
     if folder is None:
         raise ModelError(f"{name} is not here: clapsep models download {name}")
@@ -191,7 +215,10 @@ def verify(name: str) -> list[Path]:
     The hashes are compared with `SHA256SUMS` beside the files. Raises `CheckpointError`, `ModelError`.
     """
     entry, folder = find(name), path_of(name)
-    sound = _check_sums(folder, [f"{part}.safetensors" for part in FAMILIES[entry.family].parts], _again(entry))
+    advice = "it comes with clapsep: install clapsep again"
+    if entry.remotes:
+        advice = f"clapsep models rm {name}, then clapsep models download {name}"
+    sound = _check_sums(folder, [f"{part}.safetensors" for part in FAMILIES[entry.family].parts], advice)
     for remote in entry.remotes:
         original = download.find(remote)
         sound += _check_sums(original.parent, [remote.name], f"delete {original.parent}") if original else []
@@ -199,7 +226,7 @@ def verify(name: str) -> list[Path]:
 
 
 def _check_sums(folder: Path, needed: Sequence[str], advice: str) -> list[Path]:
-    """The files of `folder` that its `SHA256SUMS` names, all sound, those `needed` among them."""
+    """Return the files that `SHA256SUMS` of a folder names. Raises `CheckpointError` for a damaged or missing one."""
     try:
         sums = download.read_sums(folder)
     except (OSError, ValueError) as error:
@@ -210,15 +237,8 @@ def _check_sums(folder: Path, needed: Sequence[str], advice: str) -> list[Path]:
     return [folder / name for name in sums]
 
 
-def _again(entry: Entry) -> str:
-    """What to do about a damaged model."""
-    if entry.remotes:
-        return f"clapsep models rm {entry.name}, then clapsep models download {entry.name}"
-    return "it comes with clapsep: install clapsep again"
-
-
 def remove(name: str, say: Say = _nothing) -> list[Path]:
-    """Delete all that is kept of a model, in whatever version: converted, downloaded, unfinished. What there was.
+    """Delete all versions of a model, converted, downloaded or unfinished; return what was deleted.
 
     Files that other programs have put into the Hub's cache stay. Raises `ModelError` for a bundled or absent model.
     """
@@ -249,13 +269,20 @@ def load_model(
     say: Say | None = None,
     progress: Progress = _nothing,
 ) -> Model:
-    """Load a model by name or from a folder; without either, the best one that can be had.
+    """Load a model.
 
-    That is `clapsep` if it is here or can be downloaded, else the bundled `mini`, and `say` is told why; without `say`,
-    there is a `ClapsepWarning`. A model that is named loads or fails. `device`: `auto`, `cpu`, `cuda`, `cuda:N` or
-    `mps`. `precision`: `high` (float32), `fast` (bfloat16), or `auto` (see `checkpoint.choose_precision`). Raises
-    `ModelError` where there is no such model, `DownloadError`, `CheckpointError` where files are not right,
-    `DeviceError` for an absent device.
+    Args:
+        model: a name or a folder, which loads or fails. By default `clapsep` if it is here or can be downloaded, else
+            the bundled `mini`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `high` (float32), `fast` (bfloat16), or `auto` (see `checkpoint.choose_precision`).
+        say: called with each remark, e.g. why `mini` is used; by default that is a `ClapsepWarning`.
+        progress: called with file, bytes done and bytes in all of each download.
+
+    Raises:
+        ModelError: for an unknown model.
+        DownloadError, CheckpointError: for files that cannot be downloaded or used.
+        DeviceError: for an absent device.
     """
     from clapsep_cli.store.checkpoint import Model, choose_device, native_bfloat16
 
@@ -279,6 +306,6 @@ def load_model(
 
 
 def _text_cache(name: str) -> Path | None:
-    """Where embeddings of texts are kept, for models whose text encoder takes long to load."""
+    """Return the folder for embeddings of texts; None for a model whose text encoder loads fast."""
     entry = MODELS[name]
     return home() / "texts" / pin(entry) if entry.remotes and "text" in FAMILIES[entry.family].parts else None

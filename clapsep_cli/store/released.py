@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
-from clapsep_cli.store.checkpoint import read_tensors, save_part
+from clapsep_cli.store.checkpoint import save_part
+from clapsep_cli.store.whole import read_tensors
 
 NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
 
 
 class Released:
-    """Tensors of one released file: hands them out by name and shape, and remembers what is wrong with them."""
+    """Hands out the tensors of a released file by name and shape, and remembers their faults."""
 
     def __init__(self, what: str, tensors: Mapping[str, Tensor]) -> None:
         self.what = what
@@ -33,7 +34,7 @@ class Released:
         self.not_finite: list[str] = []
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Tensor `name` as float32, or, where it is unusable, one without data in its place."""
+        """Return tensor `name` as float32; a meta tensor if it is unusable."""
         self.taken.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -47,7 +48,7 @@ class Released:
         return torch.empty(shape, device="meta")
 
     def check(self, superfluous: re.Pattern[str]) -> None:
-        """Raise `CheckpointError` unless all that was asked for was there, and nothing else but what is superfluous."""
+        """Raise `CheckpointError` for missing, misshapen, infinite and unexpected tensors."""
         extra = [name for name in self.tensors if name not in self.taken and not superfluous.match(name)]
         problems = [
             f"{kind}: {first_few(names)}"
@@ -64,10 +65,10 @@ class Released:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch checkpoint by name, bare or nested under `state_dict` or `model`, mapped from the file.
+    """Read the tensors of a PyTorch checkpoint by name, bare or nested under `state_dict` or `model`.
 
-    Only tensors, containers, numbers and the few constructors of NumPy scalars are allowed; a pickle that asks for
-    anything else is refused before it is run. Raises `CheckpointError`.
+    They are mapped from the file. Only tensors, containers, numbers and the few constructors of NumPy scalars are
+    allowed; a pickle that asks for anything else is refused before it is run. Raises `CheckpointError`.
     """
     scalar = np.float64(0).__reduce__()[0]
     scalars: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -103,13 +104,13 @@ def write_part(folder: Path, part: str, family: str, config: Any, tensors: Mappi
 
 
 def needed(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
-    """Names and shapes of the tensors that `module` needs."""
+    """Yield names and shapes of the tensors that `module` needs."""
     for name, tensor in module.state_dict().items():
         if not name.endswith("num_batches_tracked"):  # plays no part, with a fixed momentum
             yield name, tensor.shape
 
 
 def first_few(names: Iterable[str], shown: int = 3) -> str:
-    """The first of `names`, and how many more there are, in words."""
+    """List the first of `names`, and how many more there are."""
     listed = list(dict.fromkeys(names))
     return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

@@ -1,9 +1,10 @@
-"""Files that are whole or not there: tensors with notes, and copies of what another folder holds."""
+"""Reads and writes tensors with notes, and copies files; a file is written completely or not at all."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,9 +14,11 @@ from torch import Tensor
 from clapsep_cli.errors import CheckpointError, ModelError
 from clapsep_cli.files import replacing
 
+PIECE_BYTES = 1 << 25  # of tensors that are mapped together
+
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write tensors under a temporary name and rename it, so that a file of that name is whole. Raises `ModelError`."""
+    """Write tensors under a temporary name and rename the complete file. Raises `ModelError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -42,9 +45,30 @@ def copy(file: Path, place: Path) -> None:
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The notes that were written with tensors. Raises `CheckpointError`."""
+    """Read the notes that were written with tensors. Raises `CheckpointError`."""
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a part, mapped from the file. Raises `CheckpointError`.
+
+    Every 32 MB are mapped by themselves, and so leave memory as soon as none of their tensors lies in the file any
+    more: when they are converted, say.
+    """
+    tensors: dict[str, Tensor] = {}
+    mapped = PIECE_BYTES
+    try:
+        with ExitStack() as stack:
+            file = stack.enter_context(safe_open(path, "pt"))
+            for name in list(file.keys()):
+                if mapped >= PIECE_BYTES:
+                    file, mapped = stack.enter_context(safe_open(path, "pt")), 0
+                tensors[name] = file.get_tensor(name)
+                mapped += tensors[name].nbytes
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return tensors

@@ -1,1 +1,1 @@
-"""Training, whatever is trained."""
+"""Training of models."""

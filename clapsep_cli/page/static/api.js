@@ -24,6 +24,7 @@ export const cancel = (id) => asked(`/api/attempts/${id}/cancel`, 'POST');
 export const removeAttempt = (id) => asked(`/api/attempts/${id}`, 'DELETE');
 export const removeShot = (id) => asked(`/api/shots/${id}`, 'DELETE');
 export const openRecording = (file) => upload('/api/recording', file);
+export const chooseTrack = (number) => asked(`/api/recording/tracks/${number}`, 'POST');
 export const addShot = (file) => upload('/api/shots', file);
 export const fileOf = (id) => `/api/sounds/${id}/file`;
 

@@ -1,5 +1,5 @@
 // The page: keeps what is shown in step with the server's state, and what is heard in step with what is shown.
-import { extract, getState, openRecording } from './api.js';
+import { chooseTrack, extract, getState, openRecording } from './api.js';
 import { Attempts, labelOf } from './attempts.js';
 import { find, make } from './dom.js';
 import { listenToKeys } from './keys.js';
@@ -52,6 +52,7 @@ function take(told) {
   const before = state;
   state = told;
   const { recording } = state;
+  if (recording?.id !== opened) stage.picture.forget();
   find('#empty').hidden = Boolean(recording) && recording.state !== 'failed';
   find('#reading').hidden = recording?.state !== 'working';
   find('#work').hidden = recording?.state !== 'done';
@@ -80,6 +81,9 @@ async function showRecording(recording) {
   find('#name').textContent = document.title = recording.name;
   const sides = recording.channels > 1 ? 'stereo' : 'mono';
   find('#facts').textContent = `${clock(recording.frames / recording.rate)} · ${recording.rate / 1000} kHz · ${sides}`;
+  find('#track-label').hidden = recording.tracks.length < 2;
+  find('#track').replaceChildren(...recording.tracks.map((track, index) =>
+    make('option', { value: index + 1, selected: index + 1 === recording.track }, `${index + 1}: ${track}`)));
   banner('');
   attempts.forget();
   query.clearSpans();
@@ -96,7 +100,20 @@ function showModels() {
   const named = select.value || state.model;
   select.replaceChildren(...state.models.map(({ name, here }) =>
     make('option', { value: name, disabled: !here, selected: name === named }, here ? name : `${name} (clapsep models download ${name})`)));
+  showAbilities();
 }
+
+// What the chosen model takes; a side that it has no use for is out of use.
+function showAbilities() {
+  const model = state.models.find(({ name }) => name === find('#model').value);
+  const able = (kind) => model.takes.includes(kind);
+  const leaves = able('negatives') || able('prompts');
+  const lacks = [...(able('audio') ? [] : ['no examples and no stretches']), ...(leaves ? [] : ['nothing to leave'])];
+  find('.side.leave').disabled = !leaves;
+  find('#takes').hidden = !lacks.length;
+  find('#takes').textContent = `${model.name} takes ${able('prompts') ? 'names of prompts' : 'words'} alone: ${lacks.join(', ')}.`;
+}
+find('#model').addEventListener('change', showAbilities);
 
 function finished(attempt) {
   if (attempt.state === 'failed') wrong(attempt.error);
@@ -117,6 +134,7 @@ export function hear(index) {
 }
 
 function showListening() {
+  if (state.recording.id !== opened) return; // another one is being read
   const names = ['mixture', ...parts().map((part) => part.name)];
   find('#listen').replaceChildren(...names.map((name, index) => {
     const choice = make('button', { ariaPressed: String(index - 1 === player.heard) }, labelOf(name), make('kbd', {}, String(index + 1)));
@@ -196,7 +214,7 @@ find('#ask').addEventListener('submit', async (event) => {
   event.preventDefault();
   wrong('');
   try {
-    take(await extract(query.wish(find('#model').value)));
+    take(await extract(query.wish({ model: find('#model').value, refine: JSON.parse(find('#refine').value) })));
     say('Extracting');
   } catch (error) {
     fail(error, wrong);
@@ -209,9 +227,25 @@ for (const [source, tell] of [[attempts, wrong], [query, wrong], [player, banner
 
 // Opening
 
+function mayLeave(name) {
+  return !state?.attempts.length || confirm(`Open ${name}? What was extracted of ${state.recording.name} will be removed.`);
+}
+
+find('#track').addEventListener('change', async ({ target }) => {
+  const { track } = state.recording;
+  const wanted = Number(target.value);
+  target.value = track;
+  if (!mayLeave(`track ${wanted}`)) return;
+  try {
+    player.pause();
+    take(await chooseTrack(wanted));
+  } catch (error) {
+    fail(error, banner);
+  }
+});
+
 async function open(file) {
-  const lost = state?.attempts.length ?? 0;
-  if (lost && !confirm(`Open ${file.name}? What was extracted of ${state.recording.name} will be removed.`)) return;
+  if (!mayLeave(file.name)) return;
   banner('');
   find('#empty').classList.add('taking');
   find('#name').textContent = `Opening ${file.name}…`;

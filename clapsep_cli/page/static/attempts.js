@@ -75,7 +75,7 @@ export class Attempts extends EventTarget {
     const notes = attempt.notes.map((note) => make('p', { className: 'faint' }, note));
     const links = attempt.parts.map((part) =>
       make('a', { href: fileOf(part.id), download: part.file, title: `Download ${part.file}` }, `↓ ${labelOf(part.name)}`));
-    const model = make('span', { className: 'faint' }, `${attempt.model}, ${attempt.elapsed} s`);
+    const model = make('span', { className: 'faint' }, `${attempt.model}, ${attempt.refined ? 'two passes, ' : ''}${attempt.elapsed} s`);
     const actions = make('p', { className: 'actions' }, ...links, this.copier(attempt), this.remover(attempt, 'Remove'), make('span', { className: 'grow' }), model);
     return [...facts, ...notes, actions];
   }
@@ -96,8 +96,7 @@ export class Attempts extends EventTarget {
   copier(attempt) {
     const copy = make('button', { type: 'button', className: 'link' }, 'Copy command');
     copy.dataset.key = `copy ${attempt.id}`;
-    copy.disabled = !attempt.command;
-    copy.title = attempt.command ?? 'No single command does this: there, a target is one text or one recording';
+    copy.title = attempt.command;
     copy.addEventListener('click', async () => {
       await navigator.clipboard.writeText(attempt.command);
       copy.textContent = 'Copied';

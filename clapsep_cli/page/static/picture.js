@@ -47,7 +47,12 @@ export class Picture {
     const seconds = sound.frames / sound.rate;
     kept.peaks ??= getPeaks(sound.id);
     kept.whole ??= getPicture(sound.id, 0, seconds, 2000).then((levels) => ({ from: 0, to: seconds, levels }));
-    [kept.pairs, kept.all] = await Promise.all([kept.peaks, kept.whole]);
+    try {
+      [kept.pairs, kept.all] = await Promise.all([kept.peaks, kept.whole]);
+    } catch (error) {
+      if (this.kept.get(sound.id) === kept) throw error;
+      return; // another recording was opened meanwhile
+    }
     this.draw();
     this.look();
   }

@@ -94,23 +94,23 @@ export class Query extends EventTarget {
   }
 
   row(item) {
-    const label = item.text ?? item.label ?? 'stretch';
+    const label = item.text ?? item.label ?? `stretch from ${short(item.start)} s`;
     const row = make('li', { id: `item-${item.id}` }, make('span', { className: 'sign', ariaHidden: 'true' }, SIGNS[item.kind]));
     if (item.kind === 'span') {
       const [start, end] = ['start', 'end'].map((edge) => this.timeInput(item, edge));
       row.append(start, '–', end, 's');
-      row.append(button('▶', `Play the stretch from ${short(item.start)} s`, () => this.player.playStretch(item.start, item.end)));
+      row.append(button('▶', `Play ${label}`, () => this.player.playStretch(item.start, item.end)));
     } else {
       row.append(make('span', { className: 'words', title: label }, label));
     }
     if (item.side === 'keep' && this.several.checked) {
       const name = make('input', { type: 'text', className: 'name', value: item.name, maxLength: 60, ariaLabel: `Name of the target ${label}` });
       name.addEventListener('change', () => (item.name = name.value));
-      row.append(make('span', { className: 'faint' }, 'as'), name);
+      row.append(make('span', { className: 'pair' }, make('span', { className: 'faint' }, 'as'), name));
     }
     const other = OTHER[item.side];
-    row.append(make('span', { className: 'grow' }), button('⇄', `Move ${label} to ${other}`, () => this.flip(item)));
-    row.append(button('✕', `Remove ${label}`, () => this.remove(item)));
+    const acts = [button('⇄', `Move ${label} to ${other}`, () => this.flip(item)), button('✕', `Remove ${label}`, () => this.remove(item))];
+    row.append(make('span', { className: 'pair acts' }, ...acts));
     return row;
   }
 
@@ -121,7 +121,7 @@ export class Query extends EventTarget {
   }
 
   timeInput(item, edge) {
-    const input = make('input', { type: 'text', className: 'time', inputMode: 'decimal', value: short(item[edge]), ariaLabel: `${edge} in seconds` });
+    const input = make('input', { type: 'text', className: 'time', inputMode: 'decimal', value: short(item[edge]), ariaLabel: `${edge} of the stretch, in seconds` });
     input.addEventListener('change', () => {
       const time = parse(input.value);
       const changed = { ...item, [edge]: time };
@@ -132,14 +132,14 @@ export class Query extends EventTarget {
     return input;
   }
 
-  // As the server takes it.
-  wish(model) {
+  // As the server takes it; `how` is the model, and whether to refine.
+  wish(how) {
     for (const side of ['keep', 'leave']) this.takeWords(this.form.elements[side], side);
     const kept = this.items.filter((item) => item.side === 'keep');
     const targets = this.several.checked && kept.length > 1
       ? kept.map((item) => ({ name: item.name, ...sides([item]) }))
       : [{ name: 'target', ...sides(kept) }];
-    return { model, targets, leave: sides(this.items.filter((item) => item.side === 'leave')) };
+    return { ...how, targets, leave: sides(this.items.filter((item) => item.side === 'leave')) };
   }
 }
 

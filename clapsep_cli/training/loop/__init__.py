@@ -1,1 +1,1 @@
-"""The training loop: what it runs, what it draws, its state on disk and its settings."""
+"""The training loop: tasks, sampling, state on disk and settings."""

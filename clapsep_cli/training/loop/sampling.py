@@ -26,8 +26,7 @@ from clapsep_cli.audio.samples import Audio, to_rate
 from clapsep_cli.data import Corpus, read_clip
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
-from clapsep_cli.store.checkpoint import read_tensors
-from clapsep_cli.store.whole import read_notes, save_whole
+from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
 from clapsep_cli.training.loop.settings import Share, settings
 
 Store = Literal["auto", "memory", "disk"]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, RecipeError
-from clapsep_cli.store.checkpoint import read_tensors
-from clapsep_cli.store.whole import read_notes, save_whole
+from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
 from clapsep_cli.training.loop.optimisation import Muon
 from clapsep_cli.training.loop.task import Task, Weights
 
@@ -88,7 +87,8 @@ class Training:
             made.append(Muon([trained[name] for name in hidden], rate, plan.weight_decay))
         if others:
             rest = [trained[name] for name in others]
-            made.append(torch.optim.AdamW(rest, rate, eps=plan.epsilon, weight_decay=plan.weight_decay, fused=True))
+            adamw = partial(torch.optim.AdamW, eps=plan.epsilon, weight_decay=plan.weight_decay, amsgrad=plan.amsgrad)
+            made.append(adamw(rest, rate, fused=True))
         self.names = [names for names in (hidden, others) if names]  # by optimiser
         return made
 

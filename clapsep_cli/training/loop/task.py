@@ -24,6 +24,7 @@ class Plan:
     accumulate: int = 1
     weight_decay: float = 0.01
     epsilon: float = 1e-8  # of AdamW
+    amsgrad: bool = False  # of AdamW
     clip: float = 5.0  # norm of the gradient
     ema: float = 0.0  # of the averaged weights; 0 for none
     report_every: int = 50

@@ -1,1 +1,1 @@
-"""What can be trained: mini, CLAPSep and TUSS, the presets, and what the three share."""
+"""Recipes for training mini, CLAPSep and TUSS, with presets and shared parts."""

@@ -24,8 +24,8 @@ from clapsep_cli.errors import CheckpointError, ModelError, RecipeError
 from clapsep_cli.files import path_in
 from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
 from clapsep_cli.registry import BUNDLED, weights_folder
-from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, read_tensors, save_part
-from clapsep_cli.store.whole import copy, save_whole
+from clapsep_cli.store.checkpoint import Model, load_part, read_metadata, save_part
+from clapsep_cli.store.whole import copy, read_tensors, save_whole
 from clapsep_cli.tables import read_table
 from clapsep_cli.training.loop.optimisation import Trapezoid
 from clapsep_cli.training.loop.sampling import Draw, Pool, Sampler, open_pool

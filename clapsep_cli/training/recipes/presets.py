@@ -1,4 +1,4 @@
-"""Presets of training, and what overrides them: strictly, so that a misspelt setting never goes unnoticed."""
+"""Lists the presets of training, and overrides their settings; an unknown setting is an error."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from importlib import import_module
 
 from clapsep_cli.errors import RecipeError
 from clapsep_cli.models.tuss import LARGE
+from clapsep_cli.registry import FAMILIES
 from clapsep_cli.training.loop.settings import merged, nearest, nested, validated
 from clapsep_cli.training.loop.train import Recipe
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named recipe: the class that holds its settings, as "module:name", and what it sets otherwise."""
+    """A named recipe: the class that holds its settings, as "module:name", and what it sets otherwise.
+
+    `registry` says of which family the models are that it makes, and can go on from.
+    """
 
     recipe: str
-    family: str  # of the models that it makes, and can go on from
     about: str
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
 RECIPES = "clapsep_cli.training.recipes"
 PRESETS = {
-    "mini": Preset(f"{RECIPES}.mini:MiniRecipe", "mini", "a small model like the bundled one, on a CPU"),
-    "clapsep-hybrid": Preset(
-        f"{RECIPES}.clapsep:ClapsepRecipe", "clapsep", "the paper's, queried by text, audio or both"
-    ),
+    "mini": Preset(f"{RECIPES}.mini:MiniRecipe", "a small model like the bundled one, on a CPU"),
+    "clapsep-hybrid": Preset(f"{RECIPES}.clapsep:ClapsepRecipe", "the paper's, queried by text, audio or both"),
     "clapsep-text": Preset(
         f"{RECIPES}.clapsep:ClapsepRecipe",
-        "clapsep",
         "the paper's, queried by text alone",
         {"queries": "text"},
     ),
-    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe", "tuss", "as the released TUSS, by prompts"),
+    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe", "as the released TUSS, by prompts"),
     "tuss-large": Preset(
         f"{RECIPES}.tuss:TussRecipe",
-        "tuss",
         "3.4 times the weights",
         {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4},
     ),
+    "audiosep-base": Preset(f"{RECIPES}.audiosep:AudioSepRecipe", "as the released AudioSep, by words"),
 }
 DEFAULT = "mini"
 
 
 def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
-    """The recipe of that name with its settings overridden, the last one first. Raises `RecipeError`."""
+    """Make the recipe of a preset with settings overridden; later overrides win. Raises `RecipeError`."""
     if preset not in PRESETS:
         raise RecipeError(f"no preset {preset!r}{nearest(preset, PRESETS)}: there are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
@@ -60,8 +60,8 @@ def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
 
 
 def preset_of(family: str, model: str = "") -> str:
-    """The preset called like `model`, or the first that makes models of its `family`. Raises `RecipeError`."""
-    names = {preset.family: name for name, preset in reversed(PRESETS.items())}
-    if family not in names:
+    """Return the preset called `model`, or else the first of its `family`. Raises `RecipeError`."""
+    names = FAMILIES[family].presets
+    if not names:
         raise RecipeError(f"no preset trains models of the family {family!r}")
-    return model if model in PRESETS else names[family]
+    return model if model in names else names[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from clapsep_cli import dsp
 from clapsep_cli.audio.samples import to_rate
 from clapsep_cli.data import fit
 from clapsep_cli.metrics import si_sdr
-from clapsep_cli.models.base import AudioEncoder, MaskSeparator, TextEncoder, condition
+from clapsep_cli.models.base import AudioEncoder, ConditionedSeparator, TextEncoder, condition
 from clapsep_cli.training.loop.sampling import Pool
 from clapsep_cli.training.recipes.augment import levelled
 
@@ -101,7 +102,7 @@ def cases(
 
 
 @torch.no_grad()
-def improvements(separator: MaskSeparator, validated: Sequence[Case]) -> dict[str, float]:
+def improvements(separator: ConditionedSeparator[Any], validated: Sequence[Case]) -> dict[str, float]:
     """Compute the mean SI-SDRi in dB by kind of query, as `clapsep evaluate` does."""
     gains: dict[str, list[float]] = {}
     for case in validated:
