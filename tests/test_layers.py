@@ -56,7 +56,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"resume"},
             {"tasks"},
             {"recording", "targets"},
-            {"batch"},
+            {"batch", "watch"},
             {"planning"},
         ],
     ),

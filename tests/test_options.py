@@ -83,6 +83,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--mutual": (f"{TWO} --no-mutual", "--mutual"),
         "--no-mutual": (TWO, "--no-mutual"),
         "--manifest": ("", "--manifest jobs.csv"),
+        "--watch": ("mix.wav --pos dog", "--watch in"),
         "--presence": ("mix.wav --pos dog", "--presence"),
         "--no-presence": ("mix.wav --pos dog --json", "--no-presence"),
         "--min-presence": ("mix.wav --pos dog", "--min-presence 9"),
@@ -209,6 +210,7 @@ REFUSED = [
     ("extract mix.wav --pos dog", "--no-mutual"),
     ("extract mix.wav --target a=dog", "--mutual"),
     ("extract --manifest jobs.csv", "--recursive"),
+    ("extract mix.wav --pos dog", "--watch in"),
     ("extract mix.wav --pos dog --min-presence 0", "--no-presence"),
     ("extract mix.wav --pos dog --remove", "--no-residual"),
     ("extract mix.wav --pos dog -o -", "--residual"),
@@ -373,7 +375,7 @@ def test_every_option_has_an_effect(observe: Callable[[str], Observed], command:
     for option, (line, more) in lines.items():
         changed = observe(f"{line} {more}")
         assert changed != without[line], f"{option} has no effect"
-        assert changed["code"] == 0 or option == "--skip-existing", changed["printed"]
+        assert changed["code"] == 0 or option in ("--skip-existing", "--watch"), changed["printed"]
 
 
 @pytest.mark.parametrize(("line", "option"), REFUSED)

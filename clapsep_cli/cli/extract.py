@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import carry_out, find
+from clapsep_cli.cli.run import carry_out, find, keep_on
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption
 from clapsep_cli.errors import QueryError, UsageError
 
@@ -81,6 +81,15 @@ def extract(
     remove: Annotated[
         bool, typer.Option("--remove", rich_help_panel=opt.OUTPUT, help="Write only the rest, without the target.")
     ] = False,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            "--watch",
+            metavar="DIR",
+            rich_help_panel=opt.INPUT,
+            help="Wait for recordings in this folder, and take them as they arrive, until Ctrl-C.",
+        ),
+    ] = None,
     recursive: opt.Recursive = False,
     start: opt.Start = None,
     end: opt.End = None,
@@ -120,6 +129,7 @@ def extract(
     Give at least one query, of either side, as text or as audio.
     """
     given = locals()  # all options by name
+    from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query, parse_span
 
     sides: dict[str, Any] = {
@@ -138,8 +148,14 @@ def extract(
     if manifest and (inputs or recursive):
         extra = "recordings" if inputs else "--recursive"
         raise UsageError(f"{manifest} names the recordings: give either a manifest or {extra}")
+    if watch and (inputs or manifest or str(out) == "-"):
+        extra = "recordings" if inputs else "--manifest" if manifest else "-o -"
+        raise UsageError(f"--watch names the folder of the recordings, and writes files: use it without {extra}")
     if manifest:
         asked = _rows(manifest, sides)
+    elif watch:
+        targets = _targets(target, sides) if target else {TARGET: Query(**sides)}
+        asked = [(Input(watch / "any.wav", Path("any.wav")), targets)]
     else:
         targets = _targets(target, sides) if target else {TARGET: Query(**sides)}
         asked = [(item, targets) for item in find(inputs or [], recursive, out)]
@@ -147,6 +163,8 @@ def extract(
         raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
     if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
         raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
+    if watch:
+        keep_on(watch, recursive, asked[0][1], opt.options_of(given), opt.setup_of(given))
     carry_out(asked, opt.options_of(given), opt.setup_of(given))
 
 

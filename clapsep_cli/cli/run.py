@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import lru_cache
 from math import log10
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
@@ -83,10 +84,58 @@ def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
     lines = _Lines(setup, model, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)
     if todo.jobs:
         lines.begin(jobs)
-    _work(todo, model, options, setup, lines)
+    with stoppable(setup.quiet) as stop:
+        _work(todo, model, options, setup, lines, stop)
+    if lines.failures:
+        raise typer.Exit(FAILED)
 
 
-def _work(todo: Todo, model: Model, options: Options, setup: Setup, lines: _Lines) -> None:
+def keep_on(folder: Path, recursive: bool, targets: Mapping[str, Query], options: Options, setup: Setup) -> NoReturn:
+    """Separate recordings as they arrive in a folder, until the user stops it.
+
+    Args:
+        folder: to watch.
+        recursive: watch the folders below it, too.
+        targets: of each recording, by name.
+        options: how they are read and written.
+        setup: the model, the device and the messages.
+
+    Raises:
+        StoppedError: the user stopped it.
+        ClapsepError: nothing can be done.
+    """
+    from clapsep_cli.audio.writers import read_software
+    from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.planning import lay_out, plan
+    from clapsep_cli.jobs.tasks import Failure
+    from clapsep_cli.jobs.watch import arrivals
+
+    set_threads(setup.threads)
+    options = replace(options, skip_existing=True)
+    lay_out([(Input(folder / "any.wav", Path("any.wav")), targets)], options)  # before a model is loaded
+    model = load(setup.model, setup.device, setup.precision, setup.adapter, setup.quiet)
+    if options.presence is None:
+        options = replace(options, presence=setup.json and model.tells_likeness)
+    model.refine(setup.refine)
+    for doubt in model.doubts(list(targets.values())):
+        warnings.warn(doubt, ClapsepWarning, stacklevel=2)
+    notes(setup.quiet)(f"watching {folder}; Ctrl-C ends it")
+    with stoppable(setup.quiet) as stop:
+        ours = lru_cache(lambda path, _: read_software(path).startswith("clapsep "))
+        known = arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns))
+        for items in known:
+            lines = _Lines(setup, model, len(items), sys.stdout)
+            jobs = []
+            for item in items:
+                try:
+                    jobs += lay_out([(item, targets)], options)
+                except ClapsepError as error:
+                    lines.failed(Failure(item.path, error))
+            _work(plan(jobs, model, options), model, options, setup, lines, stop)
+    raise StoppedError("stopped watching; finished recordings are kept, and skipped the next time")
+
+
+def _work(todo: Todo, model: Model, options: Options, setup: Setup, lines: _Lines, stop: threading.Event) -> None:
     from clapsep_cli.jobs.batch import run
     from clapsep_cli.jobs.tasks import Failure
 
@@ -96,7 +145,6 @@ def _work(todo: Todo, model: Model, options: Options, setup: Setup, lines: _Line
         lines.failed(failure)
     try:
         with (
-            stoppable(setup.quiet) as stop,
             Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
             closing(run(todo.jobs, model, options, reporter.update, stop)) as outcomes,
         ):
@@ -107,8 +155,6 @@ def _work(todo: Todo, model: Model, options: Options, setup: Setup, lines: _Line
         lines.end()
         raise
     lines.end()
-    if lines.failures:
-        raise typer.Exit(FAILED)
 
 
 def load(name: str | None, device: str, precision: str, adapter: Path | None, quiet: bool) -> Model:
