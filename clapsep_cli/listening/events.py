@@ -40,8 +40,8 @@ class Rules:
         length: shortest event, in seconds.
     """
 
-    level: float = -9.0
-    presence: float = 0.0
+    level: float = -12.0
+    presence: float = 0.1
     length: float = 0.15
 
 
