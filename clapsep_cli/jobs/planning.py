@@ -184,7 +184,7 @@ def _check_events(options: Options) -> None:
         "--format": options.format != "wav",
         "--subtype": options.subtype is not None,
         "--clip": options.clip != "warn",
-        "--residual, --no-residual": options.residual is not None,
+        "--residual": options.residual is True,
         "--remove": options.remove,
         "-o -": options.out == STDOUT,
     }

@@ -23,7 +23,7 @@ HEARD_SECONDS = 10.0  # of an event, from its start, that its presence is told f
 HYSTERESIS_DB = 6.0  # an event goes on down to this below the level at which it begins
 RANGE_DB = 30.0  # below the loudest frame of three chunks, a target counts as silent
 GAP_SECONDS = 0.3  # shorter silences do not end an event
-UNLIKE = -0.1  # likeness of a window of the mixture to a query, below which the sound is not there
+UNLIKE = -0.25  # likeness of a window of the mixture to a query, below which the sound is not there
 SILENCE = 1e-10  # mean square (−100 dB) that counts as nothing
 FORMATS = {"csv": "csv", "audacity": "txt", "raven": "txt"}  # suffix by name
 
