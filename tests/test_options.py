@@ -102,7 +102,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
     "hear": {
         "--vocabulary": ("mix.wav --vocabulary sounds.txt", "--vocabulary more.txt"),
         "--top": ("mix.wav --vocabulary sounds.txt --min-score 0", "--top 1"),
-        "--min-score": ("mix.wav --vocabulary sounds.txt", "--min-score 1"),
+        "--min-score": ("mix.wav --vocabulary sounds.txt --min-score 0", "--min-score 1"),
         "--recursive": ("in --vocabulary sounds.txt", "-r"),
         "--start": ("mix.wav --vocabulary sounds.txt --min-score 0", "--start 0.2"),
         "--end": ("mix.wav --vocabulary sounds.txt --min-score 0", "--end 0.2"),
