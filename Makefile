@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cpus test-lowest check bench fuzz golden clean
+.PHONY: demo test test-ray test-cpus test-lowest check bench fuzz golden clean
 
 demo: $(VENV)/installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clapsep demo -o examples/out
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q
+
+# Real Ray on this machine, with workers, nodes and drivers that are killed. Up to three minutes.
+test-ray: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest -q -m ray tests/test_ray.py
 
 # What chooses by the processor, as processors without AVX-512, and without AVX2, have it. Half a minute.
 test-cpus: $(VENV)/dev

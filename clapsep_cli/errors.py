@@ -34,6 +34,10 @@ class OutputError(ClapsepError):
     """An output cannot be written, or exists already."""
 
 
+class TakenError(OutputError):
+    """An output exists already."""
+
+
 class DeviceError(ClapsepError):
     """The device asked for is not there."""
 

@@ -7,6 +7,7 @@ load with them: it is printed first.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from clapsep_cli.startup import prepare
@@ -34,8 +36,9 @@ from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clapsep import CLAPSep, CLAPSepConfig
+from clapsep_cli.query import Query
 from clapsep_cli.registry import MODELS
-from clapsep_cli.separation import BLOCK_SECONDS
+from clapsep_cli.separation import BLOCK_SECONDS, Workers
 from clapsep_cli.store import library
 
 HERE = Path(__file__).parent
@@ -220,6 +223,47 @@ def bench_growth(folder: Path) -> None:
         shutil.rmtree(short)
 
 
+def bench_cores(folder: Path) -> None:
+    """A window on each core against all cores in a window (`--batch-size 1`): time, cores busy, the same bits."""
+    model, cores = library.load_model("mini", "cpu", "high"), torch.get_num_threads()
+    windows = [torch.randn(model.separator.window) for _ in range(2 * cores)]
+    wanted = model.ask([Query("dog barking", "rain")])
+
+    def shared(count: int) -> None:
+        torch.set_num_threads(count)
+        with Workers(model) as workers:
+            for future in [workers.submit(window, wanted) for window in windows]:
+                future.result()
+        torch.set_num_threads(cores)
+
+    works = {f"{count} at once, one thread each": partial(shared, count) for count in sorted({1, 2, cores})}
+    works["one at once, all threads"] = lambda: [model.infer([window], wanted) for window in windows]
+    for name, spent in taking_turns(works).items():
+        row(f"mini, a window, {name}", f"{spent / len(windows):.3f} s")
+    path, files = noise(folder / "ten.wav", 600), folder / "files"
+    files.mkdir()
+    for number in range(20):
+        noise(files / f"{number}.wav", 600 if LONG else 60)
+    settings = {"a window on each core": (), "all cores in a window": ("--batch-size", "1"), "1": ("--threads", "1")}
+    for name, given in (("10 min of stereo", path), (f"20 files of {10 if LONG else 1} min", files)):
+        runs: dict[str, list[tuple[float, float, float]]] = {setting: [] for setting in settings}
+        for _ in range(3):
+            for setting, options in settings.items():
+                out = str(folder / f"out-{setting}")
+                command = ("extract", str(given), "--model", "mini", "-q", "--overwrite", "-o", out, *QUERY, *options)
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                spent, peak = process(*command)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                runs[setting].append((spent, worked, peak))
+        for setting, taken in runs.items():
+            spent, worked, peak = (statistics.median(column) for column in zip(*taken, strict=True))
+            label = "one core" if setting == "1" else setting
+            row(f"mini, {name}, {label}", f"{spent:.1f} s, {worked / spent:.2f} cores busy, peak {peak:.2f} GB")
+    first, second = (folder / f"out-{setting}" / "ten.target.wav" for setting in ("a window on each core", "1"))
+    row("the same bits on one core and on all", "yes" if first.read_bytes() == second.read_bytes() else "NO")
+
+
 def main(chosen: Sequence[str]) -> None:
     row("load average, threads", f"{os.getloadavg()[0]:.2f}, {torch.get_num_threads()}")
     with tempfile.TemporaryDirectory() as name:
@@ -227,6 +271,7 @@ def main(chosen: Sequence[str]) -> None:
             "start": bench_start,
             "processes": lambda: bench_processes(Path(name)),  # before this process has held much
             "growth": lambda: bench_growth(Path(name)),
+            "cores": lambda: bench_cores(Path(name)),
             "window": bench_window,
             "tuss": lambda: beside("bench_tuss.py"),
         }

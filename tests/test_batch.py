@@ -24,8 +24,8 @@ from torch import Tensor
 
 from clapsep_cli import Query, extract, separate, startup
 from clapsep_cli.audio.encoding import Encoding
-from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError, UsageError
-from clapsep_cli.files import clear_unfinished
+from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError, TakenError, UsageError
+from clapsep_cli.files import clear_unfinished, unfinished
 from clapsep_cli.jobs import recording
 from clapsep_cli.jobs.batch import MAX_OPEN, run
 from clapsep_cli.jobs.inputs import Input
@@ -401,16 +401,34 @@ def test_a_stalled_pipe_does_not_keep_from_stopping(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     path, other = tmp_path / "a.wav", tmp_path / "b.wav"
-    left, foreign, similar = (tmp_path / name for name in (".a.wav.7.partial", ".b.wav.7.partial", ".a.wav.partial"))
-    for debris in (left, foreign, similar):
+    left, foreign, similar = unfinished(path), unfinished(other), tmp_path / ".a.wav.partial"
+    elsewhere, long_ago = tmp_path / ".a.wav.000000-00000000.partial", tmp_path / ".a.wav.000000-00000001.partial"
+    for debris in (left, foreign, similar, elsewhere, long_ago):
         debris.touch()
+    os.utime(long_ago, (1, 1))
     with recording.Outputs({"target": path}, 8000, 1, Encoding("wav", 16)):
         before = set(tmp_path.iterdir())
         clear_unfinished([path])
-        assert before - set(tmp_path.iterdir()) == {left}
-    assert set(tmp_path.iterdir()) == {foreign, similar}
+        assert before - set(tmp_path.iterdir()) == {left, long_ago}
+    assert set(tmp_path.iterdir()) == {foreign, similar, elsewhere}
     clear_unfinished([path, other, tmp_path / "none" / "c.wav"])
-    assert set(tmp_path.iterdir()) == {similar}
+    assert set(tmp_path.iterdir()) == {similar, elsewhere}
+
+
+def test_two_writers_never_share_an_unfinished_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in two containers
+    path, encoding = tmp_path / "a.wav", Encoding("wav", 16)
+    with (
+        recording.Outputs({"a": path}, 8000, 1, encoding) as one,
+        recording.Outputs({"a": path}, 8000, 1, encoding) as two,
+    ):
+        one.write({"a": np.zeros((1, 800), np.float32)})
+        two.write({"a": np.zeros((1, 400), np.float32)})
+        one.commit()
+        with pytest.raises(TakenError):
+            two.commit()
+    assert soundfile.info(path).frames == 800
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # What was done before

@@ -362,7 +362,7 @@ def test_a_shell_completes(words: str, completions: list[str], tmp_path: Path) -
 
 def test_readme_and_help_name_the_same_options() -> None:
     readme = re.sub(r"ffmpeg [^|]*\|", "|", (ROOT / "README.md").read_text())  # which has options of its own
-    readme = re.sub(r"^(?:pip|pipx|uv) .*$", "", readme, flags=re.M)  # likewise
+    readme = re.sub(r"^(?:pip|pipx|uv|#SBATCH) .*$", "", readme, flags=re.M)  # likewise
     command: Any = typer.main.get_command(app)
     commands = {"clapsep": command, **dict(_commands(command.commands))}
     options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}

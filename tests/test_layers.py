@@ -51,13 +51,16 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "jobs",
         [
+            {"stores"},
             {"inputs"},
             {"manifest", "outputs"},
             {"resume"},
             {"tasks"},
+            {"exchange", "loading"},
             {"recording", "targets"},
-            {"batch", "watch"},
+            {"batch", "results", "watch"},
             {"planning"},
+            {"ray_engine"},
         ],
     ),
     ("page", [{"guard", "overview", "wishes"}, {"session"}, {"server"}]),
@@ -86,7 +89,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         [
             {"environment", "terminal"},
             {"evaluate", "models", "options"},
-            {"run", "ui"},
+            {"results", "run", "ui"},
             {"extract", "hear", "separate", "train"},
             {"demo"},
             {"app"},

@@ -6,11 +6,14 @@ import hashlib
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -51,6 +54,13 @@ SHARED = {  # by option: a line, and what of it makes a difference when it is ad
     "--no-audio": ("mix.wav {query} --events", "--no-audio"),
     "--overwrite": ("old.wav {query}", "--overwrite"),
     "--skip-existing": ("old.wav {query}", "--skip-existing"),
+    "--shard": ("mix.wav two.flac {query}", "--shard 0/2"),
+    "--scratch": ("memory://lab/mix.wav -o out {query}", "--scratch stage"),
+    "--engine": ("mix.wav {query}", "--engine ray"),
+    "--address": ("mix.wav {query} --engine ray", "--address auto"),
+    "--workers": ("mix.wav {query} --engine ray", "--workers 2"),
+    "--gpus-per-worker": ("mix.wav {query} --engine ray", "--gpus-per-worker 1"),
+    "--insecure": ("mix.wav {query} --engine ray --address auto", "--insecure"),
     "--model": ("mix.wav {query}", "--model mini"),
     "--adapter": ("mix.wav {query}", "--adapter adapter.safetensors"),
     "--device": ("mix.wav {query}", "-d cpu"),
@@ -119,6 +129,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--json": ("mix.wav --vocabulary sounds.txt", "--json"),
         "--quiet": ("mix.wav --vocabulary sounds.txt", "-q"),
     },
+    "results": {"--format": ("kept", "--format csv"), "--quiet": ("kept", "-q")},
     "ui": {
         "--stream": ("film.mkv", "--stream 2"),
         "--model": ("", "--model mini"),
@@ -228,6 +239,11 @@ REFUSED = [
     ("extract mix.wav --pos dog", "--events-length 1"),
     ("extract mix.wav --pos dog --events --no-audio", "--format flac"),
     ("extract mix.wav --pos dog --events --no-audio", "--residual"),
+    ("extract mix.wav --pos dog", "--scratch stage"),
+    ("extract mix.wav --pos dog", "--address auto"),
+    ("extract mix.wav --pos dog", "--workers 2"),
+    ("extract mix.wav --pos dog", "--gpus-per-worker 1"),
+    ("extract mix.wav --pos dog", "--insecure"),
     ("separate mix.wav --prompts dog rain --only dog -o -", "--residual"),
     (f"evaluate {EVALUATE}", "--overwrite"),
     (f"evaluate {EVALUATE}", "--no-text"),
@@ -259,7 +275,9 @@ class Opened:
 def place(tmp_path: Path) -> Path:
     """Recordings and lists for all the lines above."""
     place = tmp_path / "here"
-    for folder in ("in/deep", "labels/dog", "labels/rain", "labels/bell", "kept"):
+    (place / "kept" / "_clapsep").mkdir(parents=True)
+    (place / "kept" / "_clapsep" / "a.wav.0.json").write_text('{"input": "a.wav", "status": "done"}')
+    for folder in ("in/deep", "labels/dog", "labels/rain", "labels/bell"):
         (place / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name in ("mix.wav", "two.flac", "old.wav", "in/one.wav", "in/deep/two.wav"):
@@ -312,6 +330,14 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
             seen.append(("threads", workers))
             super().__init__(workers, **settings)
 
+    def on_ray(jobs: Any, options: Any, loading: Any, cluster: Any, *_: Any) -> Iterator[Any]:
+        seen.append(("ray", len(jobs), loading, cluster))
+        yield from ()
+
+    def staged(prefix: str, dir: Path) -> str:  # noqa: A002
+        seen.append(("staged", dir.name))
+        return mkdtemp(prefix=prefix, dir=dir)
+
     def run(line: str) -> Observed:
         seen.clear()
         separator = Moody(8000)
@@ -322,6 +348,8 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setattr(adapters, "apply", lambda model, path: noted("adapter")(path))
         monkeypatch.setattr(torch, "set_num_threads", noted("torch"))
         monkeypatch.setattr(batch, "ThreadPoolExecutor", Pool)
+        monkeypatch.setattr("clapsep_cli.jobs.ray_engine.run_on_ray", on_ray)
+        monkeypatch.setattr(tempfile, "mkdtemp", staged)
         monkeypatch.setattr("clapsep_cli.training.loop.train.train", noted("train", True))
         monkeypatch.setattr(Opened, "open", noted("open"), raising=False)
         monkeypatch.setattr("clapsep_cli.page.session.Session", noted("session", Opened()))
@@ -333,6 +361,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         for path in before:
             os.utime(path, (1, 1))
         kept = {path: path.read_bytes() for path in before}
+        fsspec.filesystem("memory").pipe_file("/lab/mix.wav", kept[place / "mix.wav"])
         done = clapsep(*shlex.split(line), cwd=place)
         files = {path.relative_to(place): content(path) for path in place.rglob("*") if path.is_file()}
         for path in [path for path in place.rglob("*") if path.is_file()]:

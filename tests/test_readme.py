@@ -25,7 +25,9 @@ from hub_server import HubServer
 from media_files import encode
 from recordings import noise
 from tuss_stand_in import TINY, convert_tiny, released, save_released
+from typer.main import get_command
 
+from clapsep_cli.cli.app import app
 from clapsep_cli.registry import MODELS
 from clapsep_cli.store import convert_tuss
 from clapsep_cli.training.recipes.presets import PRESETS
@@ -200,7 +202,7 @@ def test_every_recipe_runs(place: Path, clapsep: Clapsep, monkeypatch: pytest.Mo
 
 
 def test_no_block_is_of_another_kind() -> None:
-    assert {block.language for block in blocks()} == {"sh", "python"}
+    assert {block.language for block in blocks()} == {"sh", "python", "bash", "yaml"}
     assert sum(len(block.commands) for block in blocks() if block.language == "sh") > 25
 
 
@@ -215,3 +217,20 @@ def test_extras_and_files_that_are_named_exist() -> None:
     }
     for anchor in re.findall(r"\]\(#([^)]+)\)", README):
         assert anchor in headings, anchor
+
+
+@pytest.mark.parametrize("language", ["bash", "yaml"])
+def test_options_of_commands_for_other_machines_exist(language: str) -> None:
+    known = {name: {o for p in command.params for o in p.opts} for name, command in get_command(app).commands.items()}
+    seen = 0
+    for block in blocks():
+        for line in block.commands if block.language == language else ():
+            line = re.sub(r"[][,\"']", " ", line.partition("  #")[0])
+            command = line.rpartition("clapsep ")[2]
+            if line.startswith("#") or "clapsep " not in line:
+                continue
+            name, *words = command.replace("'", " ").split()
+            if name in known:
+                assert {word.split("=")[0] for word in words if re.match("--?[a-z]", word)} <= known[name], line
+                seen += 1
+    assert seen

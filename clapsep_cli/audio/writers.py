@@ -23,7 +23,7 @@ from clapsep_cli.audio import film
 from clapsep_cli.audio.decoders import reason
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, open_encoder
 from clapsep_cli.audio.samples import Samples
-from clapsep_cli.errors import OutputError
+from clapsep_cli.errors import OutputError, TakenError
 from clapsep_cli.files import claim, unfinished
 
 STDOUT = Path("-")
@@ -66,7 +66,7 @@ class Part:
                 self._stream, seek = sys.stdout.buffer, _is_file(sys.stdout.buffer)
             else:
                 self.temporary, seek = unfinished(path), True
-                self._stream = self.temporary.open("w+b", buffering=2**16)
+                self._stream = self.temporary.open("x+b", buffering=2**16)
                 self._claim = claim(self._stream)
             try:
                 self._encoder = open_encoder(
@@ -307,7 +307,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder")
     if not overwrite and os.path.lexists(path):
-        raise OutputError(f"{path}: exists already; use --overwrite to replace it, or -o for another folder")
+        raise TakenError(f"{path}: exists already; use --overwrite to replace it, or -o for another folder")
 
 
 def _make_folder(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from clapsep_cli.cli.evaluate import evaluate, mixtures
 from clapsep_cli.cli.extract import extract
 from clapsep_cli.cli.hear import hear
 from clapsep_cli.cli.models import models
+from clapsep_cli.cli.results import results
 from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
 from clapsep_cli.cli.terminal import ModelDirOption, note
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
 app.command()(hear)
+app.command()(results)
 app.command()(ui)
 app.command()(demo)
 app.command()(train)

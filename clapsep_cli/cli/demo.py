@@ -36,7 +36,7 @@ def _run(mix: Path, folder: Path, **query: Any) -> None:
     options = [word for option, values in query.items() for word in (f"--{option.replace('_', '-')}", str(values[0]))]
     words = ["clapsep", "extract", str(mix), *options, "--model", "mini", "-o", str(folder), "--overwrite"]
     typer.echo(f"\n$ {shlex.join(words)}")
-    extract(inputs=[str(mix)], model="mini", out=folder, overwrite=True, **query)
+    extract(inputs=[str(mix)], model="mini", out=str(folder), overwrite=True, **query)
     files = (mix, mix.with_name("dog.flac"), folder / "mix.target.wav")
     mixture, dog, target = (soundfile.read(path, dtype="float32")[0] for path in files)
     for name, metric in (("SDRi", sdr), ("SI-SDRi", si_sdr)):

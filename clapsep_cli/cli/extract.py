@@ -16,6 +16,8 @@ from clapsep_cli.errors import QueryError, UsageError
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.planning import Requests
+    from clapsep_cli.jobs.stores import Stage
+    from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query, Span
 
 QUERY = "Queries"  # panel of --help
@@ -35,11 +37,11 @@ def extract(
         _query("--neg", metavar="TEXT", help="The sound to leave out, in words; several are averaged."),
     ] = None,
     query_audio: Annotated[
-        list[Path] | None,
+        list[str] | None,
         _query("--query-audio", metavar="FILE|DIR", help="Recordings that sound like the sound to keep."),
     ] = None,
     neg_audio: Annotated[
-        list[Path] | None,
+        list[str] | None,
         _query("--neg-audio", metavar="FILE|DIR", help="Recordings that sound like the sound to leave out."),
     ] = None,
     pos_span: Annotated[
@@ -65,7 +67,7 @@ def extract(
         bool | None, _query("--mutual/--no-mutual", help="Use the other targets as negative queries of each.")
     ] = None,
     manifest: Annotated[
-        Path | None,
+        str | None,
         _query("--manifest", metavar="CSV", help="Recordings with queries: file, pos, neg, query_audio, neg_audio."),
     ] = None,
     presence: Annotated[
@@ -111,6 +113,13 @@ def extract(
     no_audio: opt.NoAudio = False,
     overwrite: opt.Overwrite = False,
     skip_existing: opt.SkipExisting = False,
+    shard: opt.Shard = None,
+    scratch: opt.Scratch = None,
+    engine: opt.Engine = "local",
+    address: opt.Address = None,
+    workers: opt.Workers = None,
+    gpus_per_worker: opt.GpusPerWorker = None,
+    insecure: opt.Insecure = False,
     model: ModelOption = None,
     adapter: opt.Adapter = None,
     device: DeviceOption = "auto",
@@ -129,18 +138,8 @@ def extract(
     Give at least one query, of either side, as text or as audio.
     """
     given = locals()  # all options by name
-    from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.query import DEFAULT_ALPHA, TARGET, Query, parse_span
+    from clapsep_cli.query import DEFAULT_ALPHA, parse_span
 
-    sides: dict[str, Any] = {
-        "pos": pos or (),
-        "neg": neg or (),
-        "pos_audio": query_audio or (),
-        "neg_audio": neg_audio or (),
-        "alpha": DEFAULT_ALPHA if alpha is None else alpha,
-        "pos_spans": [parse_span(span) for span in pos_span or ()],
-        "neg_spans": [parse_span(span) for span in neg_span or ()],
-    }
     if target and (pos or query_audio or pos_span or manifest):
         raise UsageError(
             "--target names the sound to keep: use it without --pos, --query-audio, --pos-span, --manifest"
@@ -151,24 +150,42 @@ def extract(
     if watch and (inputs or manifest or str(out) == "-"):
         extra = "recordings" if inputs else "--manifest" if manifest else "-o -"
         raise UsageError(f"--watch names the folder of the recordings, and writes files: use it without {extra}")
-    if manifest:
-        asked = _rows(manifest, sides)
-    elif watch:
-        targets = _targets(target, sides) if target else {TARGET: Query(**sides)}
-        asked = [(Input(watch / "any.wav", Path("any.wav")), targets)]
-    else:
-        targets = _targets(target, sides) if target else {TARGET: Query(**sides)}
-        asked = [(item, targets) for item in find(inputs or [], recursive, out)]
     if mutual is not None and len(target or ()) < 2:
         raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
-    if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
-        raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
-    if watch:
-        keep_on(watch, recursive, asked[0][1], opt.options_of(given), opt.setup_of(given))
-    carry_out(asked, opt.options_of(given), opt.setup_of(given))
+    sides: dict[str, Any] = {
+        "pos": pos or (),
+        "neg": neg or (),
+        "alpha": DEFAULT_ALPHA if alpha is None else alpha,
+        "pos_spans": [parse_span(span) for span in pos_span or ()],
+        "neg_spans": [parse_span(span) for span in neg_span or ()],
+    }
+    setup = opt.setup_of(given)
+    with opt.staging(scratch) as stage:
+        options = opt.options_of(given, stage)
+        for side, shots in (("pos_audio", query_audio), ("neg_audio", neg_audio)):
+            sides[side] = [stage.fetch(stage.path(str(shot))) for shot in shots or ()]
+        asked = _asked(given, sides, options, stage)
+        if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
+            raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
+        if watch:
+            keep_on(watch, recursive, asked[0][1], options, setup, stage)
+        carry_out(asked, options, setup, stage)
 
 
-def _targets(arguments: Sequence[str], sides: dict[str, Any]) -> Mapping[str, Query]:
+def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, stage: Stage) -> Requests:
+    """Return the recordings with their queries, by the arguments of the command and the two sides of a query."""
+    from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.query import TARGET, Query
+
+    if given["manifest"]:
+        return _rows(stage.path(given["manifest"]), sides, stage)
+    targets = _targets(given["target"], sides, stage) if given["target"] else {TARGET: Query(**sides)}
+    if given["watch"]:  # the first one stands for those to come
+        return [(Input(given["watch"] / "any.wav", Path("any.wav")), targets)]
+    return [(item, targets) for item in find(given["inputs"] or [], given["recursive"], options.out, stage)]
+
+
+def _targets(arguments: Sequence[str], sides: dict[str, Any], stage: Stage) -> Mapping[str, Query]:
     """Return the queries of several targets by name, which share the negative side of `sides`."""
     from clapsep_cli.jobs.targets import parse_targets
     from clapsep_cli.query import Query
@@ -180,7 +197,7 @@ def _targets(arguments: Sequence[str], sides: dict[str, Any]) -> Mapping[str, Qu
             return Query(pos_audio=[sound], **shared)
         return Query(pos=sound, **shared) if isinstance(sound, str) else Query(pos_spans=[sound], **shared)
 
-    return {name: query(sound) for name, sound in parse_targets(arguments).items()}
+    return {name: query(sound) for name, sound in parse_targets(arguments, stage).items()}
 
 
 def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
@@ -194,14 +211,14 @@ def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
     )
 
 
-def _rows(manifest: Path, sides: dict[str, Any]) -> Requests:
+def _rows(manifest: Path, sides: dict[str, Any], stage: Stage) -> Requests:
     """Read the recordings of a manifest with their queries; `sides` are used where a row has none."""
     from clapsep_cli.jobs.manifest import read_jobs
     from clapsep_cli.query import TARGET, Query
 
     asked: list[tuple[Input, Mapping[str, Query]]] = []
     known: dict[Query, Mapping[str, Query]] = {}  # recordings that share their queries are separated together
-    for row in read_jobs(manifest):
+    for row in read_jobs(manifest, stage):
         own = {"pos": row.pos, "neg": row.neg, "pos_audio": row.query_audio, "neg_audio": row.neg_audio}
         try:
             query = Query(**{**sides, **{side: value for side, value in own.items() if value}})

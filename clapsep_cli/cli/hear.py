@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.listening.hearing import Heard, Listener
 
 PANEL = "Sounds"  # of --help
@@ -65,37 +67,31 @@ def hear(
     Scores are 0 to 1: of sounds with 0.7, about seven of ten are there.
     """
     from clapsep_cli.audio.samples import slowed
-    from clapsep_cli.audio.sources import STDIN, Source
+    from clapsep_cli.audio.sources import Source
+    from clapsep_cli.jobs.loading import Loading
     from clapsep_cli.listening.hearing import Listener, vocabulary_of
-    from clapsep_cli.listening.plot import check_installed
 
-    if plot:
-        check_installed()
     part = parse_time(start) if start else 0.0, parse_time(end) if end else None
-    found = find(inputs or [], recursive, None)
-    pictures = {item.path: item.path.with_suffix(".sounds.png") for item in found if plot}
-    if STDIN in pictures:
-        raise UsageError("--plot writes a picture beside the recording: use it without - (standard input)")
-    taken = next((path for path in pictures.values() if path.exists()), None)
-    if taken and not overwrite:
-        raise OutputError(f"{taken}: exists already; use --overwrite to replace it")
     if overwrite and not plot:
         raise UsageError("--overwrite is about the picture: use it with --plot")
-    set_threads(threads)
-    loaded = load(model, device, "high", adapter, quiet)
-    listener = Listener(loaded, vocabulary_of(loaded, vocabulary))
     failures = 0
-    with stoppable(quiet, "stopping after the window at hand") as stop:
+    with opt.staging(None) as stage, stoppable(quiet, "stopping after the window at hand") as stop:
 
         def check() -> None:
             if stop.is_set():
                 raise StoppedError("stopped")
 
+        found = find(inputs or [], recursive, None, stage)
+        pictures = _pictures(found, overwrite, stage) if plot else {}
+        set_threads(threads)
+        loaded = load(Loading(model, adapter, device, "high"), stage, quiet)
+        listener = Listener(loaded, vocabulary_of(loaded, vocabulary))
         for item in found:
+            check()
             try:
                 if item.fault:
                     raise item.fault
-                with Source(item.path, *part, lenient, stream) as source:
+                with Source(stage.fetch(item.path, keep=False), *part, lenient, stream) as source:
                     rate = slowed(source.rate, expand, source.name)
                     heard = listener.hear(source.blocks(5.0), rate, expand, part[0], check)
                 for line in source.notes:
@@ -108,9 +104,27 @@ def hear(
                 if json:
                     echo_json({"input": str(item.path), "status": "failed", "error": str(error)})
                 continue
+            finally:
+                stage.drop(item.path)
             _show(item, listener, heard, top, min_score, loaded.name, json, quiet, pictures.get(item.path))
     if failures:
         raise typer.Exit(FAILED)
+
+
+def _pictures(found: Sequence[Input], overwrite: bool, stage: Stage) -> dict[Path, Path]:
+    """Return the path of the picture of each recording. Raises `UsageError`, `OutputError` where it cannot be there."""
+    from clapsep_cli.audio.sources import STDIN
+    from clapsep_cli.listening.plot import check_installed
+
+    check_installed()
+    pictures = {item.path: item.path.with_suffix(".sounds.png") for item in found}
+    for path, picture in pictures.items():
+        if path == STDIN or stage.holds(path):
+            name = "- (standard input)" if path == STDIN else stage.shown(str(path))
+            raise UsageError(f"--plot writes a picture beside the recording: use it without {name}")
+        if picture.exists() and not overwrite:
+            raise OutputError(f"{picture}: exists already; use --overwrite to replace it")
+    return pictures
 
 
 def echo_json(facts: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import textwrap
@@ -28,17 +29,20 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.loading import Loading
     from clapsep_cli.jobs.planning import Requests, Todo
-    from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
+    from clapsep_cli.jobs.stores import Stage
+    from clapsep_cli.jobs.tasks import Job, Options, Outcome
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model
 
 FAILED = 1  # exit code if a recording or an output failed; usage errors exit with 2
 DONE, ABSENT, BEFORE, FAULTY = OUTCOMES = ("done", "without what was asked for", "done before", "failed")
+STATUSES = {"done": DONE, "absent": ABSENT, "skipped": BEFORE, "failed": FAULTY}
 HEADER_LETTERS = 160  # of the queries in the first line
 
 
-def find(inputs: Sequence[str], recursive: bool, out: Path | None) -> list[Input]:
+def find(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
     """Find the recordings that the arguments name, but no outputs of earlier runs (see `expand`)."""
     from clapsep_cli.audio.writers import read_software
     from clapsep_cli.jobs.inputs import expand
@@ -46,51 +50,55 @@ def find(inputs: Sequence[str], recursive: bool, out: Path | None) -> list[Input
     if not inputs:
         raise UsageError("no recordings: name files, folders, patterns or @list.txt")
     folder = None if _is_stdout(out) else out
-    return expand(inputs, recursive, folder, lambda path: read_software(path).startswith("clapsep "))
+    return expand(inputs, recursive, folder, lambda path: read_software(path).startswith("clapsep "), stage)
 
 
 def _is_stdout(out: Path | None) -> bool:
     return str(out) == "-"
 
 
-def carry_out(asked: Requests, options: Options, setup: Setup) -> None:
+def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> None:
     """Separate the recordings and print the results.
 
     Args:
         asked: recordings, each with its targets by name.
         options: how they are read and written.
         setup: the model, the device and the messages.
+        stage: mirrors the stores of URLs.
 
     Raises:
         typer.Exit: a recording failed.
         ClapsepError: nothing can be done.
     """
-    from clapsep_cli.jobs.planning import lay_out, plan
+    from clapsep_cli.jobs.planning import lay_out
     from clapsep_cli.query import check_taken
 
     set_threads(setup.threads)
     if _is_stdout(options.out) and setup.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
-    jobs = lay_out(asked, options)  # before a model is loaded, perhaps downloaded
+    _check_scratch(setup, stage)
+    jobs = lay_out(asked, options, stage)  # before a model is loaded, perhaps downloaded
+    lines = _Lines(setup, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)
+    if options.shard is not None and not jobs:
+        lines.say(f"no recordings in shard {options.shard[0]}/{options.shard[1]} of {len(asked)}")
+        return
     _, *others = sets = _sets(jobs)
     if setup.model in MODELS and not others:
         check_taken(sets[0].values(), FAMILIES[MODELS[setup.model].family].takes, setup.model)
-    model = load(setup.model, setup.device, setup.precision, setup.adapter, setup.quiet)
-    if options.presence is None:
-        options = replace(options, presence=setup.json and model.tells_likeness)
-    model.refine(setup.refine)
-    todo = plan(jobs, model, options)
-    _warn_of_doubts(model, jobs)
-    lines = _Lines(setup, model, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)
-    if todo.jobs:
-        lines.begin(jobs)
-    with stoppable(setup.quiet) as stop:
-        _work(todo, model, options, setup, lines, stop)
+    (_work_on_ray if setup.engine == "ray" else _work)(jobs, options, setup, stage, lines)
+    lines.end()
     if lines.failures:
         raise typer.Exit(FAILED)
 
 
-def keep_on(folder: Path, recursive: bool, targets: Mapping[str, Query], options: Options, setup: Setup) -> NoReturn:
+def _check_scratch(setup: Setup, stage: Stage) -> None:
+    if setup.scratch is not None and stage.root is None:
+        raise UsageError("--scratch is the folder for what URLs name, and there is none: leave it out")
+
+
+def keep_on(
+    folder: Path, recursive: bool, targets: Mapping[str, Query], options: Options, setup: Setup, stage: Stage
+) -> NoReturn:
     """Separate recordings as they arrive in a folder, until the user stops it.
 
     Args:
@@ -99,6 +107,7 @@ def keep_on(folder: Path, recursive: bool, targets: Mapping[str, Query], options
         targets: of each recording, by name.
         options: how they are read and written.
         setup: the model, the device and the messages.
+        stage: mirrors the stores of URLs.
 
     Raises:
         StoppedError: the user stopped it.
@@ -107,16 +116,18 @@ def keep_on(folder: Path, recursive: bool, targets: Mapping[str, Query], options
     from clapsep_cli.audio.writers import read_software
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.planning import lay_out, plan
-    from clapsep_cli.jobs.tasks import Failure
+    from clapsep_cli.jobs.tasks import Failure, row_of
     from clapsep_cli.jobs.watch import arrivals
 
+    _check_scratch(setup, stage)
+    if setup.engine == "ray":
+        raise UsageError("--engine ray takes recordings that are there: use it without --watch")
     set_threads(setup.threads)
     options = replace(options, skip_existing=True)
-    lay_out([(Input(folder / "any.wav", Path("any.wav")), targets)], options)  # before a model is loaded
-    model = load(setup.model, setup.device, setup.precision, setup.adapter, setup.quiet)
+    lay_out([(Input(folder / "any.wav", Path("any.wav")), targets)], options, stage)  # before a model is loaded
+    model = load(_loading(setup), stage, setup.quiet)
     if options.presence is None:
         options = replace(options, presence=setup.json and model.tells_likeness)
-    model.refine(setup.refine)
     for doubt in model.doubts(list(targets.values())):
         warnings.warn(doubt, ClapsepWarning, stacklevel=2)
     notes(setup.quiet)(f"watching {folder}; Ctrl-C ends it")
@@ -124,50 +135,102 @@ def keep_on(folder: Path, recursive: bool, targets: Mapping[str, Query], options
         ours = lru_cache(lambda path, _: read_software(path).startswith("clapsep "))
         known = arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns))
         for items in known:
-            lines = _Lines(setup, model, len(items), sys.stdout)
-            jobs = []
+            jobs, failed = [], []
             for item in items:
                 try:
-                    jobs += lay_out([(item, targets)], options)
+                    jobs += lay_out([(item, targets)], options, stage)
                 except ClapsepError as error:
-                    lines.failed(Failure(item.path, error))
-            _work(plan(jobs, model, options), model, options, setup, lines, stop)
+                    failed.append(Failure(item.path, error))
+            lines = _Lines(setup, len(jobs) + len(failed), sys.stdout)
+            for failure in failed:
+                lines.show(row_of(failure, model))
+            _process(plan(jobs, model, options, stage), model, options, setup, stage, lines, stop)
+            lines.end()
     raise StoppedError("stopped watching; finished recordings are kept, and skipped the next time")
 
 
-def _work(todo: Todo, model: Model, options: Options, setup: Setup, lines: _Lines, stop: threading.Event) -> None:
-    from clapsep_cli.jobs.batch import run
-    from clapsep_cli.jobs.tasks import Failure
-
-    for job in todo.done:
-        lines.skipped(job)
-    for failure in todo.blocked:
-        lines.failed(failure)
-    try:
-        with (
-            Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
-            closing(run(todo.jobs, model, options, reporter.update, stop)) as outcomes,
-        ):
-            for outcome in outcomes:
-                reporter.finish(outcome.mixture, isinstance(outcome, Failure))
-                lines.failed(outcome) if isinstance(outcome, Failure) else lines.done(outcome)
-    except (StoppedError, KeyboardInterrupt):
-        lines.end()
-        raise
-    lines.end()
-
-
-def load(name: str | None, device: str, precision: str, adapter: Path | None, quiet: bool) -> Model:
+def load(loading: Loading, stage: Stage, quiet: bool) -> Model:
     """Load a model with its adapter, and show a download if one is needed."""
-    from clapsep_cli.store.library import load_model
-
     with downloads(quiet) as shown:
-        model = load_model(name, device, precision, say=notes(quiet), progress=shown)
-    if adapter:
-        from clapsep_cli.store.adapters import apply
+        return loading.load(stage, notes(quiet), shown)
 
-        apply(model, adapter)
-    return model
+
+def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
+    """Plan and run the jobs in this process."""
+    from clapsep_cli.jobs.planning import plan
+
+    model = load(_loading(setup), stage, setup.quiet)
+    if options.presence is None:
+        options = replace(options, presence=setup.json and model.tells_likeness)
+    todo = plan(jobs, model, options, stage)
+    if todo.jobs or not todo.done:  # networks are read only if they are needed
+        _warn_of_doubts(model, jobs)
+    if todo.jobs:
+        lines.begin(jobs, model)
+    with stoppable(setup.quiet) as stop:
+        _process(todo, model, options, setup, stage, lines, stop)
+
+
+def _process(
+    todo: Todo, model: Model, options: Options, setup: Setup, stage: Stage, lines: _Lines, stop: threading.Event
+) -> None:
+    """Run what is to do, and print all results."""
+    from clapsep_cli.jobs.batch import run
+    from clapsep_cli.jobs.tasks import Failure, Skipped, row_of
+
+    known: list[Outcome] = [*map(Skipped, todo.done), *todo.blocked]
+    for outcome in known:
+        lines.show(row_of(outcome, model))
+    with (
+        lines.ended_if_stopped(),
+        Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
+        closing(run(todo.jobs, model, options, reporter.update, stop, stage)) as outcomes,
+    ):
+        for outcome in outcomes:
+            reporter.finish(outcome.mixture, isinstance(outcome, Failure))
+            lines.show(row_of(outcome, model))
+
+
+def _loading(setup: Setup) -> Loading:
+    from clapsep_cli.jobs.loading import Loading
+
+    return Loading(setup.model, setup.adapter, setup.device, setup.precision, setup.refine)
+
+
+def _work_on_ray(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
+    """Have workers of a cluster plan and run the jobs."""
+    from clapsep_cli.jobs.ray_engine import Cluster, run_on_ray
+
+    if _is_stdout(options.out) or any(str(job.input.path) == "-" for job in jobs):
+        raise UsageError("--engine ray reads and writes files: name them, or leave it out")
+    if options.presence is None:
+        options = replace(options, presence=setup.json)  # where the model can tell
+    gpus, threads = setup.gpus_per_worker or 0.0, setup.threads or 1
+    cluster = Cluster(setup.address, setup.workers, gpus, threads, setup.insecure, setup.scratch)
+    with (
+        _without_prints() as lines.stream,
+        lines.ended_if_stopped(),
+        stoppable(setup.quiet) as stop,
+        Reporter(setup.progress, setup.quiet, len(jobs)) as reporter,
+        closing(run_on_ray(jobs, options, _loading(setup), cluster, stage, stop)) as rows,
+    ):
+        for row in rows:
+            reporter.finish(Path(row["input"]), row["status"] == "failed")
+            lines.show(row)
+        lines.end()
+
+
+@contextmanager
+def _without_prints() -> Iterator[TextIO]:
+    """Yield stdout for our lines alone: what a library prints there, also from C, goes to stderr."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as own:
+        try:
+            os.dup2(2, 1)
+            yield own
+        finally:
+            own.flush()
+            os.dup2(own.fileno(), 1)
 
 
 def _sets(jobs: Sequence[Job]) -> list[Mapping[str, Query]]:
@@ -215,93 +278,96 @@ def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> 
             signal.signal(number, handler)
 
 
-def _named(path: Path, stream: str) -> str:
-    return f"standard {stream}" if str(path) == "-" else str(path)
+def _named(path: str, stream: str) -> str:
+    return f"standard {stream}" if path == "-" else path
 
 
 class _Lines:
     """Prints the results of `count` recordings on `stream`, as text or as JSON."""
 
-    def __init__(self, setup: Setup, model: Model, count: int, stream: TextIO) -> None:
-        self.json, self.model, self.count, self.stream = setup.json, model, count, stream
+    def __init__(self, setup: Setup, count: int, stream: TextIO) -> None:
+        self.json, self.count, self.stream = setup.json, count, stream
         self.silent, self.say = setup.quiet and not setup.json, notes(setup.quiet)
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.over = False
 
     def _print(self, line: str) -> None:
         if not self.silent:
             echo(line, self.stream)
 
-    def begin(self, jobs: Sequence[Job]) -> None:
+    def begin(self, jobs: Sequence[Job], model: Model) -> None:
         """Print the model, the device and the queries."""
         if self.json:
             return
-        revision = f" ({self.model.revision})" if self.model.revision else ""
+        revision = f" ({model.revision})" if model.revision else ""
         sets = {id(job.targets): job.targets for job in jobs}
         asked = _described(jobs[0].targets) if len(sets) == 1 else "queries of their own"
         asked = textwrap.shorten(asked, HEADER_LETTERS, placeholder=" …")
-        self._print(f"{self.model.name}{revision} on {self.model.device}, {self.model.precision}: {asked}")
+        self._print(f"{model.name}{revision} on {model.device}, {model.precision}: {asked}")
 
-    def _object(self, path: Path, status: str, **facts: Any) -> None:
-        model = {"model": self.model.name, "revision": self.model.revision, "device": str(self.model.device)}
-        told = {"input": str(path), "status": status, **model, "precision": self.model.precision, **facts}
-        self._print(json.dumps(told))  # in ASCII, for any encoding of the terminal
-
-    def skipped(self, job: Job) -> None:
-        self.outcomes[BEFORE] += 1
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Print the result of a recording (see `row_of`)."""
+        status = row["status"]
+        self.outcomes[STATUSES[status]] += 1
         if self.json:
-            self._object(job.input.path, "skipped", outputs={part: str(path) for part, path in job.outputs.items()})
-        elif self.count < 2:  # of several, only the number is printed
-            self._print(f"{job.input.path}: done before{'' if job.outputs else ', without what was asked for'}")
+            self._print(json.dumps(row))  # in ASCII, for any encoding of the terminal
+        if status == "failed":
+            self.failures.append(row["error"])
+            note(row["error"])
+        elif status == "skipped":
+            if not self.json and self.count < 2:  # of several, only the number is printed
+                without = "" if row["outputs"] or row.get("events_file") else ", without what was asked for"
+                self._print(f"{row['input']}: done before{without}")
+        else:
+            self._warn(row)
+            if not self.json:
+                self._describe(row)
 
-    def failed(self, failure: Failure) -> None:
-        self.outcomes[FAULTY] += 1
-        self.failures.append(str(failure.error))
-        if self.json:
-            self._object(failure.mixture, "failed", error=str(failure.error))
-        note(str(failure.error))
-
-    def done(self, done: Extraction) -> None:
-        self.outcomes[DONE if done.found else ABSENT] += 1
-        for line in done.notes:
+    def _warn(self, row: Mapping[str, Any]) -> None:
+        for line in row["notes"]:
             self.say(line)
-        for part, count in done.clipped.items():
+        for part, count in row["clipped"].items():
             if count:
                 were = "samples were" if count > 1 else "sample was"
-                name = _named(done.outputs[part], "output")
+                name = _named(row["outputs"][part], "output")
                 self.say(f"{name}: {count} {were} over full scale and clipped; see --clip")
-        if self.json:
-            facts = done.as_json()
-            self._object(facts.pop("mixture"), "done" if done.found else "absent", **facts)
-        else:
-            self._describe(done)
 
-    def _describe(self, done: Extraction) -> None:
-        speed = done.seconds / max(done.elapsed, 1e-6)
-        name = _named(done.mixture, "input")
-        self._print(
-            f"{name}: {done.seconds:.2f} s in {done.elapsed:.2f} s ({speed:.{int(speed < 10)}f} times real time)"
-        )
-        if done.gain != 1:
-            self._print(f"  all parts were lowered by {-20 * log10(done.gain):.2f} dB so that nothing clips")
-        for target, score in done.presence.items():
-            left = "; not written" if target in done.absent else ""
+    def _describe(self, row: Mapping[str, Any]) -> None:
+        speed = row["seconds"] / max(row["elapsed"], 1e-6)
+        name = _named(row["input"], "input")
+        times = f"{speed:.{int(speed < 10)}f} times real time"
+        self._print(f"{name}: {row['seconds']:.2f} s in {row['elapsed']:.2f} s ({times})")
+        if row["gain"] != 1:
+            self._print(f"  all parts were lowered by {-20 * log10(row['gain']):.2f} dB so that nothing clips")
+        for target, score in row["presence"].items():
+            left = "; not written" if target in row["absent"] else ""
             self._print(f"  presence of {target}: {_presence(score)}{left}")
-        if not done.found:
+        if row["status"] == "absent":
             self._print("  nothing written: below --min-presence")
-        for target, events in done.events.items():
-            sounding = sum(event.end - event.start for event in events)
+        for target, events in row["events"].items():
+            sounding = sum(event["end"] - event["start"] for event in events)
             self._print(f"  {target} sounds {len(events)} times, {sounding:.2f} s in all")
-        extras = {"picture": done.picture, "events": done.events_file}
-        named = {**done.outputs, **{name: path for name, path in extras.items() if path}}
+        extras = {"picture": row["picture"], "events": row["events_file"]}
+        named = {**row["outputs"], **{name: path for name, path in extras.items() if path}}
         width = max(map(len, named), default=0)
         for part, path in named.items():
             self._print(f"  {part:{width}}  {_named(path, 'output')}")
 
+    @contextmanager
+    def ended_if_stopped(self) -> Iterator[None]:
+        """Print the summary where the user stops the run."""
+        try:
+            yield
+        except (StoppedError, KeyboardInterrupt):
+            self.end()
+            raise
+
     def end(self) -> None:
-        """Print a summary of several recordings, with the reasons of those that failed."""
-        if self.count < 2:
+        """Print a summary of several recordings, with the reasons of those that failed; once."""
+        if self.count < 2 or self.over:
             return
+        self.over = True
         left = self.count - sum(self.outcomes.values())
         told = [f"{self.outcomes[what]} {what}" for what in OUTCOMES if self.outcomes[what]]
         if not self.json:

@@ -107,6 +107,13 @@ def separate(
     no_audio: opt.NoAudio = False,
     overwrite: opt.Overwrite = False,
     skip_existing: opt.SkipExisting = False,
+    shard: opt.Shard = None,
+    scratch: opt.Scratch = None,
+    engine: opt.Engine = "local",
+    address: opt.Address = None,
+    workers: opt.Workers = None,
+    gpus_per_worker: opt.GpusPerWorker = None,
+    insecure: opt.Insecure = False,
     model: ModelOption = None,
     adapter: opt.Adapter = None,
     device: DeviceOption = "auto",
@@ -143,9 +150,12 @@ def separate(
         raise UsageError(f"--only {min(unknown)}: is not one of the parts ({', '.join(named)})")
     chosen = [part for part, name in named.items() if {part, name} & set(only or ())]
     targets = {part: Query(pos=name) for part, name in named.items()}
-    asked = [(item, targets) for item in find(inputs or [], recursive, out)]
+    setup = opt.setup_of({**given, "model": model or DEFAULT})
     try:
-        carry_out(asked, opt.options_of({**given, "only": chosen}), opt.setup_of({**given, "model": model or DEFAULT}))
+        with opt.staging(scratch) as stage:
+            options = opt.options_of({**given, "only": chosen}, stage)
+            asked = [(item, targets) for item in find(inputs or [], recursive, options.out, stage)]
+            carry_out(asked, options, setup, stage)
     except DownloadError as error:
         if model:
             raise

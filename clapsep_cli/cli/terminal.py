@@ -96,6 +96,14 @@ PROGRESS = ("auto", "json", "none")
 NAME_LETTERS = 40  # of a recording's name beside its bar
 
 
+_naming: list[Callable[[str], str]] = []  # the last one holds
+
+
+def name_by(shown: Callable[[str], str]) -> None:
+    """Print what `shown` makes of each line from now on: URLs for paths that stand for them."""
+    _naming[:] = [shown]
+
+
 def plain(text: str) -> str:
     """Escape control characters and the like in `text`, which harm a terminal; file names may contain them."""
     letters = (c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
@@ -106,7 +114,8 @@ def echo(line: str, stream: TextIO) -> None:
     """Print a line on any stream; characters that its encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     try:
-        typer.echo(plain(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+        line = plain(_naming[0](line) if _naming else line)
+        typer.echo(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
     except OSError:  # the pipe or terminal was closed; a lost note is no failure
         if stream is not sys.stderr:
             raise

@@ -17,9 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputError, StoppedError
+from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputError, StoppedError, TakenError
+from clapsep_cli.jobs.exchange import UPLOADING, Exchange, done_before
 from clapsep_cli.jobs.recording import Recording
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
+from clapsep_cli.jobs.resume import finished
+from clapsep_cli.jobs.stores import Stage
+from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options, Outcome, Skipped, row_of
 from clapsep_cli.query import Excerpt
 from clapsep_cli.separation import Workers, windows_in
 from clapsep_cli.store.checkpoint import Model
@@ -29,6 +32,7 @@ MAX_ASKED = 64  # sets of targets whose embeddings are kept
 MAX_FILES = 160  # open at once; systems allow a process 256 or more
 SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, for a batch of windows
 LOOK_SECONDS = 0.2  # between checks for a stop while waiting for a file
+OTHERS_SECONDS = 2.0  # for another process to rename the parts that it has finished
 
 Result = TypeVar("Result")
 
@@ -39,7 +43,8 @@ def run(
     options: Options = Options(),
     progress: JobProgress = lambda job, done, total: None,
     stop: threading.Event | None = None,
-) -> Generator[Extraction | Failure, None, None]:
+    stage: Stage = Stage(),
+) -> Generator[Outcome, None, None]:
     """Run `jobs`, and yield the result of each as soon as it is known.
 
     Args:
@@ -47,7 +52,8 @@ def run(
         model: separates them.
         options: the same as in `plan`.
         progress: is called with a job, the seconds of it that are done, and their total (0 if unknown).
-        stop: once it is set, the current windows are finished and unfinished outputs removed.
+        stop: once it is set, the current windows and uploads are finished and unfinished outputs removed.
+        stage: the same as in `plan`.
 
     Raises:
         StoppedError: `stop` was set.
@@ -56,32 +62,39 @@ def run(
         DeviceError: the device lacks memory for a single window.
     """
     waiting = deque(jobs)
-    with _Opened(model, options, stop or threading.Event()) as opened:
+    with _Opened(model, options, stop or threading.Event(), stage) as opened:
         if waiting and all(job.targets is waiting[0].targets for job in waiting) and not waiting[0].has_spans:
             opened.ask(waiting[0])
-        while waiting or opened.recordings:
-            opened.check()
-            opened.feed(waiting)
-            opened.separate()
-            yield from opened.deliver(progress)
+        try:
+            while waiting or opened.recordings or opened.committing:
+                opened.check()
+                opened.feed(waiting)
+                opened.separate()
+                yield from opened.deliver(progress)
+        except StoppedError:
+            yield from opened.settle(0)
+            raise
 
 
 class _Opened(ExitStack):
     """The open recordings, in the order they were opened."""
 
-    def __init__(self, model: Model, options: Options, stop: threading.Event) -> None:
+    def __init__(self, model: Model, options: Options, stop: threading.Event, stage: Stage) -> None:
         super().__init__()
+        self.exchange = Exchange(stage, lambda done: row_of(done, model))
+        self.committing: deque[tuple[Job, Future[Extraction]]] = deque()
         self.model, self.options, self.stop = model, options, stop
         self.at_once = options.batch_size  # windows in a batch; 0 until it is chosen by the device
         self.workers: Workers | None = None  # on a CPU
         self.recordings: list[Recording] = []
-        self.failures: list[Failure] = []  # not yielded yet
+        self.ended: list[Outcome] = []  # not yielded yet
         self.asked: dict[tuple[int, tuple[str, ...]], tuple[Job, Any]] = {}
         self.io = ThreadPoolExecutor(max(1, options.jobs), thread_name_prefix="clapsep-io")
         self.callback(self._close)
 
     def _close(self) -> None:
         self.io.shutdown(wait=False, cancel_futures=True)
+        self.exchange.close()
         with ExitStack() as stack:  # so that none is left open if one fails to close
             for recording in self.recordings:
                 stack.callback(recording.close)
@@ -122,8 +135,12 @@ class _Opened(ExitStack):
         """
         for recording in list(self.recordings):
             self._read(recording)
+        self.exchange.ahead(waiting)
         while waiting and self._has_room(waiting[0]) and (self._lacks_windows() or self.recordings[-1].windows):
+            if not self.exchange.is_coming(waiting[0]):
+                break
             self._open(waiting.popleft(), alone=not waiting and not self.recordings)
+            self.exchange.ahead(waiting)
 
     def _lacks_windows(self) -> bool:
         windows = sum(len(recording.windows) + len(recording.coming) for recording in self.recordings)
@@ -135,6 +152,8 @@ class _Opened(ExitStack):
 
     def _open(self, job: Job, alone: bool) -> None:
         try:
+            if (coming := self.exchange.coming(job)) is not None:
+                self.result(coming)
             recording = Recording(job, self.model, self.ask(job), self.options, self.io, self.result, self.check)
         except (ClapsepError, OSError) as error:
             self._fail(job, error)
@@ -159,9 +178,22 @@ class _Opened(ExitStack):
     def _fail(self, job: Job, error: ClapsepError | OSError) -> None:
         if isinstance(error, (StoppedError, ModelError, DeviceError)):
             raise error  # all other recordings would fail likewise
+        self.exchange.release(job)
+        if isinstance(error, TakenError) and self._is_done_meanwhile(job):
+            self.ended.append(Skipped(job))
+            return
         if isinstance(error, OSError):
             error = OutputError(f"{error.filename or job.input.path}: {error.strerror or error}")
-        self.failures.append(Failure(job.input.path, error))
+        self.ended.append(Failure(job.input.path, error))
+
+    def _is_done_meanwhile(self, job: Job) -> bool:
+        """Return True if another process did this job; its first part may be there before the others."""
+        until = time.monotonic() + OTHERS_SECONDS
+        while not (done := done_before(job, self.exchange.stage, fresh=True)):
+            if not any(finished([path], job.key) for path in job.outputs.values()) or time.monotonic() > until:
+                break
+            time.sleep(LOOK_SECONDS / 10)
+        return done is not None
 
     def separate(self) -> None:
         """Separate windows, until there are results."""
@@ -214,7 +246,7 @@ class _Opened(ExitStack):
             recording.elapsed += share
             recording.passage.accept(result)
 
-    def deliver(self, progress: JobProgress) -> Iterator[Extraction | Failure]:
+    def deliver(self, progress: JobProgress) -> Iterator[Outcome]:
         """Write what is final, and yield the recordings that are done or failed."""
         for recording in list(self.recordings):
             try:
@@ -228,9 +260,20 @@ class _Opened(ExitStack):
                 self._drop(recording)
             else:
                 self._drop(recording)
-                yield done
-        while self.failures:
-            yield self.failures.pop(0)
+                self.committing.append((recording.job, self.exchange.commit(recording.job, done)))
+                yield from self.settle(UPLOADING)
+        yield from self.settle(UPLOADING if self.recordings else 0)
+        while self.ended:
+            yield self.ended.pop(0)
+
+    def settle(self, most: int) -> Iterator[Outcome]:
+        """Yield the recordings that are committed; wait until at most so many are being committed."""
+        while self.committing and (len(self.committing) > most or self.committing[0][1].done()):
+            job, future = self.committing.popleft()
+            try:
+                yield future.result()
+            except (ClapsepError, OSError) as error:
+                self._fail(job, error)
 
     def _drop(self, recording: Recording) -> None:
         self.recordings.remove(recording)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 import warnings
@@ -13,11 +14,10 @@ from pathlib import Path
 
 from clapsep_cli.audio.sources import STDIN, SUFFIXES
 from clapsep_cli.errors import AudioError, ClapsepError, ClapsepWarning, ManifestError
-from clapsep_cli.files import is_there, path_in
+from clapsep_cli.files import is_there
+from clapsep_cli.jobs.stores import Stage, Stored, is_pattern
 from clapsep_cli.query import RESIDUAL, TARGET
 from clapsep_cli.tables import check_faults, decoded
-
-MAGIC = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,19 @@ class Input:
         below: its path relative to the argument that named it (a folder, the fixed part of a pattern, the folder of a
             manifest), which outputs mirror; for a file that was named itself, its name.
         fault: the reason why it cannot be used, if that is known already.
+        stored: what a store tells of it; None for a file of this machine.
     """
 
     path: Path
     below: Path
     fault: ClapsepError | None = None
+    stored: Stored | None = None
+
+
+def in_shard(item: Input, k: int, n: int) -> bool:
+    """Return True if a recording belongs to shard `k` of `n`, counted from 0: by its relative name."""
+    name = unicodedata.normalize("NFC", item.below.as_posix())
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest(), "big") % n == k
 
 
 def expand(
@@ -41,6 +49,7 @@ def expand(
     recursive: bool = False,
     out: Path | None = None,
     written: Callable[[Path], bool] = lambda path: False,
+    stage: Stage = Stage(),
 ) -> list[Input]:
     """Find the recordings that `arguments` name, each once, in the order given; those of a folder in natural order.
 
@@ -50,11 +59,12 @@ def expand(
 
     Args:
         arguments: each a file, of any suffix; a folder; a pattern with `*`, `?`, `[…]` or `**`, unless a file has that
-            very name; `@list.txt`, a list of such arguments; or `-` alone, for standard input. Hidden files are
-            only found by name.
+            very name; a URL of these; `@list.txt`, a list of such arguments; or `-` alone, for standard input. Hidden
+            files are only found by name.
         recursive: search folders with all their subfolders. Links are followed, no folder is entered twice.
         out: the output folder.
         written: tells whether this program wrote a file.
+        stage: mirrors the stores of URLs.
 
     Returns:
         The inputs. A file that does not exist is an input with a `fault`, so that the others are processed.
@@ -72,10 +82,10 @@ def expand(
         if not argument:
             raise AudioError("an input has an empty name; is a variable not set?")
         if argument.startswith("@") and not is_there(Path(argument)):
-            inputs = _listed(Path(argument[1:]), recursive)
+            inputs = _listed(stage.path(argument[1:]), recursive, stage)
         else:
             try:
-                inputs = _named(argument, Path(), recursive)
+                inputs = _named(argument, Path(), recursive, stage)
             except AudioError as error:
                 inputs = [_faulty(argument, error)]
         for item in inputs:
@@ -104,7 +114,7 @@ def natural(path: Path) -> list[tuple[list[str | int], str]]:
 
 def _identity(item: Input) -> tuple[int, int, str]:
     # Hard links count as different files; spellings that the system treats as one name do not.
-    if item.fault:
+    if item.fault or item.stored:
         return 0, 0, str(item.path)
     status = item.path.stat()
     return status.st_dev, status.st_ino, folded(str(item.path.resolve()))
@@ -114,12 +124,14 @@ def _faulty(argument: str, fault: AudioError) -> Input:
     return Input(Path(argument), Path(Path(argument).name), fault)
 
 
-def _named(argument: str, folder: Path, recursive: bool) -> list[Input]:
-    path = path_in(folder, argument)
+def _named(argument: str, folder: Path, recursive: bool, stage: Stage) -> list[Input]:
+    path = stage.path(argument, folder)
+    if stage.holds(path):
+        return _stored(path, recursive, stage)
     try:
         path.stat()
     except (OSError, ValueError) as error:
-        if MAGIC.search(argument):
+        if is_pattern(argument):
             return _matches(path)
         reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
         raise AudioError(f"{path}: {reason}") from error
@@ -128,9 +140,33 @@ def _named(argument: str, folder: Path, recursive: bool) -> list[Input]:
     return [Input(path.absolute() if path == STDIN else path, Path(path.name))]  # a file may be called "-"
 
 
+def _stored(path: Path, recursive: bool, stage: Stage) -> list[Input]:
+    """Find the recordings that a URL names: a file, a folder, or a pattern."""
+    pattern = is_pattern(stage.shown(str(path)))
+    if not pattern and (stored := stage.look(path)) is not None:
+        return [Input(path, Path(path.name), None, stored)]
+    found = stage.matches(path) if pattern else stage.files(path, recursive)
+    root = path
+    while is_pattern(stage.shown(str(root))):
+        root = root.parent
+    heard = {
+        file: fault
+        for file, fault in found.items()
+        if fault
+        or (file.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in file.relative_to(root).parts))
+    }
+    if not heard:
+        where = "matches it" if pattern else ("is in this folder or below it" if recursive else "is in this folder")
+        raise AudioError(f"{path}: no recording {where}{'' if pattern or recursive else '; -r looks below it'}")
+    ordered = sorted(heard, key=lambda file: natural(file.relative_to(root)))
+    return [
+        Input(file, file.relative_to(root), heard[file], None if heard[file] else stage.look(file)) for file in ordered
+    ]
+
+
 def _matches(pattern: Path) -> list[Input]:
     root, rest = Path(), pattern
-    while rest.parts and (not MAGIC.search(rest.parts[0]) or is_there(root / rest.parts[0])):
+    while rest.parts and (not is_pattern(rest.parts[0]) or is_there(root / rest.parts[0])):
         root, rest = (
             root / rest.parts[0],
             Path(*rest.parts[1:]),
@@ -187,14 +223,14 @@ def _in_folder(root: Path, recursive: bool) -> list[Input]:
     return [Input(root / below, below) for below in sorted((path.relative_to(root) for path in found), key=natural)]
 
 
-def _listed(path: Path, recursive: bool) -> list[Input]:
+def _listed(path: Path, recursive: bool, stage: Stage) -> list[Input]:
     """Find the inputs that a list names: one argument a line; lines that begin with `#` are comments.
 
     Names are relative to the folder of the list, or to the current one where they do not exist there.
     """
     found: list[Input] = []
     try:
-        text = decoded(path.read_bytes())  # UTF-16 is what PowerShell writes with ">"
+        text = decoded(stage.fetch(path).read_bytes())  # UTF-16 is what PowerShell writes with ">"
     except OSError as error:
         raise ManifestError(f"{path}: this list cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -204,7 +240,7 @@ def _listed(path: Path, recursive: bool) -> list[Input]:
         if not argument or argument.startswith("#"):
             continue
         try:
-            found += _named_in_list(argument, path.parent, recursive)
+            found += _named_in_list(argument, path.parent, recursive, stage)
         except AudioError as error:
             found.append(_faulty(argument, AudioError(f"{path}: line {number}: {error}")))
     if not found:
@@ -215,12 +251,12 @@ def _listed(path: Path, recursive: bool) -> list[Input]:
     return found
 
 
-def _named_in_list(argument: str, folder: Path, recursive: bool) -> list[Input]:
+def _named_in_list(argument: str, folder: Path, recursive: bool, stage: Stage) -> list[Input]:
     try:
-        return _named(argument, folder, recursive)
+        return _named(argument, folder, recursive, stage)
     except AudioError as beside:
         try:
-            return _named(argument, Path(), recursive)
+            return _named(argument, Path(), recursive, stage)
         except AudioError:
             raise beside from None
 

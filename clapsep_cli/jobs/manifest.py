@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clapsep_cli.errors import AudioError, ManifestError
-from clapsep_cli.files import is_there, path_in
 from clapsep_cli.jobs.inputs import Input
+from clapsep_cli.jobs.stores import Stage
 from clapsep_cli.tables import check_faults, read_table
 
 COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")
@@ -25,13 +25,14 @@ class JobRow:
     neg_audio: tuple[Path, ...] = ()
 
 
-def read_jobs(path: Path) -> list[JobRow]:
+def read_jobs(path: Path, stage: Stage = Stage()) -> list[JobRow]:
     """Read a CSV of recordings with the column `file` and any of `pos`, `neg`, `query_audio`, `neg_audio`.
 
-    Values in a cell are separated by ";". Paths are relative to the CSV. A recording that does not exist is an input
-    with a `fault`. Raises `ManifestError` with all faults by line, also where no recording exists.
+    Values in a cell are separated by ";". Paths are relative to the CSV, or URLs; recordings of queries are fetched. A
+    recording that does not exist is an input with a `fault`. Raises `ManifestError` with all faults by line, also where
+    no recording exists.
     """
-    rows = read_table(path, ("file",))
+    rows = read_table(stage.fetch(path), ("file",))
     columns = list(rows[0][1]) if rows else []
     unknown = [name for name in columns if name not in COLUMNS]
     if not rows:
@@ -40,30 +41,32 @@ def read_jobs(path: Path) -> list[JobRow]:
         what = f"unknown column {', '.join(map(repr, unknown))}" if unknown else "no column with a query"
         raise ManifestError(f"{path}: {what}; the columns are {','.join(COLUMNS)}")
     faults: list[str] = []
-    jobs = [_job(path, line, row, faults) for line, row in rows]
+    jobs = [_job(path, line, row, faults, stage) for line, row in rows]
     missing = [str(job.input.fault).removeprefix(f"{path}: ") for job in jobs if job.input.fault]
     check_faults(path, faults or (missing if len(missing) == len(jobs) else []))
     return jobs
 
 
-def _job(path: Path, line: int, row: dict[str, str], faults: list[str]) -> JobRow:
+def _job(path: Path, line: int, row: dict[str, str], faults: list[str], stage: Stage) -> JobRow:
     folder, fault = path.parent, None
 
     def values(column: str) -> tuple[str, ...]:
         return tuple(value.strip() for value in row.get(column, "").split(";") if value.strip())
 
     def shots(column: str) -> tuple[Path, ...]:
-        paths = tuple(path_in(folder, value) for value in values(column))
-        faults.extend(f"line {line}: {column}: no such file {path}" for path in paths if not is_there(path))
-        return paths
+        paths = tuple(stage.path(value, folder) for value in values(column))
+        faults.extend(f"line {line}: {column}: no such file {path}" for path in paths if not stage.is_there(path))
+        return tuple(stage.fetch(path) if stage.is_there(path) else path for path in paths)
 
-    recording = path_in(folder, row["file"])
     if not row["file"]:
         faults.append(f"line {line}: no file named")
-    elif not is_there(recording):
+        return JobRow(line, Input(folder, Path()))
+    recording = stage.path(row["file"], folder)
+    stored = None
+    if not stage.is_there(recording):
         fault = AudioError(f"{path}: line {line}: no such file {recording}")
-    elif recording.is_dir():
+    elif recording.is_dir() or (stage.holds(recording) and (stored := stage.look(recording)) is None):
         faults.append(f"line {line}: {recording} is a folder")
     below = recording.relative_to(folder) if recording.is_relative_to(folder) else Path(recording.name)
-    item = Input(recording, Path(recording.name) if ".." in below.parts else below, fault)
+    item = Input(recording, Path(recording.name) if ".." in below.parts else below, fault, stored)
     return JobRow(line, item, values("pos"), values("neg"), shots("query_audio"), shots("neg_audio"))

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 
@@ -14,8 +14,9 @@ from clapsep_cli.audio.sources import STDIN
 from clapsep_cli.errors import OutputError, UsageError
 from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import Input, folded
+from clapsep_cli.jobs.stores import Stage
 
-MARKS = "_clapsep"  # folder for markers of absent targets, below the output folder
+MARKS = "_clapsep"  # folder for markers, below the output folder
 TEMPLATE = "{stem}.{part}.{ext}"
 FIELDS = ("stem", "name", "part", "ext", "query")
 NAME_BYTES = 224  # systems allow 255; temporary names are longer
@@ -122,13 +123,21 @@ def _filled(template: str, below: Path, values: Mapping[str, str]) -> Path:
     return Path(*names)
 
 
-def check_outputs(planned: Iterable[tuple[Input, Paths]], overwrite: bool = False, skip: bool = False) -> None:
+def check_outputs(
+    planned: Iterable[tuple[Input, Paths]],
+    overwrite: bool = False,
+    skip: bool = False,
+    stage: Stage = Stage(),
+    own: Callable[[Input], bool] = lambda item: True,
+) -> None:
     """Check that all outputs can be written. Names that differ in case or Unicode composition alone count as the same.
 
     Args:
         planned: each input with the paths of its outputs.
         overwrite: existing outputs will be replaced.
         skip: inputs with existing outputs will be skipped.
+        stage: mirrors the stores of outputs.
+        own: tells whether this process writes the outputs of an input; those of others may exist.
 
     Raises:
         OutputError: two outputs are one file; an output is an input or a folder, its folder cannot be written, or it
@@ -153,10 +162,12 @@ def check_outputs(planned: Iterable[tuple[Input, Paths]], overwrite: bool = Fals
                     f"{path}: is an input ({read[place]}) and would be written for {item.path}; use -o or --filename"
                 )
             writers[place] = path, item.path
+            if not own(item):
+                continue
             _check_folder(path)
-            if is_there(path):
+            if not (overwrite or skip) and stage.is_there(path):
                 existing.append(path)
-    if existing and not (overwrite or skip):
+    if existing:
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise OutputError(
             f"{existing[0]}: exists already{more}; use --overwrite to replace it, or --skip-existing to keep it"

@@ -16,9 +16,11 @@ from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
 from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
-from clapsep_cli.jobs.inputs import Input
+from clapsep_cli.jobs.exchange import blocking, done_before
+from clapsep_cli.jobs.inputs import Input, in_shard
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
-from clapsep_cli.jobs.resume import finished, in_the_way, read_absent, signature
+from clapsep_cli.jobs.resume import signature
+from clapsep_cli.jobs.stores import Stage
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.listening.events import FORMATS as EVENT_FORMATS
 from clapsep_cli.listening.plot import check_installed
@@ -48,12 +50,13 @@ class _Typical:
     bits: int | None = 16
 
 
-def lay_out(asked: Requests, options: Options = Options()) -> list[Job]:
-    """Make a job for each recording, and check everything that needs no model.
+def lay_out(asked: Requests, options: Options = Options(), stage: Stage = Stage()) -> list[Job]:
+    """Make a job for each recording of this shard, and check everything that needs no model.
 
     Args:
-        asked: recordings, each with its targets by name.
+        asked: recordings, each with its targets by name; of all shards, so that two outputs with one path are found.
         options: how they are read and written.
+        stage: mirrors the stores of recordings and outputs.
 
     Raises:
         UsageError: options contradict each other or have an unknown value.
@@ -63,14 +66,16 @@ def lay_out(asked: Requests, options: Options = Options()) -> list[Job]:
     _check(asked, options)
     if options.out == STDOUT:
         _check_stdout(asked, options)
-    jobs = [_job(item, targets, options) for item, targets in asked]
+    jobs = [_job(item, targets, options, stage) for item, targets in asked]
+    mine = [job for job in jobs if options.shard is None or in_shard(job.input, *options.shard)]
     if options.out != STDOUT:
+        own = {job.input for job in mine}
         files = [(job.input, {**job.outputs, **job.extras}) for job in jobs]
-        check_outputs(files, options.overwrite, options.skip_existing)
-    return jobs
+        check_outputs(files, options.overwrite, options.skip_existing, stage, own.__contains__)
+    return mine
 
 
-def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Todo:
+def plan(jobs: Sequence[Job], model: Model, options: Options = Options(), stage: Stage = Stage()) -> Todo:
     """Sort `jobs` into those to run and, with `options.skip_existing`, those already done.
 
     A recording is done if all its outputs were written for the same targets, model and options.
@@ -79,6 +84,7 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Tod
         jobs: from `lay_out`.
         model: the model to run them with.
         options: the same as in `lay_out`.
+        stage: likewise.
 
     Raises:
         UsageError: this model cannot do what an option asks for.
@@ -98,12 +104,12 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options()) -> Tod
             continue
         job = job if options.mutual is False else replace(job, targets=apart[id(job.targets)])
         job = replace(job, key=_key(job, model, options))
-        if options.skip_existing and (done := _as_done(job)) is not None:
+        if options.skip_existing and (done := done_before(job, stage)) is not None:
             todo.done.append(done)
         elif options.overwrite or not options.skip_existing:
             todo.jobs.append(replace(job, overwrite=options.overwrite))
-        elif (blocking := _in_the_way(job)) is not None:
-            what = f"{blocking}: was not written for this query, model and options; --overwrite replaces it"
+        elif (other := blocking(job, stage)) is not None:
+            what = f"{other}: was not written for this query, model and options; --overwrite replaces it"
             todo.blocked.append(Failure(job.input.path, OutputError(what)))
         else:  # existing outputs are its own
             todo.jobs.append(replace(job, overwrite=any(map(is_there, job.outputs.values()))))
@@ -212,7 +218,7 @@ def _check_stdout(asked: Requests, options: Options) -> None:
         raise UsageError(f"-o - makes no files, so {option} has no effect: leave it out, or use another -o")
 
 
-def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
+def _job(item: Input, targets: Mapping[str, Query], options: Options, stage: Stage) -> Job:
     if item.fault:
         return Job(item, targets, {}, [])
     parts = options.parts(list(targets))
@@ -238,8 +244,10 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options) -> Job:
         name = "{name}.{part}.{ext}" if "{name}" in filename else TEMPLATE
         listed = output_paths(item, ["events"], out, name, EVENT_FORMATS[options.events_format])["events"]
     marks = item.path.parent / MARKS if out is None else out / MARKS / item.below.parent
-    resumed = marks if options.skip_existing else None
-    return Job(item, targets, outputs, kept, picture=picture, events=listed, marks=resumed)
+    stage.check_writable(marks)
+    marked = options.skip_existing or options.markers or stage.holds(marks)
+    folder = marks if marked else None
+    return Job(item, targets, outputs, kept, picture=picture, events=listed, marks=folder, marks_all=options.markers)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
@@ -249,29 +257,8 @@ def _key(job: Job, model: Model, options: Options) -> str:
     decisive = {name: str(getattr(options, name)) for name in DECISIVE}
     if options.events:
         decisive |= {"events": f"{options.rules} {options.events_format} {options.no_audio}"}
-    return signature(job.input.path, job.targets, model.identity, {**decisive, "precision": model.precision})
-
-
-def _as_done(job: Job) -> Job | None:
-    """Return `job` with the outputs that an earlier run finished, or None where there is still work to do."""
-    if not job.key:
-        return None
-    absent = read_absent(job.marker) if job.marker else []
-    extras = all(path.exists() for path in job.extras.values())
-    if absent and set(job.kept) <= set(absent):
-        if not job.outputs:  # the events alone were asked for
-            return job if extras else None
-        return replace(job, outputs={}, picture=None, events=None)
-    job = replace(job, outputs={part: path for part, path in job.outputs.items() if part not in absent})
-    return job if job.outputs and extras and finished(job.outputs.values(), job.key) else None
-
-
-def _in_the_way(job: Job) -> Path | None:
-    """Return an existing file at the path of an output that was not written for this job."""
-    there = [path for path in job.outputs.values() if is_there(path)]
-    if not there:  # the others are made after the outputs
-        return next((path for path in job.extras.values() if is_there(path)), None)
-    return in_the_way(there, job.key) if job.key else next(iter(there), None)
+    settings = {**decisive, "precision": model.precision}
+    return signature(job.input.path, job.targets, model.identity, settings, job.input.stored)
 
 
 def extract(
@@ -316,6 +303,6 @@ def extract(
     (outcome,) = run(todo.jobs, model, options, progress)
     for doubt in model.doubts(list(todo.jobs[0].targets.values())):
         warnings.warn(doubt, ClapsepWarning, stacklevel=2)
-    if isinstance(outcome, Failure):
+    if not isinstance(outcome, Extraction):
         raise outcome.error
     return outcome

@@ -20,7 +20,6 @@ from clapsep_cli.audio.film import Film
 from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
-from clapsep_cli.jobs.resume import mark_absent
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
 from clapsep_cli.listening.events import UNLIKE, Event, EventFinder, save_events
 from clapsep_cli.listening.levels import Meter, Presence
@@ -263,9 +262,6 @@ class Recording:
             self._events |= {name: [] for name in absent if name in self._events}
             written = len(absent) < len(self.job.kept) or self.options.no_audio
             result = self._commit(absent) if written else Written({}, 1.0)
-            without_audio = self.job.kept if self.options.no_audio else absent
-            if self.job.marker and without_audio:
-                mark_absent(self.job.marker, without_audio, presence)
         outputs = {part: path for part, path in self.job.outputs.items() if written and part not in absent}
         measured = outputs if self._draft is not None else self.job.outputs
         return Extraction(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,14 +15,21 @@ import numpy as np
 from clapsep_cli.audio.sources import recordings
 from clapsep_cli.audio.writers import read_software
 from clapsep_cli.errors import AudioError, ClapsepError
-from clapsep_cli.files import digest, is_there, replacing
+from clapsep_cli.files import digest, is_there
 from clapsep_cli.jobs.outputs import NAME_BYTES, shortened
+from clapsep_cli.jobs.stores import Stored
 from clapsep_cli.query import Excerpt, Query, Shot
 
 KEY_DIGITS = 16
 
 
-def signature(recording: Path, queries: Mapping[str, Query], model: str, settings: Mapping[str, str]) -> str:
+def signature(
+    recording: Path,
+    queries: Mapping[str, Query],
+    model: str,
+    settings: Mapping[str, str],
+    stored: Stored | None = None,
+) -> str:
     """Return a key, 16 hex digits, of everything that decides which samples are written for a recording.
 
     Args:
@@ -30,11 +37,14 @@ def signature(recording: Path, queries: Mapping[str, Query], model: str, setting
         queries: the query of each target: texts, weight, spans, and the content of recordings, in any order.
         model: its name and revision.
         settings: options that change the outputs.
+        stored: size and time of change of a recording in a store; a file with the same has the same key.
 
     Raises:
         AudioError: a file does not exist or cannot be read.
     """
-    _, status = _with_status(recording)
+    if stored is None:
+        _, status = _with_status(recording)
+        stored = Stored(status.st_size, status.st_mtime_ns)
     asked = {
         name: [
             sorted(query.pos),
@@ -47,7 +57,7 @@ def signature(recording: Path, queries: Mapping[str, Query], model: str, setting
         ]
         for name, query in queries.items()
     }
-    facts = [status.st_size, status.st_mtime_ns, asked, model, dict(settings)]
+    facts = [stored.size, stored.changed, asked, model, dict(settings)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
 
@@ -92,22 +102,20 @@ def in_the_way(paths: Iterable[Path], key: str) -> Path | None:
 
 
 def marker_path(folder: Path, name: str, key: str) -> Path:
-    """Return the path of the marker that names the absent targets of a recording; `key` as of its outputs."""
+    """Return the path of the marker of a recording; `key` as of its outputs."""
     return folder / f"{shortened(name, NAME_BYTES - KEY_DIGITS - len('..json'))}.{key}.json"
 
 
-def mark_absent(path: Path, absent: Collection[str], presence: Mapping[str, Mapping[str, float] | None]) -> None:
-    """Write a marker, whole or not at all, with the `absent` targets and the `presence` of each target."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"absent": list(absent), "presence": presence}) + "\n", encoding="utf-8")
+def marked_name(marker: Path) -> str:
+    """Return the name of the recording of a marker, as shortened there."""
+    return marker.stem.rpartition(".")[0]
 
 
-def read_absent(path: Path) -> list[str]:
-    """Read the absent targets from a marker; none where there is no marker, or a damaged one."""
+def absent_of(marker: str) -> list[str]:
+    """Return the absent targets from a marker's text; none where it is empty or damaged."""
     try:
-        return list(map(str, json.loads(path.read_text(encoding="utf-8"))["absent"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(map(str, json.loads(marker)["absent"]))
+    except (ValueError, KeyError, TypeError):
         return []
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clapsep_cli.audio.writers import STDOUT, Clipping
-from clapsep_cli.errors import ClapsepError
+from clapsep_cli.errors import ClapsepError, TakenError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
 from clapsep_cli.listening.events import Event, Rules
 from clapsep_cli.query import RESIDUAL, Query
+
+if TYPE_CHECKING:
+    from clapsep_cli.store.checkpoint import Model
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Options:
         events_level, events_presence, events_length: what counts as an event (see `Rules`); None for the default.
         presence: measure whether each target is there; None where `min_presence` needs it.
         min_presence: write no target whose presence is below this.
+        markers: write a marker for each recording, also locally, as processes do that share them (see `stores`).
+        shard: process only the recordings of shard K of N, counted from 0 (see `in_shard`).
         batch_size: windows processed at once; 0 chooses by the device.
         jobs: threads that read and write files.
     """
@@ -74,6 +79,8 @@ class Options:
     events_level: float | None = None
     events_presence: float | None = None
     events_length: float | None = None
+    markers: bool = False
+    shard: tuple[int, int] | None = None
     batch_size: int = 0
     jobs: int = 2
 
@@ -97,6 +104,22 @@ class Options:
         return [*self.chosen(targets), *([RESIDUAL] if wanted else [])]
 
 
+def row_of(outcome: Extraction | Skipped | Failure, model: Model) -> dict[str, Any]:
+    """Return the result of a recording in types that JSON has, as `--json` prints it and markers keep it."""
+    facts: dict[str, Any]
+    if isinstance(outcome, Extraction):
+        status, facts = "done" if outcome.found else "absent", outcome.as_json()
+        del facts["mixture"]
+    elif isinstance(outcome, Skipped):
+        outputs = {part: str(path) for part, path in outcome.job.outputs.items()}
+        listed = {"events_file": str(outcome.job.events)} if outcome.job.events else {}
+        status, facts = "skipped", {"outputs": outputs, **listed}
+    else:
+        status, facts = "failed", {"error": str(outcome.error)}
+    used = {"model": model.name, "revision": model.revision, "device": str(model.device), "precision": model.precision}
+    return {"input": str(outcome.mixture), "status": status, **used, **facts}
+
+
 @dataclass(frozen=True)
 class Job:
     """A recording, its targets, and the paths of its parts.
@@ -110,7 +133,8 @@ class Job:
         picture: path of the picture of the parts.
         events: path of the list of events.
         overwrite: replace existing outputs.
-        marks: folder of the markers for absent targets, where recordings are to be skipped later.
+        marks: folder of the markers, where recordings are to be skipped later (see `stores`).
+        marks_all: write a marker for each recording, not only where audio cannot tell that it was done.
     """
 
     input: Input
@@ -122,11 +146,16 @@ class Job:
     events: Path | None = None
     overwrite: bool = False
     marks: Path | None = None
+    marks_all: bool = False
 
     @property
     def marker(self) -> Path | None:
-        """The marker that names targets of this recording without audio, for the same queries, model and options."""
+        """The marker of this recording, for the same queries, model and options."""
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
+
+    def needs_marker(self, absent: Sequence[str]) -> bool:
+        """Return True if a marker is written: all that tells of `absent` targets, and of events without audio."""
+        return self.marks_all or bool(absent) or not self.outputs
 
     @property
     def extras(self) -> dict[str, Path]:
@@ -182,14 +211,31 @@ class Extraction:
 
     @property
     def found(self) -> bool:
-        """Whether any target is there, as far as `min_presence` asks."""
-        return len(self.absent) < len(self.queries)
+        """Whether anything is there, as far as `min_presence` asks."""
+        return bool(self.outputs) or (self.events_file is not None and len(self.absent) < len(self.queries))
 
     def as_json(self) -> dict[str, Any]:
         """Return a dictionary of types that JSON has."""
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
         plain["outputs"] = {part: str(path) for part, path in self.outputs.items()}
         return {**plain, "real_time_factor": self.elapsed / self.seconds}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A recording that was done already, perhaps by another process meanwhile."""
+
+    job: Job
+
+    @property
+    def mixture(self) -> Path:
+        """The recording."""
+        return self.job.input.path
+
+    @property
+    def error(self) -> ClapsepError:
+        """What this means where nothing was to be skipped."""
+        return TakenError(f"{self.mixture}: was processed by another process meanwhile")
 
 
 @dataclass(frozen=True)
@@ -200,4 +246,5 @@ class Failure:
     error: ClapsepError
 
 
+Outcome = Extraction | Skipped | Failure
 JobProgress = Callable[[Job, float, float], None]  # gets the seconds of a recording that are done, and their total

@@ -304,7 +304,7 @@ class Session:
         from clapsep_cli.jobs.batch import run
         from clapsep_cli.jobs.inputs import Input
         from clapsep_cli.jobs.planning import lay_out, plan
-        from clapsep_cli.jobs.tasks import Failure, Options
+        from clapsep_cli.jobs.tasks import Extraction, Options
 
         def told(job: object, done: float, total: float) -> None:
             attempt.done = min(1.0, done / total) if total else 0.0
@@ -317,7 +317,7 @@ class Session:
         jobs = lay_out(asked, options)
         attempt.notes += model.doubts(list(jobs[0].targets.values()))
         (outcome,) = run(plan(jobs, model, options).jobs, model, options, told, attempt.stop)
-        if isinstance(outcome, Failure):
+        if not isinstance(outcome, Extraction):
             raise outcome.error
         return outcome
 

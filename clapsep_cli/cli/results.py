@@ -1,0 +1,37 @@
+"""`clapsep results`: gathers what runs with URLs, shards and Ray have left beside their outputs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from clapsep_cli.cli.options import staging
+from clapsep_cli.cli.terminal import QuietOption, among, notes
+from clapsep_cli.errors import UsageError
+
+FORMATS = ("jsonl", "parquet", "csv")
+
+
+def results(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder or URL of the runs.")],
+    format: Annotated[  # noqa: A002
+        str,
+        typer.Option("--format", "-f", metavar="NAME", autocompletion=among(*FORMATS), help="jsonl, parquet or csv."),
+    ] = "jsonl",
+    quiet: QuietOption = False,
+) -> None:
+    """Print a row for each recording: its status, levels, presence and files. Redirect it to a file.
+
+    Runs with URLs, --shard or --engine ray keep a marker for each recording; plain local runs keep none.
+    """
+    from clapsep_cli.jobs.results import rows, write
+
+    if format not in FORMATS:
+        raise UsageError(f"there is no --format {format!r}; there are {', '.join(FORMATS)}")
+    if format == "parquet" and sys.stdout.isatty():
+        raise UsageError("--format parquet is not for a terminal; redirect it to a file")
+    with staging(None) as stage:
+        count = write(rows(stage.path(out), stage), format, sys.stdout)
+    notes(quiet)(f"{count} recordings")
