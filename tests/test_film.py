@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -127,6 +128,20 @@ def test_films_are_recognised_as_done_and_as_outputs(run: Callable[..., Done], t
     (tmp_path / "clip-target.mp4").unlink()
     some = run(".", "--remux", "--skip-existing", "--filename", "{stem}-{part}.{ext}")
     assert "1 done, 2 done before" in some.stdout
+
+
+def test_films_of_a_store_are_written_there(run: Callable[..., Done], tmp_path: Path) -> None:
+    make_film(tmp_path / "film.mkv", "flac", 2)
+    store = fsspec.filesystem("memory")
+    store.put_file(str(tmp_path / "film.mkv"), "/films/film.mkv")
+    assert run("film.mkv", "--remux").returncode == 0
+    line = ["memory://films/film.mkv", "-o", "memory://films/out", "--remux", "--skip-existing"]
+    assert run(*line).returncode == 0
+    store.get_file("/films/out/film.target.mkv", str(tmp_path / "copy.mkv"))
+    np.testing.assert_array_equal(sound(tmp_path / "copy.mkv"), sound(tmp_path / "film.target.mkv"))
+    assert packets(tmp_path / "copy.mkv", "video") == packets(tmp_path / "film.mkv", "video")
+    assert "done before" in run(*line).stdout
+    store.rm("/films", recursive=True)
 
 
 def test_what_is_no_film_cannot_be_one(run: Callable[..., Done], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -76,6 +77,16 @@ def test_json_and_times_of_a_part(hear: Callable[..., Done]) -> None:
     assert told["sounds"][0]["stretches"] == [[10.0, 16.0]]
     assert [one["sound"] for one in told["sounds"]] == ["high"]
     assert (told["seconds"], told["pos"], told["neg"]) == (6.0, "high", [])
+
+
+def test_recordings_of_a_store_are_heard(hear: Callable[..., Done], tmp_path: Path) -> None:
+    url = "memory://hear/mix.wav"
+    fsspec.filesystem("memory").put_file(str(tmp_path / "mix.wav"), "/hear/mix.wav")
+    local, remote = map(json.loads, hear(url, "--json").stdout.splitlines())
+    assert remote == {**local, "input": url}
+    refused = hear(url, "--plot")
+    assert (refused.returncode, f"use it without {url}" in refused.stderr) == (2, True)
+    fsspec.filesystem("memory").rm("/hear", recursive=True)
 
 
 def test_expand_hears_what_is_above(model: Stub) -> None:
