@@ -22,13 +22,17 @@ _TIME = re.compile(r"(?:(?:(?P<h>[0-9]{1,6}):)?(?P<m>[0-9]{1,6}):)?(?P<s>[0-9]{1
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The part of a recording from `start` to `end`, in seconds; `lenient` and `stream` say how it is read."""
+    """The part of a recording from `start` to `end`, in seconds; None for its end.
+
+    `lenient` and `stream` say how it is read, and `expand` how many times slower it is heard.
+    """
 
     path: Path
     start: float
-    end: float
+    end: float | None
     lenient: bool = False
     stream: int | None = None
+    expand: float = 1.0
 
 
 # A recording or a folder of them, a part of one, or samples ([samples] or [channels, samples], NumPy or torch) and
@@ -138,10 +142,25 @@ class Query:
         negative = (*self.neg_audio, *(excerpt(*span) for span in self.neg_spans))
         return replace(self, pos_audio=positive, neg_audio=negative, pos_spans=(), neg_spans=())
 
+    def slower(self, expand: float) -> Query:
+        """The query with its recordings heard `expand` times slower."""
+        if expand == 1:
+            return self
+        sides = (self.pos_audio, self.neg_audio)
+        positive, negative = (tuple(_slower(shot, expand) for shot in shots) for shots in sides)
+        return replace(self, pos_audio=positive, neg_audio=negative)
+
+
+def _slower(shot: Shot, expand: float) -> Shot:
+    if isinstance(shot, tuple):
+        return shot[0], round(shot[1] / expand)
+    return replace(shot, expand=expand) if isinstance(shot, Excerpt) else Excerpt(Path(shot), 0.0, None, expand=expand)
+
 
 def _name(shot: Shot) -> str:
     if isinstance(shot, Excerpt):
-        return f"{shot.path.name} {shot.start:g}-{shot.end:g} s"
+        end = "end" if shot.end is None else f"{shot.end:g} s"
+        return f"{shot.path.name} {shot.start:g}-{end}"
     return "a recording" if isinstance(shot, tuple) else Path(shot).name
 
 

@@ -1,7 +1,4 @@
-"""Separates one recording in memory: audio → windows → query embedding → separator → joined stems and residual.
-
-Also measures, as a stream, the levels of the parts and how alike they are to the query.
-"""
+"""Separates one recording in memory: audio → windows → query embedding → separator → joined stems and residual."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from itertools import chain
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -22,34 +20,136 @@ import torch
 from torch import Tensor
 
 from clapsep_cli import startup
-from clapsep_cli.audio.samples import Audio, Samples, downmix, from_array
+from clapsep_cli.audio.encoding import choose_encoding
+from clapsep_cli.audio.samples import Audio, Samples, from_array, slowed
+from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
+from clapsep_cli.listening.events import Event, find_events
+from clapsep_cli.listening.levels import Likeness, Presence
+from clapsep_cli.listening.notebook import show
 from clapsep_cli.models.base import go_on
-from clapsep_cli.query import Query, Shot, check_targets
+from clapsep_cli.query import MIXTURE, RESIDUAL, Query, Shot, check_targets
 from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.checkpoint import Model
+from clapsep_cli.version import __version__
 
 BLOCK_SECONDS = 5.0  # of audio read at a time
-EXCERPT_SECONDS = 10.0
-EXCERPTS = 3  # of a recording, in which a stem is loudest: there one has to look for it
-
-# How loud a stem is tells, too: on the evaluation list of the bundled model, the likeness of the stem alone orders
-# present before absent sounds in 89 % of all pairs, with the level in 92 %.
-LEVEL_WEIGHT, LEAST_LEVEL_DB = 0.02, -20.0
 
 
-@dataclass(frozen=True)
+Progress = Callable[[float, float], None]  # gets the seconds that are done, and their total
+
+
+@dataclass(frozen=True, repr=False)
 class Separation:
-    """Holds stems by name and the residual, float32, of the mixture's shape and `rate` (Hz); they add up to it."""
+    """Holds stems by name and the residual, which add up to the mixture. A notebook shows players and spectrograms.
+
+    Args:
+        stems: float32, of the mixture's shape.
+        residual: likewise.
+        rate: sample rate in Hz.
+        queries: description of each stem's query.
+        likenesses: by stem, how alike a recording of that rate is to its query; empty where the model cannot tell.
+        expand: how many times slower the model heard it.
+    """
 
     stems: dict[str, Audio]
     residual: Audio
     rate: int
+    queries: Mapping[str, str] = field(default_factory=dict)
+    likenesses: Mapping[str, Likeness] = field(default_factory=dict)
+    expand: float = 1.0
 
     @property
     def target(self) -> Audio:
         """The only stem, or the first."""
         return next(iter(self.stems.values()))
+
+    @cached_property
+    def mixture(self) -> Audio:
+        """The sum of all parts, float32: the mixture, but for rounding."""
+        total = self.residual.astype(np.float64)
+        for stem in self.stems.values():
+            total += stem
+        return total.astype(np.float32)
+
+    @cached_property
+    def presence(self) -> dict[str, dict[str, float] | None]:
+        """Whether each stem holds what was asked for, measured when first used (see `Presence.read`); None if unknown.
+
+        A `score` below 0 means: probably not there.
+        """
+        told = {}
+        for name, stem in self.stems.items():
+            presence = Presence(round(self.rate / self.expand))
+            presence.add(np.atleast_2d(self.mixture), np.atleast_2d(stem))
+            likeness = self.likenesses.get(name)
+            told[name] = presence.read(likeness) if likeness else None
+        return told
+
+    @cached_property
+    def events(self) -> dict[str, list[Event]]:
+        """When each stem sounds, found when first used; see `find_events` for other rules than the default."""
+        mixture, rate = np.atleast_2d(self.mixture), round(self.rate / self.expand)
+        found = {
+            name: find_events(mixture, np.atleast_2d(stem), rate, self.likenesses.get(name))
+            for name, stem in self.stems.items()
+        }
+        return {name: [one.moved(0.0, self.expand) for one in several] for name, several in found.items()}
+
+    def save(
+        self,
+        folder: str | Path,
+        format: str = "wav",  # noqa: A002
+        subtype: str | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, Path]:
+        """Write each stem and the residual to `folder`, as `target.wav` and `residual.wav`, all or none.
+
+        Args:
+            folder: is made if it does not exist.
+            format: "wav", "flac" and the like, as of the command.
+            subtype: "pcm16", "pcm24" or "float"; by default float, or 24 bit where the format holds integers alone.
+                What is over full scale is then clipped, with a warning.
+            overwrite: replace existing files.
+
+        Returns:
+            The path of each part.
+
+        Raises:
+            OutputError: a file exists or cannot be written, or the format is unknown or cannot hold the samples.
+        """
+        parts = {name: np.atleast_2d(part) for name, part in {**self.stems, RESIDUAL: self.residual}.items()}
+        shape = _Shape(self.rate, len(parts[RESIDUAL]))
+        encoding = choose_encoding(format, subtype, shape)
+        paths = {name: Path(folder) / f"{name}.{format}" for name in parts}
+        software = f"clapsep {__version__}"
+        with Outputs(paths, self.rate, shape.channels, encoding, software=software, overwrite=overwrite) as outputs:
+            outputs.write(parts)
+            written = outputs.commit()
+        for name, count in written.clipped.items():
+            if count:
+                line = f"{paths[name]}: {count} samples were over full scale and clipped; subtype float holds them"
+                warnings.warn(line, ClapsepWarning, stacklevel=2)
+        return paths
+
+    def __repr__(self) -> str:
+        shape = np.atleast_2d(self.residual).shape
+        names = ", ".join([*self.stems, RESIDUAL])
+        return f"<Separation of {shape[1] / self.rate:.2f} s, {shape[0]} × {self.rate} Hz: {names}>"
+
+    def _repr_html_(self) -> str:
+        """Show the parts in a notebook: players and, where the packages of `clapsep[plot]` are, a spectrogram."""
+        parts = {MIXTURE: self.mixture, **self.stems, RESIDUAL: self.residual}
+        return show({name: np.atleast_2d(part) for name, part in parts.items()}, self.rate, self.queries)
+
+
+@dataclass
+class _Shape:
+    """What `choose_encoding` asks of a recording."""
+
+    rate: int
+    channels: int
+    bits: int | None = None
 
 
 class Passage:
@@ -94,6 +194,11 @@ class Passage:
     def accept(self, result: Tensor) -> None:
         """Take in the result of the oldest window that still lacks one."""
         self._stream.accept(result)
+
+    @property
+    def silence(self) -> Tensor | None:
+        """A result that silences a window in all stems; None where the model's family has none."""
+        return self._stream.silence
 
     @torch.inference_mode()
     def pull(self) -> tuple[Samples, Audio]:
@@ -199,7 +304,13 @@ def windows_in(model: Model, seconds: float) -> int:
 
 
 def separate(
-    audio: Any, rate: int, query: Query | Mapping[str, Query], model: Model, mutual: bool = True
+    audio: Any,
+    rate: int,
+    query: Query | Mapping[str, Query],
+    model: Model,
+    mutual: bool = True,
+    expand: float = 1.0,
+    progress: Progress = lambda done, total: None,
 ) -> Separation:
     """Separate a recording in memory: one target, or one by each name.
 
@@ -209,6 +320,8 @@ def separate(
         query: what to extract, or several by name.
         model: from `load_model`.
         mutual: whether the other targets are negative queries of each.
+        expand: how many times slower the model hears the audio, and recordings of queries, for sounds above hearing.
+        progress: is called with the seconds that are done, and their total.
 
     Raises:
         AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.
@@ -227,104 +340,31 @@ def separate(
             raise AudioError(f"the audio ends at {mixture.shape[1] / rate:.2f} s: there is no {start:g}-{end:g} s")
         return stretch, rate
 
+    heard_rate = slowed(rate, expand, "audio") if expand != 1 else rate
     targets = check_targets(query)
     asked = model.apart(targets) if mutual else targets
-    wanted = model.ask([one.within(excerpt) for one in asked.values()])
+    wanted = model.ask([one.within(excerpt).slower(expand) for one in asked.values()])
     for doubt in model.doubts(list(asked.values())):
         warnings.warn(doubt, ClapsepWarning, stacklevel=2)
     size = max(1, round(BLOCK_SECONDS * rate))
     blocks = (np.ascontiguousarray(mixture[:, at : at + size]) for at in range(0, mixture.shape[1], size))
-    parts = stream(model, wanted, blocks, rate, len(mixture), mixture.shape[1] / rate)
-    stems = np.concatenate([stems for _, stems in parts], 2)
+    found, done = [], 0
+    for _, stems in stream(model, wanted, blocks, heard_rate, len(mixture), mixture.shape[1] / heard_rate):
+        found.append(stems)
+        done += stems.shape[2]
+        progress(done / rate, mixture.shape[1] / rate)
+    stems = np.concatenate(found, 2)
     residual = (mixture - stems.sum(0)).reshape(shape)
-    return Separation(dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)), residual, rate)
+    likenesses = {name: partial(_likeness, model, wanted, stem, heard_rate) for stem, name in enumerate(targets)}
+    return Separation(
+        dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)),
+        residual,
+        rate,
+        {name: one.describe() for name, one in targets.items()},
+        likenesses if model.tells_likeness else {},
+        expand,
+    )
 
 
-class Meter:
-    """Measures the level of a stream over all its channels, in dB of full scale."""
-
-    def __init__(self) -> None:
-        self._energy, self._values, self._peak = 0.0, 0, 0.0
-
-    def add(self, audio: Audio) -> None:
-        """Take in float32 `[channels, samples]`."""
-        # In float64, so that the figures do not depend on how the stream was cut.
-        self._energy += sum(float(np.dot(row, row)) for row in audio.astype(np.float64))
-        self._values += audio.size
-        self._peak = max(self._peak, float(audio.max(initial=0)), -float(audio.min(initial=0)))
-
-    def read(self) -> dict[str, float | None]:
-        """Return `rms_db` and `peak_db`, rounded to 0.01 dB; None for digital silence."""
-        rms = (self._energy / max(1, self._values)) ** 0.5
-        return {"rms_db": _decibels(rms), "peak_db": _decibels(self._peak)}
-
-
-def _decibels(amplitude: float) -> float | None:
-    return round(20 * float(np.log10(amplitude)), 2) if amplitude > 0 else None
-
-
-class _Excerpt(NamedTuple):
-    """Holds a stretch of mixture and stem: energies over all channels, and downmixes, `[samples]`."""
-
-    mixture_energy: float
-    stem_energy: float
-    mixture: Audio
-    stem: Audio
-
-
-class Presence:
-    """Scores whether the sound of a query is present: a stem should be more like it than the mixture.
-
-    It looks at the excerpts of 10 s in which the stem is loudest, so its cost does not grow with the recording.
-    """
-
-    def __init__(self, rate: int) -> None:
-        self._size = round(EXCERPT_SECONDS * rate)
-        self._now: list[tuple[Audio, Audio]] = []  # blocks of mixture and stem, [channels, samples]
-        self._held = 0
-        self._loudest: list[_Excerpt] = []
-
-    def add(self, mixture: Audio, stem: Audio) -> None:
-        """Take in float32 `[channels, samples]` of both."""
-        while mixture.shape[1]:
-            room = self._size - self._held
-            self._now.append((mixture[:, :room], stem[:, :room]))
-            self._held += self._now[-1][0].shape[1]
-            mixture, stem = mixture[:, room:], stem[:, room:]
-            if self._held == self._size:
-                self._end()
-
-    def _end(self) -> None:
-        mixture, stem = (np.concatenate(list(blocks), 1) for blocks in zip(*self._now, strict=True))
-        self._loudest.append(_Excerpt(_energy(mixture), _energy(stem), downmix(mixture), downmix(stem)))
-        self._loudest = sorted(self._loudest, key=lambda one: -one.stem_energy)[:EXCERPTS]
-        self._now, self._held = [], 0
-
-    def read(self, likeness: Callable[[Audio], float | None]) -> dict[str, float] | None:
-        """Score the excerpts.
-
-        Args:
-            likeness: takes a mono recording; returns how alike it is to the query, or None.
-
-        Returns:
-            Means over the excerpts: `before` and `after`, the likeness of mixture and stem to the query, and `score`,
-            which is `after` plus 0.02 for each dB by which the stem is louder than the mixture (minus, down to −20 dB).
-            None for a silent stem, and for a query without a positive side.
-        """
-        if self._held:
-            self._end()
-        told = []
-        for excerpt in self._loudest:
-            sounds = excerpt.stem_energy > 0
-            before, after = (likeness(excerpt.mixture), likeness(excerpt.stem)) if sounds else (None, None)
-            if before is not None and after is not None:
-                level = 10 * float(np.log10(excerpt.stem_energy / excerpt.mixture_energy))
-                told.append((before, after, after + LEVEL_WEIGHT * max(level, LEAST_LEVEL_DB)))
-        if not told:
-            return None
-        means = (round(float(np.mean(column)), 4) for column in zip(*told, strict=True))
-        return dict(zip(("before", "after", "score"), means, strict=True))
-
-
-def _energy(audio: Audio) -> float:
-    return float(np.square(audio, dtype=np.float64).sum())
+def _likeness(model: Model, wanted: Any, stem: int, rate: int, mono: Audio) -> float | None:
+    return model.likeness(wanted, stem, mono, rate)

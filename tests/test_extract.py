@@ -920,3 +920,44 @@ def test_a_device_that_is_not_there_is_an_error_and_auto_says_what_it_took(
     assert done.returncode == 3
     assert "cuda" in done.stderr
     assert " on cpu, " in clapsep(*common, cwd=mix.parent).stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize("query", ["--pos dog", "--pos-span 0.2-0.6", "--query-audio call.wav --neg rain"])
+def test_expand_hears_a_recording_slower_and_keeps_its_rate(
+    query: str, tmp_path: Path, tiny_folder: Path, clapsep: Clapsep
+) -> None:
+    """What comes out is, sample for sample, that of the same samples with a lower rate in their header."""
+    told = {}
+    for folder, rate, more in (("fast", 384_000, "--expand 10"), ("slow", 38_400, "")):
+        (tmp_path / folder).mkdir()
+        for seed, name in enumerate(("mix.wav", "call.wav")):
+            soundfile.write(tmp_path / folder / name, noise(400_000, 2, seed=seed), rate, "PCM_16")
+        asked = query.replace("0.2-0.6", "2-6") if folder == "slow" else query
+        line = f"extract mix.wav --model {tiny_folder} -d cpu --json {asked} {more}"
+        done = clapsep(*line.split(), cwd=tmp_path / folder)
+        assert done.returncode == 0, done.stderr
+        told[folder] = json.loads(done.stdout)
+    for part in ("target", "residual"):
+        fast, rate = soundfile.read(tmp_path / "fast" / f"mix.{part}.wav", dtype="int16")
+        slow, _ = soundfile.read(tmp_path / "slow" / f"mix.{part}.wav", dtype="int16")
+        assert rate == 384_000
+        np.testing.assert_array_equal(fast, slow)
+    assert told["fast"]["levels"] == told["slow"]["levels"]
+    assert told["fast"]["presence"] == told["slow"]["presence"]
+
+
+@pytest.mark.parametrize(
+    ("expand", "code", "message"),
+    [
+        ("10", 1, "mix.wav: is at 16000 Hz, so --expand 10 would leave 1600 Hz to hear; use at most --expand 2"),
+        ("0.5", 2, "--expand is 0.5: give how many times slower to hear"),
+        ("nan", 2, "--expand is nan"),
+    ],
+)
+def test_expand_that_cannot_be_heard(
+    stub: Callable[..., Done], mix: Path, expand: str, code: int, message: str
+) -> None:
+    done = stub(mix, "--pos", "dog", "--expand", expand)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert names(mix.parent) == ["mix.wav"]

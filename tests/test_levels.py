@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import downmix
-from clapsep_cli.separation import EXCERPT_SECONDS, EXCERPTS, Meter, Presence
+from clapsep_cli.listening.levels import EXCERPT_SECONDS, EXCERPTS, Meter, Presence
 
 RATE = 100
 EXCERPT = round(EXCERPT_SECONDS * RATE)

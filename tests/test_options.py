@@ -41,12 +41,20 @@ SHARED = {  # by option: a line, and what of it makes a difference when it is ad
     "--end": ("mix.wav {query}", "--end 0.2"),
     "--lenient": ("cut.wav {query}", "--lenient"),
     "--stream": ("film.mkv {query}", "--stream 2"),
+    "--expand": ("fast.wav {query}", "--expand 2"),
     "--out": ("mix.wav {query}", "-o out"),
     "--filename": ("mix.wav {query}", "--filename {{part}}/{{stem}}.{{ext}}"),
     "--format": ("mix.wav {query}", "-f flac"),
     "--subtype": ("mix.wav {query}", "--subtype pcm24"),
+    "--remux": ("film.mkv {query}", "--remux"),
     "--clip": ("loud.wav --subtype pcm16 {query}", "--clip rescale"),
     "--plot": ("mix.wav --end 0.2 {query}", "--plot"),
+    "--events": ("mix.wav {query}", "--events"),
+    "--events-format": ("mix.wav {query} --events", "--events-format raven"),
+    "--events-level": ("mix.wav {query} --events --events-presence -9", "--events-level 60"),
+    "--events-presence": ("mix.wav {query} --events --events-presence -9", "--events-presence 9"),
+    "--events-length": ("mix.wav {query} --events --events-presence -9", "--events-length 9"),
+    "--no-audio": ("mix.wav {query} --events", "--no-audio"),
     "--overwrite": ("old.wav {query}", "--overwrite"),
     "--skip-existing": ("old.wav {query}", "--skip-existing"),
     "--shard": ("mix.wav two.flac {query}", "--shard 0/2"),
@@ -90,6 +98,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--mutual": (f"{TWO} --no-mutual", "--mutual"),
         "--no-mutual": (TWO, "--no-mutual"),
         "--manifest": ("", "--manifest jobs.csv"),
+        "--watch": ("mix.wav --pos dog", "--watch in"),
         "--presence": ("mix.wav --pos dog", "--presence"),
         "--no-presence": ("mix.wav --pos dog --json", "--no-presence"),
         "--min-presence": ("mix.wav --pos dog", "--min-presence 9"),
@@ -104,6 +113,26 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--only": ("mix.wav --prompts dog rain", "--only dog"),
         "--residual": ("mix.wav --prompts dog rain", "--residual"),
         "--consistent": ("mix.wav --prompts dog rain", "--consistent"),
+    },
+    "hear": {
+        "--vocabulary": ("mix.wav --vocabulary sounds.txt", "--vocabulary more.txt"),
+        "--top": ("mix.wav --vocabulary sounds.txt --min-score 0", "--top 1"),
+        "--min-score": ("mix.wav --vocabulary sounds.txt --min-score 0", "--min-score 1"),
+        "--recursive": ("in --vocabulary sounds.txt", "-r"),
+        "--start": ("mix.wav --vocabulary sounds.txt --min-score 0", "--start 0.2"),
+        "--end": ("mix.wav --vocabulary sounds.txt --min-score 0", "--end 0.2"),
+        "--lenient": ("cut.wav --vocabulary sounds.txt", "--lenient"),
+        "--stream": ("film.mkv --vocabulary sounds.txt --min-score 0", "--stream 2"),
+        "--expand": ("fast.wav --vocabulary sounds.txt --min-score 0", "--expand 2"),
+        "--plot": ("mix.wav --vocabulary sounds.txt", "--plot"),
+        "--overwrite": ("drawn.wav --vocabulary sounds.txt --plot", "--overwrite"),
+        "--model": ("mix.wav --vocabulary sounds.txt", "--model mini"),
+        "--adapter": ("mix.wav --vocabulary sounds.txt", "--adapter adapter.safetensors"),
+        "--device": ("mix.wav --vocabulary sounds.txt", "-d cpu"),
+        "--model-dir": ("mix.wav --vocabulary sounds.txt", "--model-dir kept"),
+        "--threads": ("mix.wav --vocabulary sounds.txt", "--threads 3"),
+        "--json": ("mix.wav --vocabulary sounds.txt", "--json"),
+        "--quiet": ("mix.wav --vocabulary sounds.txt", "-q"),
     },
     "results": {"--format": ("kept", "--format csv"), "--quiet": ("kept", "-q")},
     "ui": {
@@ -224,6 +253,7 @@ REFUSED = [
     ("extract mix.wav --pos dog", "--no-mutual"),
     ("extract mix.wav --target a=dog", "--mutual"),
     ("extract --manifest jobs.csv", "--recursive"),
+    ("extract mix.wav --pos dog", "--watch in"),
     ("extract mix.wav --pos dog --min-presence 0", "--no-presence"),
     ("extract mix.wav --pos dog --remove", "--no-residual"),
     ("extract mix.wav --pos dog -o -", "--residual"),
@@ -232,6 +262,15 @@ REFUSED = [
     ("extract mix.wav --pos dog -o -", "--plot"),
     ("extract mix.wav --pos dog -o -", "--filename {part}.wav"),
     ("extract mix.wav --pos dog -o -", "--json"),
+    ("extract mix.wav --pos dog -o -", "--events"),
+    ("extract mix.wav --pos dog", "--no-audio"),
+    ("hear mix.wav --vocabulary sounds.txt", "--overwrite"),
+    ("extract film.mkv --pos dog --remux", "--format flac"),
+    ("extract film.mkv --pos dog --remux", "--start 0.1"),
+    ("extract mix.wav --pos dog", "--events-format raven"),
+    ("extract mix.wav --pos dog", "--events-length 1"),
+    ("extract mix.wav --pos dog --events --no-audio", "--format flac"),
+    ("extract mix.wav --pos dog --events --no-audio", "--residual"),
     ("extract mix.wav --pos dog", "--scratch stage"),
     ("extract mix.wav --pos dog", "--address auto"),
     ("extract mix.wav --pos dog", "--workers 2"),
@@ -281,6 +320,7 @@ def place(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for name in ("mix.wav", "two.flac", "old.wav", "in/one.wav", "in/deep/two.wav"):
         soundfile.write(place / name, 0.1 * rng.standard_normal((5000, 1)), 8000, "PCM_16")
+    soundfile.write(place / "fast.wav", 0.1 * rng.standard_normal(5000), 16_000, "PCM_16")
     soundfile.write(place / "loud.wav", 3 * rng.standard_normal(3000), 8000, "FLOAT")
     whole = (place / "mix.wav").read_bytes()
     (place / "cut.wav").write_bytes(whole[:-4000])
@@ -304,6 +344,10 @@ def place(tmp_path: Path) -> Path:
     (place / "jobs.csv").write_text("file,pos\nmix.wav,dog\n")
     (place / "settings.toml").write_text("seed = 9\n")
     (place / "mine.csv").touch()
+    (place / "sounds.txt").write_text("dog\nrain on a roof\n")
+    (place / "more.txt").write_text("a cat\n")
+    soundfile.write(place / "drawn.wav", 0.1 * rng.standard_normal(5000), 8000, "PCM_16")
+    (place / "drawn.sounds.png").touch()
     (place / "old.html").touch()
     for part in ("target", "residual", "dog", "rain"):
         (place / f"old.{part}.wav").touch()
@@ -408,7 +452,7 @@ def test_every_option_has_an_effect(observe: Callable[[str], Observed], command:
     for option, (line, more) in lines.items():
         changed = observe(f"{line} {more}")
         assert changed != without[line], f"{option} has no effect"
-        assert changed["code"] == 0 or option == "--skip-existing", changed["printed"]
+        assert changed["code"] == 0 or option in ("--skip-existing", "--watch"), changed["printed"]
 
 
 @pytest.mark.parametrize(("line", "option"), REFUSED)

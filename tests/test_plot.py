@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.errors import ExtraError, OutputError
-from clapsep_cli.jobs import plot
-from clapsep_cli.jobs.plot import BANDS, COLUMNS, Picture, _printable, check_installed
+from clapsep_cli.listening import plot
+from clapsep_cli.listening.plot import BANDS, COLUMNS, Picture, _printable, check_installed
 
 librosa = pytest.importorskip("librosa")
 matplotlib = pytest.importorskip("matplotlib")

@@ -22,6 +22,7 @@ import soundfile
 from clips import write_clips
 from conftest import TINY_MINI, Clapsep, serve
 from hub_server import HubServer
+from media_files import encode
 from recordings import noise
 from tuss_stand_in import TINY, convert_tiny, released, save_released
 from typer.main import get_command
@@ -37,7 +38,8 @@ pytest.importorskip("uvicorn", reason="the page takes the packages of clapsep[ui
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SUFFIXES = (".wav", ".flac", ".png")
+EXAMPLES = (ROOT / "EXAMPLES.md").read_text()
+SUFFIXES = (".wav", ".flac", ".png", ".m4a", ".mkv")
 # What cannot be had here: four devices, and the 40 clips of a sound that ten shots beside five mixtures of each take.
 INSTEAD = {"--devices 4": "--devices 1", "--shots 10": "--shots 1"}
 INSTALLERS = ("pip", "pipx", "uv")  # need a network, and change the environment
@@ -59,9 +61,9 @@ class Block:
         return [line for line in self.text.splitlines() if line.strip()]
 
 
-def blocks() -> Iterator[Block]:
-    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S):
-        yield Block(README[: found.start()].count("\n") + 2, found[1], found[2])
+def blocks(page: str = README) -> Iterator[Block]:
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S):
+        yield Block(page[: found.start()].count("\n") + 2, found[1], found[2])
 
 
 @pytest.fixture
@@ -232,6 +234,36 @@ def test_the_python_block_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     dog, rate_out = soundfile.read(place / "dog.wav")
     assert (dog.shape, rate_out) == (mixture.shape, rate)
     assert 0 < np.square(dog).mean() < np.square(mixture).mean()
+
+
+@pytest.mark.usefixtures("small")
+def test_every_recipe_runs(place: Path, clapsep: Clapsep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EXAMPLES.md, in a folder with the recordings that it names."""
+    pytest.importorskip("av", reason="films take the packages of clapsep[av]")
+    pytest.importorskip("matplotlib", reason="pictures take the packages of clapsep[plot]")
+    for seed, name in enumerate(("talk.wav", "dawn.wav", "wren.wav", "incoming/new.wav")):
+        (place / name).parent.mkdir(exist_ok=True)
+        soundfile.write(place / name, noise(100_000, 2, seed=seed), 24_000, "PCM_16")
+    soundfile.write(place / "bats.wav", noise(400_000, 1), 384_000, "PCM_16")
+    encode(place / "film.mkv", noise(6, 100_000), 48_000, "flac", pictures=10)
+    (place / "birds.txt").write_text("a bird\nan owl\n")
+    inputs = {path for path in place.rglob("*") if path.is_file()}
+    recipes = list(blocks(EXAMPLES))
+    assert len(re.findall(r"^## \d+\. ", EXAMPLES, re.M)) == len(recipes) == 10
+    for block in recipes:
+        if block.language == "python":
+            monkeypatch.chdir(place)
+            exec(block.text, {})
+            assert {path.name for path in (place / "parts").iterdir()} == {"target.wav", "residual.wav"}
+        for line in block.commands if block.language == "sh" else ():
+            command, _, comment = line.partition("#")
+            run(command.replace("--watch incoming", "incoming"), place, clapsep)  # it would not end
+            made = {path for path in place.rglob("*") if path.is_file()} - inputs
+            assert made or " hear " in command or "--min-presence" in command, f"EXAMPLES.md: {line} wrote nothing"
+            for name in re.findall(r"[\w-]+\.[\w.-]+\.\w+", comment):
+                assert place / name in made, f"{line}: no {name}"
+            for path in made:
+                path.unlink()
 
 
 def test_no_block_is_of_another_kind() -> None:

@@ -26,7 +26,7 @@ from recordings import names, noise
 from stand_ins import Moody
 
 from clapsep_cli import Query
-from clapsep_cli.jobs import exchange, planning, ray_engine
+from clapsep_cli.jobs import exchange, planning, ray_engine, watch
 from clapsep_cli.jobs import results as gathered
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input, expand, in_shard
@@ -272,6 +272,52 @@ def test_an_absent_recording_has_a_marker_and_a_failed_one_has_none(
     assert len(markers(memory)) == 4
     again = stub(*REMOTE, "--min-presence", "9", "--skip-existing", "--json")
     assert sorted(statuses(again)) == ["failed"] + ["skipped"] * 4
+
+
+def test_pictures_and_events_go_to_a_store_with_their_parts(
+    stub: Callable[..., Done], memory: Any, recordings: list[str], tmp_path: Path
+) -> None:
+    more = ["--events", "--events-presence", "-9", "--plot"]
+    assert stub("-r", "rec", "-o", "out", "--pos", "dog", *more).returncode == 0
+    done = stub(*REMOTE, *more, "--scratch", "scratch", "--json")
+    assert done.returncode == 0, done.stderr
+    parts = {name: data for name, data in stored(memory).items() if not name.startswith("_clapsep")}
+    assert parts == {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")}
+    assert {"a.events.csv", "a.png", "a.target.wav"} <= set(parts)
+    for row in markers(memory).values():
+        assert row["etags"].keys() == {"target", "residual", row["picture"], row["events_file"]}
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert set(statuses(stub(*REMOTE, *more, "--skip-existing", "--json"))) == {"skipped"}
+
+
+@pytest.mark.parametrize("source", ["rec", "memory://lab/rec"])
+def test_events_without_audio_go_to_a_store(
+    stub: Callable[..., Done], memory: Any, recordings: list[str], source: str
+) -> None:
+    line = ["-r", source, *REMOTE[2:], "--events", "--no-audio", "--skip-existing", "--json"]
+    done = stub(*line)
+    assert (done.returncode, set(statuses(done))) == (0, {"done"}), done.stderr
+    parts = [name for name in stored(memory) if not name.startswith("_clapsep")]
+    assert sorted(parts) == [name.replace(".wav", ".events.csv") for name in recordings]
+    again = stub(*line)
+    assert set(statuses(again)) == {"skipped"}
+    assert json.loads(again.stdout.splitlines()[0])["events_file"].startswith("memory://lab/out/")
+    other = stub(*[word.replace("dog", "ox") for word in line])
+    assert set(statuses(other)) == {"failed"}
+    assert "memory://lab/out/a.events.csv: was not written for this query" in other.stderr
+
+
+def test_what_arrives_in_a_folder_goes_to_a_store(
+    stub: Callable[..., Done], memory: Any, recordings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Input(tmp_path / "rec" / name, Path(name)) for name in ("a.wav", "b.wav")]
+    monkeypatch.setattr(watch, "arrivals", lambda *_: iter([[found[0]], found]))
+    done = stub("--watch", "rec", "-o", "memory://lab/out", "--pos", "dog", "--json")
+    assert done.returncode == 130
+    assert sorted(statuses(done)) == ["done", "done", "skipped"]
+    assert {"a.target.wav", "b.target.wav"} <= set(stored(memory))
+    refused = stub("--watch", "rec", "-o", "out", "--pos", "dog", "--engine", "ray")
+    assert (refused.returncode, "use it without --watch" in refused.stderr) == (2, True)
 
 
 def test_parts_of_two_workers_always_match(

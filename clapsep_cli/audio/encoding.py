@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
@@ -14,7 +13,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.decoders import OGG_ORDER, TAGS, reason
-from clapsep_cli.audio.samples import Audio, Samples, quantise
+from clapsep_cli.audio.film import MUXERS, Film, MediaEncoder
+from clapsep_cli.audio.samples import Audio, Encoder, Samples, quantise
 from clapsep_cli.audio.wav import WavWriter
 from clapsep_cli.errors import OutputError
 
@@ -50,6 +50,7 @@ FORMATS = {
     "ogg": Format((), "OGG", "VORBIS", level=0.3),
     "opus": Format((), "OGG", "OPUS", level=0.2),
     "mp3": Format((), "MP3", "MPEG_LAYER_III", level=0.1),
+    "m4a": Format(()),  # AAC, by PyAV
 }
 
 
@@ -112,6 +113,11 @@ def choose_encoding(format: str, subtype: str | None, source: Recorded) -> Encod
     return encoding
 
 
+def encoding_of(film: Film, source: Recorded) -> Encoding:
+    """Choose the depth of a film's new sound track: that of the recording, where the track holds samples exactly."""
+    return Encoding("wav", source.bits or 24) if film.lossless else Encoding("m4a")
+
+
 def _try(encoding: Encoding, source: Recorded) -> None:
     """Ask libsndfile whether it writes this many channels at this rate."""
     try:
@@ -123,22 +129,6 @@ def _try(encoding: Encoding, source: Recorded) -> None:
         ) from error
 
 
-class Encoder(ABC):
-    """Writes samples into a stream, which stays open. `OSError` is passed on, also what libsndfile would swallow."""
-
-    @abstractmethod
-    def write(self, audio: Samples) -> int:
-        """Append `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Write what is still held, and complete the header."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Close without finishing the file."""
-
-
 def open_encoder(
     stream: BinaryIO,
     encoding: Encoding,
@@ -147,6 +137,7 @@ def open_encoder(
     tags: Mapping[str, str],
     seek: bool = True,
     speakers: int | None = None,
+    film: Film | None = None,
 ) -> Encoder:
     """Open an encoder.
 
@@ -157,8 +148,14 @@ def open_encoder(
         channels: their number.
         tags: by libsndfile's names.
         seek: whether `stream` is a file rather than a pipe.
-        speakers: mask of speaker positions, which only WAV holds; None for the usual ones.
+        speakers: mask of speaker positions, which WAV, m4a and films hold; None for the usual ones.
+        film: to write again with this sound; None for sound alone.
     """
+    if film is not None:
+        muxer, codec = MUXERS[film.suffix], film.codec()
+        return MediaEncoder(stream, muxer, codec, rate, channels, encoding.bits, tags, speakers, film)
+    if encoding.format == "m4a":
+        return MediaEncoder(stream, "ipod", "aac", rate, channels, None, tags, speakers)
     if encoding.format == "wav":
         return WavEncoder(encoding.bits, WavWriter(stream, rate, channels, encoding.bits, tags, seek, speakers))
     return SoundFileEncoder(stream, encoding, rate, channels, tags)

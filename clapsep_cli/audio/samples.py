@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from clapsep_cli.errors import AudioError
+from clapsep_cli.errors import AudioError, UsageError
 
 Audio = NDArray[np.float32]
 Samples = NDArray[np.floating[Any]]  # float64 holds 32-bit integers exactly, float32 those of 24 bits
@@ -21,6 +22,7 @@ Samples = NDArray[np.floating[Any]]  # float64 holds 32-bit integers exactly, fl
 LARGEST = 2.0**50  # 301 dB over full scale; squares of such samples can still be added up in float32
 PEAK = 0.9  # to which a signal over full scale is scaled before a model hears it (paper IV-A)
 MAX_CHANNELS = 32
+LOWEST_HZ = 8_000  # rate of a recording
 DROPPED_AT_ONCE = 2**16  # samples
 CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
@@ -76,6 +78,22 @@ class Decoder(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close all files. May be called again."""
+
+
+class Encoder(ABC):
+    """Writes samples into a stream, which stays open. `OSError` is passed on, also what a library would swallow."""
+
+    @abstractmethod
+    def write(self, audio: Samples) -> int:
+        """Append `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what is still held, and complete the header."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Close without finishing the file."""
 
 
 def seconds(samples: int, rate: int) -> str:
@@ -154,6 +172,22 @@ def downmix(audio: Audio) -> Audio:
     if np.square(mean).sum() >= CANCELLED * energies.mean():
         return np.asarray(mean, np.float32)
     return np.asarray(audio[int(energies.argmax())], np.float32)
+
+
+def slowed(rate: int, expand: float, name: str) -> int:
+    """Return the rate in Hz at which a recording is heard `expand` times slower: below hearing what was above.
+
+    Raises `AudioError` if the rate is too low for that, `UsageError` if `expand` is below 1; `name` stands for the
+    recording.
+    """
+    if not 1 <= expand < math.inf:
+        raise UsageError(f"--expand is {expand:g}: give how many times slower to hear, 10 for bats")
+    slow = round(rate / expand)
+    if slow < LOWEST_HZ:
+        most = rate // LOWEST_HZ
+        advice = f"use at most --expand {most}" if most > 1 else "leave it out"
+        raise AudioError(f"{name}: is at {rate} Hz, so --expand {expand:g} would leave {slow} Hz to hear; {advice}")
+    return slow
 
 
 def to_rate(mono: Audio, rate_in: int, rate_out: int) -> Audio:

@@ -12,12 +12,22 @@ from typing import BinaryIO
 import numpy as np
 
 from clapsep_cli.audio import decoders
-from clapsep_cli.audio.samples import MAX_CHANNELS, Audio, Decoder, Samples, check_finite, downmix, to_rate
+from clapsep_cli.audio.samples import (
+    LOWEST_HZ,
+    MAX_CHANNELS,
+    Audio,
+    Decoder,
+    Samples,
+    check_finite,
+    downmix,
+    slowed,
+    to_rate,
+)
 from clapsep_cli.audio.wav import WavStream, is_wav
 from clapsep_cli.errors import AudioError
 
 STDIN = Path("-")
-RATES_HZ = (8_000, 1_000_000)
+RATES_HZ = (LOWEST_HZ, 1_000_000)
 HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
 SUFFIXES = decoders.SNDFILE_SUFFIXES | decoders.AV_SUFFIXES  # some take PyAV
 
@@ -206,14 +216,16 @@ def read_mono(
     end: float | None = None,
     lenient: bool = False,
     stream: int | None = None,
+    expand: float = 1.0,
 ) -> Audio:
-    """Read a recording, or its part from `start` to `end` in seconds, as a model hears it: its `downmix` at `rate` Hz.
+    """Read a recording, or its part from `start` to `end` in seconds, as a model hears it: its `downmix` at `rate` Hz,
+    `expand` times slower.
 
     Returns float32 `[samples]`. `lenient`, `stream` and what it raises are as in `Source`.
     """
     with Source(path, start, end, lenient, stream) as source:
         mono = np.concatenate([downmix(block) for block in source.blocks(HEARD_SECONDS)])
-        return to_rate(mono, source.rate, rate)
+        return to_rate(mono, slowed(source.rate, expand, source.name), rate)
 
 
 def recordings(path: Path) -> list[Path]:

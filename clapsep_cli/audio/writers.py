@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from clapsep_cli.audio import film
 from clapsep_cli.audio.decoders import reason
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, open_encoder
 from clapsep_cli.audio.samples import Samples
@@ -50,6 +51,7 @@ class Form:
     channels: int
     tags: Mapping[str, str]
     speakers: int | None
+    film: film.Film | None = None
 
 
 class Part:
@@ -68,7 +70,7 @@ class Part:
                 self._claim = claim(self._stream)
             try:
                 self._encoder = open_encoder(
-                    self._stream, form.encoding, form.rate, form.channels, form.tags, seek, form.speakers
+                    self._stream, form.encoding, form.rate, form.channels, form.tags, seek, form.speakers, form.film
                 )
             except BaseException:
                 self._drop()
@@ -141,7 +143,8 @@ class Outputs:
         tags: by libsndfile's names, stored where the format has a place for them.
         software: stored likewise, see `read_software`.
         overwrite: replace existing files.
-        speakers: mask of speaker positions that a WAV gets; None for the usual ones.
+        speakers: mask of speaker positions that outputs get; None for the usual ones.
+        film: to write again with each part as a sound track; None for sound alone.
 
     Raises:
         OutputError: an output exists and `overwrite` is not set, or it cannot be written.
@@ -159,6 +162,7 @@ class Outputs:
         software: str = "",
         overwrite: bool = False,
         speakers: int | None = None,
+        film: film.Film | None = None,
     ) -> None:
         if len(software.encode("utf-8", "replace")) > SOFTWARE_BYTES:
             raise ValueError(f"software is limited to {SOFTWARE_BYTES} bytes, which all formats hold: {software!r}")
@@ -167,7 +171,7 @@ class Outputs:
         if STDOUT in paths.values() and encoding.format != "wav":
             raise OutputError(f"standard output carries WAV alone, not {encoding.format}")
         stored = {name: _clean(text) for name, text in {**(tags or {}), "software": software}.items() if text}
-        self._form = Form(encoding, rate, channels, stored, speakers)
+        self._form = Form(encoding, rate, channels, stored, speakers, film)
         self._clip, self._overwrite, self._done = clip, overwrite, 0
         self._exact = encoding.bits is None and not encoding.lossy
         self._drafts: dict[str, BinaryIO] = {}  # samples as they came, where the gain is known only at the end
@@ -284,7 +288,7 @@ def read_software(path: Path) -> str:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             return LIBSNDFILE.sub("", file.software)
     except (soundfile.SoundFileError, OSError):
-        return ""
+        return film.read_software(path)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from clapsep_cli.cli.demo import demo
 from clapsep_cli.cli.embed import embed
 from clapsep_cli.cli.evaluate import evaluate
 from clapsep_cli.cli.extract import extract
+from clapsep_cli.cli.hear import hear
 from clapsep_cli.cli.mixtures import mixtures
 from clapsep_cli.cli.models import models
 from clapsep_cli.cli.results import results
@@ -44,6 +45,7 @@ app = typer.Typer(
 
 app.command()(extract)
 app.command(cls=ListCommand)(separate)
+app.command()(hear)
 app.command()(results)
 app.command()(ui)
 app.command()(demo)

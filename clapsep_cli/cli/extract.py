@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import carry_out, find
+from clapsep_cli.cli.run import carry_out, find, keep_on
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption
 from clapsep_cli.errors import QueryError, UsageError
 
@@ -83,17 +83,34 @@ def extract(
     remove: Annotated[
         bool, typer.Option("--remove", rich_help_panel=opt.OUTPUT, help="Write only the rest, without the target.")
     ] = False,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            "--watch",
+            metavar="DIR",
+            rich_help_panel=opt.INPUT,
+            help="Wait for recordings in this folder, and take them as they arrive, until Ctrl-C.",
+        ),
+    ] = None,
     recursive: opt.Recursive = False,
     start: opt.Start = None,
     end: opt.End = None,
     lenient: opt.Lenient = False,
     stream: opt.Stream = None,
+    expand: opt.Expand = 1.0,
     out: opt.Out = None,
     filename: opt.Filename = None,
     format: opt.Format = "wav",  # noqa: A002
     subtype: opt.Subtype = None,
+    remux: opt.Remux = False,
     clip: opt.Clip = "warn",
     plot: opt.Plot = False,
+    events: opt.Events = False,
+    events_format: opt.EventsFormat = "csv",
+    events_level: opt.EventsLevel = None,
+    events_presence: opt.EventsPresence = None,
+    events_length: opt.EventsLength = None,
+    no_audio: opt.NoAudio = False,
     overwrite: opt.Overwrite = False,
     skip_existing: opt.SkipExisting = False,
     shard: opt.Shard = None,
@@ -130,6 +147,9 @@ def extract(
     if manifest and (inputs or recursive):
         extra = "recordings" if inputs else "--recursive"
         raise UsageError(f"{manifest} names the recordings: give either a manifest or {extra}")
+    if watch and (inputs or manifest or str(out) == "-"):
+        extra = "recordings" if inputs else "--manifest" if manifest else "-o -"
+        raise UsageError(f"--watch names the folder of the recordings, and writes files: use it without {extra}")
     if mutual is not None and len(target or ()) < 2:
         raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
     sides: dict[str, Any] = {
@@ -147,16 +167,21 @@ def extract(
         asked = _asked(given, sides, options, stage)
         if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
             raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
+        if watch:
+            keep_on(watch, recursive, asked[0][1], options, setup, stage)
         carry_out(asked, options, setup, stage)
 
 
 def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, stage: Stage) -> Requests:
     """Return the recordings with their queries, by the arguments of the command and the two sides of a query."""
+    from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.query import TARGET, Query
 
     if given["manifest"]:
         return _rows(stage.path(given["manifest"]), sides, stage)
     targets = _targets(given["target"], sides, stage) if given["target"] else {TARGET: Query(**sides)}
+    if given["watch"]:  # the first one stands for those to come
+        return [(Input(given["watch"] / "any.wav", Path("any.wav")), targets)]
     return [(item, targets) for item in find(given["inputs"] or [], given["recursive"], options.out, stage)]
 
 

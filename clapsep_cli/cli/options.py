@@ -32,8 +32,9 @@ def _number(panel: str, text: str, *names: str, most: int = 1024, least: int = 1
 
 # Values that shells complete.
 CLIPS = ("warn", "rescale", "error")
-FORMATS = ("wav", "flac", "ogg", "opus", "mp3")
+FORMATS = ("wav", "flac", "ogg", "opus", "mp3", "m4a")
 SUBTYPES = ("pcm16", "pcm24", "float")
+EVENTS = ("csv", "audacity", "raven")
 PRECISIONS = ("auto", "high", "fast")
 ENGINES = ("local", "ray")
 OF_RAY = ("address", "workers", "gpus_per_worker", "insecure")  # options
@@ -48,6 +49,13 @@ End = Annotated[str | None, _option(INPUT, "End at this time.", "--end", metavar
 Lenient = Annotated[bool, _option(INPUT, "Read damaged or truncated recordings as far as possible.", "--lenient")]
 Stream = Annotated[int | None, _number(INPUT, "Read this sound track of a film; else the first.", "--stream")]
 
+Expand = Annotated[
+    float,
+    _option(
+        INPUT, "Hear recordings this many times slower, for sounds above hearing: 10 for bats.", "--expand", metavar="X"
+    ),
+]
+
 Out = Annotated[
     str | None,
     _option(
@@ -59,7 +67,7 @@ Filename = Annotated[
     _option(OUTPUT, 'Output name, "{stem}.{part}.{ext}"; also {name}, {query}.', "--filename", metavar="NAME"),
 ]
 Format = Annotated[
-    str, _option(OUTPUT, "wav, flac, ogg, opus or mp3.", "--format", "-f", metavar="NAME", known=FORMATS)
+    str, _option(OUTPUT, "wav, flac, ogg, opus, mp3 or m4a.", "--format", "-f", metavar="NAME", known=FORMATS)
 ]
 Subtype = Annotated[
     str | None,
@@ -71,6 +79,9 @@ Subtype = Annotated[
         known=SUBTYPES,
     ),
 ]
+Remux = Annotated[
+    bool, _option(OUTPUT, "Write films again with each part as the sound track; pictures are copied.", "--remux")
+]
 Clip = Annotated[
     str,
     _option(
@@ -81,6 +92,28 @@ Clip = Annotated[
         known=CLIPS,
     ),
 ]
+Events = Annotated[bool, _option(OUTPUT, "Also write when each target sounds, {stem}.events.csv.", "--events")]
+EventsFormat = Annotated[
+    str,
+    _option(
+        OUTPUT,
+        "csv, audacity (labels) or raven (a selection table).",
+        "--events-format",
+        metavar="NAME",
+        known=EVENTS,
+    ),
+]
+EventsLevel = Annotated[
+    float | None,
+    _option(OUTPUT, "Level in dB relative to the mixture at which an event begins.", "--events-level", metavar="DB"),
+]
+EventsPresence = Annotated[
+    float | None, _option(OUTPUT, "Least presence of an event.", "--events-presence", metavar="X")
+]
+EventsLength = Annotated[
+    float | None, _option(OUTPUT, "Shortest event, in seconds.", "--events-length", metavar="SECONDS")
+]
+NoAudio = Annotated[bool, _option(OUTPUT, "Write the events alone, which is faster.", "--no-audio")]
 Plot = Annotated[bool, _option(OUTPUT, "Also write a picture of the parts, {stem}.png.", "--plot")]
 Overwrite = Annotated[bool, _option(OUTPUT, "Replace existing outputs.", "--overwrite")]
 SkipExisting = Annotated[

@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import lru_cache
 from math import log10
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
@@ -29,7 +30,7 @@ from clapsep_cli.startup import set_threads
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.loading import Loading
-    from clapsep_cli.jobs.planning import Requests
+    from clapsep_cli.jobs.planning import Requests, Todo
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.jobs.tasks import Job, Options, Outcome
     from clapsep_cli.query import Query
@@ -75,8 +76,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
     set_threads(setup.threads)
     if _is_stdout(options.out) and setup.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
-    if setup.scratch is not None and stage.root is None:
-        raise UsageError("--scratch is the folder for what URLs name, and there is none: leave it out")
+    _check_scratch(setup, stage)
     jobs = lay_out(asked, options, stage)  # before a model is loaded, perhaps downloaded
     lines = _Lines(setup, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)
     if options.shard is not None and not jobs:
@@ -91,14 +91,75 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
         raise typer.Exit(FAILED)
 
 
+def _check_scratch(setup: Setup, stage: Stage) -> None:
+    if setup.scratch is not None and stage.root is None:
+        raise UsageError("--scratch is the folder for what URLs name, and there is none: leave it out")
+
+
+def keep_on(
+    folder: Path, recursive: bool, targets: Mapping[str, Query], options: Options, setup: Setup, stage: Stage
+) -> NoReturn:
+    """Separate recordings as they arrive in a folder, until the user stops it.
+
+    Args:
+        folder: to watch.
+        recursive: watch the folders below it, too.
+        targets: of each recording, by name.
+        options: how they are read and written.
+        setup: the model, the device and the messages.
+        stage: mirrors the stores of URLs.
+
+    Raises:
+        StoppedError: the user stopped it.
+        ClapsepError: nothing can be done.
+    """
+    from clapsep_cli.audio.writers import read_software
+    from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.planning import lay_out, plan
+    from clapsep_cli.jobs.tasks import Failure, row_of
+    from clapsep_cli.jobs.watch import arrivals
+
+    _check_scratch(setup, stage)
+    if setup.engine == "ray":
+        raise UsageError("--engine ray takes recordings that are there: use it without --watch")
+    set_threads(setup.threads)
+    options = replace(options, skip_existing=True)
+    lay_out([(Input(folder / "any.wav", Path("any.wav")), targets)], options, stage)  # before a model is loaded
+    model = load(_loading(setup), stage, setup.quiet)
+    if options.presence is None:
+        options = replace(options, presence=setup.json and model.tells_likeness)
+    for doubt in model.doubts(list(targets.values())):
+        warnings.warn(doubt, ClapsepWarning, stacklevel=2)
+    notes(setup.quiet)(f"watching {folder}; Ctrl-C ends it")
+    with stoppable(setup.quiet) as stop:
+        ours = lru_cache(lambda path, _: read_software(path).startswith("clapsep "))
+        known = arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns))
+        for items in known:
+            jobs, failed = [], []
+            for item in items:
+                try:
+                    jobs += lay_out([(item, targets)], options, stage)
+                except ClapsepError as error:
+                    failed.append(Failure(item.path, error))
+            lines = _Lines(setup, len(jobs) + len(failed), sys.stdout)
+            for failure in failed:
+                lines.show(row_of(failure, model))
+            _process(plan(jobs, model, options, stage), model, options, setup, stage, lines, stop)
+            lines.end()
+    raise StoppedError("stopped watching; finished recordings are kept, and skipped the next time")
+
+
+def load(loading: Loading, stage: Stage, quiet: bool) -> Model:
+    """Load a model with its adapter, and show a download if one is needed."""
+    with downloads(quiet) as shown:
+        return loading.load(stage, notes(quiet), shown)
+
+
 def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
     """Plan and run the jobs in this process."""
-    from clapsep_cli.jobs.batch import run
     from clapsep_cli.jobs.planning import plan
-    from clapsep_cli.jobs.tasks import Failure, Skipped, row_of
 
-    with downloads(setup.quiet) as shown:
-        model = _loading(setup).load(stage, notes(setup.quiet), shown)
+    model = load(_loading(setup), stage, setup.quiet)
     if options.presence is None:
         options = replace(options, presence=setup.json and model.tells_likeness)
     todo = plan(jobs, model, options, stage)
@@ -106,12 +167,22 @@ def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lin
         _warn_of_doubts(model, jobs)
     if todo.jobs:
         lines.begin(jobs, model)
+    with stoppable(setup.quiet) as stop:
+        _process(todo, model, options, setup, stage, lines, stop)
+
+
+def _process(
+    todo: Todo, model: Model, options: Options, setup: Setup, stage: Stage, lines: _Lines, stop: threading.Event
+) -> None:
+    """Run what is to do, and print all results."""
+    from clapsep_cli.jobs.batch import run
+    from clapsep_cli.jobs.tasks import Failure, Skipped, row_of
+
     known: list[Outcome] = [*map(Skipped, todo.done), *todo.blocked]
     for outcome in known:
         lines.show(row_of(outcome, model))
     with (
         lines.ended_if_stopped(),
-        stoppable(setup.quiet) as stop,
         Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
         closing(run(todo.jobs, model, options, reporter.update, stop, stage)) as outcomes,
     ):
@@ -246,7 +317,8 @@ class _Lines:
             note(row["error"])
         elif status == "skipped":
             if not self.json and self.count < 2:  # of several, only the number is printed
-                self._print(f"{row['input']}: done before{'' if row['outputs'] else ', without what was asked for'}")
+                without = "" if row["outputs"] or row.get("events_file") else ", without what was asked for"
+                self._print(f"{row['input']}: done before{without}")
         else:
             self._warn(row)
             if not self.json:
@@ -271,9 +343,13 @@ class _Lines:
         for target, score in row["presence"].items():
             left = "; not written" if target in row["absent"] else ""
             self._print(f"  presence of {target}: {_presence(score)}{left}")
-        if not row["outputs"]:
+        if row["status"] == "absent":
             self._print("  nothing written: below --min-presence")
-        named = {**row["outputs"], **({"picture": row["picture"]} if row["picture"] else {})}
+        for target, events in row["events"].items():
+            sounding = sum(event["end"] - event["start"] for event in events)
+            self._print(f"  {target} sounds {len(events)} times, {sounding:.2f} s in all")
+        extras = {"picture": row["picture"], "events": row["events_file"]}
+        named = {**row["outputs"], **{name: path for name, path in extras.items() if path}}
         width = max(map(len, named), default=0)
         for part, path in named.items():
             self._print(f"  {part:{width}}  {_named(path, 'output')}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +67,7 @@ class Embedder:
         """Embed one side of a query, `[1, dim]` (paper, Eq. 3)."""
         for shot in shots:
             if _key(shot) not in self.sounds:
-                files: Sequence[Shot] = recordings(Path(shot)) if isinstance(shot, str | Path) else [shot]
-                self.sounds[_key(shot)] = [_embed_shot(self.model, file, self.silence) for file in files]
+                self.sounds[_key(shot)] = [_embed_shot(self.model, file, self.silence) for file in _files(shot)]
         sounds = [embedding for shot in shots for embedding in self.sounds[_key(shot)]]
         # Means of unit vectors, not scaled to length 1 again: the released weights were trained so.
         means = [
@@ -130,17 +131,22 @@ def unknown_words(model: Askable[object], queries: Sequence[Query]) -> list[str]
     return lines
 
 
-def _embed_shot(model: Askable[object], shot: Shot, silence: bool) -> Tensor:
+def _files(shot: Shot) -> Sequence[tuple[Any, int] | Excerpt]:
+    if isinstance(shot, tuple):
+        return [shot]
+    part = shot if isinstance(shot, Excerpt) else Excerpt(Path(shot), 0.0, None)
+    return [replace(part, path=path) for path in recordings(part.path)]
+
+
+def _embed_shot(model: Askable[object], shot: tuple[Any, int] | Excerpt, silence: bool) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, tuple):
         name = "a recording given as a query"
         samples, own = from_array(*shot, name)
         mono = to_rate(downmix(samples), own, rate)
-    elif isinstance(shot, Excerpt):
-        name = f"{shot.path}, {shot.start:g}-{shot.end:g} s"
-        mono = _read_excerpt(shot, rate)
     else:
-        name, mono = str(shot), read_mono(Path(shot), rate)
+        name = str(shot.path) if shot.end is None else f"{shot.path}, {shot.start:g}-{shot.end:g} s"
+        mono = _read_excerpt(shot, rate)
     if not silence and not np.any(mono):
         raise AudioError(f"{name}: is silent; a query needs a recording of the sound")
     return _embed(model, mono)
@@ -148,8 +154,10 @@ def _embed_shot(model: Askable[object], shot: Shot, silence: bool) -> Tensor:
 
 def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
     try:
-        return read_mono(shot.path, rate, shot.start, shot.end, shot.lenient, shot.stream)
+        return read_mono(shot.path, rate, shot.start, shot.end, shot.lenient, shot.stream, shot.expand)
     except AudioError as error:
+        if shot.end is None:
+            raise
         raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s cannot be read: {error}") from error
 
 

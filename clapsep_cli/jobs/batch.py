@@ -117,7 +117,8 @@ class _Opened(ExitStack):
             return self.asked[key][1]
         path, lenient, stream = job.input.path, self.options.lenient, self.options.stream
         queries = {
-            name: query.within(lambda a, b: Excerpt(path, a, b, lenient, stream)) for name, query in job.targets.items()
+            name: query.within(lambda a, b: Excerpt(path, a, b, lenient, stream)).slower(self.options.expand)
+            for name, query in job.targets.items()
         }
         names = list(queries)
         wanted = self.model.ask(list(queries.values()), [names.index(name) for name in job.kept])
@@ -205,7 +206,14 @@ class _Opened(ExitStack):
         """Give all windows to the workers, and take in the results that are there: at least one, if any is to come."""
         for recording in self.recordings:
             while recording.windows:
-                recording.coming.append(workers.submit(recording.windows.popleft(), recording.wanted, self.check))
+                window = recording.windows.popleft()
+                silence = recording.silence(window)
+                if silence is None:
+                    recording.coming.append(workers.submit(window, recording.wanted, self.check))
+                else:
+                    settled: Future[Any] = Future()
+                    recording.coming.append(settled)
+                    settled.set_result((silence, 0.0))
         oldest = [recording.coming[0] for recording in self.recordings if recording.coming]
         while oldest and not wait(oldest, LOOK_SECONDS, FIRST_COMPLETED).done:
             self.check()
@@ -217,6 +225,8 @@ class _Opened(ExitStack):
 
     def _separate_batch(self) -> None:
         """Separate one batch of windows with the same queries."""
+        for recording in self.recordings:
+            recording.pass_over()
         batch = [(recording, window) for recording in self.recordings for window in recording.windows]
         if not batch:
             return

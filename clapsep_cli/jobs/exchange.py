@@ -34,19 +34,26 @@ def done_before(job: Job, stage: Stage, fresh: bool = False) -> Job | None:
     `fresh` asks a store again, where otherwise one listing serves all recordings.
     """
     if not job.key or job.marker is None:
-        return job if job.key and _tagged(job) else None
+        return job if job.key and job.outputs and _tagged(job) else None
     if stage.holds(job.marker):
         there = bool(stage.etag(job.marker)) if fresh else job.marker in stage.markers(_marks(job.marker))
         return job if there else None
-    absent = absent_of(stage.read(job.marker))
+    marker = stage.read(job.marker)
+    if not job.outputs:  # the events alone were asked for
+        return job if marker and _has_extras(job) else None
+    absent = absent_of(marker)
     if absent and set(job.kept) <= set(absent):
-        return replace(job, outputs={}, picture=None)
+        return replace(job, outputs={}, picture=None, events=None)
     job = replace(job, outputs={part: path for part, path in job.outputs.items() if part not in absent})
     return job if _tagged(job) else None
 
 
 def _tagged(job: Job) -> bool:
-    return finished(job.outputs.values(), job.key) and (job.picture is None or job.picture.exists())
+    return finished(job.outputs.values(), job.key) and _has_extras(job)
+
+
+def _has_extras(job: Job) -> bool:
+    return all(path.exists() for path in job.extras.values())
 
 
 def _marks(path: Path) -> Path:
@@ -60,12 +67,12 @@ def blocking(job: Job, stage: Stage) -> Path | None:
     In a store, that is one of another marker of this recording. Parts without a marker were left by a killed worker.
     """
     if job.marker is not None and stage.holds(job.marker):
-        parts = {stage.shown(str(path)): path for path in job.outputs.values()}
+        parts = {stage.shown(str(path)): path for path in (*job.outputs.values(), *job.extras.values())}
         taken = (name for other in _others(job, stage) for name in _outputs(stage.read(other)))
         return next((parts[name] for name in taken if name in parts), None)
     there = [path for path in job.outputs.values() if stage.is_there(path)]
-    if not there and job.picture and stage.is_there(job.picture):  # it is made after the outputs
-        return job.picture
+    if not there:  # the others are made after the outputs
+        return next((path for path in job.extras.values() if stage.is_there(path)), None)
     return in_the_way(there, job.key) if job.key else next(iter(there), None)
 
 
@@ -82,7 +89,9 @@ def _others(job: Job, stage: Stage) -> list[Path]:
 
 def _outputs(marker: str) -> list[str]:
     with suppress(ValueError, KeyError, TypeError, AttributeError):
-        return list(map(str, json.loads(marker)["outputs"].values()))
+        row = json.loads(marker)
+        extras = (row[name] for name in ("picture", "events_file") if row.get(name))
+        return list(map(str, (*row["outputs"].values(), *extras)))
     return []
 
 
@@ -122,7 +131,7 @@ class Exchange:
             self._coming[id(job)] = self._fetching.submit(self._fetch, job, need, room)
 
     def _is_staged(self, job: Job) -> bool:
-        return any(map(self.stage.holds, (job.input.path, *job.outputs.values())))
+        return any(map(self.stage.holds, (job.input.path, *job.outputs.values(), *job.extras.values())))
 
     def _room(self) -> int:
         return shutil.disk_usage(self.stage.root or Path()).free
@@ -148,18 +157,19 @@ class Exchange:
         if self._is_staged(job):
             return self._putting.submit(self._commit, job, done)
         committed: Future[Extraction] = Future()
-        if job.marker is not None and (done.absent or job.marks_all):
+        if job.marker is not None and job.needs_marker(done.absent):
             self.stage.write(job.marker, json.dumps(self._row(done)) + "\n")
         committed.set_result(done)
         return committed
 
     def _commit(self, job: Job, done: Extraction) -> Extraction:
-        parts = {**done.outputs, **({"picture": done.picture} if done.picture else {})}
+        extras = [path for path in (done.picture, done.events_file) if path]
+        parts = {**done.outputs, **{self.stage.shown(str(path)): path for path in extras}}
         parts = {name: path for name, path in parts.items() if self.stage.holds(path)}
         row = json.loads(self.stage.shown(json.dumps(self._row(done))))
         try:
             if job.marker is None or not self.stage.holds(job.marker):  # from a store to this machine
-                if job.marker is not None and (done.absent or job.marks_all):
+                if job.marker is not None and job.needs_marker(done.absent):
                     self.stage.write(job.marker, json.dumps(row) + "\n")
                 return done
             if job.overwrite:

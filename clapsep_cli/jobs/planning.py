@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import get_args
 
 from clapsep_cli.audio.encoding import choose_encoding
+from clapsep_cli.audio.film import Film
 from clapsep_cli.audio.sources import STDIN, recordings
 from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
@@ -18,16 +19,17 @@ from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.exchange import blocking, done_before
 from clapsep_cli.jobs.inputs import Input, in_shard
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
-from clapsep_cli.jobs.plot import check_installed
 from clapsep_cli.jobs.resume import signature
 from clapsep_cli.jobs.stores import Stage
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
+from clapsep_cli.listening.events import FORMATS as EVENT_FORMATS
+from clapsep_cli.listening.plot import check_installed
 from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
 
 Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 # The options that change what is written; `mutual` changes the queries instead.
-DECISIVE = ("start", "end", "stream", "format", "subtype", "clip", "consistent", "min_presence")
+DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "remux", "clip", "consistent", "min_presence")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def lay_out(asked: Requests, options: Options = Options(), stage: Stage = Stage(
     mine = [job for job in jobs if options.shard is None or in_shard(job.input, *options.shard)]
     if options.out != STDOUT:
         own = {job.input for job in mine}
-        files = [(job.input, {**job.outputs, **({"picture": job.picture} if job.picture else {})}) for job in jobs]
+        files = [(job.input, {**job.outputs, **job.extras}) for job in jobs]
         check_outputs(files, options.overwrite, options.skip_existing, stage, own.__contains__)
     return mine
 
@@ -124,10 +126,14 @@ def _check(asked: Requests, options: Options) -> None:
         check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
+    if not 1 <= options.expand < inf:
+        raise UsageError(f"--expand is {options.expand:g}: give how many times slower to hear, 10 for bats")
     if options.min_presence is not None and not isfinite(options.min_presence):
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
     if options.presence is False and options.min_presence is not None:
         raise UsageError("--min-presence measures the presence: use it without --no-presence")
+    _check_events(options)
+    _check_remux(asked, options)
     if options.remove and options.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
@@ -148,6 +154,51 @@ def _check(asked: Requests, options: Options) -> None:
                 raise AudioError(f"{path}: no such file")
 
 
+def _check_remux(asked: Requests, options: Options) -> None:
+    if not options.remux:
+        return
+    idle = {
+        "--format": options.format != "wav",
+        "--subtype": options.subtype is not None,
+        "--no-audio": options.no_audio,
+        "--start": options.start > 0,
+        "--end": options.end is not None,
+        "-o -": options.out == STDOUT,
+        "- (standard input)": any(item.path == STDIN for item, _ in asked),
+    }
+    if any(idle.values()):
+        name = next(name for name, one in idle.items() if one)
+        raise UsageError(f"--remux writes whole films, of their own format: use it without {name}")
+
+
+def _check_events(options: Options) -> None:
+    if options.events_format not in EVENT_FORMATS:
+        raise UsageError(f"there is no --events-format {options.events_format!r}; there are {', '.join(EVENT_FORMATS)}")
+    given = {
+        "--events-format": options.events_format != "csv",
+        "--events-level": options.events_level is not None,
+        "--events-presence": options.events_presence is not None,
+        "--events-length": options.events_length is not None,
+        "--no-audio": options.no_audio,
+    }
+    if not options.events and any(given.values()):
+        raise UsageError(f"{next(name for name, one in given.items() if one)} is about events: use it with --events")
+    bounds = (options.events_level, options.events_presence, options.events_length)
+    if any(not isfinite(bound) for bound in bounds if bound is not None) or (options.events_length or 0) < 0:
+        raise UsageError("--events-level, --events-presence and --events-length are numbers; the last is not below 0")
+    idle = {
+        "--format": options.format != "wav",
+        "--subtype": options.subtype is not None,
+        "--clip": options.clip != "warn",
+        "--residual": options.residual is True,
+        "--remove": options.remove,
+        "-o -": options.out == STDOUT,
+    }
+    if options.no_audio and any(idle.values()):
+        name = next(name for name, one in idle.items() if one)
+        raise UsageError(f"--no-audio writes no audio, so {name} has no effect: leave it out")
+
+
 def _check_stdout(asked: Requests, options: Options) -> None:
     if len(asked) > 1:
         raise UsageError(f"-o - writes one recording to standard output, not {len(asked)}; use another -o")
@@ -158,6 +209,7 @@ def _check_stdout(asked: Requests, options: Options) -> None:
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
     idle = {
         "--plot": options.plot,
+        "--events": options.events,
         "--filename": options.filename is not None,
         "--skip-existing": options.skip_existing,
         "--overwrite": options.overwrite,
@@ -171,7 +223,8 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, stage: Sta
         return Job(item, targets, {}, [])
     parts = options.parts(list(targets))
     whole = options.consistent or RESIDUAL in parts  # the residual needs all targets
-    kept = [name for name in targets if whole or name in parts]
+    wanted = options.chosen(list(targets)) if options.no_audio else parts
+    kept = [name for name in targets if whole or name in wanted]
     if options.out == STDOUT:
         return Job(item, targets, dict.fromkeys(parts, STDOUT), kept)
     out = Path() if options.out is None and item.path == STDIN else options.out
@@ -179,14 +232,22 @@ def _job(item: Input, targets: Mapping[str, Query], options: Options, stage: Sta
     words = " ".join(
         word for query in targets.values() for word in (*query.pos, *(f"not {text}" for text in query.neg))
     )
-    outputs = output_paths(item, parts, out, filename, options.format, words)
+    try:
+        suffix = Film(item.path).suffix if options.remux else options.format
+    except OutputError as error:
+        return Job(replace(item, fault=error), targets, {}, [])
+    outputs = output_paths(item, parts, out, filename, suffix, words)
     name = "{name}.{ext}" if "{name}" in filename else "{stem}.{ext}"
     picture = output_paths(item, ["plot"], out, name, "png")["plot"] if options.plot else None
+    listed = None
+    if options.events:
+        name = "{name}.{part}.{ext}" if "{name}" in filename else TEMPLATE
+        listed = output_paths(item, ["events"], out, name, EVENT_FORMATS[options.events_format])["events"]
     marks = item.path.parent / MARKS if out is None else out / MARKS / item.below.parent
     stage.check_writable(marks)
     marked = options.skip_existing or options.markers or stage.holds(marks)
     folder = marks if marked else None
-    return Job(item, targets, outputs, kept, picture=picture, marks=folder, marks_all=options.markers)
+    return Job(item, targets, outputs, kept, picture=picture, events=listed, marks=folder, marks_all=options.markers)
 
 
 def _key(job: Job, model: Model, options: Options) -> str:
@@ -194,6 +255,8 @@ def _key(job: Job, model: Model, options: Options) -> str:
     if job.input.path == STDIN:
         return ""
     decisive = {name: str(getattr(options, name)) for name in DECISIVE}
+    if options.events:
+        decisive |= {"events": f"{options.rules} {options.events_format} {options.no_audio}"}
     settings = {**decisive, "precision": model.precision}
     return signature(job.input.path, job.targets, model.identity, settings, job.input.stored)
 

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clapsep_cli.audio.encoding import choose_encoding
-from clapsep_cli.audio.samples import Audio, Samples, on_grid
+from clapsep_cli.audio.encoding import choose_encoding, encoding_of
+from clapsep_cli.audio.film import Film
+from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
-from clapsep_cli.jobs.plot import Picture
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
+from clapsep_cli.listening.events import UNLIKE, Event, EventFinder, save_events
+from clapsep_cli.listening.levels import Meter, Presence
+from clapsep_cli.listening.plot import Marks, Picture
 from clapsep_cli.query import MIXTURE, RESIDUAL
-from clapsep_cli.separation import BLOCK_SECONDS, Meter, Passage, Presence
+from clapsep_cli.separation import BLOCK_SECONDS, Passage
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
@@ -118,7 +121,9 @@ class Recording:
         source: Source = self._source.enter_context(self.result(opening))
         self._notes = source.notes
         self.rate, self.frames = source.rate, source.frames
-        self.encoding = choose_encoding(self.options.format, self.options.subtype, source)
+        self.heard_rate = slowed(source.rate, options.expand, source.name)
+        film = Film(self.job.input.path, options.stream or 1) if options.remux else None
+        self.encoding = encoding_of(film, source) if film else choose_encoding(options.format, options.subtype, source)
         self._writer = self._outputs.enter_context(
             Outputs(
                 self.job.outputs,
@@ -130,18 +135,22 @@ class Recording:
                 f"clapsep {__version__}" + (f" key={self.job.key}" if self.job.key else ""),
                 self.job.overwrite,
                 source.speakers,
+                film,
             )
         )
         self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
         self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
         watched = self.model.tells_likeness and (self.options.presence or self._decides)
-        self._presence = {name: Presence(source.rate) for name in self.job.kept} if watched else {}
+        self._presence = {name: Presence(self.heard_rate) for name in self.job.kept} if watched else {}
+        sought = self.job.kept if options.events else ()
+        self._finders = {name: EventFinder(self.heard_rate, options.rules) for name in sought}
+        self._events: dict[str, list[Event]] = {name: [] for name in self._finders}
         # Which of several targets are there is known at the end: until then nothing is written of any part.
         self._draft: Draft | None = None
         if self._decides and len(self.job.kept) > 1:
             folder = next((path.parent for path in self.job.outputs.values() if path != STDOUT), None)
             self._draft = self._outputs.enter_context(Draft(folder))
-        self.passage = Passage(self.model, self.wanted, source.rate, source.channels)
+        self.passage = Passage(self.model, self.wanted, self.heard_rate, source.channels)
         self._blocks = source.blocks(BLOCK_SECONDS)
         self._nothing = np.zeros((source.channels, 0), np.float32)
         self._reading = self.io.submit(self._next)
@@ -177,6 +186,7 @@ class Recording:
             if mixture.size:
                 self.samples += mixture.shape[1]
                 self._wait()
+                self._take_events()
                 self._writing = self.io.submit(self._store, mixture, stems)
         return bool(mixture.size)
 
@@ -191,6 +201,8 @@ class Recording:
             stems = stems + (mixture - stems.sum(0)) / len(stems)
         for presence, stem in zip(self._presence.values(), stems, strict=False):
             presence.add(heard, stem.astype(np.float32, copy=False))
+        for finder, stem in zip(self._finders.values(), stems, strict=False):
+            finder.add(heard, stem.astype(np.float32, copy=False))
         self._meters[MIXTURE].add(heard)
         # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
         rounded = np.stack([on_grid(stem, self.encoding.bits) for stem in stems])
@@ -209,7 +221,33 @@ class Recording:
             self._meters[part].add(audio)
         if self._picture is not None:
             self._picture.add({MIXTURE: mixture.astype(np.float32, copy=False), **shown})
-        self._writer.write(written)
+        if written:
+            self._writer.write(written)
+
+    def pass_over(self) -> None:
+        """Take the next windows as silent as long as they are unlike all that is asked for, at a first look."""
+        while self.windows and (silence := self.silence(self.windows[0])) is not None:
+            self.windows.popleft()
+            self.passage.accept(silence)
+
+    def silence(self, window: Tensor) -> Tensor | None:
+        """Return the result for a window that is unlike all that is asked for, where no audio is wanted; else None."""
+        looks = self.options.no_audio and self.model.tells_likeness
+        silence = self.passage.silence if looks else None
+        return silence if silence is not None and self._is_unlike(window) else None
+
+    def _is_unlike(self, window: Tensor) -> bool:
+        with self._clocked():
+            mono, rate = window.cpu().numpy(), self.model.separator.rate
+            likeness = (self.model.likeness(self.wanted, stem, mono, rate) for stem in range(len(self.job.kept)))
+            return all(one is not None and one < UNLIKE for one in likeness)
+
+    def _take_events(self, last: bool = False) -> None:
+        """Collect the events that were decided; no thread may be writing."""
+        for stem, (name, finder) in enumerate(self._finders.items()):
+            likeness = self._likeness(stem) if self.model.tells_likeness else None
+            found = finder.finish(likeness) if last else finder.take(likeness)
+            self._events[name] += [one.moved(self.options.start, self.options.expand) for one in found]
 
     def finish(self) -> Extraction:
         """Rename the finished outputs of the targets that are present, and return the result."""
@@ -219,8 +257,10 @@ class Recording:
             for stem, (name, one) in enumerate(self._presence.items()):
                 self._check()
                 presence[name] = one.read(self._likeness(stem))
+            self._take_events(last=True)
             absent = self._absent(presence)
-            written = len(absent) < len(self.job.kept)
+            self._events |= {name: [] for name in absent if name in self._events}
+            written = len(absent) < len(self.job.kept) or self.options.no_audio
             result = self._commit(absent) if written else Written({}, 1.0)
         outputs = {part: path for part, path in self.job.outputs.items() if written and part not in absent}
         measured = outputs if self._draft is not None else self.job.outputs
@@ -236,6 +276,8 @@ class Recording:
             presence=presence,
             absent=absent,
             picture=self.job.picture if written else None,
+            events=self._events,
+            events_file=self.job.events if written else None,
             notes=list(self._notes),
         )
 
@@ -248,8 +290,17 @@ class Recording:
         result = self._writer.commit()
         if self._picture is not None and self.job.picture is not None:
             title = "; ".join(query.describe() for query in self.job.targets.values())
-            self._picture.save(self.job.picture, title)
+            self._picture.save(self.job.picture, title, self._marks())
+        if self.job.events is not None:
+            save_events(self.job.events, self._events, self.options.events_format, self.rate)
         return result
+
+    def _marks(self) -> Marks:
+        """Return the events of each target, or of all on the mixture where no target is drawn."""
+        found = {name: [(one.start, one.end) for one in several] for name, several in self._events.items()}
+        drawn = self._picture.names if self._picture else []
+        hidden = [mark for name, marks in found.items() if name not in drawn for mark in marks]
+        return {**found, MIXTURE: hidden}
 
     def _write_draft(self, draft: Draft, absent: Collection[str]) -> None:
         for mixture, *stems in draft.read():
@@ -257,7 +308,7 @@ class Recording:
             self._write(mixture, np.stack(stems), absent)
 
     def _likeness(self, stem: int) -> Callable[[Audio], float | None]:
-        return lambda mono: self.model.likeness(self.wanted, stem, mono, self.rate)
+        return lambda mono: self.model.likeness(self.wanted, stem, mono, self.heard_rate)
 
     def _absent(self, presence: Mapping[str, dict[str, float] | None]) -> list[str]:
         """Return the targets below `min_presence`, if that is set."""

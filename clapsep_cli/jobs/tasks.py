@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import ClapsepError, TakenError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
+from clapsep_cli.listening.events import Event, Rules
 from clapsep_cli.query import RESIDUAL, Query
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ class Options:
         start, end: part of the recording, in seconds; `end` None for its end.
         lenient: read damaged or truncated recordings as far as possible.
         stream: number of the sound track, from 1; None for the first.
+        expand: how many times slower the model hears recordings, those of queries too, for sounds above hearing.
         out: output folder; None for that of each recording, `-` for standard output.
         filename: template of output names (see `output_paths`); None for `{stem}.{part}.{ext}`.
         format, subtype: of the outputs (see `choose_encoding`).
+        remux: write films again, with each part as their sound track.
         clip: how to treat samples over full scale: "warn", "rescale" or "error" (see `Outputs`).
         plot: write a picture of each recording, too.
         overwrite: replace existing outputs.
@@ -37,6 +40,10 @@ class Options:
         remove: write the residual alone.
         consistent: add the residual to the targets in equal shares, so that they add up to the mixture.
         mutual: use the other targets as negative queries of each; None for yes.
+        events: also write when each target sounds.
+        events_format: "csv", "audacity" or "raven".
+        no_audio: write the events alone; windows that are unlike the query at a first look are not separated.
+        events_level, events_presence, events_length: what counts as an event (see `Rules`); None for the default.
         presence: measure whether each target is there; None where `min_presence` needs it.
         min_presence: write no target whose presence is below this.
         markers: write a marker for each recording, also locally, as processes do that share them (see `stores`).
@@ -49,10 +56,12 @@ class Options:
     end: float | None = None
     lenient: bool = False
     stream: int | None = None
+    expand: float = 1.0
     out: Path | None = None
     filename: str | None = None
     format: str = "wav"
     subtype: str | None = None
+    remux: bool = False
     clip: Clipping = "warn"
     plot: bool = False
     overwrite: bool = False
@@ -64,29 +73,47 @@ class Options:
     mutual: bool | None = None
     presence: bool | None = None
     min_presence: float | None = None
+    events: bool = False
+    events_format: str = "csv"
+    no_audio: bool = False
+    events_level: float | None = None
+    events_presence: float | None = None
+    events_length: float | None = None
     markers: bool = False
     shard: tuple[int, int] | None = None
     batch_size: int = 0
     jobs: int = 2
 
+    @property
+    def rules(self) -> Rules:
+        """What counts as an event."""
+        given = {name: getattr(self, f"events_{name}") for name in ("level", "presence", "length")}
+        return replace(Rules(), **{name: value for name, value in given.items() if value is not None})
+
+    def chosen(self, targets: Sequence[str]) -> list[str]:
+        """Return the targets that are wanted of a recording with these."""
+        return [name for name in targets if not self.only or name in self.only]
+
     def parts(self, targets: Sequence[str]) -> list[str]:
         """Return the parts to write of a recording with these targets."""
+        if self.no_audio:
+            return []
         if self.remove:
             return [RESIDUAL]
-        chosen = [name for name in targets if not self.only or name in self.only]
         wanted = self.out != STDOUT if self.residual is None else self.residual
-        return [*chosen, *([RESIDUAL] if wanted else [])]
+        return [*self.chosen(targets), *([RESIDUAL] if wanted else [])]
 
 
 def row_of(outcome: Extraction | Skipped | Failure, model: Model) -> dict[str, Any]:
     """Return the result of a recording in types that JSON has, as `--json` prints it and markers keep it."""
     facts: dict[str, Any]
     if isinstance(outcome, Extraction):
-        status, facts = "done" if outcome.outputs else "absent", outcome.as_json()
+        status, facts = "done" if outcome.found else "absent", outcome.as_json()
         del facts["mixture"]
     elif isinstance(outcome, Skipped):
         outputs = {part: str(path) for part, path in outcome.job.outputs.items()}
-        status, facts = "skipped", {"outputs": outputs}
+        listed = {"events_file": str(outcome.job.events)} if outcome.job.events else {}
+        status, facts = "skipped", {"outputs": outputs, **listed}
     else:
         status, facts = "failed", {"error": str(outcome.error)}
     used = {"model": model.name, "revision": model.revision, "device": str(model.device), "precision": model.precision}
@@ -104,9 +131,10 @@ class Job:
         kept: targets to compute for that.
         key: stored in the outputs to recognise them later (see `resume.signature`).
         picture: path of the picture of the parts.
+        events: path of the list of events.
         overwrite: replace existing outputs.
         marks: folder of the markers, where recordings are to be skipped later (see `stores`).
-        marks_all: write a marker for each recording, not only for absent targets.
+        marks_all: write a marker for each recording, not only where audio cannot tell that it was done.
     """
 
     input: Input
@@ -115,6 +143,7 @@ class Job:
     kept: Sequence[str]
     key: str = ""
     picture: Path | None = None
+    events: Path | None = None
     overwrite: bool = False
     marks: Path | None = None
     marks_all: bool = False
@@ -123,6 +152,15 @@ class Job:
     def marker(self) -> Path | None:
         """The marker of this recording, for the same queries, model and options."""
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
+
+    def needs_marker(self, absent: Sequence[str]) -> bool:
+        """Return True if a marker is written: all that tells of `absent` targets, and of events without audio."""
+        return self.marks_all or bool(absent) or not self.outputs
+
+    @property
+    def extras(self) -> dict[str, Path]:
+        """The paths of what is written after the audio, by name."""
+        return {name: path for name, path in (("picture", self.picture), ("events", self.events)) if path}
 
     @property
     def has_spans(self) -> bool:
@@ -146,6 +184,8 @@ class Extraction:
         presence: of each target, where it was measured.
         absent: targets that were not written because their presence is too low; they stay in the residual.
         picture: path of the picture.
+        events: of each target, in order of time, where they were asked for.
+        events_file: path of their list.
         notes: damage that was ignored, and sound tracks that were not read.
     """
 
@@ -160,12 +200,19 @@ class Extraction:
     presence: dict[str, dict[str, float] | None] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     picture: Path | None = None
+    events: dict[str, list[Event]] = field(default_factory=dict)
+    events_file: Path | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def target(self) -> Path:
         """The path of the first output."""
         return next(iter(self.outputs.values()))
+
+    @property
+    def found(self) -> bool:
+        """Whether anything is there, as far as `min_presence` asks."""
+        return bool(self.outputs) or (self.events_file is not None and len(self.absent) < len(self.queries))
 
     def as_json(self) -> dict[str, Any]:
         """Return a dictionary of types that JSON has."""

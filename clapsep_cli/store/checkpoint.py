@@ -67,6 +67,12 @@ class Model:
 
     refined = False  # whether it separates in two passes
 
+    def __repr__(self) -> str:
+        revision = f" ({self.revision})" if self.revision else ""
+        takes = ", ".join(FAMILIES[self.family].takes) if self.family in FAMILIES else "queries"
+        passes = ", two passes" if self.refined else ""
+        return f"<Model {self.name}{revision} on {self.device}, {self.precision}{passes}; takes {takes}>"
+
     @cached_property
     def separator(self) -> Separator[Any]:
         """The separator, in `dtype` on `device`; read when first used. Raises `CheckpointError`."""

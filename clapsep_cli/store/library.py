@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -18,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clapsep_cli.errors import CheckpointError, ModelError
+from clapsep_cli.errors import CheckpointError, ClapsepWarning, ModelError
 from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, weights_folder
 from clapsep_cli.store import download
 from clapsep_cli.store.download import SUMS, amount
@@ -33,6 +34,10 @@ _Sources = Mapping[str, Mapping[str, str]]  # by file name: its `sha256`, and th
 
 def _nothing(*_: object) -> None:
     pass
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, ClapsepWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -261,7 +266,7 @@ def load_model(
     device: str = "auto",
     precision: str = "auto",
     *,
-    say: Say = _nothing,
+    say: Say | None = None,
     progress: Progress = _nothing,
 ) -> Model:
     """Load a model.
@@ -271,7 +276,7 @@ def load_model(
             the bundled `mini`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `high` (float32), `fast` (bfloat16), or `auto` (see `checkpoint.choose_precision`).
-        say: called with each remark, e.g. why `mini` is used.
+        say: called with each remark, e.g. why `mini` is used; by default that is a `ClapsepWarning`.
         progress: called with file, bytes done and bytes in all of each download.
 
     Raises:
@@ -281,16 +286,16 @@ def load_model(
     """
     from clapsep_cli.store.checkpoint import Model, choose_device, native_bfloat16
 
-    chosen = choose_device(device)
+    chosen, warn, say = choose_device(device), say or _warn, say or _nothing
     if precision == "fast" and not native_bfloat16(chosen):
-        say(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
+        warn(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
     if model is None:
         instead = f"without it: --model {BUNDLED}, smaller and bundled"
         try:
             folder = install(PREFERRED, say=say, progress=progress, instead=instead)
             return Model(PREFERRED, folder, chosen, _text_cache(PREFERRED), precision)
         except (ModelError, OSError) as error:
-            say(f"using the small bundled model, {BUNDLED} (--model {BUNDLED}), without {PREFERRED}: {error}")
+            warn(f"using the small bundled model, {BUNDLED} (--model {BUNDLED}), without {PREFERRED}: {error}")
             return Model(BUNDLED, place(MODELS[BUNDLED]), chosen, precision=precision)
     if isinstance(model, str) and model in MODELS:
         return Model(model, install(model, say=say, progress=progress), chosen, _text_cache(model), precision)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +31,9 @@ BATCH = 384  # transforms at a time, of all parts and channels together
 RANGE_DB = 80  # below the loudest
 TITLE_COLUMNS, TITLE_LINES = 128, 4
 LOWEST_HZ = 50  # of the frequency axis, which is logarithmic
+MARKED = "#3ddc84"
+
+Marks = Mapping[str, Sequence[tuple[float, float]]]  # stretches of each part, from and to in seconds
 # For scripts that matplotlib's own font lacks; those that are installed are used.
 FURTHER_FONTS = ("Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Noto Sans")
 
@@ -118,20 +123,27 @@ class Picture:
         self._push(np.zeros((*self._waiting.shape[:2], self.n_fft // 2), np.float32))
         return np.stack([*self._columns, *([self._banded()] if self._frames else [])], 2)
 
-    def save(self, path: Path, title: str) -> None:
-        """Write the picture with a `title` as a PNG, whole or not at all. Raises `OutputError`."""
-        from matplotlib import style
-
+    def save(self, path: Path, title: str, marks: Marks = MappingProxyType({})) -> None:
+        """Write the picture as a PNG (see `png`), whole or not at all. Raises `OutputError`."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # "default", whatever the user's own settings are; a letter that no font has is drawn as a box.
-            with replacing(path) as temporary, style.context("default"), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-                self._draw(title).savefig(temporary, format="png", metadata={"Software": "clapsep"})
+            with replacing(path) as temporary:
+                temporary.write_bytes(self.png(title, marks))
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
-    def _draw(self, title: str) -> Figure:
+    def png(self, title: str, marks: Marks = MappingProxyType({})) -> bytes:
+        """Draw the picture as a PNG, with a `title`, and `marks` as bars above the parts they belong to."""
+        from matplotlib import style
+
+        drawn = io.BytesIO()
+        # "default", whatever the user's own settings are; a letter that no font has is drawn as a box.
+        with style.context("default"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            self._draw(title, marks).savefig(drawn, format="png", metadata={"Software": "clapsep"})
+        return drawn.getvalue()
+
+    def _draw(self, title: str, marks: Marks = MappingProxyType({})) -> Figure:
         from librosa import mel_frequencies
         from librosa.display import specshow
         from matplotlib.figure import Figure
@@ -156,12 +168,44 @@ class Picture:
             )  # fmt: skip
             axis.set_title(_printable(name), loc="left", fontsize=9.5, fontfamily=fonts, parse_math=False)
             axis.set(xlim=(self.start, end), ylim=(LOWEST_HZ, between[-1]))
+            for begin, stop in marks.get(name, ()):
+                axis.axvspan(begin, stop, ymin=0.94, facecolor=MARKED, edgecolor="black", linewidth=0.5)
             axis.label_outer()
             if unit != "s":  # labels are of whole seconds
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 1.5, 3, 6, 10]))
         figure.colorbar(mesh, ax=list(axes), label="dB relative to the loudest", aspect=12 * len(self.names), pad=0.012)
         figure.suptitle(text, x=0.012, ha="left", fontsize=11, fontfamily=fonts, parse_math=False)
         return figure
+
+
+def save_scores(path: Path, names: Sequence[str], edges: Sequence[float], scores: Audio) -> None:
+    """Draw scores over time, a row for each name, as a PNG, whole or not at all.
+
+    Args:
+        path: of the picture.
+        names: of the rows, from the top.
+        edges: of the columns, in seconds, one more than there are columns.
+        scores: `[names, columns]`, 0 to 1.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, style.context("default"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            figure = Figure(figsize=(11, 1.3 + 0.28 * len(names)), dpi=120, layout="constrained")
+            axis = figure.subplots()
+            mesh = axis.pcolormesh(edges, np.arange(len(names) + 1), scores, cmap="magma", vmin=0, vmax=1)
+            axis.set_yticks(np.arange(len(names)) + 0.5, [_printable(name) for name in names], fontfamily=_fonts())
+            axis.set(xlabel="s", ylim=(len(names), 0))
+            figure.colorbar(mesh, label="score", pad=0.012)
+            figure.savefig(temporary, format="png", metadata={"Software": "clapsep"})
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _printable(text: str) -> str:
