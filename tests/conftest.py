@@ -24,7 +24,8 @@ from clapsep_cli.cli.app import main
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.families.base import Family, load_family
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder
-from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig
+from clapsep_cli.models.mini import Mini, MiniConfig
+from clapsep_cli.models.mini_queries import MiniAudio
 from clapsep_cli.registry import FAMILIES, MODELS, Traits, WebFile, weights_folder
 from clapsep_cli.store import convert_clapsep
 from clapsep_cli.store.checkpoint import Model, save_part
@@ -37,7 +38,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, suppres
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-TINY_MINI = MiniConfig(query=16, channels=(8, 8, 8, 8), hidden=8, fine=2, audio_channels=(8, 8, 8, 8))
+TINY_MINI = MiniConfig(query=16, channels=(8, 8, 8), narrow=2, hidden=8, fine=2)
 
 
 # Started in the background, the tests and their processes would ignore what tests send to stop them.

@@ -28,9 +28,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "models",
         [
-            {"base", "layers", "locoformer", "prompts"},
+            {"base", "layers", "locoformer", "prompts", "trunk"},
             {"htsat", "mini", "refined", "resunet", "tuss"},
-            {"clapsep"},
+            {"clapsep", "mini_queries"},
             {"audiosep", "clap"},
         ],
     ),
@@ -79,7 +79,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "training.recipes",
         [
             {"augment", "objective"},
-            {"conditions", "validation"},
+            {"conditions", "space", "validation"},
             {"audiosep", "clapsep", "mini", "tuss"},
             {"presets"},
         ],

@@ -155,10 +155,10 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--encoder": ("mine.csv --preset clapsep-text", "--encoder frozen"),
         "--config": ("mine.csv", "--config settings.toml"),
         "--set": ("mine.csv", "--set separator.batch=3"),
-        "--text": ("mine.csv", "--text kept"),
+        "--encoders": ("mine.csv", "--encoders kept"),
+        "--space": ("mine.csv", "--space fit"),
         "--paraphrases": ("mine.csv", "--paraphrases more.csv"),
         "--steps": ("mine.csv", "--steps 3"),
-        "--audio-steps": ("mine.csv", "--audio-steps 3"),
         "--epochs": ("mine.csv --preset clapsep-text", "--epochs 3"),
         "--seed": ("mine.csv", "--seed 3"),
         "--accelerator": ("mine.csv", "--accelerator cpu"),
@@ -289,7 +289,7 @@ REFUSED = [
     ("ui", "--stream 2"),
     ("train mine.csv", "--epochs 3"),
     ("train mine.csv", "--lora-only"),
-    ("train mine.csv --preset clapsep-text", "--text kept"),
+    ("train mine.csv --preset clapsep-text", "--encoders kept"),
     ("train mine.csv --preset tuss-medium", "--encoder frozen"),
 ]
 

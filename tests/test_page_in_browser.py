@@ -190,7 +190,7 @@ def compare(shown: Shown) -> None:
     assert browser.evaluate("document.querySelectorAll('.keep li').length") == 3
     browser.click("#several")
     browser.evaluate("document.querySelectorAll('.keep li button[aria-label^=Remove]')[0].click()")
-    browser.evaluate("document.querySelector('#refine').value = 'false'")
+    browser.evaluate("document.querySelector('#refine').value = 'true'")
     browser.click("#extract")
     browser.wait("document.querySelectorAll('.attempt.done').length === 2", seconds=120)
     assert browser.evaluate("document.querySelectorAll('#listen button').length") == 4
@@ -255,9 +255,9 @@ def download(shown: Shown, clapsep: Clapsep) -> None:
     shown.browser.wait("document.querySelectorAll('.attempt.done').length === 2")
     named = shown.app("app.attempts.all[1].command")
     assert " --target 'dog_barking=dog barking' --target at_3.2_s=3.2-3.8 --neg rain --neg-audio rain.flac " in named
-    assert " --no-refine " in named
-    assert "two passes" in shown.text(".attempt:last-child .actions")
-    assert "two passes" not in shown.text(".attempt:first-child .actions")
+    assert " --refine " in named
+    assert "two passes" in shown.text(".attempt:first-child .actions")
+    assert "two passes" not in shown.text(".attempt:last-child .actions")
     command, link = shown.app("[app.attempts.all[0].command, app.attempts.all[0].parts[0].id]")
     read = f"Array.from(new Uint8Array(await (await fetch('/api/sounds/{link}/file')).arrayBuffer()))"
     downloaded = shown.mix.with_name("downloaded.flac")

@@ -102,7 +102,6 @@ def small(place: Path, served: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     """Presets that take a step or two, and a TUSS of a few thousand weights in place of the released one."""
     mini: dict[str, object] = {
         "mini": {**dataclasses.asdict(TINY_MINI), "seconds": 2},
-        "audio": {"steps": 1, "batch": 2},
         "separator": {"steps": 1, "batch": 2},
         "draw": {"seconds": 1.0},
         "validation_mixtures": 1,

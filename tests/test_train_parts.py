@@ -20,7 +20,8 @@ from clapsep_cli import dsp
 from clapsep_cli.data import mix, read_corpus, read_manifest
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.metrics import sdr, si_sdr
-from clapsep_cli.models.mini import MiniText, band_matrix
+from clapsep_cli.models.mini import band_matrix
+from clapsep_cli.models.mini_queries import MiniText
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import load_part
 from clapsep_cli.training.loop.optimisation import Muon, Plateau, Trapezoid, orthogonal
@@ -29,9 +30,10 @@ from clapsep_cli.training.loop.settings import parse_setting, read_settings
 from clapsep_cli.training.recipes import presets
 from clapsep_cli.training.recipes.augment import Acoustics, elsewhere, levelled, masked, room_spectra, seeded, stripes
 from clapsep_cli.training.recipes.clapsep import ClapsepRecipe
-from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
+from clapsep_cli.training.recipes.conditions import KINDS, Mixing, Queries, Texts
 from clapsep_cli.training.recipes.mini import MiniRecipe
 from clapsep_cli.training.recipes.objective import separation_loss, si_snr, snr, statistics, waveform_loss
+from clapsep_cli.training.recipes.space import balanced, fit_sounds, fit_words
 from clapsep_cli.training.recipes.validation import cases, choose
 
 
@@ -172,7 +174,7 @@ def loss_of(mask: Tensor, target: Tensor, other: Tensor, present: bool) -> float
     """The loss of one example under a mask per band, `[frames, bands]`."""
     spread = band_matrix(128, 48)
     of = statistics(target[None], other[None], spread, spread)
-    return separation_loss(mask[None], of, torch.tensor([present])).item()
+    return separation_loss(mask[None], of, torch.tensor([present]), 0.3).item()
 
 
 def test_the_loss_is_the_papers_on_waveforms() -> None:
@@ -196,6 +198,34 @@ def test_the_loss_on_bands_is_the_loss_on_bins() -> None:
     rest = estimate.abs().square().sum() - fitted
     expected = -9 * torch.log10(energy / (error + 1e-3 * energy)) - torch.log10(fitted / (rest + 1e-3 * fitted))
     assert loss_of(mask, target, other, present=True) == pytest.approx(expected.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("frames", [26, 27])
+def test_a_mixture_is_asked_for_either_sound_by_masks_of_two_frames_each(frames: int) -> None:
+    """As computed from masked spectra: of every mixture, for the target and for the interferer."""
+    generator, spread = torch.Generator().manual_seed(frames), band_matrix(64, 16)
+    targets, others = torch.randn(2, 3, (frames - 1) * dsp.HOP, generator=generator)
+    mixtures, interferer = torch.tensor([0, 0, 2, 1, 2]), torch.tensor([False, True, True, False, False])
+    mask = torch.rand(len(mixtures), -(-frames // 2), 64, generator=generator)
+    present = torch.ones(len(mixtures), dtype=torch.bool)
+    asked = statistics(targets, others, spread, spread).by_two().ask(mixtures, interferer)
+    losses = [
+        separation_loss(
+            mask[row : row + 1], asked.ask(torch.tensor([row]), torch.tensor([False])), present[:1], 0.3
+        ).item()
+        for row in range(len(mixtures))
+    ]
+    for row, (mixture, second) in enumerate(zip(mixtures.tolist(), interferer.tolist(), strict=True)):
+        pair = [dsp.spectrum(x[mixture]) for x in (targets, others)]
+        wanted = pair[second]
+        estimate = sum(pair) * (mask[row].repeat_interleave(2, 0)[:frames] @ spread)
+        energy, error = wanted.abs().square().sum(), (estimate - wanted).abs().square().sum()
+        fitted = (estimate * wanted.conj()).real.sum().square() / energy
+        rest = estimate.abs().square().sum() - fitted
+        expected = -9 * torch.log10(energy / (error + 1e-3 * energy)) - torch.log10(fitted / (rest + 1e-3 * fitted))
+        assert losses[row] == pytest.approx(expected.item(), abs=1e-3)
+        assert asked.other[row].item() == pytest.approx(pair[not second].abs().square().sum().item(), rel=1e-4)
+    assert separation_loss(mask, asked, present, 0.3).item() == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 def test_an_absent_sound_is_learned_as_silence() -> None:
@@ -282,19 +312,71 @@ def test_mixing_follows_the_paper() -> None:
     np.testing.assert_allclose((left + right)[0], mixture, atol=1e-6)
 
 
-def test_conditions_are_a_quarter_positive_a_quarter_negative_half_both(pool: Pool) -> None:
+def test_queries_are_a_quarter_positive_a_quarter_negative_half_both_for_either_clip(pool: Pool) -> None:
     texts = Texts(load_text(), pool.clips, {"dog": ("a puppy",)})
     assert len(texts.by_label["dog"]) == 3
     views = {i: torch.eye(1, TINY_MINI.dim) for i in range(len(pool.clips))}
-    queries = Queries(pool, texts, views, Mixing(absent=0.0))
+    queries = Queries(pool, texts, views, Mixing(queries=4, absent=0.0))
     sampler = Sampler(pool, Draw(seconds=1.0), 0)
-    drawn, present = queries.draw(sampler, [[0, 4]] * 2000, [np.random.default_rng(n) for n in range(2000)])
-    sides = drawn.view(2000, 2, -1).norm(dim=2) > 0
-    kinds = torch.tensor([(True, False), (False, True), (True, True)])
-    shares = [(sides == kind).all(1).float().mean().item() for kind in kinds]
-    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.04)
-    assert present.all()
-    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(2000))
+    asked = queries.draw(sampler, [[0, 4]] * 500, [np.random.default_rng(n) for n in range(500)])
+    assert asked.mixtures.tolist() == [n for n in range(500) for _ in range(4)]
+    sides = asked.conditions.view(2000, 2, -1).norm(dim=2) > 0
+    drawn = [(int(other), bool(pos), bool(neg)) for other, (pos, neg) in zip(asked.interferer, sides, strict=True)]
+    for kind in set(KINDS):
+        assert drawn.count(kind) / len(drawn) == pytest.approx(KINDS.count(kind) / len(KINDS), abs=0.03)
+    assert asked.present.all()
+    torch.testing.assert_close(asked.conditions.norm(dim=1), torch.ones(2000))
+    for at in range(0, 2000, 4):  # no query of a mixture is drawn more often than it is listed
+        assert all(drawn[at : at + 4].count(kind) <= KINDS.count(kind) for kind in set(KINDS))
+
+
+def test_each_side_of_a_query_asks_for_the_clip_it_names(pool: Pool) -> None:
+    """Also where something else is asked for, which is flagged as absent."""
+    labels = [clip.label for clip in pool.clips]
+    texts = Texts(load_text(), pool.clips, {})
+    views = {
+        i: torch.eye(TINY_MINI.dim)[list(dict.fromkeys(labels)).index(label)][None] for i, label in enumerate(labels)
+    }
+    queries = Queries(pool, texts, views, Mixing(queries=8, noise=0.0, text_only=0.0, audio_only=1.0, absent=0.3))
+    asked = queries.draw(Sampler(pool, Draw(), 0), [[0, 4]] * 100, [np.random.default_rng(n) for n in range(100)])
+    positive, negative = asked.conditions.view(800, 2, -1).unbind(1)
+    assert asked.present.float().mean().item() == pytest.approx(0.7, abs=0.06)
+    for side, named in ((positive, asked.interferer.long()), (negative, 1 - asked.interferer.long())):
+        given = asked.present & side.any(1)
+        assert torch.equal(side[given].argmax(1), named[given])
+    absent = ~asked.present
+    assert bool((positive[absent].argmax(1) >= 2).all())  # of neither label of the mixture
+    with_negative = negative[absent].any(1)
+    assert 0.2 < with_negative.float().mean().item() < 0.6
+    assert torch.equal(negative[absent][with_negative].argmax(1), 1 - asked.interferer[absent][with_negative].long())
+
+
+def test_the_space_is_fitted_to_clips_in_closed_form() -> None:
+    """What clips sound like is whitened; words point to what they caption; a label of n clips counts √n."""
+    generator = torch.Generator().manual_seed(0)
+    labels = ["a"] * 16 + ["b"] * 4 + ["c"] * 180
+    weights = balanced(labels)
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights[:16].sum().item() == pytest.approx(2 * weights[16:20].sum().item())
+    heard = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    matrix, offset = fit_sounds(heard, weights, 12, 1e-9)
+    white = heard @ matrix + offset
+    torch.testing.assert_close(weights @ white, torch.zeros(12, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        (white * weights[:, None]).T @ white / 200, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    few, bias = fit_sounds(heard, weights, 5, 1e-9)
+    torch.testing.assert_close(heard @ few + bias, white[:, :5])
+    calm, _ = fit_sounds(heard, weights, 12, 0.5)
+    assert calm.norm() < matrix.norm()
+
+    words = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    truth = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    mean = weights @ words / 200
+    mapped, constant = fit_words(words, (words - mean) @ truth, weights, 1e-9)
+    torch.testing.assert_close(mapped, truth)
+    torch.testing.assert_close(mean @ mapped + constant, torch.zeros(4, dtype=torch.float64))
+    assert fit_words(words, words @ truth, weights, 1e3)[0].norm() < 0.5 * truth.norm()
 
 
 def test_several_shots_are_averaged(pool: Pool) -> None:
@@ -408,9 +490,9 @@ def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
     assert (paper.lr, paper.lr_floor, paper.lr_factor, paper.stale_epochs) == (1e-4, 5e-6, 0.3, 5)
     assert (paper.lora_rank, paper.lora_alpha, paper.valence, paper.clip) == (16, 1.0, (0.25, 0.25, 0.5), 5.0)
     assert (paper.epochs, paper.precision, paper.snr_weight, paper.queries) == (150, "auto", 0.9, "hybrid")
-    dotted = presets.build("mini", *map(parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "text=a b"]))
-    assert (dotted.separator.lr, dotted.draw.hard, dotted.text) == (0.5, 0.25, "a b")
-    assert dotted.audio == MiniRecipe().audio
+    dotted = presets.build("mini", *map(parse_setting, ["separator.lr=0.5", "draw.hard = 0.25", "encoders=a b"]))
+    assert (dotted.separator.lr, dotted.draw.hard, dotted.encoders) == (0.5, 0.25, "a b")
+    assert dotted.mixing == MiniRecipe().mixing
     assert presets.preset_of("clapsep") == "clapsep-hybrid"
     assert presets.preset_of("mini") == "mini"
 
@@ -441,10 +523,16 @@ def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
         ("mini", {"draw.snr_limit": -1}, "draw.snr_limit should be greater than or equal to 0, not -1"),
         ("mini", {"draw.snr_std": math.nan}, "draw.snr_std should be a finite number, not nan"),
         ("mini", {"ema": 2}, "ema should be less than 1, not 2"),
+        ("mini", {"space": "make"}, "mini.space should be 'keep', 'words' or 'fit', not 'make'"),
+        ("mini", {"mixing.queries": 9}, "mini.mixing.queries should be less than or equal to 8, not 9"),
         ("mini", {"seed": -1}, "seed should be greater than or equal to 0, not -1"),
         ("tuss-medium", {"mixing.counts": [0]}, "mixing.counts.0 should be greater than 0, not 0"),
         ("tuss-medium", {"tuss.width": 20}, "tuss-medium.tuss: not a TUSS size"),
-        ("mini", {"ema": 2, "audio.batch": "x"}, "mini: 2 faults\n  mini.audio.batch should be a valid integer"),
+        (
+            "mini",
+            {"ema": 2, "separator.batch": "x"},
+            "mini: 2 faults\n  mini.separator.batch should be a valid integer",
+        ),
     ],
 )
 def test_settings_that_are_wrong(preset: str, values: dict[str, object], message: str) -> None:

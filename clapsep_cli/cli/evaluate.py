@@ -124,9 +124,7 @@ def evaluate(
         typer.Option("--shot-seconds", metavar="S,…", help="Cut these recordings to each of these lengths: 1,2,5,10."),
     ] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Query with texts, alone and with recordings.")] = True,
-    refine: Annotated[
-        bool | None, typer.Option("--refine/--no-refine", help="Separate in two passes; by default with mini.")
-    ] = None,
+    refine: Annotated[bool, typer.Option("--refine/--no-refine", help="Separate in two passes.")] = False,
     bss: Annotated[bool, typer.Option("--bss/--no-bss", help="Also compute BSS-eval SDR (512-tap filter).")] = True,
     single_prompt: Annotated[
         bool, typer.Option("--single-prompt", help="With prompts: ask for one part at a time.")
@@ -187,7 +185,7 @@ def evaluate(
             "--estimates": estimates,
             "--out": out,
         }
-        others |= {"--labels": labels, "--refine": refine is not None, "--skip-missing": skip_missing}
+        others |= {"--labels": labels, "--refine": refine, "--skip-missing": skip_missing}
         others |= {"--no-text": not text, "--no-bss": not bss, "--condition": condition != "unit"}
         _refuse(others, True, "it has no effect on a list of prompts")
         lists = list(zip(listed, folders, strict=True))
@@ -291,7 +289,7 @@ def _run(
     models: Sequence[str | None],
     estimates: Sequence[Path],
     kinds: Mapping[str, Any],
-    how: tuple[str, bool | None],
+    how: tuple[str, bool],
     out: Path | None,
     report: Path | None,
     quiet: bool,

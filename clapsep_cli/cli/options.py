@@ -125,10 +125,10 @@ Adapter = Annotated[
     _option(MODEL, "An adapter for the model, from `clapsep train --lora-only`.", "--adapter", metavar="FILE"),
 ]
 Refine = Annotated[
-    bool | None,
+    bool,
     _option(
         MODEL,
-        "Separate in two passes: the second leaves out what sounds like the rest of the first; with mini: yes.",
+        "Separate in two passes: the second leaves out what sounds like the rest of the first.",
         "--refine/--no-refine",
     ),
 ]
@@ -184,7 +184,7 @@ class Setup:
     adapter: str | None
     device: str
     precision: str
-    refine: bool | None
+    refine: bool
     threads: int | None
     scratch: Path | None
     engine: str

@@ -118,7 +118,7 @@ def separate(
     adapter: opt.Adapter = None,
     device: DeviceOption = "auto",
     precision: opt.Precision = "auto",
-    refine: opt.Refine = None,
+    refine: opt.Refine = False,
     _model_dir: ModelDirOption = None,
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = 0,

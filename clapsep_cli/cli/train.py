@@ -77,17 +77,23 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One such setting, e.g. batch=16; repeatable.")
 ]
-TextOption = Annotated[
+EncodersOption = Annotated[
     str | None,
-    typer.Option("--text", metavar="DIR", help="mini: text encoder to train into; the bundled one if not given."),
+    typer.Option("--encoders", metavar="DIR", help="mini: folder of the query encoders; the bundled ones by default."),
+]
+SpaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--space",
+        metavar="HOW",
+        autocompletion=among("keep", "words", "fit"),
+        help="mini: keep the encoders, or fit their words, or all, to your clips (words, fit); keep.",
+    ),
 ]
 ParaphrasesOption = Annotated[
     str | None, typer.Option("--paraphrases", metavar="CSV", help="mini: further captions by label: label,captions.")
 ]
 StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="mini: steps of the separator.")]
-AudioStepsOption = Annotated[
-    int | None, typer.Option("--audio-steps", metavar="N", min=1, help="mini: steps of the audio encoder.")
-]
 EpochsOption = Annotated[
     int | None,
     typer.Option(
@@ -125,10 +131,10 @@ def train(
     encoder: EncoderOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
-    text: TextOption = None,
+    encoders: EncodersOption = None,
+    space: SpaceOption = None,
     paraphrases: ParaphrasesOption = None,
     steps: StepsOption = None,
-    audio_steps: AudioStepsOption = None,
     epochs: EpochsOption = None,
     seed: SeedOption = None,
     accelerator: AcceleratorOption = "auto",
@@ -150,10 +156,10 @@ def train(
         "init": init,
         "lora_only": lora_only or None,
         "encoder": encoder,
-        "text": text,
+        "encoders": encoders,
+        "space": space,
         "paraphrases": paraphrases,
         "separator.steps": steps,
-        "audio.steps": audio_steps,
         "epochs": epochs,
         "seed": seed,
     }

@@ -84,7 +84,6 @@ class Family(Generic[Config, Network, Wanted]):
         embedder: takes a model, and whether silent recordings are accepted; returns what embeds queries of single
             targets. None where targets are only separated together.
         mutual: whether targets become negative queries of one another, unless the user forbids it.
-        refine: whether it separates in two passes (`models.refined`) unless told otherwise.
         window_bytes: what a window takes in memory while it is separated on one thread, in bytes.
         near_in_bfloat16: whether bfloat16 is within 40 dB or more of float32, so that it is used unasked.
     """
@@ -99,7 +98,6 @@ class Family(Generic[Config, Network, Wanted]):
     likeness: Callable[[Askable[Config], Wanted, int, Audio, int], float | None] | None = None
     embedder: Callable[[Askable[Config], bool], QueryEmbedder] | None = None
     mutual: bool = True
-    refine: bool = False
     window_bytes: int
     near_in_bfloat16: bool = False
 

@@ -2,7 +2,8 @@
 
 from clapsep_cli.families.base import Family
 from clapsep_cli.families.embedding import Embedder, conditions, likeness, stream, unknown_words
-from clapsep_cli.models.mini import Mini, MiniAudio, MiniConfig, MiniText
+from clapsep_cli.models.mini import Mini, MiniConfig
+from clapsep_cli.models.mini_queries import MiniAudio, MiniText
 
 FAMILY = Family(
     config=MiniConfig,
@@ -15,5 +16,4 @@ FAMILY = Family(
     embedder=Embedder,
     doubts=unknown_words,
     likeness=likeness,
-    refine=True,
 )

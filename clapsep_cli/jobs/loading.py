@@ -24,7 +24,7 @@ class Loading:
     adapter: str | None = None
     device: str = "auto"
     precision: str = "auto"
-    refine: bool | None = None
+    refine: bool = False
 
     def load(
         self, stage: Stage, say: Callable[[str], None] = _nothing, progress: Callable[..., None] = _nothing

@@ -12,10 +12,13 @@ from clapsep_cli import dsp
 from clapsep_cli.models import base
 
 SILENT = 1e-6  # energy of what a pass left, relative to the mixture, below which there is nothing to embed
+# Level of the first pass's target relative to the mixture, in dB: below the first number there is nothing to refine,
+# and a second pass would only bring up what is not there; from the second on both masks count alike.
+ABSENT_DB, PRESENT_DB = -12.0, -6.0
 
 
 class Refined(base.MaskSeparator):
-    """Masks each window twice and takes the mean of both masks.
+    """Masks each window twice and takes the mean of both masks, where the first pass found something.
 
     In the second pass, what the first one left is embedded as a recording and joined to the negative query. This helps
     most where a query is poor, or only one side is named.
@@ -37,8 +40,13 @@ class Refined(base.MaskSeparator):
         mixture, encoded = features
         first = self.separator.mask(encoded, condition)
         left = dsp.masked(dsp.spectrum(mixture), 1 - first, mixture.shape[1])
-        heard = self._embed(left, mixture.square().sum(1))
-        return (first + self.separator.mask(encoded, leaving(condition, heard))) / 2
+        energy, found = mixture.square().sum(1), (mixture - left).square().sum(1)
+        level = 10 * torch.log10((found / energy.clamp(min=1e-12)).clamp(min=1e-12))
+        share = ((level - ABSENT_DB) / (PRESENT_DB - ABSENT_DB)).clamp(0, 1) / 2
+        if not share.any():
+            return first
+        second = self.separator.mask(encoded, leaving(condition, self._embed(left, energy)))
+        return torch.lerp(first, second, share[:, None, None])
 
     def _embed(self, left: Tensor, energy: Tensor) -> Tensor:
         """Embed what was left, float32 `[batch, samples]`: `[batch, dim]`; zeros for silence."""

@@ -60,7 +60,7 @@ class Wish(_Read):
     """Which model is asked, for which targets, and what they are to leave; `refine` as in `Model.refine`."""
 
     model: str
-    refine: bool | None = None
+    refine: bool = False
     targets: tuple[Target, ...] = Field(min_length=1, max_length=MAX_TARGETS)
     leave: Side = Side()
 
@@ -128,7 +128,7 @@ def command_line(wish: Wish, shots: Shots, given: str, form: str, device: str, s
             words += ["--target", f"{name}={query}"]
     words += _side(wish.leave, shots, "--neg", "--neg-audio", "--neg-span")
     words += ["--model", wish.model]
-    words += [] if wish.refine is None else ["--refine" if wish.refine else "--no-refine"]
+    words += ["--refine"] if wish.refine else []
     words += [] if stream is None else ["--stream", str(stream)]
     words += ["--format", form] if form != "wav" else []
     words += ["--device", device] if device != "auto" else []

@@ -112,13 +112,13 @@ class Model:
         pin = read_metadata(path).get("pin")
         return f"{self.family} {pin or digest(path)}"
 
-    def refine(self, wanted: bool | None = True) -> None:
+    def refine(self, wanted: bool = True) -> None:
         """Separate in two passes from now on (see `models.refined`), which takes more than twice the time.
 
-        Networks are still read when first used. `wanted`: None to refine only where it was measured to be worth its
-        time. Raises `ModelError` for a model that does not take recordings as queries.
+        Networks are still read when first used. `wanted`: False changes nothing. Raises `ModelError` for a model that
+        does not take recordings as queries.
         """
-        if self.refined or not (self.kind.refine if wanted is None else wanted):
+        if self.refined or not wanted:
             return
         if self.kind.audio is None:
             raise ModelError(f"{self.name} takes no recordings as queries, so it cannot hear what a first pass left")

@@ -70,8 +70,9 @@ class Training:
         self.history: list[float] = []  # the validation figure that counts
         self.means = {"report": Means(), "validate": Means()}  # of figures, since either was last done
         self._figures: dict[str, list[Tensor]] = {}  # of each step, on the device, since they were last collected
-        trained = {name: p for name, p in task.net.named_parameters() if p.requires_grad}
-        buffers = [name for name in task.net.state_dict() if name not in dict(task.net.named_parameters())]
+        parameters = dict(task.net.named_parameters())
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        buffers = [name for name in task.net.state_dict() if name not in parameters]
         self.kept = {*trained, *buffers}
         self.module, *self.optimisers = fabric.setup(_Through(task.net), *self._optimisers(trained))
         plan = task.plan

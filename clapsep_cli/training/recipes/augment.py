@@ -144,18 +144,6 @@ def stripes(count: int, size: int, widest: int, generator: torch.Generator) -> T
     return kept
 
 
-def striped(power: Tensor, generator: torch.Generator, batch: int, rows: range) -> Tensor:
-    """Leave out stripes of time and bins of what an audio encoder hears, power `[rows, frames, 513]`.
-
-    They are drawn for the whole `batch`, of which `power` holds the given rows.
-    """
-    _, frames, bins = power.shape
-    own = slice(rows.start, rows.stop)
-    over_bins = stripes(batch, bins, bins // 10, generator)
-    over_time = stripes(batch, frames, frames // 8, generator)
-    return power * (over_time[own, :, None] * over_bins[own, None]).to(power.device)
-
-
 @contextmanager
 def masked(layer: nn.Module, kept: Tensor) -> Iterator[None]:
     """While it lasts, what `layer` returns is multiplied by `kept`: SpecAugment inside an encoder."""

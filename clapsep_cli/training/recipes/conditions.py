@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,16 +21,33 @@ from clapsep_cli.training.loop.settings import Share, settings
 
 AT_ONCE = 64  # texts
 
+# Which clip a query is for, and whether it names that clip (the positive) and the other one (the negative).
+KINDS = (
+    *((wanted, True, True) for wanted in (0, 0, 1, 1)),
+    *((wanted, positive, not positive) for positive in (True, False) for wanted in (0, 1)),
+)
+ABSENT_WITH_NEGATIVE = 0.4  # share of the queries for absent sounds that also name what to leave
+
+
+class Asked(NamedTuple):
+    """Queries of a step's mixtures."""
+
+    conditions: Tensor  # float32 [queries, 2 · dim]
+    mixtures: Tensor  # index of the mixture each is for, int64 [queries]
+    interferer: Tensor  # whether it is for the second clip, bool [queries]
+    present: Tensor  # whether what it asks for is there, bool [queries]
+
 
 @settings
 class Mixing:
-    """How the conditions of examples are drawn."""
+    """How queries are drawn."""
 
-    noise: NonNegativeFloat = 0.25  # length of the random vector added to an embedding
-    text_only: Share = 0.4  # share of the examples whose queries are text alone
-    audio_only: Share = 0.25  # … audio alone; the rest mixes both with α ~ U(0, 1) (Eq. 3)
-    shots: PositiveInt = 1  # at most so many shots are averaged
-    absent: Share = 0.03  # share of the examples whose positive query is for something not there
+    queries: Annotated[int, Field(ge=1, le=len(KINDS))] = 3  # of a mixture
+    noise: NonNegativeFloat = 0.3  # length of the random vector added to an embedding
+    text_only: Share = 0.7  # share of the sides that are text alone
+    audio_only: Share = 0.18  # … audio alone; the rest mixes both with α ~ U(0, 1) (Eq. 3)
+    shots: PositiveInt = 3  # at most so many shots are averaged
+    absent: Share = 0.18  # share of the queries whose positive is for something not there
 
 
 def embed_all(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -49,7 +67,7 @@ def embed_all(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 class Texts:
-    """Embeddings of every caption of every label."""
+    """Embeddings of every caption of every label: `by_label`, float32 `[captions, dim]` each."""
 
     def __init__(self, encoder: TextEncoder, clips: Sequence[Clip], paraphrases: Mapping[str, tuple[str, ...]]) -> None:
         captions: dict[str, dict[str, None]] = {}  # by label, in the order of the manifest, each once
@@ -57,17 +75,8 @@ class Texts:
             captions.setdefault(clip.label, {}).update(dict.fromkeys(clip.captions))
             captions[clip.label].update(dict.fromkeys(paraphrases.get(clip.label, ())))
         embedded = embed_all(encoder, sorted({text for texts in captions.values() for text in texts}))
-        self.encoder = encoder
-        self.table = torch.stack(list(embedded.values()))  # [captions, dim]
-        self.by_label: dict[str, Tensor] = {}  # embeddings of a label's captions
-        self.targets: dict[str, Tensor] = {}  # weights over `table`, of sum 1: which captions are right for a label
-        index = {text: row for row, text in enumerate(embedded)}
-        for label, texts in captions.items():
-            rows = [index[text] for text in texts if text in index]
-            if rows:
-                self.by_label[label] = self.table[rows]
-            self.targets[label] = torch.zeros(len(index)).index_fill_(0, torch.tensor(rows, dtype=torch.long), 1.0)
-            self.targets[label] /= max(1, len(rows))
+        rows = {label: [embedded[text] for text in texts if text in embedded] for label, texts in captions.items()}
+        self.by_label = {label: torch.stack(understood) for label, understood in rows.items() if understood}
 
     def nearest(self) -> dict[str, list[str]]:
         """For each label with a caption, the others from the most to the least alike in meaning."""
@@ -80,7 +89,7 @@ class Texts:
 
 
 class Queries:
-    """Draws the condition of each example: text, audio or both (Eq. 3), on one side or on both.
+    """Draws the queries of mixtures: by text, audio or both (Eq. 3), with one side or both.
 
     `views`: some audio embeddings of each clip, `[views, dim]`, by the clip's index in `pool`.
     """
@@ -115,22 +124,28 @@ class Queries:
 
     def draw(
         self, sampler: Sampler, pairs: Sequence[Sequence[int]], generators: Sequence[np.random.Generator]
-    ) -> tuple[Tensor, Tensor]:
-        """Conditions `[batch, 2 · dim]`, and whether what the positive asks for is in the mixture `[batch]`.
+    ) -> Asked:
+        """Draw `mixing.queries` queries of each mixture, half of them with both sides, as many for either clip.
 
-        `pairs`: of each example the clips of the target and of the interferer; and a generator for each.
+        Args:
+            sampler: draws the clips of sounds that are absent.
+            pairs: of each mixture the indices of both clips, the target's first.
+            generators: one for each mixture.
         """
-        rows, present = [], []
-        for (target, interferer), rng in zip(pairs, generators, strict=True):
-            alpha, valence = self.alpha(rng), rng.random()
-            absent = rng.random() < self.mixing.absent
-            third = (
-                sampler.clip(rng, avoid=[self.pool.clips[i].label for i in (target, interferer)]) if absent else None
-            )
-            absent, target = (False, target) if third is None else (True, third)
-            # 25 % of the examples have the positive alone, 25 % the negative alone, 50 % both.
-            positive = self.side(target, alpha, rng)[None] if absent or valence >= 0.25 else None
-            negative = self.side(interferer, alpha, rng)[None] if valence < 0.25 or valence >= 0.5 else None
-            rows.append(condition(positive, negative))
-            present.append(not absent)
-        return torch.cat(rows), torch.tensor(present)
+        rows: list[tuple[Tensor, int, bool, bool]] = []
+        for mixture, (pair, rng) in enumerate(zip(pairs, generators, strict=True)):
+            for kind in rng.permutation(len(KINDS))[: self.mixing.queries].tolist():
+                wanted, has_positive, has_negative = KINDS[kind]
+                alphas = self.alpha(rng), self.alpha(rng)
+                positive, negative = pair[wanted], pair[1 - wanted]
+                absent = rng.random() < self.mixing.absent
+                third = sampler.clip(rng, avoid=[self.pool.clips[i].label for i in pair]) if absent else None
+                if third is not None:
+                    positive, has_positive, has_negative = third, True, rng.random() < ABSENT_WITH_NEGATIVE
+                sides = (
+                    self.side(clip, alpha, rng)[None] if asked else None
+                    for clip, alpha, asked in ((positive, alphas[0], has_positive), (negative, alphas[1], has_negative))
+                )
+                rows.append((condition(*sides), mixture, wanted == 1, third is None))
+        conditions, *others = zip(*rows, strict=True)
+        return Asked(torch.cat(conditions), *(torch.tensor(column) for column in others))

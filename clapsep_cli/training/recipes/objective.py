@@ -6,10 +6,11 @@ ratios for evaluation: in float64 on NumPy arrays, without gradients, and limite
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clapsep_cli import dsp
 
@@ -56,6 +57,7 @@ class BandStatistics:
         shared: Σ s_i·Re(X·S*), `[batch, frames, bands]`.
         mixture: energy of X, `[batch]`.
         target: energy of S, `[batch]`.
+        other: energy of X − S, `[batch]`.
     """
 
     bands: Tensor
@@ -64,6 +66,33 @@ class BandStatistics:
     shared: Tensor
     mixture: Tensor
     target: Tensor
+    other: Tensor
+
+    def by_two(self) -> BandStatistics:
+        """Join every two frames, for masks of half the frames; `bands` stay."""
+
+        def joined(each: Tensor) -> Tensor:
+            return F.avg_pool1d(F.pad(each.transpose(1, 2), (0, each.shape[1] % 2)), 2).transpose(1, 2) * 2
+
+        return replace(self, squares=joined(self.squares), products=joined(self.products), shared=joined(self.shared))
+
+    def ask(self, mixtures: Tensor, interferer: Tensor) -> BandStatistics:
+        """Choose a target for each of several queries of these mixtures.
+
+        Args:
+            mixtures: index of the mixture that each query is for, int64 `[queries]`.
+            interferer: whether the query's target is X − S, bool `[queries]`.
+
+        Returns:
+            Statistics of as many rows as there are queries.
+        """
+        of = BandStatistics(*(getattr(self, field.name)[mixtures] for field in fields(self)))
+        # Re(X·(X − S)*) = |X|² − Re(X·S*). The shares of a bin add up to 1: s_i = s_i² + s_i·s_(i−1) + s_i·s_(i+1).
+        around = F.pad(of.products, (1, 1))
+        rest = of.squares + around[..., 1:] + around[..., :-1] - of.shared
+        shared = torch.where(interferer[:, None, None], rest, of.shared)
+        target, other = (torch.where(interferer, *pair) for pair in ((of.other, of.target), (of.target, of.other)))
+        return BandStatistics(of.bands, of.squares, of.products, shared, of.mixture, target, other)
 
 
 def statistics(targets: Tensor, others: Tensor, heard: Tensor, spread: Tensor) -> BandStatistics:
@@ -92,10 +121,11 @@ def _statistics(target: Tensor, other: Tensor, weights: Tensor, spread: Tensor) 
     count = len(spread)
     weighted = power @ weights
     bands, squares, products = weighted[..., :count], weighted[..., count : 2 * count], weighted[..., 2 * count :]
-    return bands, squares, products, shared @ spread.T, power.sum((1, 2)), wanted.sum((1, 2))
+    energies = (each.sum((1, 2)) for each in (power, wanted, dsp.power(other)))
+    return bands, squares, products, shared @ spread.T, *energies
 
 
-def separation_loss(mask: Tensor, of: BandStatistics, present: Tensor) -> Tensor:
+def separation_loss(mask: Tensor, of: BandStatistics, present: Tensor, quiet: float) -> Tensor:
     """Compute −0.9 · SNR − 0.1 · SI-SNR (Eq. 14) of masked mixtures, in dB, mean over the batch.
 
     Where the target is absent, the loss is the level of the output relative to the mixture. The floors keep an example
@@ -105,6 +135,7 @@ def separation_loss(mask: Tensor, of: BandStatistics, present: Tensor) -> Tensor
         mask: float32 `[batch, frames, bands]`.
         of: statistics of the mixtures.
         present: whether the target is in the mixture, bool `[batch]`.
+        quiet: weight of a dB of output where it is not.
     """
 
     def ratio(signal: Tensor, noise: Tensor) -> Tensor:
@@ -117,5 +148,5 @@ def separation_loss(mask: Tensor, of: BandStatistics, present: Tensor) -> Tensor
     fitted = shared.square() / (of.target + FLOOR)
     error = (output - 2 * shared + of.target).clamp(min=0)
     loss = -0.9 * ratio(of.target, error) - 0.1 * ratio(fitted, (output - fitted).clamp(min=0))
-    quiet = -0.3 * ratio(of.mixture, output + 1e-2 * of.mixture)
-    return torch.where(present, loss, quiet).mean()
+    loud = -quiet * ratio(of.mixture, output + 1e-2 * of.mixture)
+    return torch.where(present, loss, loud).mean()
