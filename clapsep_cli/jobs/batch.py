@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -214,14 +214,16 @@ class _Opened(ExitStack):
                     settled: Future[Any] = Future()
                     recording.coming.append(settled)
                     settled.set_result((silence, 0.0))
-        oldest = [recording.coming[0] for recording in self.recordings if recording.coming]
-        while oldest and not wait(oldest, LOOK_SECONDS, FIRST_COMPLETED).done:
+        oldest = [recording.coming[0] for recording in self.recordings if recording.coming][:1]
+        while oldest and not wait(oldest, LOOK_SECONDS).done:
             self.check()
-        for recording in self.recordings:
+        for recording in self.recordings:  # the results come in the order of the windows, as on one core
             while recording.coming and recording.coming[0].done():
                 result, seconds = recording.coming.popleft().result()
                 recording.elapsed += seconds
                 recording.passage.accept(result)
+            if recording.coming:
+                break
 
     def _separate_batch(self) -> None:
         """Separate one batch of windows with the same queries."""
