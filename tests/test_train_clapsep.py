@@ -188,6 +188,7 @@ def masks(model: Model, separator: torch.nn.Module) -> torch.Tensor:
         return separator.mask(separator.encode(mixture), condition(model.text.embed(["a dog"]), None))  # type: ignore[operator]
 
 
+@pytest.mark.filterwarnings("ignore:--precision fast")  # where it is not native
 def test_an_adapter_is_the_network_that_was_trained(
     tuned: tuple[Path, ClapsepTask], base: Path, tmp_path: Path
 ) -> None:
