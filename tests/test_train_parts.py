@@ -358,7 +358,9 @@ def test_the_space_is_fitted_to_clips_in_closed_form() -> None:
     weights = balanced(labels)
     assert weights.mean().item() == pytest.approx(1)
     assert weights[:16].sum().item() == pytest.approx(2 * weights[16:20].sum().item())
-    heard = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    heard = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ torch.randn(
+        12, 12, generator=generator, dtype=torch.float64
+    )
     matrix, offset = fit_sounds(heard, weights, 12, 1e-9)
     white = heard @ matrix + offset
     torch.testing.assert_close(weights @ white, torch.zeros(12, dtype=torch.float64), rtol=0, atol=1e-5)
