@@ -280,11 +280,16 @@ def test_the_last_weights_are_kept_where_asked(manifest: Path, recipe: ClapsepRe
 
 def test_the_decoder_starts_as_the_references(recipe: ClapsepRecipe, base: Path) -> None:
     net = build(recipe, load_model(base, "cpu"))
+    attentions = [layer.qkv for layer in net.mask_net.layers]
+    for attention in attentions:  # torch's own attention there: uniform, by the sizes of both sides
+        bound = (6 / sum(attention.weight.shape)) ** 0.5
+        assert bound * 0.98 < attention.weight.abs().max() <= bound
+        assert not attention.bias.any()
     weights = [
         layer.weight.detach().flatten()
         for part in (net.aggregator, net.mask_net)
         for layer in part.modules()
-        if isinstance(layer, torch.nn.Linear)
+        if isinstance(layer, torch.nn.Linear) and layer not in attentions
     ]
     assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.02)
     assert abs(torch.cat(weights).mean()) < 1e-3

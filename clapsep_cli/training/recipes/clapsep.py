@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clap import ClapAudioEncoder
-from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, Features
+from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, Features, TransformerLayer
 from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
@@ -39,7 +39,7 @@ from clapsep_cli.training.recipes.objective import waveform_loss
 from clapsep_cli.training.recipes.validation import Case, cases, improvements
 
 ADAPTER = "adapter.safetensors"
-TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: width below which a stripe of frames, or of mel bins, is (IV-B)
+TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: stripes of frames and mel bins are narrower, as in the code
 LINEAR_STD = 0.02  # of the decoder's linear weights at first
 DEEPEST_DROP = 0.1  # of what the last of the decoder's Swin blocks adds; from 0 at the first (stochastic depth)
 SPECTRUM_MOMENTUM = 0.01  # of the running statistics of the spectrum
@@ -150,13 +150,18 @@ def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
 
 
 def start_decoder(net: CLAPSep) -> None:
-    """Set the linear layers of a decoder as the reference does: truncated normal weights, and biases of zero."""
+    """Set the linear layers of a decoder as the reference does: truncated normal weights, and biases of zero.
+
+    The input projections of MaskNet's attention are no linear layers there but torch's own attention: Xavier, uniform.
+    """
     for part in (net.aggregator, net.mask_net):
         for layer in part.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=LINEAR_STD)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+    for attention in net.mask_net.layers:
+        nn.init.xavier_uniform_(cast(TransformerLayer, attention).qkv.weight)
 
 
 class Prepared(NamedTuple):
