@@ -46,7 +46,7 @@ def seeded(*key: int) -> torch.Generator:
 
 
 def levelled(targets: Tensor, interferers: Tensor, snr_db: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale targets and interferers, float32 `[batch, samples]`, so that their sum is a mixture at `snr_db` (`[batch]`).
+    """Scale targets and interferers, float32 `[batch, samples]`, to sum up to mixtures at `snr_db` (`[batch]`).
 
     Where its peak would exceed 1, it is scaled to 0.9: the released code does so, the paper does not mention it.
     """

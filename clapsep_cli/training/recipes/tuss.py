@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import permutations
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from clapsep_cli.training.loop.sampling import DiskPool, Pool, ahead, open_pool
 from clapsep_cli.training.loop.settings import Share, Shares, Workers, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import Recipe, Run
+from clapsep_cli.training.recipes.objective import source_losses
 from clapsep_cli.training.recipes.validation import SEED
 
 FAMILY = "tuss"
@@ -41,9 +41,6 @@ SCANNED = 2**18  # samples of a clip that are looked through at a time
 # Which prompts' clips a background may be summed from, where it is not a recording of its own.
 INGREDIENTS = {"sfxbg": ("sfx",), "musicbg": STEMS}
 QUIET, QUIETEST_DB, QUIETEST_OTHERS_DB = ("sfx", "sfxbg", "musicbg"), -20.0, -10.0  # of a source; the loudest is 0 dB
-SOFT_LIMIT = 10 ** (-30 / 10)  # of the error's energy relative to the source's: beyond 30 dB little is gained
-INACTIVE_WEIGHT = 0.1  # of a source that is silent
-EPSILON = 1e-7
 
 
 @settings
@@ -380,43 +377,3 @@ def _gain(rng: np.random.Generator, prompt: str) -> float:
 def _levelled(audio: Audio) -> Audio:
     """Scale to a root mean square of 1; silence stays silence."""
     return np.asarray(audio / (np.sqrt(np.square(audio, dtype=np.float64).mean()) or 1.0), np.float32)
-
-
-def source_losses(estimates: Tensor, references: Tensor, prompts: Tensor) -> Tensor:
-    """Compute the negative SNR of each source; training minimises its mean.
-
-    Estimates of equal prompts are assigned to their references in the order with the lowest loss. Where a reference is
-    silent, the loss is the estimate's level relative to all references of its prompt.
-
-    Args:
-        estimates: `[batch, prompts, samples]`.
-        references: likewise.
-        prompts: int64 `[prompts]` or `[batch, prompts]`.
-
-    Returns:
-        Losses in dB, float32 `[batch, prompts]`.
-    """
-    estimates, references = estimates.float(), references.float()
-    rows = []
-    for e, r, ids in zip(estimates, references, prompts.expand(estimates.shape[:2]).tolist(), strict=True):
-        losses: list[Tensor] = [e.new_zeros(())] * len(ids)
-        for prompt in dict.fromkeys(ids):
-            members = [i for i, other in enumerate(ids) if other == prompt]
-            for i, loss in zip(members, _group_losses(e[members], r[members]), strict=True):
-                losses[i] = loss
-        rows.append(torch.stack(losses))
-    return torch.stack(rows)
-
-
-def _group_losses(estimates: Tensor, references: Tensor) -> Tensor:
-    """Compute the losses of one prompt's references, `[sources, samples]`, under the best order of the estimates."""
-    power = references.square().sum(1)
-    active = power > 0
-    scale = torch.where(active, power, references.sum(0).square().sum())
-    errors = torch.stack([(estimates - reference).square().sum(1) for reference in references])
-    level = 10 * torch.log10(errors + SOFT_LIMIT * scale[:, None] + EPSILON)
-    weight = torch.where(active, 1.0, INACTIVE_WEIGHT)
-    losses = weight[:, None] * (level - torch.where(active, 10 * torch.log10(scale + EPSILON), 0)[:, None])
-    orders = torch.tensor(list(permutations(range(len(losses)))), device=losses.device)
-    totals = losses.detach()[torch.arange(len(losses)), orders].sum(1)
-    return losses[torch.arange(len(losses)), orders[totals.argmin()]]
