@@ -186,12 +186,19 @@ def write_archives(place: Path, server: HubServer) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric")
-def test_every_recipe_runs_on_stand_ins(place: Path, clapsep: Clapsep, served: HubServer) -> None:
+def test_every_recipe_runs_on_stand_ins(
+    place: Path, clapsep: Clapsep, served: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_archives(place, served)
-    lines = [line for found in re.findall(r"^```sh\n(.*?)^```$", RECIPES, re.M | re.S) for line in found.splitlines()]
+    lines = [
+        line for block in blocks(RECIPES) for line in ([block.text] if block.language == "python" else block.commands)
+    ]
     assert len(lines) > 20
     for line in lines:
-        if line.startswith("clapsep "):
+        if "\n" in line:
+            monkeypatch.chdir(place)
+            exec(line, {})
+        elif line.startswith("clapsep "):
             # BSS-eval takes most of the time, and README's lines have it; two clips have no ten shots.
             faster = " --no-bss" if line.startswith("clapsep evaluate") and not re.search("no-bss|tuss", line) else ""
             run(line.replace("--shots 10", "--shots 1") + faster, place, clapsep)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, NamedTuple, cast
 
@@ -56,6 +57,8 @@ class ClapsepRecipe(Recipe):
             CLAP's and its decoder from scratch.
         encoder: (Table IV) trained by LoRA, frozen, trained from scratch in full, or none, with zeros in its place.
         queries: the weight of audio, α ~ U(0, 1) (Eq. 3), 0 or 1.
+        phase: also make a head that turns the mixture's phases, as a variant of the released code does; a model that
+            `init` names keeps the one that it has. It starts by turning nothing.
         valence: shares of the steps with the positive query alone, the negative alone, and both.
     """
 
@@ -71,6 +74,7 @@ class ClapsepRecipe(Recipe):
     lora_rank: PositiveInt = 16
     lora_alpha: PositiveFloat = 1.0
     queries: Literal["hybrid", "text", "audio"] = "hybrid"
+    phase: bool = False
     valence: Annotated[Shares, Field(min_length=3, max_length=3)] = (0.25, 0.25, 0.5)
     speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(min_length=1)] = (
         0.9,
@@ -101,6 +105,8 @@ class ClapsepRecipe(Recipe):
     def check(self, corpus: Corpus) -> None:
         if self.lora_only and not (self.init and self.encoder == "lora"):
             raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
+        if self.lora_only and self.phase:
+            raise RecipeError("lora_only tunes nothing but the encoder: leave phase out")
         model = self.model(torch.device("cpu"))
         if not isinstance(model.config, CLAPSepConfig):
             raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains CLAPSep models")
@@ -128,10 +134,15 @@ class ClapsepRecipe(Recipe):
 def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
     """Make the separator in its initial state, on the CPU."""
     torch.manual_seed(recipe.seed)
+    config = replace(model.config, phase=recipe.phase or model.config.phase)
     if recipe.init:
         net: CLAPSep = load_part(model.folder, "separator", model.family, model.config)
+        if config != model.config:
+            more = CLAPSep(config)
+            more.load_state_dict({**more.state_dict(), **net.state_dict()})
+            net = more
     else:
-        net = CLAPSep(model.config)
+        net = CLAPSep(config)
         start_decoder(net)
         net.encoder.load_state_dict(load_part(model.folder, "audio", model.family, model.config).htsat.state_dict())
     net.mask_net.spec_norm.momentum = SPECTRUM_MOMENTUM
@@ -162,6 +173,8 @@ def start_decoder(net: CLAPSep) -> None:
                     nn.init.zeros_(layer.bias)
     for attention in net.mask_net.layers:
         nn.init.xavier_uniform_(cast(TransformerLayer, attention).qkv.weight)
+    if net.mask_net.turn is not None:
+        nn.init.zeros_(net.mask_net.turn.weight)
 
 
 class Prepared(NamedTuple):
@@ -303,7 +316,7 @@ class ClapsepTask(Task):
                 windows = (layer.block.side // layer.block.window) ** 2
                 dropped.enter_context(masked(layer.block.attn, attention.repeat_interleave(windows)[:, None, None]))
                 dropped.enter_context(masked(layer.block.mlp, mlp[:, None, None]))
-            mask = self.net.mask(features, prepared.conditions).float()
+            mask = self.net.mask(features, prepared.conditions)
         estimate = dsp.masked(spectrum, mask, self.window)
         return {"loss": waveform_loss(estimate, prepared.targets, self.recipe.snr_weight)}
 
