@@ -27,10 +27,9 @@ from clapsep_cli.errors import (
 )
 from clapsep_cli.jobs import resume
 from clapsep_cli.jobs.inputs import STDIN, Input, expand
-from clapsep_cli.jobs.manifest import read_jobs
 from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
+from clapsep_cli.jobs.requests import parse_target, parse_targets, read_jobs
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
-from clapsep_cli.jobs.targets import parse_target, parse_targets
 from clapsep_cli.query import Query, parse_span, parse_time
 
 CELLS = [*'*[@-",;\n\r\\é', "**", "..", "file", "pos", "neg", "query_audio", "a.wav"]
@@ -638,8 +637,7 @@ def test_targets(tree: Callable[..., None]) -> None:
 
 def test_no_torch_is_needed() -> None:
     modules = ", ".join(
-        f"clapsep_cli.{m}"
-        for m in ("jobs.inputs", "jobs.manifest", "jobs.outputs", "jobs.resume", "jobs.targets", "query", "tables")
+        f"clapsep_cli.{m}" for m in ("jobs.inputs", "jobs.outputs", "jobs.requests", "jobs.resume", "query", "tables")
     )
     subprocess.run(
         [sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT

@@ -187,7 +187,7 @@ def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, st
 
 def _targets(arguments: Sequence[str], sides: dict[str, Any], stage: Stage) -> Mapping[str, Query]:
     """Return the queries of several targets by name, which share the negative side of `sides`."""
-    from clapsep_cli.jobs.targets import parse_targets
+    from clapsep_cli.jobs.requests import parse_targets
     from clapsep_cli.query import Query
 
     shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
@@ -213,7 +213,7 @@ def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
 
 def _rows(manifest: Path, sides: dict[str, Any], stage: Stage) -> Requests:
     """Read the recordings of a manifest with their queries; `sides` are used where a row has none."""
-    from clapsep_cli.jobs.manifest import read_jobs
+    from clapsep_cli.jobs.requests import read_jobs
     from clapsep_cli.query import TARGET, Query
 
     asked: list[tuple[Input, Mapping[str, Query]]] = []

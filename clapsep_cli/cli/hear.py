@@ -68,7 +68,7 @@ def hear(
     """
     from clapsep_cli.audio.samples import slowed
     from clapsep_cli.audio.sources import Source
-    from clapsep_cli.jobs.loading import Loading
+    from clapsep_cli.jobs.tasks import Loading
     from clapsep_cli.listening.hearing import Listener, vocabulary_of
 
     part = parse_time(start) if start else 0.0, parse_time(end) if end else None

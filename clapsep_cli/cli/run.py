@@ -29,10 +29,9 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.loading import Loading
     from clapsep_cli.jobs.planning import Requests, Todo
     from clapsep_cli.jobs.stores import Stage
-    from clapsep_cli.jobs.tasks import Job, Options, Outcome
+    from clapsep_cli.jobs.tasks import Job, Loading, Options, Outcome
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model
 
@@ -192,7 +191,7 @@ def _process(
 
 
 def _loading(setup: Setup) -> Loading:
-    from clapsep_cli.jobs.loading import Loading
+    from clapsep_cli.jobs.tasks import Loading
 
     return Loading(setup.model, setup.adapter, setup.device, setup.precision, setup.refine)
 

@@ -170,7 +170,7 @@ def parts(names: Sequence[str]) -> dict[str, str]:
     """
     from clapsep_cli.jobs.inputs import folded
     from clapsep_cli.jobs.outputs import safe_name
-    from clapsep_cli.jobs.targets import TAKEN
+    from clapsep_cli.jobs.requests import TAKEN
 
     found: dict[str, str] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""The options of a run, the job of one recording, and its result."""
+"""The options of a run, the model to load for it, the job of one recording, and its result."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import ClapsepError, TakenError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
+from clapsep_cli.jobs.stores import Stage, is_url
 from clapsep_cli.listening.events import Event, Rules
 from clapsep_cli.query import RESIDUAL, Query
 
@@ -102,6 +103,45 @@ class Options:
             return [RESIDUAL]
         wanted = self.out != STDOUT if self.residual is None else self.residual
         return [*self.chosen(targets), *([RESIDUAL] if wanted else [])]
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What to load, named as the options of the commands; `model` and `adapter` may be URLs."""
+
+    model: str | None = None
+    adapter: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    refine: bool = False
+
+    def load(
+        self, stage: Stage, say: Callable[[str], None] = _nothing, progress: Callable[..., None] = _nothing
+    ) -> Model:
+        """Load the model with its adapter.
+
+        Args:
+            stage: mirrors the stores of URLs.
+            say: is told in a line what the user should know.
+            progress: is told of downloads (see `load_model`).
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        from clapsep_cli.store.library import load_model
+
+        name = str(stage.fetch(stage.path(self.model))) if self.model and is_url(self.model) else self.model
+        model = load_model(name, self.device, self.precision, say=say, progress=progress)
+        if self.adapter:
+            from clapsep_cli.store.adapters import apply
+
+            apply(model, stage.fetch(stage.path(self.adapter)))
+        model.refine(self.refine)
+        return model
 
 
 def row_of(outcome: Extraction | Skipped | Failure, model: Model) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from clapsep_cli.errors import UsageError
-from clapsep_cli.jobs.targets import parse_targets
+from clapsep_cli.jobs.requests import parse_targets
 from clapsep_cli.query import MAX_TARGETS, TARGET, Query, Span
 
 Shots = Mapping[str, tuple[str, Path]]  # examples by id: the name each was given, and where it lies
