@@ -41,15 +41,6 @@ class Todo:
     blocked: list[Failure]
 
 
-@dataclass
-class _Typical:
-    """Placeholder used to validate format options before a recording is opened."""
-
-    rate: int = 44_100
-    channels: int = 1
-    bits: int | None = 16
-
-
 def lay_out(asked: Requests, options: Options = Options(), stage: Stage = Stage()) -> list[Job]:
     """Make a job for each recording of this shard, and check everything that needs no model.
 
@@ -137,7 +128,7 @@ def _check(asked: Requests, options: Options) -> None:
     if options.remove and options.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
-        choose_encoding(options.format, options.subtype, _Typical())
+        choose_encoding(options.format, options.subtype, 44_100, 1, 16)  # of any recording, which is not open yet
     except OutputError as error:
         raise UsageError(str(error)) from error
     for item, targets in {id(targets): (item, targets) for item, targets in asked}.values():

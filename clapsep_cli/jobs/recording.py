@@ -123,7 +123,11 @@ class Recording:
         self.rate, self.frames = source.rate, source.frames
         self.heard_rate = slowed(source.rate, options.expand, source.name)
         film = Film(self.job.input.path, options.stream or 1) if options.remux else None
-        self.encoding = encoding_of(film, source) if film else choose_encoding(options.format, options.subtype, source)
+        if film is not None:
+            self.encoding = encoding_of(film, source.bits)
+        else:
+            form = (source.rate, source.channels, source.bits)
+            self.encoding = choose_encoding(options.format, options.subtype, *form)
         self._writer = self._outputs.enter_context(
             Outputs(
                 self.job.outputs,
