@@ -12,7 +12,7 @@ import typer
 
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import FAILED, find, load, stoppable
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes, option
 from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError
 from clapsep_cli.query import parse_time
 from clapsep_cli.startup import set_threads
@@ -25,34 +25,24 @@ if TYPE_CHECKING:
 PANEL = "Sounds"  # of --help
 SHOWN_STRETCHES = 6
 
+Vocabulary = Annotated[Path | None, option(PANEL, "--vocabulary FILE", "Sounds to listen for, in words, one a line.")]
+Top = Annotated[int, option(PANEL, "--top N", "List this many at most.", min=1, max=1000)]
+MinScore = Annotated[float, option(PANEL, "--min-score X", "List no sound below this.", min=0, max=1)]
+Plot = Annotated[bool, option(opt.OUTPUT, "--plot", "Also write the scores as a picture, {stem}.sounds.png.")]
+
 
 def hear(
     inputs: opt.Inputs = None,
-    vocabulary: Annotated[
-        Path | None,
-        typer.Option(
-            "--vocabulary", metavar="FILE", rich_help_panel=PANEL, help="Sounds to listen for, in words, one a line."
-        ),
-    ] = None,
-    top: Annotated[
-        int, typer.Option("--top", metavar="N", min=1, max=1000, rich_help_panel=PANEL, help="List this many at most.")
-    ] = 10,
-    min_score: Annotated[
-        float,
-        typer.Option("--min-score", metavar="X", min=0, max=1, rich_help_panel=PANEL, help="List no sound below this."),
-    ] = 0.2,
+    vocabulary: Vocabulary = None,
+    top: Top = 10,
+    min_score: MinScore = 0.2,
     recursive: opt.Recursive = False,
     start: opt.Start = None,
     end: opt.End = None,
     lenient: opt.Lenient = False,
     stream: opt.Stream = None,
     expand: opt.Expand = 1.0,
-    plot: Annotated[
-        bool,
-        typer.Option(
-            "--plot", rich_help_panel=opt.OUTPUT, help="Also write the scores as a picture, {stem}.sounds.png."
-        ),
-    ] = False,
+    plot: Plot = False,
     overwrite: opt.Overwrite = False,
     model: ModelOption = None,
     adapter: opt.Adapter = None,

@@ -10,7 +10,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -18,7 +18,7 @@ from clapsep_cli.errors import ClapsepWarning
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.progress import Progress, TaskID
 
@@ -34,6 +34,25 @@ def among(*names: str) -> Callable[[str], list[str]]:
         return [name for name in names if name.startswith(incomplete)]
 
     return matches
+
+
+def option(panel: str, spec: str, text: str, known: Sequence[str] = (), **settings: Any) -> Any:
+    """Declare an option.
+
+    Args:
+        panel: heading of --help under which it is listed.
+        spec: its names and the placeholder of its value, e.g. `--out -o DIR`.
+        text: its help.
+        known: values that shells complete.
+        **settings: more of `typer.Option`.
+    """
+    names = [word for word in spec.split() if word.startswith("-")]
+    value = spec.rpartition(" ")[2]
+    metavar = None if value in names else value
+    completion = among(*known) if known else None
+    return typer.Option(
+        *names, metavar=metavar, help=text, rich_help_panel=panel, autocompletion=completion, **settings
+    )
 
 
 def _silence(quiet: bool) -> bool:
@@ -54,42 +73,28 @@ MODEL, RUN = "Model", "Run"  # panels of --help
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME|PATH",
+    option(
+        MODEL,
+        "--model NAME|PATH",
+        "A model by name or folder; by default the best available.",
+        list(MODELS),
         envvar="CLAPSEP_MODEL",
-        autocompletion=among(*MODELS),
-        rich_help_panel=MODEL,
-        help="A model by name or folder; by default the best available.",
     ),
 ]
 DeviceOption = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        "-d",
-        metavar="NAME",
-        envvar="CLAPSEP_DEVICE",
-        autocompletion=among(*DEVICES),
-        rich_help_panel=MODEL,
-        help="auto, cpu, cuda, cuda:N or mps.",
-    ),
+    str, option(MODEL, "--device -d NAME", "auto, cpu, cuda, cuda:N or mps.", DEVICES, envvar="CLAPSEP_DEVICE")
 ]
 ModelDirOption = Annotated[
     Path | None,
-    typer.Option(
-        "--model-dir",
-        metavar="DIR",
+    option(
+        MODEL,
+        "--model-dir DIR",
+        "Folder of the models; like the variable CLAPSEP_HOME.",
         callback=_use_home,
         expose_value=False,
-        rich_help_panel=MODEL,
-        help="Folder of the models; like the variable CLAPSEP_HOME.",
     ),
 ]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", callback=_silence, rich_help_panel=RUN, help="Print nothing but errors.")
-]
-
+QuietOption = Annotated[bool, option(RUN, "--quiet -q", "Print nothing but errors.", callback=_silence)]
 
 LINE_LETTERS = 1000  # of a note, at most
 PROGRESS = ("auto", "json", "none")
