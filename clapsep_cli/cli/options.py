@@ -16,7 +16,7 @@ from clapsep_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.stores import Stage
-    from clapsep_cli.jobs.tasks import Options
+    from clapsep_cli.jobs.tasks import Loading, Options
 
 INPUT, OUTPUT, BEYOND = "Recordings", "Outputs", "Beyond one machine"  # panels of --help, as MODEL and RUN are
 COUNT = {"min": 1, "max": 1024}  # bounds
@@ -30,7 +30,10 @@ PRECISIONS = ("auto", "high", "fast")
 ENGINES = ("local", "ray")
 OF_RAY = ("address", "workers", "gpus_per_worker", "insecure")  # options
 
-Text, Texts, Number = str | None, list[str] | None, float | None  # types of options that may be left out
+# Types of options that may be left out.
+Text = str | None
+Texts = list[str] | None
+Number = float | None
 
 Inputs = Annotated[
     Texts, typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt, URLs; or - for stdin.")
@@ -125,13 +128,9 @@ Insecure = Annotated[bool, option(BEYOND, "--insecure", "Connect to a Ray cluste
 
 @dataclass(frozen=True)
 class Setup:
-    """Options for the model, the device and the messages of a run, named as those of the commands."""
+    """Options for the model, the machines and the messages of a run, named as those of the commands."""
 
-    model: str | None
-    adapter: str | None
-    device: str
-    precision: str
-    refine: bool
+    loading: Loading
     threads: int | None
     scratch: Path | None
     engine: str
@@ -177,11 +176,18 @@ def options_of(given: Mapping[str, Any], stage: Stage) -> Options:
     on_ray = given["engine"] == "ray"
     values["markers"] = shard is not None or on_ray
     values["skip_existing"] |= on_ray and not values["overwrite"]  # so that the same command goes on from a lost driver
-    return Options(**{f.name: values[f.name] for f in fields(Options) if f.name in values})
+    return Options(**_chosen(Options, values))
+
+
+def _chosen(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `values` that are fields of the dataclass `kind`."""
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
 def setup_of(given: Mapping[str, Any]) -> Setup:
-    """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for an unknown `--progress`."""
+    """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for a value that is not known."""
+    from clapsep_cli.jobs.tasks import Loading
+
     if given["progress"] not in PROGRESS:
         raise UsageError(f"there is no --progress {given['progress']!r}; there are {', '.join(PROGRESS)}")
     if given["engine"] not in ENGINES:
@@ -189,4 +195,4 @@ def setup_of(given: Mapping[str, Any]) -> Setup:
     for name in OF_RAY:
         if given["engine"] != "ray" and given[name]:
             raise UsageError(f"--{name.replace('_', '-')} is for --engine ray: use them together")
-    return Setup(**{f.name: given[f.name] for f in fields(Setup)})
+    return Setup(loading=Loading(**_chosen(Loading, given)), **_chosen(Setup, given))
