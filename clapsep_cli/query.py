@@ -143,7 +143,7 @@ class Query:
         return replace(self, pos_audio=positive, neg_audio=negative, pos_spans=(), neg_spans=())
 
     def slower(self, expand: float) -> Query:
-        """The query with its recordings heard `expand` times slower."""
+        """Return the query with its recordings heard `expand` times slower."""
         if expand == 1:
             return self
         sides = (self.pos_audio, self.neg_audio)

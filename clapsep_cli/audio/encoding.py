@@ -1,4 +1,4 @@
-"""Encodes outputs: the formats, the depths that each holds, and how samples are written."""
+"""Encodes outputs: chooses formats and depths, and writes samples."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ID3 = {
 
 @dataclass(frozen=True)
 class Format:
-    """A format of outputs. `depths` are those of PCM it can hold, None among them for float; lossy ones hold none."""
+    """A format of outputs. `depths` are the PCM depths it can hold, None for float; lossy ones hold none."""
 
     depths: tuple[int | None, ...]
     major: str = ""  # libsndfile's names
@@ -56,10 +56,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """A format, which is a key of `FORMATS` and the extension of outputs, and the depth of PCM.
-
-    `bits` is None for float and for lossy formats.
-    """
+    """A format of outputs: a key of `FORMATS`, also the extension, and the PCM depth, None for float and lossy."""
 
     format: str = "wav"
     bits: int | None = None
@@ -151,7 +148,7 @@ def open_encoder(
 
 
 class SoundFileEncoder(Encoder):
-    """FLAC, Ogg, Opus and MP3, through libsndfile."""
+    """Encodes FLAC, Ogg, Opus and MP3 through libsndfile."""
 
     def __init__(self, stream: BinaryIO, format: str, form: Form) -> None:  # noqa: A002
         known, tags, self._bits = FORMATS[format], form.tags, form.bits
@@ -194,7 +191,7 @@ class SoundFileEncoder(Encoder):
 
 
 class _Rest:
-    """A stream from its present position on, as libsndfile's file; keeps errors, which cannot pass through C."""
+    """Presents a stream from its present position on to libsndfile. Keeps errors, which cannot pass through C."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._start = stream, stream.tell()

@@ -168,7 +168,7 @@ class MediaEncoder(Encoder):
                 yield packet
 
     def _copy(self, until: float) -> None:
-        """Copy what the film shows before this time, in seconds."""
+        """Copy the packets before this time, in seconds."""
         while self._film is not None and self._next is not None:
             packet = self._next
             at = packet.dts if packet.dts is not None else packet.pts

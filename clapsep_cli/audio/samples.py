@@ -1,4 +1,4 @@
-"""Defines samples as arrays, which readers yield and writers take, and the interface of decoders."""
+"""Defines samples as arrays, the interfaces of decoders and encoders, and what is computed from samples alone."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class WavStream(Decoder):
 
 
 def is_wav(start: bytes) -> bool:
-    """Return whether a file that begins with these 12 bytes is a WAV or RF64."""
+    """Return True if a file that begins with these 12 bytes is a WAV or RF64."""
     return start[:4] in (b"RIFF", b"RF64", b"BW64") and start[8:12] == b"WAVE"
 
 

@@ -1,4 +1,4 @@
-"""Writes the parts of a recording together; none is there before all of them are whole."""
+"""Writes the parts of a recording together; none appears before all are complete."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ class Outputs:
         self._done += max(audio.shape[1] for audio in parts.values())
 
     def drop(self, part: str) -> None:
-        """Take back a part: it gets no file."""
+        """Discard a part: it gets no file."""
         self._parts.pop(part).discard()
         if part in self._drafts:
             self._drafts.pop(part).close()
@@ -308,7 +308,7 @@ def _make_folder(folder: Path) -> list[Path]:
 
 
 def _is_file(stream: BinaryIO) -> bool:
-    """Return whether stdout is an empty file, whose header can be completed at the end."""
+    """Return True if stdout is an empty file, whose header can be completed at the end."""
     try:
         import fcntl
 

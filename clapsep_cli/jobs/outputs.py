@@ -1,4 +1,4 @@
-"""Paths of the parts of a recording, and checks that they can be written."""
+"""Names the files of the parts of a recording, and checks that they can be written."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def check_outputs(
 
 
 class _Places(dict[Path, str]):
-    """The identity of each path: its folder without links, and its name, both `folded`."""
+    """Identifies paths: by the folder without links and the name, both `folded`."""
 
     def __missing__(self, folder: Path) -> str:
         self[folder] = folded(str(folder.resolve()))

@@ -1,4 +1,4 @@
-"""One recording being separated, from its file to the files of its parts."""
+"""Separates one recording, from its file to the files of its parts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for the last block of a t
 
 
 class Draft:
-    """A nameless file of audio blocks, kept until it is known which parts to write.
+    """Keeps audio blocks in a nameless file until it is known which parts to write.
 
     It lies in `folder`, by default the system's. Blocks are `[..., samples]`, of any float type.
     """
@@ -167,7 +167,7 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """Duration of what is separated."""
+        """Duration of the audio separated so far."""
         return self.samples / self.rate
 
     @property
@@ -247,7 +247,7 @@ class Recording:
             return all(one is not None and one < UNLIKE for one in likeness)
 
     def _take_events(self, last: bool = False) -> None:
-        """Collect the events that were decided; no thread may be writing."""
+        """Collect the events that are final; no thread may be writing."""
         for stem, (name, finder) in enumerate(self._finders.items()):
             likeness = self._likeness(stem) if self.model.tells_likeness else None
             found = finder.finish(likeness) if last else finder.take(likeness)

@@ -23,9 +23,14 @@ COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")  # of a manifest
 def parse_target(argument: str, stage: Stage = Stage()) -> tuple[str, str | Path | Span]:
     """Return the name and the query of `dog=dog barking`, `siren=siren.wav` or `bell=3.2-4.5`.
 
-    The query is audio if it is a URL, or names a file or folder that exists, a stretch of the mixture if it is two
-    times, else text. Raises `QueryError` for a name that cannot be part of a file name and for a stretch that ends
-    before its start, and `AudioError` for the name of a recording that does not exist.
+    Args:
+        argument: its query is a recording if it is a URL, or names a file or folder that exists; a stretch of the
+            mixture if it is two times; else text.
+        stage: mirrors the stores of URLs.
+
+    Raises:
+        QueryError: the name cannot be part of a file name, or the stretch ends before its start.
+        AudioError: the recording does not exist.
     """
     name, equals, value = (piece.strip() for piece in argument.partition("="))
     name = unicodedata.normalize("NFC", name)
@@ -56,7 +61,7 @@ def parse_targets(arguments: Iterable[str], stage: Stage = Stage()) -> dict[str,
 
 @dataclass(frozen=True)
 class JobRow:
-    """A row of a manifest: a recording and its queries; where these are empty, the options of the command hold."""
+    """A row of a manifest: a recording and its queries; empty ones are replaced by the options of the command."""
 
     line: int
     input: Input

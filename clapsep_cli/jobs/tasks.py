@@ -1,4 +1,4 @@
-"""The options of a run, the model to load for it, the job of one recording, and its result."""
+"""Defines the options of a run, the model to load for it, the job of one recording, and its result."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Options:
 
     @property
     def rules(self) -> Rules:
-        """What counts as an event."""
+        """The rules by which events are found."""
         given = {name: getattr(self, f"events_{name}") for name in ("level", "presence", "length")}
         return replace(Rules(), **{name: value for name, value in given.items() if value is not None})
 
@@ -111,7 +111,7 @@ def _nothing(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Loading:
-    """What to load, named as the options of the commands; `model` and `adapter` may be URLs."""
+    """Options for the model of a run, named as those of the commands; `model` and `adapter` may be URLs."""
 
     model: str | None = None
     adapter: str | None = None
@@ -126,8 +126,8 @@ class Loading:
 
         Args:
             stage: mirrors the stores of URLs.
-            say: is told in a line what the user should know.
-            progress: is told of downloads (see `load_model`).
+            say: called with each line for the user.
+            progress: called during downloads (see `load_model`).
 
         Raises:
             ModelError: there is no such model.
@@ -190,7 +190,7 @@ class Job:
 
     @property
     def marker(self) -> Path | None:
-        """The marker of this recording, for the same queries, model and options."""
+        """Path of the marker of this recording with these queries, model and options; None for no marker."""
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
 
     def needs_marker(self, absent: Sequence[str]) -> bool:
@@ -199,7 +199,7 @@ class Job:
 
     @property
     def extras(self) -> dict[str, Path]:
-        """The paths of what is written after the audio, by name."""
+        """Paths of the files that are written after the audio, by name."""
         return {name: path for name, path in (("picture", self.picture), ("events", self.events)) if path}
 
     @property
@@ -246,12 +246,12 @@ class Extraction:
 
     @property
     def target(self) -> Path:
-        """The path of the first output."""
+        """Path of the first output."""
         return next(iter(self.outputs.values()))
 
     @property
     def found(self) -> bool:
-        """Whether anything is there, as far as `min_presence` asks."""
+        """True if a target is present, as far as `min_presence` requires."""
         return bool(self.outputs) or (self.events_file is not None and len(self.absent) < len(self.queries))
 
     def as_json(self) -> dict[str, Any]:
@@ -263,18 +263,18 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A recording that was done already, perhaps by another process meanwhile."""
+    """A recording that was done before, or by another process meanwhile."""
 
     job: Job
 
     @property
     def mixture(self) -> Path:
-        """The recording."""
+        """Path of the recording."""
         return self.job.input.path
 
     @property
     def error(self) -> ClapsepError:
-        """What this means where nothing was to be skipped."""
+        """The error for a run without `skip_existing`."""
         return TakenError(f"{self.mixture}: was processed by another process meanwhile")
 
 

@@ -62,7 +62,15 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Page:
-    """A server that waits on `port` (0: any that is free) for the page of `session`."""
+    """Serves the page of a session on 127.0.0.1.
+
+    Args:
+        session: what the page shows.
+        port: to listen on; 0 for any that is free.
+
+    Raises:
+        UsageError: the port cannot be used.
+    """
 
     def __init__(self, session: Session, port: int = 0) -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -89,12 +97,12 @@ class Page:
         self.server.run(sockets=[self.socket])
 
     def close(self) -> None:
-        """Let go of the port."""
+        """Release the port."""
         self.socket.close()
 
 
 def application(session: Session) -> Starlette:
-    """The routes of the page, unguarded."""
+    """Make the page's application, unguarded."""
     handlers = _Handlers(session)
     routes = [
         Route("/", handlers.index),
@@ -116,7 +124,7 @@ def application(session: Session) -> Starlette:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    """An error in one line of JSON."""
+    """Answer an error as one line of JSON."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code)
     return JSONResponse({"error": str(error)}, FULL if isinstance(error, OutputError) else BAD)
@@ -145,7 +153,7 @@ class _Handlers:
         return JSONResponse(self.session.state())
 
     def uploads(self, take: Callable[[Path, str], object]) -> Handler:
-        """Answer uploads, which `take` gets with the names that they were given."""
+        """Return a handler of uploads, which calls `take` with the path and the name of each."""
 
         async def handle(request: Request) -> Response:
             return await self._upload(request, take)
@@ -153,7 +161,7 @@ class _Handlers:
         return handle
 
     def acts(self, act: Callable[[str], None]) -> Handler:
-        """Answer what is asked of something by its id."""
+        """Return a handler that calls `act` with the id in the address."""
 
         async def handle(request: Request) -> Response:
             with _known():
@@ -163,7 +171,7 @@ class _Handlers:
         return handle
 
     async def _upload(self, request: Request, take: Callable[[Path, str], object]) -> Response:
-        """Stream the body of a request to disk, and hand it on; nothing of it stays where that fails."""
+        """Write the body of a request to disk, and call `take`; if that fails, no file stays."""
         name = Path(unquote(request.headers.get("x-name", "")).replace("\\", "/")).name or "recording"
         path = self.session.upload(name)
         try:
@@ -243,7 +251,7 @@ class _Handlers:
 
 @contextmanager
 def _known() -> Iterator[None]:
-    """Answer that there is nothing of an id."""
+    """Answer 404 for an unknown id."""
     try:
         yield
     except KeyError as error:
@@ -252,7 +260,7 @@ def _known() -> Iterator[None]:
 
 @contextmanager
 def _there() -> Iterator[None]:
-    """Answer that a file of the session, or the recording itself, is not there any more."""
+    """Answer 404 if a file of the session, or the recording itself, has gone."""
     try:
         yield
     except (OSError, SoundFileError) as error:
@@ -260,13 +268,13 @@ def _there() -> Iterator[None]:
 
 
 def _file(path: Path, name: str | None = None) -> Response:
-    """A file, or the ranges of it that were asked for; as a download under `name`."""
+    """Answer with a file or the requested ranges of it; with `name`, as a download."""
     with _there():
         return FileResponse(path, filename=name, media_type="application/octet-stream", stat_result=path.stat())
 
 
 def _number(request: Request, name: str, default: float) -> float:
-    """A number from the query of a request, not below 0."""
+    """Return a number from the query of a request. Raises `UsageError` unless it is 0 or more."""
     try:
         number = float(request.query_params.get(name, default))
     except ValueError:
@@ -277,7 +285,7 @@ def _number(request: Request, name: str, default: float) -> float:
 
 
 class Guard:
-    """Refuses what does not come from the page. `key` opens `/` once in a browser, and is its cookie from then on."""
+    """Refuses requests that do not come from the page. `key` opens `/` in a browser, and is its cookie from then on."""
 
     def __init__(self, app: ASGIApp, key: str, cookie: str) -> None:
         self.app, self.key, self.cookie = app, key, cookie
@@ -308,7 +316,7 @@ class Guard:
         await self.app(scope, receive, send_guarded)
 
     def _refusal(self, scope: Scope, invited: bool) -> str | None:
-        """Why a request is refused, if it is."""
+        """Return the reason to refuse a request, or None."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if host.partition(":")[0] not in HOSTS:

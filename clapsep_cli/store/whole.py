@@ -56,8 +56,7 @@ def read_notes(path: Path) -> dict[str, str]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a part, mapped from the file. Raises `CheckpointError`.
 
-    Every 32 MB are mapped by themselves, and so leave memory as soon as none of their tensors lies in the file any
-    more: when they are converted, say.
+    Every 32 MB are a mapping of their own, so memory is freed piece by piece as tensors are converted.
     """
     tensors: dict[str, Tensor] = {}
     mapped = PIECE_BYTES
