@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -159,13 +158,9 @@ class MediaEncoder(Encoder):
                 continue
             copy.metadata.update(one.metadata)
             copy.disposition = one.disposition
-        self._packets = self._demuxed(copied)
-        self._next = next(self._packets, None)
-
-    def _demuxed(self, film: InputContainer) -> Iterator[Packet[Any]]:
-        for packet in film.demux([one for one in film.streams if one.index in self._copies]):
-            if packet.dts is not None or packet.pts is not None:
-                yield packet
+        packets = copied.demux([one for one in copied.streams if one.index in self._copies])
+        self._packets = (packet for packet in packets if packet.dts is not None or packet.pts is not None)
+        self._next: Packet[Any] | None = next(self._packets, None)
 
     def _copy(self, until: float) -> None:
         """Copy the packets before this time, in seconds."""

@@ -50,7 +50,8 @@ class WavStream(Decoder):
         super().__init__(name, lenient)
         self._stream, self._done, self._ended, self.tags = stream, 0, False, {}
         long_size, layout = 0, None
-        for chunk, size in self._chunks():
+        while len(head := stream.read(8)) == 8:
+            chunk, size = head[:4], int.from_bytes(head[4:], "little")
             if chunk == b"data":
                 if layout is None:
                     raise AudioError(f"{name}: samples come before their format; the WAV is damaged")
@@ -64,10 +65,6 @@ class WavStream(Decoder):
             elif chunk == b"LIST" and content[:4] == b"INFO":
                 self.tags = dict(_read_info(content[4:]))
         raise AudioError(f"{name}: ends before its first sample; the WAV is cut short")
-
-    def _chunks(self) -> Iterator[tuple[bytes, int]]:
-        while len(head := self._stream.read(8)) == 8:
-            yield head[:4], int.from_bytes(head[4:], "little")
 
     def _content(self, size: int) -> bytes:
         if size > HEADER_CHUNK_BYTES:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 QUERY = "Queries"  # panel of --help
 
 
-Pos = Annotated[opt.Texts, option(QUERY, "--pos TEXT", "The sound to keep, in words; several are averaged.")]
-Neg = Annotated[opt.Texts, option(QUERY, "--neg TEXT", "The sound to leave out, in words; several are averaged.")]
+Pos = Annotated[opt.Texts, option(QUERY, "--pos TEXT", "The sound to keep, in words; repeat to average.")]
+Neg = Annotated[opt.Texts, option(QUERY, "--neg TEXT", "The sound to leave out, in words; repeat to average.")]
 QueryAudio = Annotated[
     opt.Texts, option(QUERY, "--query-audio FILE|DIR", "Recordings that sound like the sound to keep.")
 ]
@@ -41,14 +41,14 @@ Targets = Annotated[
     option(QUERY, "--target NAME=QUERY", "One of several targets: a text, a recording, or a part of MIX, FROM-TO."),
 ]
 Mutual = Annotated[
-    bool | None, option(QUERY, "--mutual/--no-mutual", "Use the other targets as negative queries of each.")
+    bool | None, option(QUERY, "--mutual/--no-mutual", "Use the other targets as negative queries for each target.")
 ]
 Manifest = Annotated[
     opt.Text, option(QUERY, "--manifest CSV", "Recordings with queries: file, pos, neg, query_audio, neg_audio.")
 ]
 Presence = Annotated[
     bool | None,
-    option(QUERY, "--presence/--no-presence", "Print how likely the target is there; with --json: yes."),
+    option(QUERY, "--presence/--no-presence", "Print how likely the target is present; the default with --json."),
 ]
 MinPresence = Annotated[
     opt.Number, option(QUERY, "--min-presence X", "Write nothing if the presence is below this; try 0.")
@@ -56,8 +56,7 @@ MinPresence = Annotated[
 Residual = Annotated[bool | None, option(opt.OUTPUT, "--residual/--no-residual", "Also write the rest.")]
 Remove = Annotated[bool, option(opt.OUTPUT, "--remove", "Write only the rest, without the target.")]
 Watch = Annotated[
-    Path | None,
-    option(opt.INPUT, "--watch DIR", "Wait for recordings in this folder, and take them as they arrive, until Ctrl-C."),
+    Path | None, option(opt.INPUT, "--watch DIR", "Process recordings as they arrive in this folder, until Ctrl-C.")
 ]
 
 

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 PANEL = "Sounds"  # of --help
 SHOWN_STRETCHES = 6
 
-Vocabulary = Annotated[Path | None, option(PANEL, "--vocabulary FILE", "Sounds to listen for, in words, one a line.")]
-Top = Annotated[int, option(PANEL, "--top N", "List this many at most.", min=1, max=1000)]
-MinScore = Annotated[float, option(PANEL, "--min-score X", "List no sound below this.", min=0, max=1)]
+Vocabulary = Annotated[
+    Path | None, option(PANEL, "--vocabulary FILE", "File of sounds to listen for, in words, one per line.")
+]
+Top = Annotated[int, option(PANEL, "--top N", "Number of sounds to list at most.", min=1, max=1000)]
+MinScore = Annotated[float, option(PANEL, "--min-score X", "List only sounds with this score or more.", min=0, max=1)]
 Plot = Annotated[bool, option(opt.OUTPUT, "--plot", "Also write the scores as a picture, {stem}.sounds.png.")]
 
 

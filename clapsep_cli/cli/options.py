@@ -39,13 +39,14 @@ Inputs = Annotated[
     Texts, typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt, URLs; or - for stdin.")
 ]
 Recursive = Annotated[bool, option(INPUT, "--recursive -r", "Read folders with all their subfolders.")]
-Start = Annotated[Text, option(INPUT, "--start TIME", "Start at this time: seconds, or as 1:02:03.")]
-End = Annotated[Text, option(INPUT, "--end TIME", "End at this time.")]
+Start = Annotated[Text, option(INPUT, "--start TIME", "Start time, in seconds or as 1:02:03.")]
+End = Annotated[Text, option(INPUT, "--end TIME", "End time.")]
 Lenient = Annotated[bool, option(INPUT, "--lenient", "Read damaged or truncated recordings as far as possible.")]
-Stream = Annotated[int | None, option(INPUT, "--stream N", "Read this sound track of a film; else the first.", **COUNT)]
+Stream = Annotated[
+    int | None, option(INPUT, "--stream N", "Sound track of a film to read; by default the first.", **COUNT)
+]
 Expand = Annotated[
-    float,
-    option(INPUT, "--expand X", "Hear recordings this many times slower, for sounds above hearing: 10 for bats."),
+    float, option(INPUT, "--expand X", "Hear recordings this many times slower, for sounds above hearing: 10 for bats.")
 ]
 
 Out = Annotated[
@@ -59,7 +60,7 @@ Subtype = Annotated[
     Text, option(OUTPUT, "--subtype NAME", "pcm16, pcm24 or float; by default the input's, at least 16 bit.", SUBTYPES)
 ]
 Remux = Annotated[
-    bool, option(OUTPUT, "--remux", "Write films again with each part as the sound track; pictures are copied.")
+    bool, option(OUTPUT, "--remux", "Write films with each part as the sound track; pictures are copied.")
 ]
 Clip = Annotated[
     str,
@@ -110,15 +111,16 @@ Progress = Annotated[
 ]
 
 Shard = Annotated[
-    Text, option(BEYOND, "--shard K/N", "Process only shard K of N, counted from 0, by the names of recordings.")
+    Text, option(BEYOND, "--shard K/N", "Process only shard K of N, counted from 0; names decide the shard.")
 ]
-Scratch = Annotated[Path | None, option(BEYOND, "--scratch DIR", "Folder for what is fetched from and sent to URLs.")]
+Scratch = Annotated[Path | None, option(BEYOND, "--scratch DIR", "Folder for copies of the files at URLs.")]
 Engine = Annotated[str, option(BEYOND, "--engine NAME", "local, or ray for many machines.", ENGINES)]
 Address = Annotated[
-    Text, option(BEYOND, "--address ADDR", "Ray cluster: auto or HOST:PORT; by default, a new one here.")
+    Text, option(BEYOND, "--address ADDR", "Ray cluster: auto or HOST:PORT; by default a new one on this machine.")
 ]
 Workers = Annotated[
-    int | None, option(BEYOND, "--workers N", "Ray workers; by default what the cluster holds.", min=1, max=65536)
+    int | None,
+    option(BEYOND, "--workers N", "Number of Ray workers; by default as many as the cluster holds.", min=1, max=65536),
 ]
 GpusPerWorker = Annotated[
     Number, option(BEYOND, "--gpus-per-worker X", "GPUs of each Ray worker; 0 by default.", min=0)

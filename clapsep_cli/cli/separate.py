@@ -22,7 +22,8 @@ DEFAULT = "tuss-medium"
 
 
 Prompts = Annotated[
-    opt.Texts, option(PANEL, "--prompts NAME...", "All sounds in the recording; repeat equal ones.", PROMPTS)
+    opt.Texts,
+    option(PANEL, "--prompts NAME...", "All sounds in the recording; repeat a prompt for equal sounds.", PROMPTS),
 ]
 Task = Annotated[
     opt.Text,

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -180,8 +179,9 @@ class Reporter:
 
     def __init__(self, how: str, quiet: bool, count: int) -> None:
         self.json, self.count, self.finished = how == "json" and not quiet, count, 0
-        self.open: dict[Path, _Under] = {}
-        self.seconds = 0.0  # that are separated, of all recordings
+        self.open: dict[Path, TaskID] = {}
+        self.done: dict[Path, float] = {}  # seconds that are separated, of open recordings
+        self.seconds = 0.0  # likewise, of all recordings
         self.bars = progress_bars(quiet or how != "auto")
         self.all: TaskID | None = None
 
@@ -201,12 +201,11 @@ class Reporter:
         if self.json:
             self._say("progress", path, seconds=round(done, 3), total=round(total, 3) or None)
         if path not in self.open:
-            self.open[path] = _Under(self.bars.add_task(_short(path), total=total or None))
-        one = self.open[path]
-        self.seconds += done - one.seconds
-        one.seconds, one.share = done, done / total if total else 0.0
+            self.open[path] = self.bars.add_task(_short(path), total=total or None)
+        self.seconds += done - self.done.get(path, 0.0)
+        self.done[path] = done
         description = _short(path) if self.all is not None else f"{_short(path)}, {self._speed()}"
-        self.bars.update(one.task, completed=done, total=total or None, description=description)
+        self.bars.update(self.open[path], completed=done, total=total or None, description=description)
         self._update_all()
 
     def finish(self, path: Path, failed: bool) -> None:
@@ -215,12 +214,13 @@ class Reporter:
         if self.json:
             self._say("failed" if failed else "done", path, finished=self.finished, count=self.count)
         if path in self.open:
-            self.bars.remove_task(self.open.pop(path).task)
+            self.bars.remove_task(self.open.pop(path))
+            del self.done[path]
         self._update_all()
 
     def _update_all(self) -> None:
         if self.all is not None:
-            completed = self.finished + sum(one.share for one in self.open.values())
+            completed = self.finished + sum(one.percentage for one in self.bars.tasks if one.id != self.all) / 100
             description = f"{self.finished} of {self.count}, {self._speed()}"
             self.bars.update(self.all, completed=completed, description=description)
 
@@ -229,15 +229,6 @@ class Reporter:
 
     def _say(self, event: str, path: Path, **facts: object) -> None:
         echo(json.dumps({"event": event, "input": str(path), **facts}), sys.stderr)
-
-
-@dataclass
-class _Under:
-    """A recording in progress: its bar, and what is separated of it, in seconds and as a share."""
-
-    task: TaskID
-    seconds: float = 0.0
-    share: float = 0.0
 
 
 def _short(path: Path) -> str:

@@ -229,22 +229,19 @@ class Recording:
             self._writer.write(written)
 
     def pass_over(self) -> None:
-        """Take the next windows as silent as long as they are unlike all that is asked for, at a first look."""
+        """Take the next windows as silent as long as they are unlike all queries."""
         while self.windows and (silence := self.silence(self.windows[0])) is not None:
             self.windows.popleft()
             self.passage.accept(silence)
 
     def silence(self, window: Tensor) -> Tensor | None:
-        """Return the result for a window that is unlike all that is asked for, where no audio is wanted; else None."""
-        looks = self.options.no_audio and self.model.tells_likeness
-        silence = self.passage.silence if looks else None
-        return silence if silence is not None and self._is_unlike(window) else None
-
-    def _is_unlike(self, window: Tensor) -> bool:
+        """Return the result for a window that is unlike all queries, where no audio is wanted; else None."""
+        if not (self.options.no_audio and self.model.tells_likeness) or (silence := self.passage.silence) is None:
+            return None
         with self._clocked():
             mono, rate = window.cpu().numpy(), self.model.separator.rate
             likeness = (self.model.likeness(self.wanted, stem, mono, rate) for stem in range(len(self.job.kept)))
-            return all(one is not None and one < UNLIKE for one in likeness)
+            return silence if all(one is not None and one < UNLIKE for one in likeness) else None
 
     def _take_events(self, last: bool = False) -> None:
         """Collect the events that are final; no thread may be writing."""

@@ -126,7 +126,11 @@ def _look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: i
     with Source(path, stream=stream) as source, ExitStack() as stack:
         peaks_file = stack.enter_context(peaks.open("wb"))
         levels_file = stack.enter_context(levels.open("wb"))
-        listening = None if _is_seekable(path) else stack.enter_context(_writer(copy, source))
+        listening = None
+        if not _is_seekable(path):
+            # As RF64, which becomes a plain WAV below 4 GB. Lossy recordings may be over full scale, so in floats.
+            writer = soundfile.SoundFile(copy, "w", source.rate, min(2, source.channels), "FLOAT", format="RF64")
+            listening = stack.enter_context(writer)
         transform, piece = _Transform(source.rate), source.rate // PIECES_PER_SECOND
         column, frames, loudest = piece * PIECES_PER_COLUMN, 0, 0
         waiting = np.zeros(transform.size // 2, np.float32)  # columns are centred on their moment
@@ -167,11 +171,6 @@ def _is_seekable(path: Path) -> bool:
             return file.format in SEEKABLE and file.subtype.startswith(LOSSLESS)
     except soundfile.SoundFileError:
         return False
-
-
-def _writer(path: Path, source: Source) -> soundfile.SoundFile:
-    # As RF64, which becomes a plain WAV below 4 GB. Lossy recordings may be over full scale, so in floats.
-    return soundfile.SoundFile(path, "w", source.rate, min(2, source.channels), "FLOAT", format="RF64")
 
 
 def _to_listen(audio: Audio) -> Audio:
