@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import carry_out, find, keep_on
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, option
-from clapsep_cli.errors import QueryError, UsageError
+from clapsep_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.planning import Requests
+    from clapsep_cli.jobs.requests import Requests
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query, Span
@@ -160,10 +159,11 @@ def extract(
 def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, stage: Stage) -> Requests:
     """Return the recordings with their queries, by the arguments of the command and the two sides of a query."""
     from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.requests import read_requests
     from clapsep_cli.query import TARGET, Query
 
     if given["manifest"]:
-        return _rows(stage.path(given["manifest"]), sides, stage)
+        return read_requests(stage.path(given["manifest"]), sides, stage)
     targets = _targets(given["target"], sides, stage) if given["target"] else {TARGET: Query(**sides)}
     if given["watch"]:  # the first one stands for those to come
         return [(Input(given["watch"] / "any.wav", Path("any.wav")), targets)]
@@ -194,20 +194,3 @@ def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
         for query in (mutual(targets) if are_mutual else targets).values()
         for side in ("pos", "neg")
     )
-
-
-def _rows(manifest: Path, sides: dict[str, Any], stage: Stage) -> Requests:
-    """Read the recordings of a manifest with their queries; `sides` are used where a row has none."""
-    from clapsep_cli.jobs.requests import read_jobs
-    from clapsep_cli.query import TARGET, Query
-
-    asked: list[tuple[Input, Mapping[str, Query]]] = []
-    known: dict[Query, Mapping[str, Query]] = {}  # recordings that share their queries are separated together
-    for row in read_jobs(manifest, stage):
-        own = {"pos": row.pos, "neg": row.neg, "pos_audio": row.query_audio, "neg_audio": row.neg_audio}
-        try:
-            query = Query(**{**sides, **{side: value for side, value in own.items() if value}})
-        except QueryError as error:
-            raise QueryError(f"{manifest}, line {row.line}: {error}") from error
-        asked.append((row.input, known.setdefault(query, {TARGET: query})))
-    return asked

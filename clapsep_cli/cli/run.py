@@ -29,7 +29,8 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.planning import Requests, Todo
+    from clapsep_cli.jobs.planning import Todo
+    from clapsep_cli.jobs.requests import Requests
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.jobs.tasks import Job, Loading, Options, Outcome
     from clapsep_cli.query import Query

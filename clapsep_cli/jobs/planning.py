@@ -19,6 +19,7 @@ from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.exchange import blocking, done_before
 from clapsep_cli.jobs.inputs import Input, in_shard
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
+from clapsep_cli.jobs.requests import Requests
 from clapsep_cli.jobs.resume import signature
 from clapsep_cli.jobs.stores import Stage
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
@@ -27,7 +28,6 @@ from clapsep_cli.listening.plot import check_installed
 from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
 
-Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 # The options that change what is written; `mutual` changes the queries instead.
 DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "remux", "clip", "consistent", "min_presence")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from clapsep_cli.audio.sources import SUFFIXES
 from clapsep_cli.errors import AudioError, ManifestError, QueryError
@@ -13,9 +14,10 @@ from clapsep_cli.files import is_there
 from clapsep_cli.jobs.inputs import Input, folded
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.jobs.stores import Stage, is_url
-from clapsep_cli.query import MIXTURE, RESIDUAL, Span, is_span, parse_span
+from clapsep_cli.query import MIXTURE, RESIDUAL, TARGET, Query, Span, is_span, parse_span
 from clapsep_cli.tables import check_faults, read_table
 
+Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 TAKEN = (MIXTURE, RESIDUAL)  # reserved names
 COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")  # of a manifest
 
@@ -59,24 +61,22 @@ def parse_targets(arguments: Iterable[str], stage: Stage = Stage()) -> dict[str,
     return targets
 
 
-@dataclass(frozen=True)
-class JobRow:
-    """A row of a manifest: a recording and its queries; empty ones are replaced by the options of the command."""
-
-    line: int
-    input: Input
-    pos: tuple[str, ...] = ()
-    neg: tuple[str, ...] = ()
-    query_audio: tuple[Path, ...] = ()
-    neg_audio: tuple[Path, ...] = ()
-
-
-def read_jobs(path: Path, stage: Stage = Stage()) -> list[JobRow]:
+def read_requests(path: Path, sides: Mapping[str, Any] = MappingProxyType({}), stage: Stage = Stage()) -> Requests:
     """Read a CSV of recordings with the column `file` and any of `pos`, `neg`, `query_audio`, `neg_audio`.
 
-    Values in a cell are separated by ";". Paths are relative to the CSV, or URLs; recordings of queries are fetched. A
-    recording that does not exist is an input with a `fault`. Raises `ManifestError` with all faults by line, also where
-    no recording exists.
+    Values in a cell are separated by ";". Paths are relative to the CSV, or URLs.
+
+    Args:
+        path: of the CSV; `-` for standard input.
+        sides: arguments of `Query` for empty cells.
+        stage: mirrors the stores of URLs; recordings of queries are fetched.
+
+    Returns:
+        The recordings with their queries; equal queries are one object. A missing recording has a `fault`.
+
+    Raises:
+        ManifestError: lists all faults by line, also if no recording exists.
+        QueryError: a row has no query, or one that contradicts itself.
     """
     rows = read_table(stage.fetch(path), ("file",))
     columns = list(rows[0][1]) if rows else []
@@ -87,13 +87,24 @@ def read_jobs(path: Path, stage: Stage = Stage()) -> list[JobRow]:
         what = f"unknown column {', '.join(map(repr, unknown))}" if unknown else "no column with a query"
         raise ManifestError(f"{path}: {what}; the columns are {','.join(COLUMNS)}")
     faults: list[str] = []
-    jobs = [_job(path, line, row, faults, stage) for line, row in rows]
-    missing = [str(job.input.fault).removeprefix(f"{path}: ") for job in jobs if job.input.fault]
-    check_faults(path, faults or (missing if len(missing) == len(jobs) else []))
-    return jobs
+    read = [(line, *_read_row(path, line, row, faults, stage)) for line, row in rows]
+    missing = [str(item.fault).removeprefix(f"{path}: ") for _, item, _ in read if item.fault]
+    check_faults(path, faults or (missing if len(missing) == len(read) else []))
+    asked: list[tuple[Input, Mapping[str, Query]]] = []
+    known: dict[Query, Mapping[str, Query]] = {}  # recordings that share their queries are separated together
+    for line, item, own in read:
+        try:
+            query = Query(**{**sides, **own})
+        except QueryError as error:
+            raise QueryError(f"{path}, line {line}: {error}") from error
+        asked.append((item, known.setdefault(query, {TARGET: query})))
+    return asked
 
 
-def _job(path: Path, line: int, row: dict[str, str], faults: list[str], stage: Stage) -> JobRow:
+def _read_row(
+    path: Path, line: int, row: Mapping[str, str], faults: list[str], stage: Stage
+) -> tuple[Input, dict[str, Any]]:
+    """Return the recording of a row, and the arguments of `Query` that it gives; append its `faults`."""
     folder, fault = path.parent, None
 
     def values(column: str) -> tuple[str, ...]:
@@ -106,7 +117,7 @@ def _job(path: Path, line: int, row: dict[str, str], faults: list[str], stage: S
 
     if not row["file"]:
         faults.append(f"line {line}: no file named")
-        return JobRow(line, Input(folder, Path()))
+        return Input(folder, Path()), {}
     recording = stage.path(row["file"], folder)
     stored = None
     if not stage.is_there(recording):
@@ -115,4 +126,10 @@ def _job(path: Path, line: int, row: dict[str, str], faults: list[str], stage: S
         faults.append(f"line {line}: {recording} is a folder")
     below = recording.relative_to(folder) if recording.is_relative_to(folder) else Path(recording.name)
     item = Input(recording, Path(recording.name) if ".." in below.parts else below, fault, stored)
-    return JobRow(line, item, values("pos"), values("neg"), shots("query_audio"), shots("neg_audio"))
+    own = {
+        "pos": values("pos"),
+        "neg": values("neg"),
+        "pos_audio": shots("query_audio"),
+        "neg_audio": shots("neg_audio"),
+    }
+    return item, {side: given for side, given in own.items() if given}
