@@ -159,9 +159,15 @@ class OggPage:
 
 
 def check_ogg(file: BinaryIO, name: str, report: Report) -> None:
-    """Report missing and damaged pages of an Ogg; raise `AudioError` for several recordings in a row.
+    """Report missing and damaged pages of an Ogg; other files pass.
 
-    Other files pass.
+    Args:
+        file: the file.
+        name: for messages.
+        report: raises `AudioError` for damage, or notes it.
+
+    Raises:
+        AudioError: the file holds several recordings in a row.
     """
     size, start = file.seek(0, os.SEEK_END), tags_end(file)
     file.seek(start)

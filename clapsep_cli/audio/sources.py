@@ -218,10 +218,19 @@ def read_mono(
     stream: int | None = None,
     expand: float = 1.0,
 ) -> Audio:
-    """Read a recording, or its part from `start` to `end` in seconds, as a model hears it: its `downmix` at `rate` Hz,
-    `expand` times slower.
+    """Read a recording as a model hears it: mixed to mono (see `downmix`) and resampled.
 
-    Returns float32 `[samples]`. `lenient`, `stream` and what it raises are as in `Source`.
+    Args:
+        path: the recording.
+        rate: to resample to, in Hz.
+        start, end, lenient, stream: as of `Source`.
+        expand: how many times slower it is heard.
+
+    Returns:
+        float32 `[samples]`.
+
+    Raises:
+        AudioError: as of `Source`.
     """
     with Source(path, start, end, lenient, stream) as source:
         mono = np.concatenate([downmix(block) for block in source.blocks(HEARD_SECONDS)])

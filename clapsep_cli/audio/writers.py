@@ -281,6 +281,11 @@ def read_software(path: Path) -> str:
         return film.read_software(path)
 
 
+def is_output(path: Path) -> bool:
+    """Return True if this program wrote a file."""
+    return read_software(path).startswith("clapsep ")
+
+
 @contextmanager
 def _reported(name: str, what: str) -> Iterator[None]:
     """Raise `OutputError` for errors of the system or of libsndfile."""

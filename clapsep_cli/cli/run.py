@@ -37,20 +37,18 @@ if TYPE_CHECKING:
     from clapsep_cli.store.checkpoint import Model
 
 FAILED = 1  # exit code if a recording or an output failed; usage errors exit with 2
-DONE, ABSENT, BEFORE, FAULTY = OUTCOMES = ("done", "without what was asked for", "done before", "failed")
-STATUSES = {"done": DONE, "absent": ABSENT, "skipped": BEFORE, "failed": FAULTY}
+STATUSES = {"done": "done", "absent": "without what was asked for", "skipped": "done before", "failed": "failed"}
 HEADER_LETTERS = 160  # of the queries in the first line
 
 
 def find(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
-    """Find the recordings that the arguments name, but no outputs of earlier runs (see `expand`)."""
-    from clapsep_cli.audio.writers import read_software
+    """Find the recordings that the arguments of a command name, without outputs of earlier runs (see `expand`)."""
+    from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import expand
 
     if not inputs:
         raise UsageError("no recordings: name files, folders, patterns or @list.txt")
-    folder = None if _is_stdout(out) else out
-    return expand(inputs, recursive, folder, lambda path: read_software(path).startswith("clapsep "), stage)
+    return expand(inputs, recursive, None if _is_stdout(out) else out, is_output, stage)
 
 
 def _is_stdout(out: Path | None) -> bool:
@@ -113,7 +111,7 @@ def keep_on(
         StoppedError: the user stopped it.
         ClapsepError: nothing can be done.
     """
-    from clapsep_cli.audio.writers import read_software
+    from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.planning import lay_out, plan
     from clapsep_cli.jobs.tasks import Failure, row_of
@@ -129,9 +127,8 @@ def keep_on(
     _warn_of_doubts(model, [targets])
     notes(setup.quiet)(f"watching {folder}; Ctrl-C ends it")
     with stoppable(setup.quiet) as stop:
-        ours = lru_cache(lambda path, _: read_software(path).startswith("clapsep "))
-        known = arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns))
-        for items in known:
+        ours = lru_cache(lambda path, _: is_output(path))  # of each version of a file
+        for items in arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns)):
             jobs, failed = [], []
             for item in items:
                 try:
@@ -304,7 +301,7 @@ class _Lines:
     def show(self, row: Mapping[str, Any]) -> None:
         """Print the result of a recording (see `row_of`)."""
         status = row["status"]
-        self.outcomes[STATUSES[status]] += 1
+        self.outcomes[status] += 1
         if self.json:
             self._print(json.dumps(row))  # in ASCII, for any encoding of the terminal
         if status == "failed":
@@ -364,9 +361,10 @@ class _Lines:
             return
         self.over = True
         left = self.count - sum(self.outcomes.values())
-        told = [f"{self.outcomes[what]} {what}" for what in OUTCOMES if self.outcomes[what]]
+        told = [f"{self.outcomes[status]} {words}" for status, words in STATUSES.items() if self.outcomes[status]]
+        told += [f"{left} left"] if left else []
         if not self.json:
-            self._print(f"{self.count} recordings: {', '.join([*told, *([f'{left} left'] if left else [])])}")
+            self._print(f"{self.count} recordings: {', '.join(told)}")
         if self.failures:
             note("\n  ".join([f"{len(self.failures)} of {self.count} files failed:", *self.failures]))
 

@@ -138,7 +138,7 @@ def notes(quiet: bool) -> Callable[[str], None]:
 
 
 def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:
-    """Make progress bars on stderr, disabled if `quiet` or without a terminal; for a `transfer` with bytes and rate."""
+    """Make progress bars on stderr; none if `quiet` or without a terminal. For a `transfer`, show bytes and rate."""
     from rich import progress
     from rich.console import Console
 
@@ -196,7 +196,7 @@ class Reporter:
         self.bars.__exit__(None, None, None)
 
     def update(self, job: Job, done: float, total: float) -> None:
-        """Show that `done` seconds of a recording are separated, of `total` (0 if unknown)."""
+        """Show the progress of a job: `done` of `total` seconds (0 if unknown) are separated."""
         path = job.input.path
         if self.json:
             self._say("progress", path, seconds=round(done, 3), total=round(total, 3) or None)

@@ -18,7 +18,16 @@ PIECE_BYTES = 1 << 25  # of tensors that are mapped together
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write tensors under a temporary name and rename the complete file. Raises `ModelError`."""
+    """Write tensors under a temporary name and rename the complete file.
+
+    Args:
+        tensors: by name.
+        path: of the file; its folder is made.
+        notes: the file's metadata.
+
+    Raises:
+        ModelError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
