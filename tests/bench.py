@@ -190,7 +190,7 @@ def read_and_write(path: Path) -> float:
     began = time.process_time()
     with Source(path) as source:
         ear = soxr.ResampleStream(source.rate, RATE_HZ, source.channels, "float32", "HQ")
-        encoding = choose_encoding("wav", None, source)
+        encoding = choose_encoding("wav", None, source.rate, source.channels, source.bits)
         paths = {part: path.with_name(f"part.{part}.wav") for part in ("target", "residual")}
         with Outputs(paths, source.rate, source.channels, encoding, overwrite=True) as outputs:
             for block in source.blocks(BLOCK_SECONDS):
