@@ -1,4 +1,4 @@
-"""Labelled clips: reads and checks the manifests that list them, decodes and mixes them."""
+"""Reads and checks manifests of labelled clips, decodes clips and mixes them."""
 
 from __future__ import annotations
 

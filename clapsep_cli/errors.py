@@ -1,4 +1,4 @@
-"""Everything that can go wrong for a user, as one tree; `cli` catches the root once and prints one line."""
+"""Defines the errors that users see, as one tree; `cli` catches the root and prints one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ClapsepError(Exception):
-    """One clear line: what is wrong, where, and what to do about it. `exit_code` is the command's, if it ends by it."""
+    """An error in one clear line: what is wrong, where, what to do. The command ends with `exit_code`."""
 
     exit_code = 1
 
@@ -39,7 +39,7 @@ class TakenError(OutputError):
 
 
 class DeviceError(ClapsepError):
-    """The device asked for is not there."""
+    """The requested device is not there."""
 
     exit_code = 3
 
@@ -57,21 +57,21 @@ class ModelError(ClapsepError):
 
 
 class DownloadError(ModelError):
-    """A model's file cannot be downloaded, or is not the one that was pinned."""
+    """A model's file cannot be downloaded, or is not the pinned one."""
 
 
 class CheckpointError(ModelError):
-    """A model's files are there, but are not what they should be."""
+    """A model's file is damaged, or does not fit."""
 
 
 class RecipeError(ClapsepError):
-    """A setting of training is unknown, or does not fit the others or what is there."""
+    """A setting of training is unknown, or does not fit the others."""
 
     exit_code = 2
 
 
 class ManifestError(ClapsepError):
-    """A training or evaluation manifest cannot be used as it stands."""
+    """A manifest cannot be used as it is."""
 
 
 class ClapsepWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Files on disk: their hashes, how they come to be there whole or not at all, and what killed processes leave."""
+"""Hashes files, writes them whole or not at all, and clears unfinished files of killed processes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def _host() -> str:
 
 
 def unfinished(path: Path) -> Path:
-    """The name that a file has before it is whole: of this machine, and random, as containers share process ids.
+    """Return a name for a file until it is whole; open it exclusively.
 
-    Open it exclusively.
+    It names this machine, and is random, as containers share process ids.
     """
     return path.with_name(f".{path.name}.{_host()}-{uuid.uuid4().hex[:8]}.partial")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path` if nothing fails; otherwise nothing is left of it."""
+    """Yield a temporary name to write a file under. It becomes `path`; after an error, nothing is left of it."""
     temporary = unfinished(path)
     with temporary.open("xb") as stream:
         claimed = claim(stream)
@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file in hex, read in blocks."""
+    """Return the SHA-256 of a file in hex, read in blocks."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -57,9 +57,9 @@ def digest(path: Path) -> str:
 
 
 def claim(stream: BinaryIO) -> int | None:
-    """A handle that locks a file until it is closed, so that nobody takes it for one that was left behind.
+    """Lock a file, so that no process takes it for one left behind, and return a handle to close later.
 
-    None where the system or the file's place knows no locks.
+    Returns None where the system or the file's place knows no locks.
     """
     handle = os.dup(stream.fileno())
     if _lock(handle):
@@ -69,7 +69,7 @@ def claim(stream: BinaryIO) -> int | None:
 
 
 def clear_unfinished(paths: Iterable[Path]) -> None:
-    """Remove what processes that were killed have left of files that were to become `paths`.
+    """Remove the unfinished files that killed processes left of `paths`.
 
     Locks may not reach other machines, so what they wrote is left alone for a day after its last change.
     """
@@ -80,28 +80,22 @@ def clear_unfinished(paths: Iterable[Path]) -> None:
         with suppress(OSError):
             for found in list(folder.glob(".*.partial")):
                 match = _NAME.fullmatch(found.name)
-                if match and match[1] in wanted and (match[2] == _host() or _is_old(found)):
-                    _remove_unclaimed(found)
-
-
-def _is_old(path: Path) -> bool:
-    return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
+                if match is None or match[1] not in wanted:
+                    continue
+                if match[2] == _host() or time.time() - found.stat().st_mtime > FOREIGN_SECONDS:
+                    with suppress(OSError), found.open("rb+") as stream:
+                        if _lock(stream.fileno()):
+                            found.unlink()
 
 
 def is_claimed(path: Path) -> bool:
-    """Whether a process claims a file, or that cannot be known."""
+    """Return True if a process claims a file, or if that cannot be known."""
     with path.open("rb+") as stream:
         return not _lock(stream.fileno())
 
 
-def _remove_unclaimed(path: Path) -> None:
-    with suppress(OSError), path.open("rb+") as stream:
-        if _lock(stream.fileno()):
-            path.unlink()
-
-
 def _lock(handle: int) -> bool:
-    """Whether a file could be locked, as it cannot be while another process claims it."""
+    """Lock a file; return False if another process claims it."""
     try:
         import fcntl
 
@@ -112,7 +106,7 @@ def _lock(handle: int) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is something of that name; unlike `exists`, never an exception."""
+    """Return True if the path exists; unlike `exists`, never raise."""
     try:
         path.stat()
     except (OSError, ValueError):
@@ -121,6 +115,6 @@ def is_there(path: Path) -> bool:
 
 
 def path_in(folder: Path, text: str) -> Path:
-    """The path `text` relative to `folder`; backslashes mean what they do on Windows, unless a file is called so."""
+    """Return the path `text` relative to `folder`; a backslash separates names, unless a file has it in its name."""
     path = folder / text
     return path if "\\" not in text or is_there(path) else folder / text.replace("\\", "/")

@@ -143,7 +143,7 @@ class Query:
         return replace(self, pos_audio=positive, neg_audio=negative, pos_spans=(), neg_spans=())
 
     def slower(self, expand: float) -> Query:
-        """The query with its recordings heard `expand` times slower."""
+        """Return the query with its recordings heard `expand` times slower."""
         if expand == 1:
             return self
         sides = (self.pos_audio, self.neg_audio)
@@ -183,7 +183,16 @@ def check_targets(targets: object) -> Mapping[str, Query]:
 
 
 def check_taken(queries: Iterable[Query], takes: Collection[str], model: str) -> None:
-    """Raise `QueryError` for a query of a kind that a model does not take; `takes` is that of its `registry.Traits`."""
+    """Check that a model takes these kinds of queries.
+
+    Args:
+        queries: the queries.
+        takes: the kinds it takes (see `registry.Traits`).
+        model: its name, for messages.
+
+    Raises:
+        QueryError: a query is of another kind.
+    """
     for query in queries:
         if "audio" not in takes and (query.pos_audio or query.neg_audio or query.pos_spans or query.neg_spans):
             instead = "name a prompt" if "prompts" in takes else "describe the sound in words"

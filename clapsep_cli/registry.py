@@ -58,27 +58,27 @@ class Remote(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The file name."""
+        """File name."""
 
     @property
     @abstractmethod
     def where(self) -> str:
-        """The file and where it is published, in words."""
+        """File and publisher, in words."""
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """The address for a browser."""
+        """Address for a browser."""
 
     @property
     @abstractmethod
     def version(self) -> str:
-        """The short name of the release and its revision."""
+        """Short name of the release and its revision."""
 
     @property
     @abstractmethod
     def pinned(self) -> tuple[str | int, ...]:
-        """The values that identify the file: a change of any makes it another."""
+        """Values that identify the file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,11 +119,11 @@ class Separation:
             OutputError: a file exists or cannot be written, or the format is unknown or cannot hold the samples.
         """
         parts = {name: np.atleast_2d(part) for name, part in {**self.stems, RESIDUAL: self.residual}.items()}
-        shape = _Shape(self.rate, len(parts[RESIDUAL]))
-        encoding = choose_encoding(format, subtype, shape)
+        channels = len(parts[RESIDUAL])
+        encoding = choose_encoding(format, subtype, self.rate, channels)
         paths = {name: Path(folder) / f"{name}.{format}" for name in parts}
         software = f"clapsep {__version__}"
-        with Outputs(paths, self.rate, shape.channels, encoding, software=software, overwrite=overwrite) as outputs:
+        with Outputs(paths, self.rate, channels, encoding, software=software, overwrite=overwrite) as outputs:
             outputs.write(parts)
             written = outputs.commit()
         for name, count in written.clipped.items():
@@ -141,15 +141,6 @@ class Separation:
         """Show the parts in a notebook: players and, where the packages of `clapsep[plot]` are, a spectrogram."""
         parts = {MIXTURE: self.mixture, **self.stems, RESIDUAL: self.residual}
         return show({name: np.atleast_2d(part) for name, part in parts.items()}, self.rate, self.queries)
-
-
-@dataclass
-class _Shape:
-    """What `choose_encoding` asks of a recording."""
-
-    rate: int
-    channels: int
-    bits: int | None = None
 
 
 class Passage:

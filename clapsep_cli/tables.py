@@ -1,4 +1,4 @@
-"""CSV files: reads those that people and Excel write, with line numbers, and writes plain ones."""
+"""Reads CSV files as people and Excel write them, with line numbers, and writes plain ones."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def separate(path: Path, piped: bool, lenient: bool, out: Path) -> str:
         if piped:
             sys.stdin = io.TextIOWrapper(path.open("rb"))
         with Source(Path("-") if piped else path, lenient=lenient) as source:
-            encoding = choose_encoding("wav", None, source)
+            encoding = choose_encoding("wav", None, source.rate, source.channels, source.bits)
             with Outputs(parts, source.rate, source.channels, encoding) as outputs:
                 frames = 0
                 for block in source.blocks(0.05):

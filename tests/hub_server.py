@@ -16,7 +16,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -35,35 +34,24 @@ class Faults:
     status: int | None = None  # the answer to every request
     error_code: str | None = None  # of that answer: RepoNotFound, RevisionNotFound, EntryNotFound, GatedRepo
     busy: int = 0  # so many requests are answered 503 first
-    busy_gets: int = 0  # likewise, but only those for a body
     cut_after: int | None = None  # a body breaks off there, with its full length announced
     cuts: int = 1_000_000  # so many bodies break off
     reset: bool = False  # a body that breaks off does so with a TCP reset, not with an orderly end
     short_by: int = 0  # a body is shorter by this, and so is its announced length
     flip: bool = False  # one byte in the middle of a body is another one
     commit: str | None = None  # what X-Repo-Commit says instead of the revision; "" leaves it out
-    stated: str | None = None  # what the metadata say instead of the SHA-256
-    slow: float = 0.0  # seconds before a body
-    silent: float = 0.0  # seconds before any answer
     hold_at: int | None = None  # a body stops there until `release` is set
     release: threading.Event = field(default_factory=threading.Event)
-    rangeless: bool = False  # ranges are ignored
-    misplaced: bool = False  # a range that is asked for is answered with another one
     unsized: bool = False  # no length is announced, the end of the connection is the end of the body
-    headless: bool = False  # HEAD is not allowed
     gzips: bool = False  # bodies come compressed, to whom that is not declined
-    location: str | None = None  # all answers lead on to there
-    retry_after: str = ""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came; `range` and `if_range` are headers, "" without them."""
+    """One request as it came."""
 
     method: str
     path: str
-    range: str
-    if_range: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +59,6 @@ class _File:
     data: bytes
     sha256: str
     lfs: bool
-
-
-@dataclass(frozen=True)
-class _Plain:
-    data: bytes
-    etag: str
 
 
 class HubServer:
@@ -92,7 +74,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.asides: list[str] = []
         self._files: dict[tuple[str, str, str, str], _File] = {}
-        self._plain: dict[str, _Plain] = {}
+        self._plain: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -107,9 +89,9 @@ class HubServer:
         self._files[PREFIXES[repo_type], repo, revision, path] = _File(data, sha256, lfs)
         return sha256
 
-    def add_plain(self, path: str, data: bytes, etag: str | None = None) -> None:
-        """Serve `data` at `path`, as any host would. The ETag follows from it unless given; "" leaves it out."""
-        self._plain[path] = _Plain(data, f'"{hashlib.sha256(data).hexdigest()[:8]}"' if etag is None else etag)
+    def add_plain(self, path: str, data: bytes) -> None:
+        """Serve `data` at `path`, as any host would."""
+        self._plain[path] = data
 
     def gets(self) -> list[Request]:
         """The requests for a file's body."""
@@ -135,16 +117,15 @@ class HubServer:
             self.requests.append(request)
             faults, get = self.faults, request.method == "GET"
             met = Faults(**vars(faults))
-            if faults.busy or (get and faults.busy_gets):
+            if faults.busy:
                 met.status = 503
-                faults.busy -= bool(faults.busy)
-                faults.busy_gets -= bool(get and faults.busy_gets)
+                faults.busy -= 1
             elif get and faults.cut_after is not None:
                 met.cut_after = faults.cut_after if faults.cuts else None
                 faults.cuts -= bool(faults.cuts)
             return met
 
-    def plain(self, target: str) -> _Plain | None:
+    def plain(self, target: str) -> bytes | None:
         """The plain file that a request names, by a path or, to a proxy, by a whole URL."""
         return self._plain.get(target) or self._plain.get(urlsplit(target).path)
 
@@ -189,38 +170,30 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.asides.append(self.path)
             self._head(404, {"Content-Length": "0"})
             return
-        faults = self.hub.take(Request(self.command, self.path, self.headers.get("Range", "")))
-        time.sleep(faults.silent)
+        faults = self.hub.take(Request(self.command, self.path))
         found = self.hub.find(self.path)
         if faults.status or found is None:
             self._refuse(faults, faults.status or 404)
             return
         file, revision = found
-        stated = faults.stated or file.sha256
         headers = {"X-Repo-Commit": revision if faults.commit is None else faults.commit, "Accept-Ranges": "bytes"}
         if file.lfs:
-            headers |= {"X-Linked-Etag": f'"{stated}"', "X-Linked-Size": str(len(file.data))}
-        headers["ETag"] = f'"{stated if file.lfs else hashlib.sha1(file.data).hexdigest()}"'
+            headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
+        headers["ETag"] = f'"{file.sha256 if file.lfs else hashlib.sha1(file.data).hexdigest()}"'
         if self.hub.redirect and not self.path.startswith("/lfs/"):
             headers["Location"] = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/lfs/{file.sha256}"
             self._head(302, headers | {"Content-Length": "0"})
             return
         self._send(faults, file.data, headers, body)
 
-    def _answer_plain(self, file: _Plain, body: bool) -> None:
-        of_range = [self.headers.get(name, "") for name in ("Range", "If-Range")]
-        faults = self.hub.take(Request(self.command, self.path, *of_range))
-        time.sleep(faults.silent)
-        if faults.location:
-            self._head(302, {"Location": faults.location, "Content-Length": "0"})
-        elif faults.headless and not body:
-            self._head(405, {"Content-Length": "0"})
-        elif faults.status:
-            self._head(faults.status, {"Content-Length": "0", "Retry-After": faults.retry_after})
+    def _answer_plain(self, data: bytes, body: bool) -> None:
+        faults = self.hub.take(Request(self.command, self.path))
+        if faults.status:
+            self._head(faults.status, {"Content-Length": "0"})
         elif faults.gzips and "gzip" in self.headers.get("Accept-Encoding", "gzip"):
-            self._send(faults, gzip.compress(file.data), {"ETag": file.etag, "Content-Encoding": "gzip"}, body)
+            self._send(faults, gzip.compress(data), {"Content-Encoding": "gzip"}, body)
         else:
-            self._send(faults, file.data, {"ETag": file.etag}, body)
+            self._send(faults, data, {}, body)
 
     def _refuse(self, faults: Faults, status: int) -> None:
         code = faults.error_code or ("EntryNotFound" if status == 404 else None)
@@ -239,10 +212,8 @@ class _Handler(BaseHTTPRequestHandler):
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         data = data[: len(data) - faults.short_by] if body else data
-        wanted = re.fullmatch(r"bytes=(\d+)-", "" if faults.rangeless else self.headers.get("Range", ""))
-        if self.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
-            wanted = None
-        start = int(wanted[1]) + 7 * faults.misplaced if wanted else 0
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
         if wanted and start >= len(data):
             self._head(416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": "0"})
             return
@@ -252,7 +223,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(206 if wanted else 200, headers | length)
         if not body:
             return
-        time.sleep(faults.slow)
         end = len(data) if faults.cut_after is None else min(faults.cut_after, len(data))
         hold_at = len(data) if faults.hold_at is None else faults.hold_at
         for at in range(start, end, BLOCK):

@@ -594,10 +594,10 @@ class Like:
 )
 def test_what_formats_can_hold(form: str, subtype: str | None, like: Like, expected: Encoding | str) -> None:
     if isinstance(expected, Encoding):
-        assert choose_encoding(form, subtype, like) == expected
+        assert choose_encoding(form, subtype, like.rate, like.channels, like.bits) == expected
         return
     with pytest.raises(OutputError, match=expected) as caught:
-        choose_encoding(form, subtype, like)
+        choose_encoding(form, subtype, like.rate, like.channels, like.bits)
     assert "\n" not in str(caught.value)
 
 

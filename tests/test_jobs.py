@@ -27,10 +27,9 @@ from clapsep_cli.errors import (
 )
 from clapsep_cli.jobs import resume
 from clapsep_cli.jobs.inputs import STDIN, Input, expand
-from clapsep_cli.jobs.manifest import read_jobs
 from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
+from clapsep_cli.jobs.requests import parse_target, parse_targets, read_requests
 from clapsep_cli.jobs.resume import finished, in_the_way, signature
-from clapsep_cli.jobs.targets import parse_target, parse_targets
 from clapsep_cli.query import Query, parse_span, parse_time
 
 CELLS = [*'*[@-",;\n\r\\é', "**", "..", "file", "pos", "neg", "query_audio", "a.wav"]
@@ -251,12 +250,14 @@ def test_manifest(tree: Callable[..., None]) -> None:
         ",,,\r\n"
         "c\\d.wav,犬 🐶,,\r\n".encode()
     )
-    first, second, third = read_jobs(Path("set/jobs.csv"))
-    assert (first.line, first.input) == (2, Input(Path("set/x/a.wav"), Path("x/a.wav")))
-    assert (first.pos, first.neg, first.query_audio, first.neg_audio) == (("dog", "puppy"), ("rain, heavy",), (), ())
-    assert (second.line, second.input.below, second.pos) == (4, Path("b.wav"), ())
-    assert second.query_audio == (Path("set/bark.wav"), Path("set/barks"))
-    assert (third.line, third.input.path, third.pos) == (6, Path("set/c\\d.wav"), ("犬 🐶",))
+    asked = read_requests(Path("set/jobs.csv"), {"neg": "wind"})
+    (first, one), (second, two), (third, three) = asked
+    assert first == Input(Path("set/x/a.wav"), Path("x/a.wav"))
+    assert one == {"target": Query(("dog", "puppy"), "rain, heavy")}
+    assert second.below == Path("b.wav")
+    assert two == {"target": Query(neg="wind", pos_audio=(Path("set/bark.wav"), Path("set/barks")))}
+    assert third.path == Path("set/c\\d.wav")
+    assert three == {"target": Query("犬 🐶", "wind")}
 
 
 @pytest.mark.parametrize(
@@ -275,8 +276,8 @@ def test_manifests_as_spreadsheets_write_them(
     Path("jobs.csv").write_bytes(content)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     for path in (Path("jobs.csv"), Path("-")):
-        (job,) = read_jobs(path)
-        assert (job.input.path, job.pos, job.neg) == (Path("a.wav"), ("dog", "puppy"), ("rain, heavy",))
+        ((item, targets),) = read_requests(path)
+        assert (item.path, targets) == (Path("a.wav"), {"target": Query(("dog", "puppy"), "rain, heavy")})
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_manifests_with_faults(tree: Callable[..., None], content: bytes | None,
     if content is not None:
         Path("jobs.csv").write_bytes(content)
     with pytest.raises(ManifestError, match=message) as raised:
-        read_jobs(Path("jobs.csv"))
+        read_requests(Path("jobs.csv"))
     assert "\n" not in str(raised.value)
 
 
@@ -315,7 +316,7 @@ def test_any_list_and_manifest_is_read_or_refused(tree: Callable[..., None], con
     tree("a.wav")
     path = Path("jobs")
     path.write_bytes(content)
-    for read in (read_jobs, lambda path: expand([f"@{path}"])):
+    for read in (lambda path: read_requests(path, {"pos": "x"}), lambda path: expand([f"@{path}"])):
         with suppress(ManifestError):
             assert read(path)
 
@@ -638,8 +639,7 @@ def test_targets(tree: Callable[..., None]) -> None:
 
 def test_no_torch_is_needed() -> None:
     modules = ", ".join(
-        f"clapsep_cli.{m}"
-        for m in ("jobs.inputs", "jobs.manifest", "jobs.outputs", "jobs.resume", "jobs.targets", "query", "tables")
+        f"clapsep_cli.{m}" for m in ("jobs.inputs", "jobs.outputs", "jobs.requests", "jobs.resume", "query", "tables")
     )
     subprocess.run(
         [sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT

@@ -135,12 +135,24 @@ def heard(place: Path) -> set[Path]:
     return {path for path in place.rglob("*") if path.suffix in SUFFIXES}
 
 
+def sections() -> dict[str, list[Block]]:
+    """Blocks of shell commands, by the heading they stand under. A section needs nothing that another one wrote."""
+    found: dict[str, list[Block]] = {}
+    for block in blocks():
+        if block.language == "sh":
+            above = "\n".join(README.splitlines()[: block.line])
+            headings = re.findall(r"^## (.*)$", above, re.M)
+            found.setdefault(headings[-1] if headings else "clapsep", []).append(block)
+    return found
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric")
-def test_every_shell_line_runs(place: Path, clapsep: Clapsep) -> None:
+@pytest.mark.parametrize("section", sections())
+def test_every_shell_line_runs(section: str, place: Path, clapsep: Clapsep) -> None:
     inputs = heard(place)
-    for block in blocks():
-        for at, line in enumerate(block.commands if block.language == "sh" else ()):
+    for block in sections()[section]:
+        for at, line in enumerate(block.commands):
             command, _, comment = line.partition("#")
             program, *arguments = shlex.split(command)
             if program in INSTALLERS:

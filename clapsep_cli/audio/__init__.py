@@ -1,1 +1,1 @@
-"""Recordings in and out: formats, decoders, writers."""
+"""Reads and writes recordings: formats, decoders, writers."""

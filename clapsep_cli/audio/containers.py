@@ -1,7 +1,7 @@
-"""Checks whether a file is whole: libsndfile decodes what there is of a truncated file without a warning.
+"""Finds damage that decoders miss: libsndfile decodes a truncated file without a warning.
 
-Frames of an MP3 are counted, too: without the length that some encoders write in front, libsndfile guesses one from the
-first frames, and stops there or beyond; with a wrong one, it stops where that says.
+Frames of an MP3 are counted: without the length that some encoders write in front, libsndfile guesses it from the first
+frames; with a wrong one, it stops there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CHAIN = 3  # frames in a row that cannot be chance
 
 
 class Fed:
-    """Presents a file to libraries in C: `front`, then spans of bytes. Keeps errors, which cannot pass through C."""
+    """Presents bytes of a file to libraries in C: `front`, then `spans`. Keeps errors, which cannot pass through C."""
 
     def __init__(self, file: BinaryIO, spans: Sequence[tuple[int, int]] | None = None, front: bytes = b"") -> None:
         self._file, self._front, self._at = file, front, 0
@@ -104,8 +104,10 @@ def check_samples(opened: SoundFile, first: int, file: BinaryIO, report: Report)
     Formats that state no length pass.
 
     Args:
-        opened: `file` as libsndfile has it.
-        first: byte of the first sample, where they are stored as they are.
+        opened: the file, open in libsndfile.
+        first: byte of the first sample.
+        file: the file.
+        report: raises `AudioError` for damage, or notes it.
     """
     if opened.format not in STATED:
         return
@@ -137,7 +139,7 @@ def _logged(log: str, names: str) -> tuple[int, int] | None:
 
 
 def _is_chunk(file: BinaryIO, at: int) -> bool:
-    """Return whether a chunk begins at this byte, or only zeros follow."""
+    """Return True if a chunk begins at this byte, or only zeros follow."""
     file.seek(at)
     behind = file.read(2**16)
     names = behind[:4], behind[1:5]  # a chunk of odd length may lack its padding, or count it
@@ -145,7 +147,7 @@ def _is_chunk(file: BinaryIO, at: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Page:
+class OggPage:
     """A page of an Ogg stream (RFC 3533, section 6)."""
 
     at: int
@@ -157,9 +159,15 @@ class Page:
 
 
 def check_ogg(file: BinaryIO, name: str, report: Report) -> None:
-    """Report missing and damaged pages of an Ogg; raise `AudioError` for several recordings in a row.
+    """Report missing and damaged pages of an Ogg; other files pass.
 
-    Other files pass.
+    Args:
+        file: the file.
+        name: for messages.
+        report: raises `AudioError` for damage, or notes it.
+
+    Raises:
+        AudioError: the file holds several recordings in a row.
     """
     size, start = file.seek(0, os.SEEK_END), tags_end(file)
     file.seek(start)
@@ -182,8 +190,8 @@ def check_ogg(file: BinaryIO, name: str, report: Report) -> None:
         report("is cut short, its last page is missing")
 
 
-def _ogg_pages(file: BinaryIO, at: int, size: int) -> Iterator[Page]:
-    """Yield the pages from byte `at` on, up to the first bytes that are no page: a tag at the end, or nothing."""
+def _ogg_pages(file: BinaryIO, at: int, size: int) -> Iterator[OggPage]:
+    """Yield the pages from byte `at` on, up to a tag or the end."""
     while at < size:
         file.seek(at)
         head = file.read(27)
@@ -197,17 +205,17 @@ def _ogg_pages(file: BinaryIO, at: int, size: int) -> Iterator[Page]:
             return  # cut within a page: the last one is missing
         flags, serial, number, stated = head[5], *struct.unpack("<III", head[14:26])
         whole = _crc(head[:22] + bytes(4) + head[26:] + segments + body) == stated
-        yield Page(at, bool(flags & 2), bool(flags & 4), serial, number, whole)
+        yield OggPage(at, bool(flags & 2), bool(flags & 4), serial, number, whole)
         at += length
 
 
-def _astray(file: BinaryIO, at: int) -> Iterator[Page]:
+def _astray(file: BinaryIO, at: int) -> Iterator[OggPage]:
     """Yield a damaged page if more pages follow the bytes at `at`, which are none; skip a tag or padding."""
     file.seek(at)
     tail = b""
     while block := file.read(2**20):
         if b"OggS" in tail + block:
-            yield Page(at, False, False, 0, 0, whole=False)
+            yield OggPage(at, False, False, 0, 0, whole=False)
             return
         tail = block[-3:]
 
@@ -324,7 +332,7 @@ def _find_frame(file: BinaryIO, start: int, size: int) -> int | None:
 
 
 def _chains(file: BinaryIO, at: int, size: int) -> bool:
-    """Return whether frames of one kind follow one another from `at` on: a few, or to the end of a short file."""
+    """Return True if frames of one kind follow one another from `at` on: a few, or to the end of a short file."""
     kind = None
     for _ in range(CHAIN):
         file.seek(at)
@@ -368,7 +376,7 @@ def _zeros(file: BinaryIO, at: int, end: int) -> bool:
 
 
 def note_length(stream: MpegStream, size: int) -> bytes:
-    """Make a frame that notes the true length of `stream`, whose sound has `size` bytes, to go before it."""
+    """Make a frame that states the true length of `stream`, whose sound has `size` bytes, to go before it."""
     head = bytearray(stream.head)
     head[1] |= 1  # no checksum follows
     head[2] = (head[2] & 0x0D) | 0xA0  # of a bit rate whose frames have room for a note

@@ -61,7 +61,7 @@ AV_MISSING = 'reading this format takes PyAV: pip install "clapsep[av]"'
 
 
 class UnknownFormatError(AudioError):
-    """libsndfile does not open the file; another decoder may."""
+    """A file that libsndfile does not open; another decoder may."""
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]
@@ -173,7 +173,7 @@ def reason(error: Exception) -> str:
 
 
 def has_av() -> bool:
-    """Return whether PyAV is installed."""
+    """Return True if PyAV is installed."""
     return importlib.util.find_spec("av") is not None
 
 

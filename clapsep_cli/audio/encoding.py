@@ -1,4 +1,4 @@
-"""Encodes outputs: the formats, the depths that each holds, and how samples are written."""
+"""Encodes outputs: chooses formats and depths, and writes samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from clapsep_cli.audio.decoders import OGG_ORDER, TAGS, reason
 from clapsep_cli.audio.film import MUXERS, Film, MediaEncoder
-from clapsep_cli.audio.samples import Audio, Encoder, Samples, quantise
+from clapsep_cli.audio.samples import Audio, Encoder, Form, Samples, quantise
 from clapsep_cli.audio.wav import WavWriter
 from clapsep_cli.errors import OutputError
 
@@ -36,7 +36,7 @@ ID3 = {
 
 @dataclass(frozen=True)
 class Format:
-    """A format of outputs. `depths` are those of PCM it can hold, None among them for float; lossy ones hold none."""
+    """A format of outputs. `depths` are the PCM depths it can hold, None for float; lossy ones hold none."""
 
     depths: tuple[int | None, ...]
     major: str = ""  # libsndfile's names
@@ -56,10 +56,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """A format, which is a key of `FORMATS` and the extension of outputs, and the depth of PCM.
-
-    `bits` is None for float and for lossy formats.
-    """
+    """A format of outputs: a key of `FORMATS`, also the extension, and the PCM depth, None for float and lossy."""
 
     format: str = "wav"
     bits: int | None = None
@@ -74,22 +71,22 @@ class Encoding:
         return self.format if self.lossy else f"{self.format}, {f'{self.bits} bit' if self.bits else 'float'}"
 
 
-class Recorded(Protocol):
-    """The properties of a recording that decide how its parts are written; a `Source` has them."""
-
-    rate: int
-    channels: int
-    bits: int | None
-
-
-def choose_encoding(format: str, subtype: str | None, source: Recorded) -> Encoding:  # noqa: A002
+def choose_encoding(
+    format: str,  # noqa: A002
+    subtype: str | None,
+    rate: int,
+    channels: int,
+    bits: int | None = None,
+) -> Encoding:
     """Choose the encoding for the parts of a recording, before anything is computed.
 
     Args:
         format: a key of `FORMATS`.
         subtype: a key of `SUBTYPES`; None for the recording's own depth. Float and lossy recordings then give float, or
             24 bit where the format holds integers alone.
-        source: the recording.
+        rate: of the recording in Hz.
+        channels: of the recording.
+        bits: depth of the recording; None for float and lossy.
 
     Raises:
         OutputError: the format is unknown, or cannot hold the subtype, the channels or the rate.
@@ -107,92 +104,61 @@ def choose_encoding(format: str, subtype: str | None, source: Recorded) -> Encod
         able = ", ".join(name for name, bits in SUBTYPES.items() if bits in form.depths)
         raise OutputError(f"--subtype {subtype}: {format} cannot hold it; it holds {able}")
     else:
-        bits = source.bits if subtype is None else SUBTYPES[subtype]
+        bits = bits if subtype is None else SUBTYPES[subtype]
         encoding = Encoding(format, bits if bits in form.depths else 24)
-    _try(encoding, source)
+    try:
+        open_encoder(io.BytesIO(), encoding.format, Form(rate, channels, encoding.bits)).discard()
+    except OutputError as error:
+        what = f"{channels} channel{'s' * (channels > 1)} at {rate} Hz"
+        raise OutputError(f"{format} cannot hold {what}; use wav, which can ({error})") from error
     return encoding
 
 
-def encoding_of(film: Film, source: Recorded) -> Encoding:
-    """Choose the depth of a film's new sound track: that of the recording, where the track holds samples exactly."""
-    return Encoding("wav", source.bits or 24) if film.lossless else Encoding("m4a")
-
-
-def _try(encoding: Encoding, source: Recorded) -> None:
-    """Ask libsndfile whether it writes this many channels at this rate."""
-    try:
-        open_encoder(io.BytesIO(), encoding, source.rate, source.channels, {}).discard()
-    except OutputError as error:
-        raise OutputError(
-            f"{encoding.format} cannot hold {source.channels} channel{'s' * (source.channels > 1)} at "
-            f"{source.rate} Hz; use wav, which can ({error})"
-        ) from error
+def encoding_of(film: Film, bits: int | None) -> Encoding:
+    """Choose the depth of a film's new sound track: `bits` of the recording, where the track holds samples exactly."""
+    return Encoding("wav", bits or 24) if film.lossless else Encoding("m4a")
 
 
 def open_encoder(
     stream: BinaryIO,
-    encoding: Encoding,
-    rate: int,
-    channels: int,
-    tags: Mapping[str, str],
+    format: str,  # noqa: A002
+    form: Form,
     seek: bool = True,
-    speakers: int | None = None,
     film: Film | None = None,
 ) -> Encoder:
     """Open an encoder.
 
     Args:
         stream: what to write to, empty.
-        encoding: the format and its depth.
-        rate: in Hz.
-        channels: their number.
-        tags: by libsndfile's names.
-        seek: whether `stream` is a file rather than a pipe.
-        speakers: mask of speaker positions, which WAV, m4a and films hold; None for the usual ones.
+        format: a key of `FORMATS`.
+        form: of the audio.
+        seek: True if `stream` is a file rather than a pipe.
         film: to write again with this sound; None for sound alone.
+
+    Raises:
+        OutputError: the format cannot hold this audio.
     """
     if film is not None:
-        muxer, codec = MUXERS[film.suffix], film.codec()
-        return MediaEncoder(stream, muxer, codec, rate, channels, encoding.bits, tags, speakers, film)
-    if encoding.format == "m4a":
-        return MediaEncoder(stream, "ipod", "aac", rate, channels, None, tags, speakers)
-    if encoding.format == "wav":
-        return WavEncoder(encoding.bits, WavWriter(stream, rate, channels, encoding.bits, tags, seek, speakers))
-    return SoundFileEncoder(stream, encoding, rate, channels, tags)
-
-
-class WavEncoder(Encoder):
-    """WAV, and RF64 beyond 4 GB."""
-
-    def __init__(self, bits: int | None, writer: WavWriter) -> None:
-        self._bits, self._writer = bits, writer
-
-    def write(self, audio: Samples) -> int:
-        samples, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
-        self._writer.write(samples)
-        return clipped
-
-    def finish(self) -> None:
-        self._writer.finish()
-
-    def discard(self) -> None:
-        pass  # nothing is held
+        return MediaEncoder(stream, MUXERS[film.suffix], film.codec(), form, film)
+    if format == "m4a":
+        return MediaEncoder(stream, "ipod", "aac", form)
+    if format == "wav":
+        return WavWriter(stream, form, seek)
+    return SoundFileEncoder(stream, format, form)
 
 
 class SoundFileEncoder(Encoder):
-    """FLAC, Ogg, Opus and MP3, through libsndfile."""
+    """Encodes FLAC, Ogg, Opus and MP3 through libsndfile."""
 
-    def __init__(self, stream: BinaryIO, encoding: Encoding, rate: int, channels: int, tags: Mapping[str, str]) -> None:
-        form, self._bits = FORMATS[encoding.format], encoding.bits
-        if encoding.format == "mp3":  # whose tags libsndfile takes for Latin-1, and whose software it does not write
+    def __init__(self, stream: BinaryIO, format: str, form: Form) -> None:  # noqa: A002
+        known, tags, self._bits = FORMATS[format], form.tags, form.bits
+        if format == "mp3":  # whose tags libsndfile takes for Latin-1, and whose software it does not write
             stream.write(_id3(tags))
             tags = {}
         self._stream = _Rest(stream)
-        subtype = form.codec or f"PCM_{self._bits}"
+        kind = {"subtype": known.codec or f"PCM_{self._bits}", "format": known.major, "compression_level": known.level}
         try:
-            self._file = soundfile.SoundFile(
-                self._stream, "w", rate, channels, subtype, format=form.major, compression_level=form.level
-            )
+            self._file = soundfile.SoundFile(self._stream, "w", form.rate, form.channels, **kind)
             for name in set(tags) & {*TAGS, "software"}:
                 setattr(self._file, name, tags[name])
         except soundfile.SoundFileError as error:
@@ -225,7 +191,7 @@ class SoundFileEncoder(Encoder):
 
 
 class _Rest:
-    """A stream from its present position on, as libsndfile's file; keeps errors, which cannot pass through C."""
+    """Presents a stream from its present position on to libsndfile. Keeps errors, which cannot pass through C."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._start = stream, stream.tell()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from clapsep_cli.audio.decoders import AV_SPEAKERS, CONTAINERS, has_av
-from clapsep_cli.audio.samples import Encoder, Samples
+from clapsep_cli.audio.samples import Encoder, Form, Samples
 from clapsep_cli.errors import OutputError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Film:
 
     @property
     def suffix(self) -> str:
-        """Its suffix without the dot, as its outputs have it. Raises `OutputError` if it cannot be written."""
+        """The suffix without the dot, as outputs have it. Raises `OutputError` if it cannot be written."""
         suffix = self.path.suffix.lower().removeprefix(".")
         if not has_av():
             raise OutputError(f"--remux: {MISSING}")
@@ -80,7 +79,7 @@ class Film:
 
     @property
     def lossless(self) -> bool:
-        """Whether its new sound track holds samples exactly."""
+        """True if its new sound track holds samples exactly."""
         return self.codec().startswith(LOSSLESS)
 
 
@@ -91,11 +90,7 @@ class MediaEncoder(Encoder):
         stream: what to write to, empty; it can be sought.
         muxer: libavformat's name of the container.
         codec: libavcodec's name of the encoder.
-        rate: in Hz.
-        channels: their number.
-        bits: depth of lossless codecs; None for float.
-        tags: by libsndfile's names.
-        speakers: mask of speaker positions; None for the usual ones.
+        form: of the audio; `bits` is the depth of lossless codecs.
         film: to copy; None for sound alone.
 
     Raises `OutputError` where this cannot be encoded.
@@ -106,39 +101,35 @@ class MediaEncoder(Encoder):
         stream: BinaryIO,
         muxer: str,
         codec: str,
-        rate: int,
-        channels: int,
-        bits: int | None,
-        tags: Mapping[str, str],
-        speakers: int | None = None,
+        form: Form,
         film: Film | None = None,
     ) -> None:
         if not has_av():
             raise OutputError(MISSING)
         import av
 
-        self._av, self._rate, self._done = av, rate, 0
+        self._av, self._rate, self._done = av, form.rate, 0
         self._film: InputContainer | None = None
         options = {"movflags": "use_metadata_tags"} if muxer == "mov" else {}  # else it would store no software
         try:
             self._out: Any = av.open(stream, "w", format=muxer, options=options)
-            layout = _layout(channels, speakers)
+            layout = _layout(form.channels, form.speakers)
             if film is None:
-                self._track: Any = self._out.add_stream(codec, rate=rate, layout=layout)
+                self._track: Any = self._out.add_stream(codec, rate=form.rate, layout=layout)
                 self._first = 0
             else:
                 self._begin(film, codec, layout)
             known = {"tracknumber": "track", "software": "encoding_tool" if muxer in ("mp4", "ipod") else "software"}
-            self._out.metadata.update({known.get(name, name): text for name, text in tags.items()})
+            self._out.metadata.update({known.get(name, name): text for name, text in form.tags.items()})
             context = self._track.codec_context
-            able = [form.name for form in context.codec.audio_formats or ()]
-            fitting = [name for name in able if name.removesuffix("p") == ("s16" if bits == 16 else "s32")]
-            context.format = (fitting or able)[0] if bits else able[0]
+            able = [kind.name for kind in context.codec.audio_formats or ()]
+            fitting = [name for name in able if name.removesuffix("p") == ("s16" if form.bits == 16 else "s32")]
+            context.format = (fitting or able)[0] if form.bits else able[0]
             if not codec.startswith(LOSSLESS):
-                context.bit_rate = CHANNEL_BIT_RATE * channels
-            context.time_base = Fraction(1, rate)
+                context.bit_rate = CHANNEL_BIT_RATE * form.channels
+            context.time_base = Fraction(1, form.rate)
             context.open()
-            self._resampler = av.AudioResampler(context.format, context.layout, rate, context.frame_size or 4096)
+            self._resampler = av.AudioResampler(context.format, context.layout, form.rate, context.frame_size or 4096)
             self._layout = layout
         except (av.FFmpegError, ValueError, IndexError) as error:
             self.discard()
@@ -167,16 +158,12 @@ class MediaEncoder(Encoder):
                 continue
             copy.metadata.update(one.metadata)
             copy.disposition = one.disposition
-        self._packets = self._demuxed(copied)
-        self._next = next(self._packets, None)
-
-    def _demuxed(self, film: InputContainer) -> Iterator[Packet[Any]]:
-        for packet in film.demux([one for one in film.streams if one.index in self._copies]):
-            if packet.dts is not None or packet.pts is not None:
-                yield packet
+        packets = copied.demux([one for one in copied.streams if one.index in self._copies])
+        self._packets = (packet for packet in packets if packet.dts is not None or packet.pts is not None)
+        self._next: Packet[Any] | None = next(self._packets, None)
 
     def _copy(self, until: float) -> None:
-        """Copy what the film shows before this time, in seconds."""
+        """Copy the packets before this time, in seconds."""
         while self._film is not None and self._next is not None:
             packet = self._next
             at = packet.dts if packet.dts is not None else packet.pts

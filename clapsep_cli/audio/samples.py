@@ -1,4 +1,4 @@
-"""Defines samples as arrays, which readers yield and writers take, and the interface of decoders."""
+"""Defines samples as arrays, the interfaces of decoders and encoders, and what is computed from samples alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import index
 from types import MappingProxyType
 from typing import Any
@@ -78,6 +79,25 @@ class Decoder(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close all files. May be called again."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Describes the audio of outputs.
+
+    Attributes:
+        rate: in Hz.
+        channels: their number.
+        bits: depth of PCM, 16, 24 or 32; None for float and lossy formats.
+        tags: by libsndfile's names.
+        speakers: mask of speaker positions, which WAV, m4a and films hold; None for the usual ones.
+    """
+
+    rate: int
+    channels: int
+    bits: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    speakers: int | None = None
 
 
 class Encoder(ABC):

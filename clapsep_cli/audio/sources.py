@@ -33,13 +33,13 @@ SUFFIXES = decoders.SNDFILE_SUFFIXES | decoders.AV_SUFFIXES  # some take PyAV
 
 
 class Source:
-    """A recording open for reading.
+    """Reads a recording.
 
     Args:
         path: a file, a named pipe, or `-` for standard input.
         start: where to begin, in seconds.
         end: where to end, in seconds; None for the recording's end.
-        lenient: take what there is of a recording that is cut short or damaged, and tell so in `notes`.
+        lenient: read a damaged or truncated recording as far as possible, and report the damage in `notes`.
         stream: number of the sound track, from 1; None for the first, which `notes` then mention if there are more.
 
     Attributes:
@@ -51,10 +51,10 @@ class Source:
         bits: the depth that an output needs: 16, 24 or 32; None for float and lossy.
         speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines, None if the recording states none.
         tags: by libsndfile's names.
-        tracks: what is known of each sound track of a film, in words; none where there can be but one.
+        tracks: description of each sound track of a film; none for formats with a single one.
 
     Raises:
-        AudioError: the file is no recording, cut short or damaged, or beyond what can be separated; see also `blocks`.
+        AudioError: the file is no recording, truncated or damaged, or cannot be separated; see also `blocks`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """Remarks on what was read so far: damage that was skipped, other sound tracks."""
+        """Remarks so far: damage that was skipped, other sound tracks."""
         return self._decoder.notes
 
     def _check(self) -> None:
@@ -218,10 +218,19 @@ def read_mono(
     stream: int | None = None,
     expand: float = 1.0,
 ) -> Audio:
-    """Read a recording, or its part from `start` to `end` in seconds, as a model hears it: its `downmix` at `rate` Hz,
-    `expand` times slower.
+    """Read a recording as a model hears it: mixed to mono (see `downmix`) and resampled.
 
-    Returns float32 `[samples]`. `lenient`, `stream` and what it raises are as in `Source`.
+    Args:
+        path: the recording.
+        rate: to resample to, in Hz.
+        start, end, lenient, stream: as of `Source`.
+        expand: how many times slower it is heard.
+
+    Returns:
+        float32 `[samples]`.
+
+    Raises:
+        AudioError: as of `Source`.
     """
     with Source(path, start, end, lenient, stream) as source:
         mono = np.concatenate([downmix(block) for block in source.blocks(HEARD_SECONDS)])

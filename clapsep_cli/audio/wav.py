@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from clapsep_cli.audio.samples import Decoder, Samples, seconds
+from clapsep_cli.audio.samples import Decoder, Encoder, Form, Samples, quantise, seconds
 from clapsep_cli.errors import AudioError
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
@@ -51,7 +50,8 @@ class WavStream(Decoder):
         super().__init__(name, lenient)
         self._stream, self._done, self._ended, self.tags = stream, 0, False, {}
         long_size, layout = 0, None
-        for chunk, size in self._chunks():
+        while len(head := stream.read(8)) == 8:
+            chunk, size = head[:4], int.from_bytes(head[4:], "little")
             if chunk == b"data":
                 if layout is None:
                     raise AudioError(f"{name}: samples come before their format; the WAV is damaged")
@@ -65,10 +65,6 @@ class WavStream(Decoder):
             elif chunk == b"LIST" and content[:4] == b"INFO":
                 self.tags = dict(_read_info(content[4:]))
         raise AudioError(f"{name}: ends before its first sample; the WAV is cut short")
-
-    def _chunks(self) -> Iterator[tuple[bytes, int]]:
-        while len(head := self._stream.read(8)) == 8:
-            yield head[:4], int.from_bytes(head[4:], "little")
 
     def _content(self, size: int) -> bytes:
         if size > HEADER_CHUNK_BYTES:
@@ -127,70 +123,58 @@ class WavStream(Decoder):
 
 
 def is_wav(start: bytes) -> bool:
-    """Return whether a file that begins with these 12 bytes is a WAV or RF64."""
+    """Return True if a file that begins with these 12 bytes is a WAV or RF64."""
     return start[:4] in (b"RIFF", b"RF64", b"BW64") and start[8:12] == b"WAVE"
 
 
-class WavWriter:
+class WavWriter(Encoder):
     """Writes a WAV.
 
     Where the stream can seek, `finish` enters the sizes, and makes it an RF64 if they need more than 32 bits;
     elsewhere they stay at 0xFFFFFFFF, which readers of pipes take for "until the end".
 
     Args:
-        stream: what to write to; it stays open, and its `OSError` is passed on.
-        rate: in Hz.
-        channels: their number.
-        bits: depth of samples, 16, 24 or 32; None for float32.
-        tags: by libsndfile's names.
-        seek: whether `stream` can seek.
-        speakers: mask of speaker positions; None for the usual ones.
+        stream: what to write to.
+        form: of the audio; without `bits`, samples are float32.
+        seek: True if `stream` can seek.
     """
 
-    def __init__(
-        self,
-        stream: BinaryIO,
-        rate: int,
-        channels: int,
-        bits: int | None,
-        tags: Mapping[str, str],
-        seek: bool,
-        speakers: int | None = None,
-    ) -> None:
+    def __init__(self, stream: BinaryIO, form: Form, seek: bool) -> None:
         self._stream, self._seek, self._bytes = stream, seek, 0
-        self.bits, self._frame = bits, channels * (bits or 32) // 8
-        code, depth = PCM if bits else FLOAT, bits or 32
-        if extensible := speakers is not None and (channels, speakers) not in USUAL:
-            more = struct.pack("<HHIH", 22, depth, speakers, code) + GUID_END
+        self._bits, depth, channels = form.bits, form.bits or 32, form.channels
+        self._frame = channels * depth // 8
+        code = PCM if form.bits else FLOAT
+        if extensible := form.speakers is not None and (channels, form.speakers) not in USUAL:
+            more = struct.pack("<HHIH", 22, depth, form.speakers, code) + GUID_END
         else:
-            more = b"" if bits else bytes(2)
-        form = struct.pack(
-            "<HHIIHH", EXTENSIBLE if extensible else code, channels, rate, rate * self._frame, self._frame, depth
-        )
+            more = b"" if form.bits else bytes(2)
+        kind, per_second = EXTENSIBLE if extensible else code, form.rate * self._frame
+        layout = struct.pack("<HHIIHH", kind, channels, form.rate, per_second, self._frame, depth)
         chunks = [_chunk("JUNK", bytes(DS64_BYTES))] if seek else []  # room for the sizes of an RF64
-        chunks.append(_chunk("fmt ", form + more))
+        chunks.append(_chunk("fmt ", layout + more))
         self._fact = 12 + sum(map(len, chunks)) + 8
-        chunks += [] if bits else [_chunk("fact", struct.pack("<I", UNKNOWN))]
-        if info := b"".join(_chunk(INFO[name], text.encode() + b"\0") for name, text in tags.items() if name in INFO):
+        chunks += [] if form.bits else [_chunk("fact", struct.pack("<I", UNKNOWN))]
+        named = ((INFO[name], text) for name, text in form.tags.items() if name in INFO)
+        if info := b"".join(_chunk(name, text.encode() + b"\0") for name, text in named):
             chunks.append(_chunk("LIST", b"INFO" + info))
         header = struct.pack("<4sI4s", b"RIFF", UNKNOWN, b"WAVE") + b"".join(chunks)
         self._data = len(header) + 8
         stream.write(header + struct.pack("<4sI", b"data", UNKNOWN))
 
-    def write(self, samples: NDArray[np.int32] | Samples) -> None:
-        """Append `[channels, samples]`, integers of the depth or float32."""
+    def write(self, audio: Samples) -> int:
+        samples, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
         interleaved = np.ascontiguousarray(samples.T)
-        if self.bits is None:
+        if self._bits is None:
             raw = interleaved.astype("<f4").tobytes()
-        elif self.bits == 24:
+        elif self._bits == 24:
             raw = interleaved.astype("<i4").view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
         else:
-            raw = interleaved.astype(f"<i{self.bits // 8}").tobytes()
+            raw = interleaved.astype(f"<i{self._bits // 8}").tobytes()
         self._stream.write(raw)
         self._bytes += len(raw)
+        return clipped
 
     def finish(self) -> None:
-        """Enter the sizes. The stream stays open."""
         self._stream.write(bytes(self._bytes % 2))
         if self._seek:
             riff, frames = self._data + self._bytes + self._bytes % 2 - 8, self._bytes // self._frame
@@ -200,9 +184,12 @@ class WavWriter:
             else:
                 self._patch(0, b"RF64")
                 self._patch(12, _chunk("ds64", struct.pack("<QQQI", riff, self._bytes, frames, 0)))
-            if self.bits is None:
+            if self._bits is None:
                 self._patch(self._fact, struct.pack("<I", min(frames, UNKNOWN)))
         self._stream.flush()
+
+    def discard(self) -> None:
+        pass  # nothing is held
 
     def _patch(self, at: int, content: bytes) -> None:
         self._stream.seek(at)

@@ -1,4 +1,4 @@
-"""Writes the parts of a recording together; none is there before all of them are whole."""
+"""Writes the parts of a recording together; none appears before all are complete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from clapsep_cli.audio import film
 from clapsep_cli.audio.decoders import reason
 from clapsep_cli.audio.encoding import SOFTWARE_BYTES, Encoding, open_encoder
-from clapsep_cli.audio.samples import Samples
+from clapsep_cli.audio.samples import Encoder, Form, Samples
 from clapsep_cli.errors import OutputError, TakenError
 from clapsep_cli.files import claim, unfinished
 
@@ -42,22 +42,13 @@ class Written:
     gain: float
 
 
-@dataclass(frozen=True)
-class Form:
-    """The settings that all parts of a recording share, as `Outputs` takes them."""
-
-    encoding: Encoding
-    rate: int
-    channels: int
-    tags: Mapping[str, str]
-    speakers: int | None
-    film: film.Film | None = None
-
-
 class Part:
-    """One output being written: a file under a temporary name beside `path`, or stdout. Raises `OutputError`."""
+    """One output being written: a file under a temporary name beside `path`, or stdout. Raises `OutputError`.
 
-    def __init__(self, path: Path, form: Form) -> None:
+    `encode` opens the encoder on a stream, which can seek or not.
+    """
+
+    def __init__(self, path: Path, encode: Callable[[BinaryIO, bool], Encoder]) -> None:
         self.path, self.name, self.clipped = path, "standard output" if path == STDOUT else str(path), 0
         self.temporary: Path | None = None
         self._claim: int | None = None
@@ -69,9 +60,7 @@ class Part:
                 self._stream = self.temporary.open("x+b", buffering=2**16)
                 self._claim = claim(self._stream)
             try:
-                self._encoder = open_encoder(
-                    self._stream, form.encoding, form.rate, form.channels, form.tags, seek, form.speakers, form.film
-                )
+                self._encoder = encode(self._stream, seek)
             except BaseException:
                 self._drop()
                 raise
@@ -171,7 +160,8 @@ class Outputs:
         if STDOUT in paths.values() and encoding.format != "wav":
             raise OutputError(f"standard output carries WAV alone, not {encoding.format}")
         stored = {name: _clean(text) for name, text in {**(tags or {}), "software": software}.items() if text}
-        self._form = Form(encoding, rate, channels, stored, speakers, film)
+        self._form = form = Form(rate, channels, encoding.bits, stored, speakers)
+        self._encode = lambda stream, seek: open_encoder(stream, encoding.format, form, seek, film)
         self._clip, self._overwrite, self._done = clip, overwrite, 0
         self._exact = encoding.bits is None and not encoding.lossy
         self._drafts: dict[str, BinaryIO] = {}  # samples as they came, where the gain is known only at the end
@@ -193,12 +183,12 @@ class Outputs:
                 raise OutputError("standard output: is closed")
             if sys.stdout.isatty():
                 raise OutputError("standard output is a terminal; redirect it to a file or a program")
-            self._parts[part] = Part(path, self._form)
+            self._parts[part] = Part(path, self._encode)
         else:
             _check_free(path, self._overwrite)
             with _FOLDERS, _reported(str(path), "cannot be written"):
                 self._made += _make_folder(path.parent)
-                self._parts[part] = Part(path, self._form)
+                self._parts[part] = Part(path, self._encode)
         if later:
             with _reported(str(path), "cannot be written"):
                 self._drafts[part] = tempfile.TemporaryFile(  # noqa: SIM115
@@ -229,7 +219,7 @@ class Outputs:
         self._done += max(audio.shape[1] for audio in parts.values())
 
     def drop(self, part: str) -> None:
-        """Take back a part: it gets no file."""
+        """Discard a part: it gets no file."""
         self._parts.pop(part).discard()
         if part in self._drafts:
             self._drafts.pop(part).close()
@@ -256,7 +246,7 @@ class Outputs:
 
     def _gain(self) -> float:
         """Return the gain with which the loudest sample of all parts fits the encoding; 1 if it does anyway."""
-        bits, (least, most) = self._form.encoding.bits, self._range
+        bits, (least, most) = self._form.bits, self._range
         if bits is None:
             return 1 / max(1.0, -least, most)
         full = 2.0 ** (bits - 1)
@@ -291,6 +281,11 @@ def read_software(path: Path) -> str:
         return film.read_software(path)
 
 
+def is_output(path: Path) -> bool:
+    """Return True if this program wrote a file."""
+    return read_software(path).startswith("clapsep ")
+
+
 @contextmanager
 def _reported(name: str, what: str) -> Iterator[None]:
     """Raise `OutputError` for errors of the system or of libsndfile."""
@@ -318,7 +313,7 @@ def _make_folder(folder: Path) -> list[Path]:
 
 
 def _is_file(stream: BinaryIO) -> bool:
-    """Return whether stdout is an empty file, whose header can be completed at the end."""
+    """Return True if stdout is an empty file, whose header can be completed at the end."""
     try:
         import fcntl
 

@@ -1,4 +1,4 @@
-"""The command `embed`: embeddings of recordings and texts, as queries are embedded."""
+"""`clapsep embed`: embeds recordings and texts as queries are embedded."""
 
 from __future__ import annotations
 

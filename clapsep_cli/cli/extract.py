@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import carry_out, find, keep_on
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption
-from clapsep_cli.errors import QueryError, UsageError
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, option
+from clapsep_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.planning import Requests
+    from clapsep_cli.jobs.requests import Requests
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query, Span
@@ -23,75 +20,62 @@ if TYPE_CHECKING:
 QUERY = "Queries"  # panel of --help
 
 
-def _query(name: str, **settings: Any) -> Any:
-    return typer.Option(name, rich_help_panel=QUERY, **settings)
+Pos = Annotated[opt.Texts, option(QUERY, "--pos TEXT", "The sound to keep, in words; repeat to average.")]
+Neg = Annotated[opt.Texts, option(QUERY, "--neg TEXT", "The sound to leave out, in words; repeat to average.")]
+QueryAudio = Annotated[
+    opt.Texts, option(QUERY, "--query-audio FILE|DIR", "Recordings that sound like the sound to keep.")
+]
+NegAudio = Annotated[
+    opt.Texts, option(QUERY, "--neg-audio FILE|DIR", "Recordings that sound like the sound to leave out.")
+]
+PosSpan = Annotated[
+    opt.Texts, option(QUERY, "--pos-span FROM-TO", "A part of the recording that has the sound to keep.")
+]
+NegSpan = Annotated[
+    opt.Texts, option(QUERY, "--neg-span FROM-TO", "A part of the recording that has the sound to leave out.")
+]
+Alpha = Annotated[opt.Number, option(QUERY, "--alpha X", "Weight of audio beside text of the same side, 0 to 1 (0.5).")]
+Targets = Annotated[
+    opt.Texts,
+    option(QUERY, "--target NAME=QUERY", "One of several targets: a text, a recording, or a part of MIX, FROM-TO."),
+]
+Mutual = Annotated[
+    bool | None, option(QUERY, "--mutual/--no-mutual", "Use the other targets as negative queries for each target.")
+]
+Manifest = Annotated[
+    opt.Text, option(QUERY, "--manifest CSV", "Recordings with queries: file, pos, neg, query_audio, neg_audio.")
+]
+Presence = Annotated[
+    bool | None,
+    option(QUERY, "--presence/--no-presence", "Print how likely the target is present; the default with --json."),
+]
+MinPresence = Annotated[
+    opt.Number, option(QUERY, "--min-presence X", "Write nothing if the presence is below this; try 0.")
+]
+Residual = Annotated[bool | None, option(opt.OUTPUT, "--residual/--no-residual", "Also write the rest.")]
+Remove = Annotated[bool, option(opt.OUTPUT, "--remove", "Write only the rest, without the target.")]
+Watch = Annotated[
+    Path | None, option(opt.INPUT, "--watch DIR", "Process recordings as they arrive in this folder, until Ctrl-C.")
+]
 
 
 def extract(
     inputs: opt.Inputs = None,
-    pos: Annotated[
-        list[str] | None, _query("--pos", metavar="TEXT", help="The sound to keep, in words; several are averaged.")
-    ] = None,
-    neg: Annotated[
-        list[str] | None,
-        _query("--neg", metavar="TEXT", help="The sound to leave out, in words; several are averaged."),
-    ] = None,
-    query_audio: Annotated[
-        list[str] | None,
-        _query("--query-audio", metavar="FILE|DIR", help="Recordings that sound like the sound to keep."),
-    ] = None,
-    neg_audio: Annotated[
-        list[str] | None,
-        _query("--neg-audio", metavar="FILE|DIR", help="Recordings that sound like the sound to leave out."),
-    ] = None,
-    pos_span: Annotated[
-        list[str] | None,
-        _query("--pos-span", metavar="FROM-TO", help="A part of the recording that has the sound to keep."),
-    ] = None,
-    neg_span: Annotated[
-        list[str] | None,
-        _query("--neg-span", metavar="FROM-TO", help="A part of the recording that has the sound to leave out."),
-    ] = None,
-    alpha: Annotated[
-        float | None, _query("--alpha", metavar="X", help="Weight of audio beside text of the same side, 0 to 1 (0.5).")
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        _query(
-            "--target",
-            metavar="NAME=QUERY",
-            help="One of several targets: a text, a recording, or a part of MIX, FROM-TO.",
-        ),
-    ] = None,
-    mutual: Annotated[
-        bool | None, _query("--mutual/--no-mutual", help="Use the other targets as negative queries of each.")
-    ] = None,
-    manifest: Annotated[
-        str | None,
-        _query("--manifest", metavar="CSV", help="Recordings with queries: file, pos, neg, query_audio, neg_audio."),
-    ] = None,
-    presence: Annotated[
-        bool | None, _query("--presence/--no-presence", help="Print how likely the target is there; with --json: yes.")
-    ] = None,
-    min_presence: Annotated[
-        float | None,
-        _query("--min-presence", metavar="X", help="Write nothing if the presence is below this; try 0."),
-    ] = None,
-    residual: Annotated[
-        bool | None, typer.Option("--residual/--no-residual", rich_help_panel=opt.OUTPUT, help="Also write the rest.")
-    ] = None,
-    remove: Annotated[
-        bool, typer.Option("--remove", rich_help_panel=opt.OUTPUT, help="Write only the rest, without the target.")
-    ] = False,
-    watch: Annotated[
-        Path | None,
-        typer.Option(
-            "--watch",
-            metavar="DIR",
-            rich_help_panel=opt.INPUT,
-            help="Wait for recordings in this folder, and take them as they arrive, until Ctrl-C.",
-        ),
-    ] = None,
+    pos: Pos = None,
+    neg: Neg = None,
+    query_audio: QueryAudio = None,
+    neg_audio: NegAudio = None,
+    pos_span: PosSpan = None,
+    neg_span: NegSpan = None,
+    alpha: Alpha = None,
+    target: Targets = None,
+    mutual: Mutual = None,
+    manifest: Manifest = None,
+    presence: Presence = None,
+    min_presence: MinPresence = None,
+    residual: Residual = None,
+    remove: Remove = False,
+    watch: Watch = None,
     recursive: opt.Recursive = False,
     start: opt.Start = None,
     end: opt.End = None,
@@ -175,10 +159,11 @@ def extract(
 def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, stage: Stage) -> Requests:
     """Return the recordings with their queries, by the arguments of the command and the two sides of a query."""
     from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.requests import read_requests
     from clapsep_cli.query import TARGET, Query
 
     if given["manifest"]:
-        return _rows(stage.path(given["manifest"]), sides, stage)
+        return read_requests(stage.path(given["manifest"]), sides, stage)
     targets = _targets(given["target"], sides, stage) if given["target"] else {TARGET: Query(**sides)}
     if given["watch"]:  # the first one stands for those to come
         return [(Input(given["watch"] / "any.wav", Path("any.wav")), targets)]
@@ -187,7 +172,7 @@ def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, st
 
 def _targets(arguments: Sequence[str], sides: dict[str, Any], stage: Stage) -> Mapping[str, Query]:
     """Return the queries of several targets by name, which share the negative side of `sides`."""
-    from clapsep_cli.jobs.targets import parse_targets
+    from clapsep_cli.jobs.requests import parse_targets
     from clapsep_cli.query import Query
 
     shared = {side: sides[side] for side in ("neg", "neg_audio", "neg_spans", "alpha")}
@@ -209,20 +194,3 @@ def _has_both(targets: Mapping[str, Query], are_mutual: bool) -> bool:
         for query in (mutual(targets) if are_mutual else targets).values()
         for side in ("pos", "neg")
     )
-
-
-def _rows(manifest: Path, sides: dict[str, Any], stage: Stage) -> Requests:
-    """Read the recordings of a manifest with their queries; `sides` are used where a row has none."""
-    from clapsep_cli.jobs.manifest import read_jobs
-    from clapsep_cli.query import TARGET, Query
-
-    asked: list[tuple[Input, Mapping[str, Query]]] = []
-    known: dict[Query, Mapping[str, Query]] = {}  # recordings that share their queries are separated together
-    for row in read_jobs(manifest, stage):
-        own = {"pos": row.pos, "neg": row.neg, "pos_audio": row.query_audio, "neg_audio": row.neg_audio}
-        try:
-            query = Query(**{**sides, **{side: value for side, value in own.items() if value}})
-        except QueryError as error:
-            raise QueryError(f"{manifest}, line {row.line}: {error}") from error
-        asked.append((row.input, known.setdefault(query, {TARGET: query})))
-    return asked

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json as json_
+import json
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import FAILED, find, load, stoppable
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes, option
 from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError
 from clapsep_cli.query import parse_time
 from clapsep_cli.startup import set_threads
@@ -25,41 +26,33 @@ if TYPE_CHECKING:
 PANEL = "Sounds"  # of --help
 SHOWN_STRETCHES = 6
 
+Vocabulary = Annotated[
+    Path | None, option(PANEL, "--vocabulary FILE", "File of sounds to listen for, in words, one per line.")
+]
+Top = Annotated[int, option(PANEL, "--top N", "Number of sounds to list at most.", min=1, max=1000)]
+MinScore = Annotated[float, option(PANEL, "--min-score X", "List only sounds with this score or more.", min=0, max=1)]
+Plot = Annotated[bool, option(opt.OUTPUT, "--plot", "Also write the scores as a picture, {stem}.sounds.png.")]
+
 
 def hear(
     inputs: opt.Inputs = None,
-    vocabulary: Annotated[
-        Path | None,
-        typer.Option(
-            "--vocabulary", metavar="FILE", rich_help_panel=PANEL, help="Sounds to listen for, in words, one a line."
-        ),
-    ] = None,
-    top: Annotated[
-        int, typer.Option("--top", metavar="N", min=1, max=1000, rich_help_panel=PANEL, help="List this many at most.")
-    ] = 10,
-    min_score: Annotated[
-        float,
-        typer.Option("--min-score", metavar="X", min=0, max=1, rich_help_panel=PANEL, help="List no sound below this."),
-    ] = 0.2,
+    vocabulary: Vocabulary = None,
+    top: Top = 10,
+    min_score: MinScore = 0.2,
     recursive: opt.Recursive = False,
     start: opt.Start = None,
     end: opt.End = None,
     lenient: opt.Lenient = False,
     stream: opt.Stream = None,
     expand: opt.Expand = 1.0,
-    plot: Annotated[
-        bool,
-        typer.Option(
-            "--plot", rich_help_panel=opt.OUTPUT, help="Also write the scores as a picture, {stem}.sounds.png."
-        ),
-    ] = False,
+    plot: Plot = False,
     overwrite: opt.Overwrite = False,
     model: ModelOption = None,
     adapter: opt.Adapter = None,
     device: DeviceOption = "auto",
     _model_dir: ModelDirOption = None,
     threads: opt.Threads = None,
-    json: opt.Json = False,
+    as_json: opt.Json = False,
     quiet: QuietOption = False,
 ) -> None:
     """List what likely sounds in recordings and when, and propose what to extract.
@@ -68,7 +61,7 @@ def hear(
     """
     from clapsep_cli.audio.samples import slowed
     from clapsep_cli.audio.sources import Source
-    from clapsep_cli.jobs.loading import Loading
+    from clapsep_cli.jobs.tasks import Loading
     from clapsep_cli.listening.hearing import Listener, vocabulary_of
 
     part = parse_time(start) if start else 0.0, parse_time(end) if end else None
@@ -88,6 +81,7 @@ def hear(
         listener = Listener(loaded, vocabulary_of(loaded, vocabulary))
         for item in found:
             check()
+            row: dict[str, Any] = {"input": str(item.path)}
             try:
                 if item.fault:
                     raise item.fault
@@ -101,12 +95,19 @@ def hear(
             except ClapsepError as error:
                 failures += 1
                 note(str(error))
-                if json:
-                    echo_json({"input": str(item.path), "status": "failed", "error": str(error)})
-                continue
+                row |= {"status": "failed", "error": str(error)}
+            else:
+                best = heard.best(top, min_score)
+                picture = pictures.get(item.path)
+                if picture is not None:
+                    _draw(picture, heard, [sound for sound, _ in best])
+                row |= _facts(heard, best, listener, min_score, picture)
             finally:
                 stage.drop(item.path)
-            _show(item, listener, heard, top, min_score, loaded.name, json, quiet, pictures.get(item.path))
+            if as_json:
+                echo(json.dumps(row), sys.stdout)
+            elif row["status"] == "done" and not quiet:
+                _print(row)
     if failures:
         raise typer.Exit(FAILED)
 
@@ -127,53 +128,40 @@ def _pictures(found: Sequence[Input], overwrite: bool, stage: Stage) -> dict[Pat
     return pictures
 
 
-def echo_json(facts: dict[str, Any]) -> None:
-    """Print an object as a line of JSON."""
-    import sys
-
-    echo(json_.dumps(facts), sys.stdout)
-
-
-def _show(
-    item: Input,
-    listener: Listener,
-    heard: Heard,
-    top: int,
-    least: float,
-    model: str,
-    as_json: bool,
-    quiet: bool,
-    picture: Path | None,
-) -> None:
-    import sys
-
+def _draw(picture: Path, heard: Heard, sounds: list[str]) -> None:
+    """Draw the score of each window over its middle half, where no other window is as near."""
     from clapsep_cli.listening.plot import save_scores
 
-    best = heard.best(top, least)
+    after = heard.starts[-1] + heard.window / 2  # where a further window would start
+    edges = [start + heard.window / 4 for start in (*heard.starts, after)]
+    save_scores(picture, sounds, edges, heard.scores[:, [heard.sounds.index(sound) for sound in sounds]].T)
+
+
+def _facts(
+    heard: Heard, best: Sequence[tuple[str, float]], listener: Listener, least: float, picture: Path | None
+) -> dict[str, Any]:
+    """Return what was heard, as `--json` prints it."""
     pos, neg = listener.propose(best)
-    if picture is not None:
-        shown = [sound for sound, _ in best]
-        step = heard.window / 2
-        edges = [at - step / 2 + heard.window / 2 for at in (*heard.starts, heard.starts[-1] + step)]
-        save_scores(picture, shown, edges, heard.scores[:, [heard.sounds.index(sound) for sound in shown]].T)
-    if as_json:
-        sounds = [
-            {"sound": name, "score": score, "stretches": heard.stretches(name, max(least, score / 2))}
-            for name, score in best
-        ]
-        facts = {"input": str(item.path), "status": "done", "model": model, "seconds": heard.seconds}
-        echo_json({**facts, "sounds": sounds, "pos": pos, "neg": neg, "picture": picture and str(picture)})
-        return
-    if quiet:
-        return
-    lines = [f"{'standard input' if str(item.path) == '-' else item.path}: {heard.seconds:.2f} s"]
-    width = max(len(name) for name, _ in best)
-    for name, score in best:
-        stretches = heard.stretches(name, max(least, score / 2))
-        told = ", ".join(f"{a:g}-{b:g}" for a, b in stretches[:SHOWN_STRETCHES])
-        times = f"  {told}{' …' if len(stretches) > SHOWN_STRETCHES else ''} s" if stretches else "  hardly"
-        lines.append(f"  {score:.2f}  {name:{width}}{times}")
-    words = " ".join([f"--pos {shlex.quote(pos)}", *(f"--neg {shlex.quote(one)}" for one in neg)])
-    lines.append(f"  try: clapsep extract {shlex.quote(str(item.path))} {words}")
-    for line in [*lines, *([f"  picture  {picture}"] if picture else [])]:
+    sounds = [
+        {"sound": name, "score": score, "stretches": heard.stretches(name, max(least, score / 2))}
+        for name, score in best
+    ]
+    facts = {"status": "done", "model": listener.model.name, "seconds": heard.seconds, "sounds": sounds}
+    return {**facts, "pos": pos, "neg": neg, "picture": picture and str(picture)}
+
+
+def _print(row: Mapping[str, Any]) -> None:
+    """Print what was heard in a recording, and a command to extract it."""
+    lines = [f"{'standard input' if row['input'] == '-' else row['input']}: {row['seconds']:.2f} s"]
+    width = max(len(one["sound"]) for one in row["sounds"])
+    for one in row["sounds"]:
+        told = ", ".join(f"{a:g}-{b:g}" for a, b in one["stretches"][:SHOWN_STRETCHES])
+        more = " …" if len(one["stretches"]) > SHOWN_STRETCHES else ""
+        times = f"{told}{more} s" if told else "hardly"
+        lines.append(f"  {one['score']:.2f}  {one['sound']:{width}}  {times}")
+    words = " ".join([f"--pos {shlex.quote(row['pos'])}", *(f"--neg {shlex.quote(neg)}" for neg in row["neg"])])
+    lines.append(f"  try: clapsep extract {shlex.quote(row['input'])} {words}")
+    if row["picture"]:
+        lines.append(f"  picture  {row['picture']}")
+    for line in lines:
         echo(line, sys.stdout)

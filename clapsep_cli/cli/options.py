@@ -11,24 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, among, name_by
+from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, name_by, option
 from clapsep_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.stores import Stage
-    from clapsep_cli.jobs.tasks import Options
+    from clapsep_cli.jobs.tasks import Loading, Options
 
 INPUT, OUTPUT, BEYOND = "Recordings", "Outputs", "Beyond one machine"  # panels of --help, as MODEL and RUN are
-
-
-def _option(panel: str, text: str, *names: str, known: tuple[str, ...] = (), **settings: Any) -> Any:
-    completion = among(*known) if known else None
-    return typer.Option(*names, rich_help_panel=panel, help=text, autocompletion=completion, **settings)
-
-
-def _number(panel: str, text: str, *names: str, most: int = 1024, least: int = 1) -> Any:
-    return _option(panel, text, *names, metavar="N", min=least, max=most)
-
+COUNT = {"min": 1, "max": 1024}  # bounds
 
 # Values that shells complete.
 CLIPS = ("warn", "rescale", "error")
@@ -39,152 +30,109 @@ PRECISIONS = ("auto", "high", "fast")
 ENGINES = ("local", "ray")
 OF_RAY = ("address", "workers", "gpus_per_worker", "insecure")  # options
 
-Inputs = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt, URLs; or - for stdin."),
-]
-Recursive = Annotated[bool, _option(INPUT, "Read folders with all their subfolders.", "--recursive", "-r")]
-Start = Annotated[str | None, _option(INPUT, "Start at this time: seconds, or as 1:02:03.", "--start", metavar="TIME")]
-End = Annotated[str | None, _option(INPUT, "End at this time.", "--end", metavar="TIME")]
-Lenient = Annotated[bool, _option(INPUT, "Read damaged or truncated recordings as far as possible.", "--lenient")]
-Stream = Annotated[int | None, _number(INPUT, "Read this sound track of a film; else the first.", "--stream")]
+# Types of options that may be left out.
+Text = str | None
+Texts = list[str] | None
+Number = float | None
 
+Inputs = Annotated[
+    Texts, typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt, URLs; or - for stdin.")
+]
+Recursive = Annotated[bool, option(INPUT, "--recursive -r", "Read folders with all their subfolders.")]
+Start = Annotated[Text, option(INPUT, "--start TIME", "Start time, in seconds or as 1:02:03.")]
+End = Annotated[Text, option(INPUT, "--end TIME", "End time.")]
+Lenient = Annotated[bool, option(INPUT, "--lenient", "Read damaged or truncated recordings as far as possible.")]
+Stream = Annotated[
+    int | None, option(INPUT, "--stream N", "Sound track of a film to read; by default the first.", **COUNT)
+]
 Expand = Annotated[
-    float,
-    _option(
-        INPUT, "Hear recordings this many times slower, for sounds above hearing: 10 for bats.", "--expand", metavar="X"
-    ),
+    float, option(INPUT, "--expand X", "Hear recordings this many times slower, for sounds above hearing: 10 for bats.")
 ]
 
 Out = Annotated[
-    str | None,
-    _option(
-        OUTPUT, "Output folder or URL; by default that of each input; - is stdout.", "--out", "-o", metavar="DIR|URL"
-    ),
+    Text, option(OUTPUT, "--out -o DIR|URL", "Output folder or URL; by default that of each input; - is stdout.")
 ]
 Filename = Annotated[
-    str | None,
-    _option(OUTPUT, 'Output name, "{stem}.{part}.{ext}"; also {name}, {query}.', "--filename", metavar="NAME"),
+    Text, option(OUTPUT, "--filename NAME", 'Output name, "{stem}.{part}.{ext}"; also {name}, {query}.')
 ]
-Format = Annotated[
-    str, _option(OUTPUT, "wav, flac, ogg, opus, mp3 or m4a.", "--format", "-f", metavar="NAME", known=FORMATS)
-]
+Format = Annotated[str, option(OUTPUT, "--format -f NAME", "wav, flac, ogg, opus, mp3 or m4a.", FORMATS)]
 Subtype = Annotated[
-    str | None,
-    _option(
-        OUTPUT,
-        "pcm16, pcm24 or float; by default the input's, at least 16 bit.",
-        "--subtype",
-        metavar="NAME",
-        known=SUBTYPES,
-    ),
+    Text, option(OUTPUT, "--subtype NAME", "pcm16, pcm24 or float; by default the input's, at least 16 bit.", SUBTYPES)
 ]
 Remux = Annotated[
-    bool, _option(OUTPUT, "Write films again with each part as the sound track; pictures are copied.", "--remux")
+    bool, option(OUTPUT, "--remux", "Write films with each part as the sound track; pictures are copied.")
 ]
 Clip = Annotated[
     str,
-    _option(
-        OUTPUT,
-        "Samples over full scale: warn and clip, rescale all parts by one gain, or error.",
-        "--clip",
-        metavar="HOW",
-        known=CLIPS,
+    option(
+        OUTPUT, "--clip HOW", "Samples over full scale: warn and clip, rescale all parts by one gain, or error.", CLIPS
     ),
 ]
-Events = Annotated[bool, _option(OUTPUT, "Also write when each target sounds, {stem}.events.csv.", "--events")]
+Events = Annotated[bool, option(OUTPUT, "--events", "Also write when each target sounds, {stem}.events.csv.")]
 EventsFormat = Annotated[
-    str,
-    _option(
-        OUTPUT,
-        "csv, audacity (labels) or raven (a selection table).",
-        "--events-format",
-        metavar="NAME",
-        known=EVENTS,
-    ),
+    str, option(OUTPUT, "--events-format NAME", "csv, audacity (labels) or raven (a selection table).", EVENTS)
 ]
 EventsLevel = Annotated[
-    float | None,
-    _option(OUTPUT, "Level in dB relative to the mixture at which an event begins.", "--events-level", metavar="DB"),
+    Number, option(OUTPUT, "--events-level DB", "Level in dB relative to the mixture at which an event begins.")
 ]
-EventsPresence = Annotated[
-    float | None, _option(OUTPUT, "Least presence of an event.", "--events-presence", metavar="X")
-]
-EventsLength = Annotated[
-    float | None, _option(OUTPUT, "Shortest event, in seconds.", "--events-length", metavar="SECONDS")
-]
-NoAudio = Annotated[bool, _option(OUTPUT, "Write the events alone, which is faster.", "--no-audio")]
-Plot = Annotated[bool, _option(OUTPUT, "Also write a picture of the parts, {stem}.png.", "--plot")]
-Overwrite = Annotated[bool, _option(OUTPUT, "Replace existing outputs.", "--overwrite")]
+EventsPresence = Annotated[Number, option(OUTPUT, "--events-presence X", "Least presence of an event.")]
+EventsLength = Annotated[Number, option(OUTPUT, "--events-length SECONDS", "Shortest event, in seconds.")]
+NoAudio = Annotated[bool, option(OUTPUT, "--no-audio", "Write the events alone, which is faster.")]
+Plot = Annotated[bool, option(OUTPUT, "--plot", "Also write a picture of the parts, {stem}.png.")]
+Overwrite = Annotated[bool, option(OUTPUT, "--overwrite", "Replace existing outputs.")]
 SkipExisting = Annotated[
-    bool, _option(OUTPUT, "Skip recordings already processed with the same settings.", "--skip-existing")
+    bool, option(OUTPUT, "--skip-existing", "Skip recordings already processed with the same settings.")
 ]
 
 Adapter = Annotated[
-    str | None,
-    _option(MODEL, "An adapter for the model, from `clapsep train --lora-only`.", "--adapter", metavar="FILE"),
+    Text, option(MODEL, "--adapter FILE", "An adapter for the model, from `clapsep train --lora-only`.")
 ]
 Refine = Annotated[
     bool,
-    _option(
+    option(
         MODEL,
-        "Separate in two passes: the second leaves out what sounds like the rest of the first.",
         "--refine/--no-refine",
+        "Separate in two passes: the second leaves out what sounds like the rest of the first.",
     ),
 ]
 Precision = Annotated[
     str,
-    _option(
-        MODEL,
-        "high (float32), fast (bfloat16), or auto: fast where it is native.",
-        "--precision",
-        metavar="HOW",
-        known=PRECISIONS,
-    ),
+    option(MODEL, "--precision HOW", "high (float32), fast (bfloat16), or auto: fast where it is native.", PRECISIONS),
 ]
 
-Threads = Annotated[int | None, _number(RUN, "Cores to compute on; by default all.", "--threads")]
-BatchSize = Annotated[int, _number(RUN, "Windows in one batch; 0 chooses by the device.", "--batch-size", least=0)]
-Jobs = Annotated[int, _number(RUN, "Threads that read and write files.", "--jobs", "-j", most=64)]
-Json = Annotated[bool, _option(RUN, "Print a JSON object for each recording on stdout.", "--json")]
+Threads = Annotated[int | None, option(RUN, "--threads N", "Cores to compute on; by default all.", **COUNT)]
+BatchSize = Annotated[
+    int, option(RUN, "--batch-size N", "Windows in one batch; 0 chooses by the device.", min=0, max=1024)
+]
+Jobs = Annotated[int, option(RUN, "--jobs -j N", "Threads that read and write files.", min=1, max=64)]
+Json = Annotated[bool, option(RUN, "--json", "Print a JSON object for each recording on stdout.")]
 Progress = Annotated[
-    str,
-    _option(
-        RUN, "auto (bars on a terminal), json (lines on stderr) or none.", "--progress", metavar="HOW", known=PROGRESS
-    ),
+    str, option(RUN, "--progress HOW", "auto (bars on a terminal), json (lines on stderr) or none.", PROGRESS)
 ]
-
 
 Shard = Annotated[
-    str | None,
-    _option(BEYOND, "Process only shard K of N, counted from 0, by the names of recordings.", "--shard", metavar="K/N"),
+    Text, option(BEYOND, "--shard K/N", "Process only shard K of N, counted from 0; names decide the shard.")
 ]
-Scratch = Annotated[
-    Path | None, _option(BEYOND, "Folder for what is fetched from and sent to URLs.", "--scratch", metavar="DIR")
-]
-Engine = Annotated[str, _option(BEYOND, "local, or ray for many machines.", "--engine", metavar="NAME", known=ENGINES)]
+Scratch = Annotated[Path | None, option(BEYOND, "--scratch DIR", "Folder for copies of the files at URLs.")]
+Engine = Annotated[str, option(BEYOND, "--engine NAME", "local, or ray for many machines.", ENGINES)]
 Address = Annotated[
-    str | None,
-    _option(BEYOND, "Ray cluster: auto or HOST:PORT; by default, a new one here.", "--address", metavar="ADDR"),
+    Text, option(BEYOND, "--address ADDR", "Ray cluster: auto or HOST:PORT; by default a new one on this machine.")
 ]
 Workers = Annotated[
-    int | None, _number(BEYOND, "Ray workers; by default what the cluster holds.", "--workers", most=65536)
+    int | None,
+    option(BEYOND, "--workers N", "Number of Ray workers; by default as many as the cluster holds.", min=1, max=65536),
 ]
 GpusPerWorker = Annotated[
-    float | None, _option(BEYOND, "GPUs of each Ray worker; 0 by default.", "--gpus-per-worker", metavar="X", min=0)
+    Number, option(BEYOND, "--gpus-per-worker X", "GPUs of each Ray worker; 0 by default.", min=0)
 ]
-Insecure = Annotated[bool, _option(BEYOND, "Connect to a Ray cluster without a token.", "--insecure")]
+Insecure = Annotated[bool, option(BEYOND, "--insecure", "Connect to a Ray cluster without a token.")]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Options for the model, the device and the messages of a run, named as those of the commands."""
+    """Options for the model, the machines and the messages of a run, named as those of the commands."""
 
-    model: str | None
-    adapter: str | None
-    device: str
-    precision: str
-    refine: bool
+    loading: Loading
     threads: int | None
     scratch: Path | None
     engine: str
@@ -230,11 +178,18 @@ def options_of(given: Mapping[str, Any], stage: Stage) -> Options:
     on_ray = given["engine"] == "ray"
     values["markers"] = shard is not None or on_ray
     values["skip_existing"] |= on_ray and not values["overwrite"]  # so that the same command goes on from a lost driver
-    return Options(**{f.name: values[f.name] for f in fields(Options) if f.name in values})
+    return Options(**_chosen(Options, values))
+
+
+def _chosen(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `values` that are fields of the dataclass `kind`."""
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
 def setup_of(given: Mapping[str, Any]) -> Setup:
-    """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for an unknown `--progress`."""
+    """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for a value that is not known."""
+    from clapsep_cli.jobs.tasks import Loading
+
     if given["progress"] not in PROGRESS:
         raise UsageError(f"there is no --progress {given['progress']!r}; there are {', '.join(PROGRESS)}")
     if given["engine"] not in ENGINES:
@@ -242,4 +197,4 @@ def setup_of(given: Mapping[str, Any]) -> Setup:
     for name in OF_RAY:
         if given["engine"] != "ray" and given[name]:
             raise UsageError(f"--{name.replace('_', '-')} is for --engine ray: use them together")
-    return Setup(**{f.name: given[f.name] for f in fields(Setup)})
+    return Setup(loading=Loading(**_chosen(Loading, given)), **_chosen(Setup, given))

@@ -29,28 +29,26 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
-    from clapsep_cli.jobs.loading import Loading
-    from clapsep_cli.jobs.planning import Requests, Todo
+    from clapsep_cli.jobs.planning import Todo
+    from clapsep_cli.jobs.requests import Requests
     from clapsep_cli.jobs.stores import Stage
-    from clapsep_cli.jobs.tasks import Job, Options, Outcome
+    from clapsep_cli.jobs.tasks import Job, Loading, Options, Outcome
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model
 
 FAILED = 1  # exit code if a recording or an output failed; usage errors exit with 2
-DONE, ABSENT, BEFORE, FAULTY = OUTCOMES = ("done", "without what was asked for", "done before", "failed")
-STATUSES = {"done": DONE, "absent": ABSENT, "skipped": BEFORE, "failed": FAULTY}
+STATUSES = {"done": "done", "absent": "without what was asked for", "skipped": "done before", "failed": "failed"}
 HEADER_LETTERS = 160  # of the queries in the first line
 
 
 def find(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
-    """Find the recordings that the arguments name, but no outputs of earlier runs (see `expand`)."""
-    from clapsep_cli.audio.writers import read_software
+    """Find the recordings that the arguments of a command name, without outputs of earlier runs (see `expand`)."""
+    from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import expand
 
     if not inputs:
         raise UsageError("no recordings: name files, folders, patterns or @list.txt")
-    folder = None if _is_stdout(out) else out
-    return expand(inputs, recursive, folder, lambda path: read_software(path).startswith("clapsep "), stage)
+    return expand(inputs, recursive, None if _is_stdout(out) else out, is_output, stage)
 
 
 def _is_stdout(out: Path | None) -> bool:
@@ -83,8 +81,8 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
         lines.say(f"no recordings in shard {options.shard[0]}/{options.shard[1]} of {len(asked)}")
         return
     _, *others = sets = _sets(jobs)
-    if setup.model in MODELS and not others:
-        check_taken(sets[0].values(), FAMILIES[MODELS[setup.model].family].takes, setup.model)
+    if (name := setup.loading.model) in MODELS and not others:
+        check_taken(sets[0].values(), FAMILIES[MODELS[name].family].takes, name)
     (_work_on_ray if setup.engine == "ray" else _work)(jobs, options, setup, stage, lines)
     lines.end()
     if lines.failures:
@@ -113,7 +111,7 @@ def keep_on(
         StoppedError: the user stopped it.
         ClapsepError: nothing can be done.
     """
-    from clapsep_cli.audio.writers import read_software
+    from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.planning import lay_out, plan
     from clapsep_cli.jobs.tasks import Failure, row_of
@@ -125,16 +123,12 @@ def keep_on(
     set_threads(setup.threads)
     options = replace(options, skip_existing=True)
     lay_out([(Input(folder / "any.wav", Path("any.wav")), targets)], options, stage)  # before a model is loaded
-    model = load(_loading(setup), stage, setup.quiet)
-    if options.presence is None:
-        options = replace(options, presence=setup.json and model.tells_likeness)
-    for doubt in model.doubts(list(targets.values())):
-        warnings.warn(doubt, ClapsepWarning, stacklevel=2)
+    model, options = _prepared(options, setup, stage)
+    _warn_of_doubts(model, [targets])
     notes(setup.quiet)(f"watching {folder}; Ctrl-C ends it")
     with stoppable(setup.quiet) as stop:
-        ours = lru_cache(lambda path, _: read_software(path).startswith("clapsep "))
-        known = arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns))
-        for items in known:
+        ours = lru_cache(lambda path, _: is_output(path))  # of each version of a file
+        for items in arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns)):
             jobs, failed = [], []
             for item in items:
                 try:
@@ -155,18 +149,24 @@ def load(loading: Loading, stage: Stage, quiet: bool) -> Model:
         return loading.load(stage, notes(quiet), shown)
 
 
+def _prepared(options: Options, setup: Setup, stage: Stage) -> tuple[Model, Options]:
+    """Load the model, and measure the presence for `--json` if it can."""
+    model = load(setup.loading, stage, setup.quiet)
+    if options.presence is None:
+        options = replace(options, presence=setup.json and model.tells_likeness)
+    return model, options
+
+
 def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
     """Plan and run the jobs in this process."""
     from clapsep_cli.jobs.planning import plan
 
-    model = load(_loading(setup), stage, setup.quiet)
-    if options.presence is None:
-        options = replace(options, presence=setup.json and model.tells_likeness)
+    model, options = _prepared(options, setup, stage)
     todo = plan(jobs, model, options, stage)
     if todo.jobs or not todo.done:  # networks are read only if they are needed
-        _warn_of_doubts(model, jobs)
+        _warn_of_doubts(model, _sets(jobs))
     if todo.jobs:
-        lines.begin(jobs, model)
+        lines.begin(_sets(jobs), model)
     with stoppable(setup.quiet) as stop:
         _process(todo, model, options, setup, stage, lines, stop)
 
@@ -191,12 +191,6 @@ def _process(
             lines.show(row_of(outcome, model))
 
 
-def _loading(setup: Setup) -> Loading:
-    from clapsep_cli.jobs.loading import Loading
-
-    return Loading(setup.model, setup.adapter, setup.device, setup.precision, setup.refine)
-
-
 def _work_on_ray(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
     """Have workers of a cluster plan and run the jobs."""
     from clapsep_cli.jobs.ray_engine import Cluster, run_on_ray
@@ -212,7 +206,7 @@ def _work_on_ray(jobs: Sequence[Job], options: Options, setup: Setup, stage: Sta
         lines.ended_if_stopped(),
         stoppable(setup.quiet) as stop,
         Reporter(setup.progress, setup.quiet, len(jobs)) as reporter,
-        closing(run_on_ray(jobs, options, _loading(setup), cluster, stage, stop)) as rows,
+        closing(run_on_ray(jobs, options, setup.loading, cluster, stage, stop)) as rows,
     ):
         for row in rows:
             reporter.finish(Path(row["input"]), row["status"] == "failed")
@@ -238,9 +232,8 @@ def _sets(jobs: Sequence[Job]) -> list[Mapping[str, Query]]:
     return list({id(job.targets): job.targets for job in jobs}.values())
 
 
-def _warn_of_doubts(model: Model, jobs: Sequence[Job]) -> None:
+def _warn_of_doubts(model: Model, sets: Sequence[Mapping[str, Query]]) -> None:
     """Warn where results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
-    sets = _sets(jobs)
     for targets in sets:
         try:
             for doubt in model.doubts(list(targets.values())):
@@ -296,20 +289,19 @@ class _Lines:
         if not self.silent:
             echo(line, self.stream)
 
-    def begin(self, jobs: Sequence[Job], model: Model) -> None:
+    def begin(self, sets: Sequence[Mapping[str, Query]], model: Model) -> None:
         """Print the model, the device and the queries."""
         if self.json:
             return
         revision = f" ({model.revision})" if model.revision else ""
-        sets = {id(job.targets): job.targets for job in jobs}
-        asked = _described(jobs[0].targets) if len(sets) == 1 else "queries of their own"
+        asked = _described(sets[0]) if len(sets) == 1 else "queries of their own"
         asked = textwrap.shorten(asked, HEADER_LETTERS, placeholder=" …")
         self._print(f"{model.name}{revision} on {model.device}, {model.precision}: {asked}")
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Print the result of a recording (see `row_of`)."""
         status = row["status"]
-        self.outcomes[STATUSES[status]] += 1
+        self.outcomes[status] += 1
         if self.json:
             self._print(json.dumps(row))  # in ASCII, for any encoding of the terminal
         if status == "failed":
@@ -369,9 +361,10 @@ class _Lines:
             return
         self.over = True
         left = self.count - sum(self.outcomes.values())
-        told = [f"{self.outcomes[what]} {what}" for what in OUTCOMES if self.outcomes[what]]
+        told = [f"{self.outcomes[status]} {words}" for status, words in STATUSES.items() if self.outcomes[status]]
+        told += [f"{left} left"] if left else []
         if not self.json:
-            self._print(f"{self.count} recordings: {', '.join([*told, *([f'{left} left'] if left else [])])}")
+            self._print(f"{self.count} recordings: {', '.join(told)}")
         if self.failures:
             note("\n  ".join([f"{len(self.failures)} of {self.count} files failed:", *self.failures]))
 

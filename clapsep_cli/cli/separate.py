@@ -7,12 +7,11 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer.core import TyperCommand
 
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import carry_out, find
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, among
+from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, option
 from clapsep_cli.errors import DownloadError, UsageError
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.registry import BUNDLED
@@ -20,6 +19,24 @@ from clapsep_cli.registry import BUNDLED
 PANEL = "Prompts"  # of --help
 LISTS = ("--prompts", "--only")
 DEFAULT = "tuss-medium"
+
+
+Prompts = Annotated[
+    opt.Texts,
+    option(PANEL, "--prompts NAME...", "All sounds in the recording; repeat a prompt for equal sounds.", PROMPTS),
+]
+Task = Annotated[
+    opt.Text,
+    option(
+        PANEL,
+        "--task TASK",
+        "Prompts by task: speech-enhancement, speech-separation, sound-events, music or cinematic.",
+        list(TASKS),
+    ),
+]
+Only = Annotated[opt.Texts, option(PANEL, "--only NAME...", "Write only these of the parts.", PROMPTS)]
+Residual = Annotated[bool, option(opt.OUTPUT, "--residual", "Also write the rest.")]
+Consistent = Annotated[bool, option(opt.OUTPUT, "--consistent", "Add the rest to the parts, so that they add up.")]
 
 
 class ListCommand(TyperCommand):
@@ -47,45 +64,11 @@ def repeated(args: Sequence[str]) -> list[str]:
 
 def separate(
     inputs: opt.Inputs = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompts",
-            metavar="NAME...",
-            rich_help_panel=PANEL,
-            autocompletion=among(*PROMPTS),
-            help="All sounds in the recording; repeat equal ones.",
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="TASK",
-            rich_help_panel=PANEL,
-            autocompletion=among(*TASKS),
-            help="Prompts by task: speech-enhancement, speech-separation, sound-events, music or cinematic.",
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only",
-            metavar="NAME...",
-            rich_help_panel=PANEL,
-            autocompletion=among(*PROMPTS),
-            help="Write only these of the parts.",
-        ),
-    ] = None,
-    residual: Annotated[
-        bool, typer.Option("--residual", rich_help_panel=opt.OUTPUT, help="Also write the rest.")
-    ] = False,
-    consistent: Annotated[
-        bool,
-        typer.Option(
-            "--consistent", rich_help_panel=opt.OUTPUT, help="Add the rest to the parts, so that they add up."
-        ),
-    ] = False,
+    prompts: Prompts = None,
+    task: Task = None,
+    only: Only = None,
+    residual: Residual = False,
+    consistent: Consistent = False,
     recursive: opt.Recursive = False,
     start: opt.Start = None,
     end: opt.End = None,
@@ -170,7 +153,7 @@ def parts(names: Sequence[str]) -> dict[str, str]:
     """
     from clapsep_cli.jobs.inputs import folded
     from clapsep_cli.jobs.outputs import safe_name
-    from clapsep_cli.jobs.targets import TAKEN
+    from clapsep_cli.jobs.requests import TAKEN
 
     found: dict[str, str] = {}
     for name in names:

@@ -8,9 +8,8 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -18,7 +17,7 @@ from clapsep_cli.errors import ClapsepWarning
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.progress import Progress, TaskID
 
@@ -34,6 +33,25 @@ def among(*names: str) -> Callable[[str], list[str]]:
         return [name for name in names if name.startswith(incomplete)]
 
     return matches
+
+
+def option(panel: str, spec: str, text: str, known: Sequence[str] = (), **settings: Any) -> Any:
+    """Declare an option.
+
+    Args:
+        panel: heading of --help under which it is listed.
+        spec: its names and the placeholder of its value, e.g. `--out -o DIR`.
+        text: its help.
+        known: values that shells complete.
+        **settings: more of `typer.Option`.
+    """
+    names = [word for word in spec.split() if word.startswith("-")]
+    value = spec.rpartition(" ")[2]
+    metavar = None if value in names else value
+    completion = among(*known) if known else None
+    return typer.Option(
+        *names, metavar=metavar, help=text, rich_help_panel=panel, autocompletion=completion, **settings
+    )
 
 
 def _silence(quiet: bool) -> bool:
@@ -54,42 +72,28 @@ MODEL, RUN = "Model", "Run"  # panels of --help
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME|PATH",
+    option(
+        MODEL,
+        "--model NAME|PATH",
+        "A model by name or folder; by default the best available.",
+        list(MODELS),
         envvar="CLAPSEP_MODEL",
-        autocompletion=among(*MODELS),
-        rich_help_panel=MODEL,
-        help="A model by name or folder; by default the best available.",
     ),
 ]
 DeviceOption = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        "-d",
-        metavar="NAME",
-        envvar="CLAPSEP_DEVICE",
-        autocompletion=among(*DEVICES),
-        rich_help_panel=MODEL,
-        help="auto, cpu, cuda, cuda:N or mps.",
-    ),
+    str, option(MODEL, "--device -d NAME", "auto, cpu, cuda, cuda:N or mps.", DEVICES, envvar="CLAPSEP_DEVICE")
 ]
 ModelDirOption = Annotated[
     Path | None,
-    typer.Option(
-        "--model-dir",
-        metavar="DIR",
+    option(
+        MODEL,
+        "--model-dir DIR",
+        "Folder of the models; like the variable CLAPSEP_HOME.",
         callback=_use_home,
         expose_value=False,
-        rich_help_panel=MODEL,
-        help="Folder of the models; like the variable CLAPSEP_HOME.",
     ),
 ]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", callback=_silence, rich_help_panel=RUN, help="Print nothing but errors.")
-]
-
+QuietOption = Annotated[bool, option(RUN, "--quiet -q", "Print nothing but errors.", callback=_silence)]
 
 LINE_LETTERS = 1000  # of a note, at most
 PROGRESS = ("auto", "json", "none")
@@ -134,7 +138,7 @@ def notes(quiet: bool) -> Callable[[str], None]:
 
 
 def progress_bars(quiet: bool, *, transfer: bool = False) -> Progress:
-    """Make progress bars on stderr, disabled if `quiet` or without a terminal; for a `transfer` with bytes and rate."""
+    """Make progress bars on stderr; none if `quiet` or without a terminal. For a `transfer`, show bytes and rate."""
     from rich import progress
     from rich.console import Console
 
@@ -175,8 +179,9 @@ class Reporter:
 
     def __init__(self, how: str, quiet: bool, count: int) -> None:
         self.json, self.count, self.finished = how == "json" and not quiet, count, 0
-        self.open: dict[Path, _Under] = {}
-        self.seconds = 0.0  # that are separated, of all recordings
+        self.open: dict[Path, TaskID] = {}
+        self.done: dict[Path, float] = {}  # seconds that are separated, of open recordings
+        self.seconds = 0.0  # likewise, of all recordings
         self.bars = progress_bars(quiet or how != "auto")
         self.all: TaskID | None = None
 
@@ -191,17 +196,16 @@ class Reporter:
         self.bars.__exit__(None, None, None)
 
     def update(self, job: Job, done: float, total: float) -> None:
-        """Show that `done` seconds of a recording are separated, of `total` (0 if unknown)."""
+        """Show the progress of a job: `done` of `total` seconds (0 if unknown) are separated."""
         path = job.input.path
         if self.json:
             self._say("progress", path, seconds=round(done, 3), total=round(total, 3) or None)
         if path not in self.open:
-            self.open[path] = _Under(self.bars.add_task(_short(path), total=total or None))
-        one = self.open[path]
-        self.seconds += done - one.seconds
-        one.seconds, one.share = done, done / total if total else 0.0
+            self.open[path] = self.bars.add_task(_short(path), total=total or None)
+        self.seconds += done - self.done.get(path, 0.0)
+        self.done[path] = done
         description = _short(path) if self.all is not None else f"{_short(path)}, {self._speed()}"
-        self.bars.update(one.task, completed=done, total=total or None, description=description)
+        self.bars.update(self.open[path], completed=done, total=total or None, description=description)
         self._update_all()
 
     def finish(self, path: Path, failed: bool) -> None:
@@ -210,12 +214,13 @@ class Reporter:
         if self.json:
             self._say("failed" if failed else "done", path, finished=self.finished, count=self.count)
         if path in self.open:
-            self.bars.remove_task(self.open.pop(path).task)
+            self.bars.remove_task(self.open.pop(path))
+            del self.done[path]
         self._update_all()
 
     def _update_all(self) -> None:
         if self.all is not None:
-            completed = self.finished + sum(one.share for one in self.open.values())
+            completed = self.finished + sum(one.percentage for one in self.bars.tasks if one.id != self.all) / 100
             description = f"{self.finished} of {self.count}, {self._speed()}"
             self.bars.update(self.all, completed=completed, description=description)
 
@@ -224,15 +229,6 @@ class Reporter:
 
     def _say(self, event: str, path: Path, **facts: object) -> None:
         echo(json.dumps({"event": event, "input": str(path), **facts}), sys.stderr)
-
-
-@dataclass
-class _Under:
-    """A recording in progress: its bar, and what is separated of it, in seconds and as a share."""
-
-    task: TaskID
-    seconds: float = 0.0
-    share: float = 0.0
 
 
 def _short(path: Path) -> str:

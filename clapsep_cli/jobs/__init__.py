@@ -1,1 +1,1 @@
-"""From what a user asks for to recordings that are read, separated and written."""
+"""Turns requests into jobs, and runs them: recordings are read, separated and written."""

@@ -77,7 +77,7 @@ def run(
 
 
 class _Opened(ExitStack):
-    """The open recordings, in the order they were opened."""
+    """Holds the open recordings, in the order they were opened, and moves them on."""
 
     def __init__(self, model: Model, options: Options, stop: threading.Event, stage: Stage) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class _Opened(ExitStack):
             self._separate_batch()
 
     def _hand_out(self, workers: Workers) -> None:
-        """Give all windows to the workers, and take in the results that are there: at least one, if any is to come."""
+        """Give all windows to the workers, and accept finished results: at least one, if any is due."""
         for recording in self.recordings:
             while recording.windows:
                 window = recording.windows.popleft()

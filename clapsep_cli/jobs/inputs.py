@@ -39,7 +39,7 @@ class Input:
 
 
 def in_shard(item: Input, k: int, n: int) -> bool:
-    """Return True if a recording belongs to shard `k` of `n`, counted from 0: by its relative name."""
+    """Return True if a recording belongs to shard `k` of `n`, counted from 0. Its relative name decides."""
     name = unicodedata.normalize("NFC", item.below.as_posix())
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest(), "big") % n == k
 

@@ -1,4 +1,4 @@
-"""Paths of the parts of a recording, and checks that they can be written."""
+"""Names the files of the parts of a recording, and checks that they can be written."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ def safe_name(text: str, limit: int = QUERY_BYTES) -> str:
 
     Letters of all scripts stay. Short texts may share a name; long ones are told apart by a hash.
     """
-    letters = (letter if _is_safe(letter) else " " for letter in unicodedata.normalize("NFC", text))
+    # Category C: unassigned code points, lone surrogates, and characters that are invisible or change the direction.
+    letters = (
+        letter if letter in JOINERS or (letter not in FORBIDDEN and unicodedata.category(letter)[0] != "C") else " "
+        for letter in unicodedata.normalize("NFC", text)
+    )
     name = "_".join("".join(letters).split()).lstrip(".-_~").rstrip("._") or "_"
     return shortened(f"_{name}" if DEVICES.match(name) else name, limit)
-
-
-def _is_safe(letter: str) -> bool:
-    # Excludes unassigned code points, lone surrogates, and characters that are invisible or change the direction.
-    return letter in JOINERS or (letter not in FORBIDDEN and unicodedata.category(letter)[0] != "C")
 
 
 def _bytes(name: str) -> bytes:
@@ -175,7 +174,7 @@ def check_outputs(
 
 
 class _Places(dict[Path, str]):
-    """The identity of each path: its folder without links, and its name, both `folded`."""
+    """Identifies paths: by the folder without links and the name, both `folded`."""
 
     def __missing__(self, folder: Path) -> str:
         self[folder] = folded(str(folder.resolve()))

@@ -19,6 +19,7 @@ from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.exchange import blocking, done_before
 from clapsep_cli.jobs.inputs import Input, in_shard
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
+from clapsep_cli.jobs.requests import Requests
 from clapsep_cli.jobs.resume import signature
 from clapsep_cli.jobs.stores import Stage
 from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
@@ -27,27 +28,17 @@ from clapsep_cli.listening.plot import check_installed
 from clapsep_cli.query import RESIDUAL, Query, check_targets
 from clapsep_cli.store.checkpoint import Model
 
-Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
 # The options that change what is written; `mutual` changes the queries instead.
 DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "remux", "clip", "consistent", "min_presence")
 
 
 @dataclass(frozen=True)
 class Todo:
-    """`jobs` to run, those `done` by an earlier run, and the recordings that cannot be processed (`blocked`)."""
+    """Jobs to run, jobs that an earlier run did, and recordings that cannot be processed."""
 
     jobs: list[Job]
     done: list[Job]
     blocked: list[Failure]
-
-
-@dataclass
-class _Typical:
-    """Placeholder used to validate format options before a recording is opened."""
-
-    rate: int = 44_100
-    channels: int = 1
-    bits: int | None = 16
 
 
 def lay_out(asked: Requests, options: Options = Options(), stage: Stage = Stage()) -> list[Job]:
@@ -119,7 +110,7 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options(), stage:
 
 
 def _check(asked: Requests, options: Options) -> None:
-    """Raise `UsageError` for options that contradict each other, `AudioError` for query files that do not exist."""
+    """Check what needs no model and no recording. Raises `UsageError`, `AudioError` for a missing query file."""
     if options.clip not in get_args(Clipping):
         raise UsageError(f"there is no --clip {options.clip!r}; there are {', '.join(get_args(Clipping))}")
     if options.plot:
@@ -137,7 +128,7 @@ def _check(asked: Requests, options: Options) -> None:
     if options.remove and options.residual is False:
         raise UsageError("--remove writes the residual, and --no-residual leaves it out: use one of them")
     try:
-        choose_encoding(options.format, options.subtype, _Typical())
+        choose_encoding(options.format, options.subtype, 44_100, 1, 16)  # of any recording, which is not open yet
     except OutputError as error:
         raise UsageError(str(error)) from error
     for item, targets in {id(targets): (item, targets) for item, targets in asked}.values():
@@ -154,9 +145,12 @@ def _check(asked: Requests, options: Options) -> None:
                 raise AudioError(f"{path}: no such file")
 
 
+def _first(given: Mapping[str, bool]) -> str | None:
+    """Return the first option that is given."""
+    return next((name for name, one in given.items() if one), None)
+
+
 def _check_remux(asked: Requests, options: Options) -> None:
-    if not options.remux:
-        return
     idle = {
         "--format": options.format != "wav",
         "--subtype": options.subtype is not None,
@@ -166,8 +160,7 @@ def _check_remux(asked: Requests, options: Options) -> None:
         "-o -": options.out == STDOUT,
         "- (standard input)": any(item.path == STDIN for item, _ in asked),
     }
-    if any(idle.values()):
-        name = next(name for name, one in idle.items() if one)
+    if options.remux and (name := _first(idle)):
         raise UsageError(f"--remux writes whole films, of their own format: use it without {name}")
 
 
@@ -181,8 +174,8 @@ def _check_events(options: Options) -> None:
         "--events-length": options.events_length is not None,
         "--no-audio": options.no_audio,
     }
-    if not options.events and any(given.values()):
-        raise UsageError(f"{next(name for name, one in given.items() if one)} is about events: use it with --events")
+    if not options.events and (name := _first(given)):
+        raise UsageError(f"{name} is about events: use it with --events")
     bounds = (options.events_level, options.events_presence, options.events_length)
     if any(not isfinite(bound) for bound in bounds if bound is not None) or (options.events_length or 0) < 0:
         raise UsageError("--events-level, --events-presence and --events-length are numbers; the last is not below 0")
@@ -194,8 +187,7 @@ def _check_events(options: Options) -> None:
         "--remove": options.remove,
         "-o -": options.out == STDOUT,
     }
-    if options.no_audio and any(idle.values()):
-        name = next(name for name, one in idle.items() if one)
+    if options.no_audio and (name := _first(idle)):
         raise UsageError(f"--no-audio writes no audio, so {name} has no effect: leave it out")
 
 
@@ -214,8 +206,8 @@ def _check_stdout(asked: Requests, options: Options) -> None:
         "--skip-existing": options.skip_existing,
         "--overwrite": options.overwrite,
     }
-    for option in (option for option, given in idle.items() if given):
-        raise UsageError(f"-o - makes no files, so {option} has no effect: leave it out, or use another -o")
+    if name := _first(idle):
+        raise UsageError(f"-o - makes no files, so {name} has no effect: leave it out, or use another -o")
 
 
 def _job(item: Input, targets: Mapping[str, Query], options: Options, stage: Stage) -> Job:

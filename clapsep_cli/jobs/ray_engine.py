@@ -27,10 +27,9 @@ from typing import Any
 from clapsep_cli.errors import ClapsepError, DeviceError, ExtraError, ModelError, StoppedError, UsageError
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
-from clapsep_cli.jobs.loading import Loading
 from clapsep_cli.jobs.planning import lay_out, plan
 from clapsep_cli.jobs.stores import Stage, Stored
-from clapsep_cli.jobs.tasks import Job, Options, Outcome, Skipped, row_of
+from clapsep_cli.jobs.tasks import Job, Loading, Options, Outcome, Skipped, row_of
 from clapsep_cli.query import Query
 from clapsep_cli.startup import set_threads
 

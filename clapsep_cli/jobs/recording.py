@@ -1,4 +1,4 @@
-"""One recording being separated, from its file to the files of its parts."""
+"""Separates one recording, from its file to the files of its parts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for the last block of a t
 
 
 class Draft:
-    """A nameless file of audio blocks, kept until it is known which parts to write.
+    """Keeps audio blocks in a nameless file until it is known which parts to write.
 
     It lies in `folder`, by default the system's. Blocks are `[..., samples]`, of any float type.
     """
@@ -123,7 +123,11 @@ class Recording:
         self.rate, self.frames = source.rate, source.frames
         self.heard_rate = slowed(source.rate, options.expand, source.name)
         film = Film(self.job.input.path, options.stream or 1) if options.remux else None
-        self.encoding = encoding_of(film, source) if film else choose_encoding(options.format, options.subtype, source)
+        if film is not None:
+            self.encoding = encoding_of(film, source.bits)
+        else:
+            form = (source.rate, source.channels, source.bits)
+            self.encoding = choose_encoding(options.format, options.subtype, *form)
         self._writer = self._outputs.enter_context(
             Outputs(
                 self.job.outputs,
@@ -163,7 +167,7 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """Duration of what is separated."""
+        """Duration of the audio separated so far."""
         return self.samples / self.rate
 
     @property
@@ -225,25 +229,22 @@ class Recording:
             self._writer.write(written)
 
     def pass_over(self) -> None:
-        """Take the next windows as silent as long as they are unlike all that is asked for, at a first look."""
+        """Take the next windows as silent as long as they are unlike all queries."""
         while self.windows and (silence := self.silence(self.windows[0])) is not None:
             self.windows.popleft()
             self.passage.accept(silence)
 
     def silence(self, window: Tensor) -> Tensor | None:
-        """Return the result for a window that is unlike all that is asked for, where no audio is wanted; else None."""
-        looks = self.options.no_audio and self.model.tells_likeness
-        silence = self.passage.silence if looks else None
-        return silence if silence is not None and self._is_unlike(window) else None
-
-    def _is_unlike(self, window: Tensor) -> bool:
+        """Return the result for a window that is unlike all queries, where no audio is wanted; else None."""
+        if not (self.options.no_audio and self.model.tells_likeness) or (silence := self.passage.silence) is None:
+            return None
         with self._clocked():
             mono, rate = window.cpu().numpy(), self.model.separator.rate
             likeness = (self.model.likeness(self.wanted, stem, mono, rate) for stem in range(len(self.job.kept)))
-            return all(one is not None and one < UNLIKE for one in likeness)
+            return silence if all(one is not None and one < UNLIKE for one in likeness) else None
 
     def _take_events(self, last: bool = False) -> None:
-        """Collect the events that were decided; no thread may be writing."""
+        """Collect the events that are final; no thread may be writing."""
         for stem, (name, finder) in enumerate(self._finders.items()):
             likeness = self._likeness(stem) if self.model.tells_likeness else None
             found = finder.finish(likeness) if last else finder.take(likeness)

@@ -89,10 +89,7 @@ def _digest(file: Path, size: int, changed: int) -> str:
 
 
 def finished(paths: Iterable[Path], key: str) -> bool:
-    """Return True if all `paths` exist and have `key=<key>` in their software tag.
-
-    A file with its final name is complete.
-    """
+    """Return True if all `paths` exist with this key in their software tag; files with final names are complete."""
     return all(is_there(path) and _key_of(path) == key for path in paths)
 
 
@@ -102,7 +99,7 @@ def in_the_way(paths: Iterable[Path], key: str) -> Path | None:
 
 
 def marker_path(folder: Path, name: str, key: str) -> Path:
-    """Return the path of the marker of a recording; `key` as of its outputs."""
+    """Return the path of a recording's marker in `folder`; `key` is that of its outputs (see `signature`)."""
     return folder / f"{shortened(name, NAME_BYTES - KEY_DIGITS - len('..json'))}.{key}.json"
 
 

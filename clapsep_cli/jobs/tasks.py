@@ -1,4 +1,4 @@
-"""The options of a run, the job of one recording, and its result."""
+"""Defines the options of a run, the model to load for it, the job of one recording, and its result."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import ClapsepError, TakenError
 from clapsep_cli.jobs.inputs import Input
 from clapsep_cli.jobs.resume import marker_path
+from clapsep_cli.jobs.stores import Stage, is_url
 from clapsep_cli.listening.events import Event, Rules
 from clapsep_cli.query import RESIDUAL, Query
 
@@ -86,7 +87,7 @@ class Options:
 
     @property
     def rules(self) -> Rules:
-        """What counts as an event."""
+        """The rules by which events are found."""
         given = {name: getattr(self, f"events_{name}") for name in ("level", "presence", "length")}
         return replace(Rules(), **{name: value for name, value in given.items() if value is not None})
 
@@ -102,6 +103,45 @@ class Options:
             return [RESIDUAL]
         wanted = self.out != STDOUT if self.residual is None else self.residual
         return [*self.chosen(targets), *([RESIDUAL] if wanted else [])]
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options for the model of a run, named as those of the commands; `model` and `adapter` may be URLs."""
+
+    model: str | None = None
+    adapter: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    refine: bool = False
+
+    def load(
+        self, stage: Stage, say: Callable[[str], None] = _nothing, progress: Callable[..., None] = _nothing
+    ) -> Model:
+        """Load the model with its adapter.
+
+        Args:
+            stage: mirrors the stores of URLs.
+            say: called with each line for the user.
+            progress: called during downloads (see `load_model`).
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        from clapsep_cli.store.library import load_model
+
+        name = str(stage.fetch(stage.path(self.model))) if self.model and is_url(self.model) else self.model
+        model = load_model(name, self.device, self.precision, say=say, progress=progress)
+        if self.adapter:
+            from clapsep_cli.store.adapters import apply
+
+            apply(model, stage.fetch(stage.path(self.adapter)))
+        model.refine(self.refine)
+        return model
 
 
 def row_of(outcome: Extraction | Skipped | Failure, model: Model) -> dict[str, Any]:
@@ -150,7 +190,7 @@ class Job:
 
     @property
     def marker(self) -> Path | None:
-        """The marker of this recording, for the same queries, model and options."""
+        """Path of the marker of this recording with these queries, model and options; None for no marker."""
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
 
     def needs_marker(self, absent: Sequence[str]) -> bool:
@@ -159,7 +199,7 @@ class Job:
 
     @property
     def extras(self) -> dict[str, Path]:
-        """The paths of what is written after the audio, by name."""
+        """Paths of the files that are written after the audio, by name."""
         return {name: path for name, path in (("picture", self.picture), ("events", self.events)) if path}
 
     @property
@@ -206,12 +246,12 @@ class Extraction:
 
     @property
     def target(self) -> Path:
-        """The path of the first output."""
+        """Path of the first output."""
         return next(iter(self.outputs.values()))
 
     @property
     def found(self) -> bool:
-        """Whether anything is there, as far as `min_presence` asks."""
+        """True if a target is present, as far as `min_presence` requires."""
         return bool(self.outputs) or (self.events_file is not None and len(self.absent) < len(self.queries))
 
     def as_json(self) -> dict[str, Any]:
@@ -223,18 +263,18 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A recording that was done already, perhaps by another process meanwhile."""
+    """A recording that was done before, or by another process meanwhile."""
 
     job: Job
 
     @property
     def mixture(self) -> Path:
-        """The recording."""
+        """Path of the recording."""
         return self.job.input.path
 
     @property
     def error(self) -> ClapsepError:
-        """What this means where nothing was to be skipped."""
+        """The error for a run without `skip_existing`."""
         return TakenError(f"{self.mixture}: was processed by another process meanwhile")
 
 

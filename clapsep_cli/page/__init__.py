@@ -1,1 +1,1 @@
-"""The page of `clapsep ui`: a recording seen and heard, extractions of it, and the server that shows them."""
+"""The page of `clapsep ui`: shows and plays a recording, and extracts sounds from it."""

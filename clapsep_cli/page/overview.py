@@ -1,4 +1,4 @@
-"""What the page shows and plays of a recording: one pass over it keeps peaks, a spectrogram and samples on disk."""
+"""Reads a recording once and keeps on disk what the page shows and plays: peaks, a spectrogram, samples."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ BLOCK_COLUMNS = 200  # read at a time
 SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that, without loss, are read from any sample on
 LOSSLESS = ("PCM", "FLOAT", "DOUBLE")
 
-Told = Callable[[float, float], None]  # is told how many seconds are read, and how many there are (0 if unknown)
+Told = Callable[[float, float], None]
 
 
 @dataclass(frozen=True)
 class Overview:
-    """What was kept of a recording.
+    """Holds what the page shows and plays of a recording.
 
     Attributes:
         peaks: a file of int8 pairs, the lowest and highest sample of each piece.
@@ -58,18 +58,18 @@ class Overview:
 
     @property
     def seconds(self) -> float:
-        """The recording's length."""
+        """Length of the recording."""
         return self.frames / self.rate
 
     def picture(self, start: float, end: float, columns: int) -> NDArray[np.uint8]:
-        """The spectrogram of a stretch, for a screen: in each column the loudest moment of it.
+        """Return the spectrogram of a stretch for a screen: each column shows its loudest moment.
 
-        Of a short stretch it is computed anew where what was kept would be coarse.
+        It is computed anew for a short stretch, where the stored columns would be too coarse.
 
         Args:
             start: in seconds.
             end: in seconds.
-            columns: how many to return at most; of what was kept there may be fewer.
+            columns: number to return at most; a stored spectrogram may have fewer.
 
         Returns:
             uint8 [columns, bands], the lowest band first.
@@ -94,20 +94,20 @@ class Overview:
         return transform.levels(mono, starts)
 
     def samples(self, start: int, frames: int) -> Audio:
-        """Samples from `start` on, float32 [frames, channels]: fewer before the end, none behind it."""
+        """Return float32 `[frames, channels]` from sample `start` on: fewer before the end, none behind it."""
         with soundfile.SoundFile(self.audio) as file:
             file.seek(min(start, file.frames))
             return np.ascontiguousarray(_to_listen(file.read(frames, "float32", always_2d=True).T).T)
 
 
 def look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: int | None = None) -> Overview:
-    """Read a recording once, and keep in `folder` what the page shows and plays of it.
+    """Read a recording once, and store in `folder` what the page shows and plays.
 
     Args:
         path: the recording.
         folder: an existing folder for the files, of this recording alone.
-        told: is told how far it is.
-        stop: ends the reading once it is set.
+        told: called with the seconds that are read, and all (0 if unknown).
+        stop: ends the reading when set.
         stream: number of the sound track, from 1; None for the first.
 
     Raises:
@@ -126,7 +126,11 @@ def _look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: i
     with Source(path, stream=stream) as source, ExitStack() as stack:
         peaks_file = stack.enter_context(peaks.open("wb"))
         levels_file = stack.enter_context(levels.open("wb"))
-        listening = None if _is_seekable(path) else stack.enter_context(_writer(copy, source))
+        listening = None
+        if not _is_seekable(path):
+            # As RF64, which becomes a plain WAV below 4 GB. Lossy recordings may be over full scale, so in floats.
+            writer = soundfile.SoundFile(copy, "w", source.rate, min(2, source.channels), "FLOAT", format="RF64")
+            listening = stack.enter_context(writer)
         transform, piece = _Transform(source.rate), source.rate // PIECES_PER_SECOND
         column, frames, loudest = piece * PIECES_PER_COLUMN, 0, 0
         waiting = np.zeros(transform.size // 2, np.float32)  # columns are centred on their moment
@@ -153,7 +157,7 @@ def _look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: i
 
 
 def _extremes(audio: Audio, piece: int) -> NDArray[np.int8]:
-    """Lowest and highest value of each `piece` samples of [channels, samples], the last of which may be a short one."""
+    """Return the lowest and highest value of each `piece` samples of `[channels, samples]`; the last may be short."""
     starts = np.arange(0, audio.shape[1], piece)
     lowest = np.minimum.reduceat(audio.min(0), starts)
     highest = np.maximum.reduceat(audio.max(0), starts)
@@ -161,7 +165,7 @@ def _extremes(audio: Audio, piece: int) -> NDArray[np.int8]:
 
 
 def _is_seekable(path: Path) -> bool:
-    """Whether a recording can be played from any sample on as it is; others are decoded into a WAV for that."""
+    """Return True if a recording can be played from any sample on; others are decoded into a WAV."""
     try:
         with soundfile.SoundFile(path) as file:
             return file.format in SEEKABLE and file.subtype.startswith(LOSSLESS)
@@ -169,18 +173,13 @@ def _is_seekable(path: Path) -> bool:
         return False
 
 
-def _writer(path: Path, source: Source) -> soundfile.SoundFile:
-    # As RF64, which becomes a plain WAV below 4 GB. Lossy recordings may be over full scale, so in floats.
-    return soundfile.SoundFile(path, "w", source.rate, min(2, source.channels), "FLOAT", format="RF64")
-
-
 def _to_listen(audio: Audio) -> Audio:
-    """[channels, samples] for two ears: of more than two channels, the mean of the odd and of the even ones."""
+    """Mix `[channels, samples]` to stereo if there are more than 2: the means of the odd and of the even channels."""
     return audio if len(audio) <= 2 else np.stack([audio[::2].mean(0), audio[1::2].mean(0)])
 
 
 class _Transform:
-    """The level of mel bands at some moments of a mono signal."""
+    """Computes levels of mel bands at given moments of a mono signal."""
 
     def __init__(self, rate: int) -> None:
         self.size = 1 << round(log2(rate * WINDOW_SECONDS))
@@ -189,7 +188,7 @@ class _Transform:
         self._bands = mel_bands(rate, self.size)
 
     def levels(self, mono: Audio, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Of the `size` samples from each of `starts` on, uint8 [starts, bands]."""
+        """Return the levels of the `size` samples from each of `starts` on, uint8 `[starts, bands]`."""
         if not len(starts):
             return np.zeros((0, BANDS), np.uint8)
         frames = np.lib.stride_tricks.sliding_window_view(mono, self.size)[starts] * self._window
@@ -200,7 +199,7 @@ class _Transform:
 
 
 def mel_bands(rate: int, size: int) -> Audio:
-    """Triangles over the bins of a transform of `size` samples, float32 [bins, bands], each the mean of its bins.
+    """Make triangular filters for a transform of `size` samples, float32 `[bins, bands]`; each averages its bins.
 
     Centres are evenly spaced on the mel scale from 30 Hz to half the rate; none is narrower than a bin.
     """

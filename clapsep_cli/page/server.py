@@ -1,7 +1,8 @@
-"""The server of the page: its files, the state of the session as JSON, and what the page asks it to do.
+"""Serves the page: its files, the state of the session as JSON, and the actions that it requests.
 
-It listens on 127.0.0.1 alone, and `guard` lets only the page itself in. Requests name sounds, examples and attempts by
-random ids, never by paths.
+It listens on 127.0.0.1 alone, and `Guard` admits only the page itself: other sites can send requests to 127.0.0.1, and
+by a name that resolves there even read the answers; so can other users of the machine. Requests name sounds, examples
+and attempts by random ids, never by paths.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import anyio
 import uvicorn
 from anyio import to_thread
 from soundfile import SoundFileError
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clapsep_cli.errors import ClapsepError, OutputError, UsageError
-from clapsep_cli.page.guard import Guard
 from clapsep_cli.page.overview import Overview
 from clapsep_cli.page.session import Session
 
@@ -39,12 +42,35 @@ MAX_FRAMES = 1 << 19  # of samples, in one answer
 MAX_REQUEST_BYTES = 1 << 20  # of JSON
 PIECE_BYTES = 1 << 20  # of an upload, written at a time
 BAD, MISSING, TOO_LARGE, FULL = 400, 404, 413, 507
+HOSTS = ("127.0.0.1", "localhost")
+SAFE_METHODS = ("GET", "HEAD")
+HEADER = "x-clapsep"  # which neither a form nor another site's script can send unasked
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+POLICY = (
+    "default-src 'self'; style-src 'self' 'nonce-{nonce}'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Page:
-    """A server that waits on `port` (0: any that is free) for the page of `session`."""
+    """Serves the page of a session on 127.0.0.1.
+
+    Args:
+        session: what the page shows.
+        port: to listen on; 0 for any that is free.
+
+    Raises:
+        UsageError: the port cannot be used.
+    """
 
     def __init__(self, session: Session, port: int = 0) -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -71,12 +97,12 @@ class Page:
         self.server.run(sockets=[self.socket])
 
     def close(self) -> None:
-        """Let go of the port."""
+        """Release the port."""
         self.socket.close()
 
 
 def application(session: Session) -> Starlette:
-    """The routes of the page, unguarded."""
+    """Make the page's application, unguarded."""
     handlers = _Handlers(session)
     routes = [
         Route("/", handlers.index),
@@ -98,7 +124,7 @@ def application(session: Session) -> Starlette:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    """An error in one line of JSON."""
+    """Answer an error as one line of JSON."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code)
     return JSONResponse({"error": str(error)}, FULL if isinstance(error, OutputError) else BAD)
@@ -127,7 +153,7 @@ class _Handlers:
         return JSONResponse(self.session.state())
 
     def uploads(self, take: Callable[[Path, str], object]) -> Handler:
-        """Answer uploads, which `take` gets with the names that they were given."""
+        """Return a handler of uploads, which calls `take` with the path and the name of each."""
 
         async def handle(request: Request) -> Response:
             return await self._upload(request, take)
@@ -135,7 +161,7 @@ class _Handlers:
         return handle
 
     def acts(self, act: Callable[[str], None]) -> Handler:
-        """Answer what is asked of something by its id."""
+        """Return a handler that calls `act` with the id in the address."""
 
         async def handle(request: Request) -> Response:
             with _known():
@@ -145,7 +171,7 @@ class _Handlers:
         return handle
 
     async def _upload(self, request: Request, take: Callable[[Path, str], object]) -> Response:
-        """Stream the body of a request to disk, and hand it on; nothing of it stays where that fails."""
+        """Write the body of a request to disk, and call `take`; if that fails, no file stays."""
         name = Path(unquote(request.headers.get("x-name", "")).replace("\\", "/")).name or "recording"
         path = self.session.upload(name)
         try:
@@ -225,7 +251,7 @@ class _Handlers:
 
 @contextmanager
 def _known() -> Iterator[None]:
-    """Answer that there is nothing of an id."""
+    """Answer 404 for an unknown id."""
     try:
         yield
     except KeyError as error:
@@ -234,7 +260,7 @@ def _known() -> Iterator[None]:
 
 @contextmanager
 def _there() -> Iterator[None]:
-    """Answer that a file of the session, or the recording itself, is not there any more."""
+    """Answer 404 if a file of the session, or the recording itself, has gone."""
     try:
         yield
     except (OSError, SoundFileError) as error:
@@ -242,13 +268,13 @@ def _there() -> Iterator[None]:
 
 
 def _file(path: Path, name: str | None = None) -> Response:
-    """A file, or the ranges of it that were asked for; as a download under `name`."""
+    """Answer with a file or the requested ranges of it; with `name`, as a download."""
     with _there():
         return FileResponse(path, filename=name, media_type="application/octet-stream", stat_result=path.stat())
 
 
 def _number(request: Request, name: str, default: float) -> float:
-    """A number from the query of a request, not below 0."""
+    """Return a number from the query of a request. Raises `UsageError` unless it is 0 or more."""
     try:
         number = float(request.query_params.get(name, default))
     except ValueError:
@@ -256,3 +282,65 @@ def _number(request: Request, name: str, default: float) -> float:
     if not 0 <= number < HUGE:
         raise UsageError(f"{name} is not a number from 0 on")
     return number
+
+
+class Guard:
+    """Refuses requests that do not come from the page. `key` opens `/` in a browser, and is its cookie from then on."""
+
+    def __init__(self, app: ASGIApp, key: str, cookie: str) -> None:
+        self.app, self.key, self.cookie = app, key, cookie
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        nonce = secrets.token_urlsafe(16)
+        invited = self._is_invited(scope)
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                headers["content-security-policy"] = POLICY.format(nonce=nonce)
+                if invited and message["status"] == 200:
+                    headers.append("set-cookie", f"{self.cookie}={self.key}; HttpOnly; SameSite=Strict; Path=/")
+            await send(message)
+
+        refused = self._refusal(scope, invited)
+        if refused is not None:
+            await PlainTextResponse(f"{refused}\n", 403)(scope, receive, send_guarded)
+            return
+        scope["state"] = {**scope.get("state", {}), "nonce": nonce}
+        await self.app(scope, receive, send_guarded)
+
+    def _refusal(self, scope: Scope, invited: bool) -> str | None:
+        """Return the reason to refuse a request, or None."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if host.partition(":")[0] not in HOSTS:
+            return "this server answers to 127.0.0.1 and localhost alone"
+        if headers.get("origin", f"http://{host}") != f"http://{host}":
+            return "this request comes from another site"
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            return "this request comes from another site"
+        if not (invited or self._has_cookie(headers)):
+            return "open the address that clapsep ui printed, with its key"
+        if scope["method"] not in SAFE_METHODS and HEADER not in headers:
+            return f"changes need the header {HEADER}"
+        return None
+
+    def _is_invited(self, scope: Scope) -> bool:
+        if scope["path"] != "/" or scope["method"] != "GET":
+            return False
+        (given,) = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[:1]
+        return secrets.compare_digest(given.encode(), self.key.encode())
+
+    def _has_cookie(self, headers: Headers) -> bool:
+        try:
+            cookies = SimpleCookie(headers.get("cookie", ""))
+        except CookieError:
+            return False
+        given = cookies[self.cookie].value if self.cookie in cookies else ""
+        return secrets.compare_digest(given.encode(), self.key.encode())

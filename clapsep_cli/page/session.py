@@ -1,7 +1,7 @@
-"""A session of the page: the recording it shows, what was extracted of it, and the folder that holds both.
+"""Holds the state of the page: the open recording, the extractions made from it, and the folder of their files.
 
-All that the page knows of models, queries and jobs is here. A session holds one recording at a time, and makes one
-extraction at a time, in a thread of its own.
+This module alone of the page knows models, queries and jobs. It has one recording at a time, and makes one extraction
+at a time, in a thread of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
 from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
 from clapsep_cli.query import RESIDUAL, Query, check_taken
-from clapsep_cli.registry import BUNDLED, MODELS, PREFERRED, home
+from clapsep_cli.registry import home
+from clapsep_cli.store.library import best_installed, choices
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Extraction
@@ -40,7 +41,7 @@ GONE = "the session's folder is gone: stop clapsep ui and start it again"
 
 @dataclass
 class Sound:
-    """Something to see and hear: the mixture, or a part of an attempt. `overview` is None until it was looked at."""
+    """The mixture or a part of an attempt, to see and to hear. `overview` is None until the file was read."""
 
     id: str
     name: str  # of its part, or the file's
@@ -48,14 +49,14 @@ class Sound:
     overview: Overview | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """What the page has to know of it."""
+        """Return what the page shows of it."""
         seen = {name: getattr(self.overview, name) for name in SEEN} if self.overview else {}
         return {"id": self.id, "name": self.name, "file": self.path.name, **seen}
 
 
 @dataclass
-class Recording:
-    """The recording that is open. `path` as the user gave it, or where an upload lies."""
+class OpenRecording:
+    """The recording that is open: a file of the user, or an upload in the session's folder."""
 
     sound: Sound
     folder: Path
@@ -68,14 +69,14 @@ class Recording:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
-        """What the page has to know of it."""
+        """Return what the page shows of it."""
         told = {name: getattr(self, name) for name in ("tracks", "track", "state", "done", "error")}
         return {**self.sound.as_json(), **told}
 
 
 @dataclass
 class Attempt:
-    """One extraction: what was asked for, how far it is, and what came of it."""
+    """One extraction: its request, progress and results."""
 
     id: str
     wish: Wish
@@ -86,7 +87,7 @@ class Attempt:
     state: str = WAITING
     done: float = 0.0
     error: str = ""
-    refined: bool = False  # whether it took two passes
+    refined: bool = False  # in two passes
     elapsed: float = 0.0
     parts: list[Sound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -94,7 +95,7 @@ class Attempt:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
-        """What the page has to know of it."""
+        """Return what the page shows of it."""
         plain = ("id", "summary", "command", "state", "done", "error", "refined", "notes")
         told = {name: getattr(self, name) for name in plain}
         parts = [{**part.as_json(), "presence": self.presence.get(part.name)} for part in self.parts]
@@ -102,13 +103,21 @@ class Attempt:
 
 
 class Session:
-    """What one page works on. `model` is the one to begin with, None for the best that is here; `device` for all.
+    """Holds a recording, examples and attempts, and works on them in threads.
 
-    Everything lies in a folder of its own, which `close` removes; a session that was killed is cleared by the next.
+    All files lie in a folder of its own, which `close` removes; the next session removes those of killed ones.
+
+    Args:
+        model: the first model offered; None for the best that is installed.
+        device: as of `load_model`.
+        place: folder in which the session makes its own; by default in `home()`.
+
+    Raises:
+        OutputError: `place` cannot be written.
     """
 
     def __init__(self, model: str | None = None, device: str = "auto", place: Path | None = None) -> None:
-        self.device, self.given = device, model or best_here()
+        self.device, self.given = device, model or best_installed()
         self.chosen = self.given
         above = place or home() / "page"
         _clear(above)
@@ -120,7 +129,7 @@ class Session:
             self.folder.mkdir(mode=0o700)
         except OSError as error:
             raise OutputError(f"{above}: cannot be written ({error.strerror or error})") from error
-        self.recording: Recording | None = None
+        self.recording: OpenRecording | None = None
         self.shots: dict[str, tuple[str, Path]] = {}  # by id: the name it was given, and where it lies
         self.attempts: dict[str, Attempt] = {}
         self._model: tuple[tuple[str, bool | None], Model] | None = None  # as it was asked for
@@ -128,7 +137,7 @@ class Session:
         self._working = ThreadPoolExecutor(1, thread_name_prefix="clapsep-work")
 
     def close(self) -> None:
-        """Stop what is under way, and remove the folder with all that is in it."""
+        """Stop all work, and remove the folder."""
         self._stop_all()
         self._looking.shutdown(cancel_futures=True)
         self._working.shutdown(cancel_futures=True)
@@ -143,25 +152,25 @@ class Session:
             attempt.stop.set()
 
     def state(self) -> dict[str, Any]:
-        """All that the page shows, in plain types."""
+        """Return all that the page shows, in types that JSON has."""
         recording = self.recording
         return {
             "recording": recording and recording.as_json(),
             "shots": [{"id": key, "name": name} for key, (name, _) in list(self.shots.items())],
             "attempts": [attempt.as_json() for attempt in list(self.attempts.values())],
-            "models": models_here(self.given),
+            "models": choices(self.given),
             "model": self.chosen,
         }
 
     def room(self) -> int:
-        """How many bytes may still be written. Raises `OutputError` where the folder is gone."""
+        """Return how many bytes may still be written. Raises `OutputError` if the folder is gone."""
         try:
             return max(0, shutil.disk_usage(self.folder).free - RESERVE_BYTES)
         except OSError as error:
             raise OutputError(GONE) from error
 
     def upload(self, name: str) -> Path:
-        """Where an upload of that name is to be written, in a folder of its own, under a name that any system takes."""
+        """Make a folder for an upload, and return the path to write it to, under a name that any system takes."""
         suffix = safe_name(Path(name).suffix, 16) if Path(name).suffix else ""
         folder = self._new_folder()
         return folder / f"{safe_name(Path(name).stem or 'recording', NAME_BYTES)}{'.' + suffix if suffix else ''}"
@@ -174,11 +183,16 @@ class Session:
             raise OutputError(GONE if not self.folder.is_dir() else f"{error.strerror or error}") from error
         return folder
 
-    def open(self, path: Path, given: str, track: int | None = None) -> Recording:
-        """Take `path` for the recording to work on, in place of the one that is open, whose attempts are removed.
+    def open(self, path: Path, given: str, track: int | None = None) -> OpenRecording:
+        """Open a recording in place of the one before, whose attempts are removed, and read it in the background.
 
-        It is read in the background, see `Recording.state`. Of a film's sound tracks, `track` is the one to read, from
-        1; None for the first. Raises `AudioError` at once where it is no recording.
+        Args:
+            path: of the file.
+            given: the name by which a command would find it.
+            track: number of the sound track of a film, from 1; None for the first.
+
+        Raises:
+            AudioError: it is no recording.
         """
         with Source(path, stream=track) as source:
             tracks = source.tracks
@@ -187,7 +201,7 @@ class Session:
             self.remove(key)
         before, folder = self.recording, self._new_folder()
         chosen = (track or 1) if len(tracks) > 1 else track
-        recording = Recording(Sound(new_id(), path.name, path), folder, given, tracks, chosen)
+        recording = OpenRecording(Sound(new_id(), path.name, path), folder, given, tracks, chosen)
         self.recording = recording
         if before is not None:
             self._looking.submit(self._forget, before, path)
@@ -195,34 +209,33 @@ class Session:
         return recording
 
     def choose_track(self, track: int) -> None:
-        """Open another sound track of the film that is open. Raises `UsageError` where there is none."""
+        """Open another sound track of the film. Raises `UsageError` if there is none."""
         recording = self.recording
         if recording is None or not 1 <= track <= len(recording.tracks):
             raise UsageError("there is no such sound track")
         self.open(recording.sound.path, recording.given, track)
 
-    def _forget(self, recording: Recording, now: Path) -> None:
-        """Remove what was kept of a recording, and its upload unless that is open `now`."""
+    def _forget(self, recording: OpenRecording, now: Path) -> None:
+        """Remove the files of a recording, and its upload unless that is open `now`."""
         shutil.rmtree(recording.folder, ignore_errors=True)
         if recording.sound.path != now and self.folder in recording.sound.path.parents:
             shutil.rmtree(recording.sound.path.parent, ignore_errors=True)
 
-    def _look(self, recording: Recording) -> None:
+    def _look(self, recording: OpenRecording) -> None:
         def told(done: float, total: float) -> None:
-            recording.done = min(1.0, done / total) if total else 0.0
+            recording.done = _share(done, total)
             if self.room() == 0:
                 raise OutputError(f"the disk of {self.folder.parent} is nearly full")
 
         try:
-            recording.sound.overview = look(
-                recording.sound.path, recording.folder, told, recording.stop, recording.track
-            )
+            sound = recording.sound
+            sound.overview = look(sound.path, recording.folder, told, recording.stop, recording.track)
             recording.state = DONE
         except Exception as error:
             recording.state, recording.error = FAILED, self._reason(error)
 
     def add_shot(self, path: Path, name: str) -> str:
-        """Take a recording as an example of what to keep or to leave; its id. Raises `AudioError`, `UsageError`."""
+        """Add an example of what to keep or to leave; return its id. Raises `AudioError`, `UsageError`."""
         if len(self.shots) >= MAX_SHOTS:
             raise UsageError(f"there are {MAX_SHOTS} examples already; remove some first")
         with Source(path):
@@ -232,24 +245,24 @@ class Session:
         return key
 
     def remove_shot(self, key: str) -> None:
-        """Forget an example."""
+        """Remove an example."""
         _, path = self.shots.pop(key)
         shutil.rmtree(path.parent, ignore_errors=True)
 
     def sound(self, key: str) -> Sound:
-        """The mixture or a part by its id. Raises `KeyError`."""
+        """Return the mixture or a part by its id. Raises `KeyError`."""
         sounds = [self.recording.sound] if self.recording else []
         sounds += [part for attempt in self.attempts.values() for part in attempt.parts]
         return {sound.id: sound for sound in sounds}[key]
 
     def extract(self, told: bytes | str) -> Attempt:
-        """Begin what the page asks for, in JSON. Raises `UsageError`, `QueryError`, `OutputError` where it cannot."""
+        """Start the extraction that a request in JSON describes. Raises `UsageError`, `QueryError`, `OutputError`."""
         if self.recording is None or self.recording.sound.overview is None:
             raise UsageError("open a recording first")
         if any(attempt.state in (WAITING, WORKING) for attempt in self.attempts.values()):
             raise UsageError("an extraction is under way: wait for it, or cancel it first")
         wish = Wish.read(told, self.shots)
-        here = {model["name"]: model["takes"] for model in models_here(self.given) if model["here"]}
+        here = {model["name"]: model["takes"] for model in choices(self.given) if model["here"]}
         if wish.model not in here:
             raise UsageError(f"the model {wish.model!r} is not here: clapsep models download {wish.model}")
         queries = wish.queries(self.shots)
@@ -264,7 +277,7 @@ class Session:
         self._working.submit(self._work, attempt, recording)
         return attempt
 
-    def _check_room(self, recording: Recording, parts: int) -> None:
+    def _check_room(self, recording: OpenRecording, parts: int) -> None:
         with Source(recording.sound.path, stream=recording.track) as source:  # an error if it is not there any more
             needed = source.frames * source.channels * 4 * parts
         if needed > (room := self.room()):
@@ -274,16 +287,16 @@ class Session:
             )
 
     def cancel(self, key: str) -> None:
-        """Have an extraction stop after the windows at hand. Raises `KeyError`."""
+        """Stop an extraction after the current windows. Raises `KeyError`."""
         self.attempts[key].stop.set()
 
     def remove(self, key: str) -> None:
-        """Forget an attempt, and delete its files once nothing writes them any more. Raises `KeyError`."""
+        """Remove an attempt, and delete its files once no thread writes them. Raises `KeyError`."""
         attempt = self.attempts.pop(key)
         attempt.stop.set()
         self._working.submit(shutil.rmtree, attempt.folder, ignore_errors=True)
 
-    def _work(self, attempt: Attempt, recording: Recording) -> None:
+    def _work(self, attempt: Attempt, recording: OpenRecording) -> None:
         attempt.state = WORKING
         try:
             with told_of_warnings(attempt.notes.append):
@@ -295,19 +308,19 @@ class Session:
             attempt.state, attempt.error = FAILED, self._reason(error)
 
     def _reason(self, error: Exception) -> str:
-        """What to tell of an error. One that nobody expected ends what was under way, not the page."""
+        """Return an error as the page shows it. An unexpected one ends the work at hand, not the page."""
         if not self.folder.is_dir():
             return GONE
         return str(error) if isinstance(error, ClapsepError | OSError) else f"{type(error).__name__}: {error}"
 
-    def _run(self, attempt: Attempt, recording: Recording) -> Extraction:
+    def _run(self, attempt: Attempt, recording: OpenRecording) -> Extraction:
         from clapsep_cli.jobs.batch import run
         from clapsep_cli.jobs.inputs import Input
         from clapsep_cli.jobs.planning import lay_out, plan
         from clapsep_cli.jobs.tasks import Extraction, Options
 
         def told(job: object, done: float, total: float) -> None:
-            attempt.done = min(1.0, done / total) if total else 0.0
+            attempt.done = _share(done, total)
 
         model = self._load(attempt.wish)
         attempt.refined = model.refined
@@ -333,16 +346,16 @@ class Session:
         return self._model[1]
 
     def _report(self, attempt: Attempt, done: Extraction) -> None:
-        """Take in what was made, and look at its parts."""
+        """Store the results of an attempt, and read its parts for the page."""
         attempt.elapsed, attempt.done = done.elapsed, 1.0
         attempt.notes += done.notes
         for name, told in done.presence.items():
             score = told["score"] if told else None
             attempt.presence[name] = {"score": score, "words": presence_in_words(score)}
-        clipped = {"the rest" if part == RESIDUAL else part: count for part, count in done.clipped.items() if count}
-        attempt.notes += [
-            f"{count} samples of {name} were over full scale and clipped" for name, count in clipped.items()
-        ]
+        for name, count in done.clipped.items():
+            if count:
+                heard = "the rest" if name == RESIDUAL else name
+                attempt.notes.append(f"{count} samples of {heard} were over full scale and clipped")
         parts = [Sound(new_id(), part, path) for part, path in done.outputs.items()]
         for part in parts:
             folder = attempt.folder / new_id()
@@ -351,28 +364,17 @@ class Session:
         attempt.parts, attempt.state = parts, DONE
 
 
+def _share(done: float, total: float) -> float:
+    return min(1.0, done / total) if total else 0.0
+
+
 def new_id() -> str:
-    """A name that nobody can guess."""
+    """Return a name that nobody can guess."""
     return secrets.token_hex(16)
 
 
-def best_here() -> str:
-    """The model to begin with: the best that is on this machine. A page downloads nothing."""
-    from clapsep_cli.store.library import find, installed
-
-    return PREFERRED if installed(find(PREFERRED)) else BUNDLED
-
-
-def models_here(given: str) -> list[dict[str, Any]]:
-    """All models by name, whether each is here, and what it takes; first the one that was given, if it is a folder."""
-    from clapsep_cli.store.library import statuses, taken_by
-
-    known = [{"name": s.entry.name, "here": s.folder is not None, "takes": s.takes} for s in statuses()]
-    return known if given in MODELS else [{"name": given, "here": True, "takes": taken_by(given)}, *known]
-
-
 def own_format(path: Path) -> str:
-    """The format of outputs that is the input's own; WAV where there is none like it."""
+    """Return the format of the input if outputs can have it, else WAV."""
     suffix = path.suffix.lower().removeprefix(".")
     return suffix if suffix in FORMATS else "wav"
 

@@ -1,4 +1,4 @@
-"""What the page asks for: read from its request, as queries, in words, and as the command line that does the same."""
+"""Reads the requests of the page, and turns them into queries, words, and the command that does the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from clapsep_cli.errors import UsageError
-from clapsep_cli.jobs.targets import parse_targets
+from clapsep_cli.jobs.requests import parse_targets
 from clapsep_cli.query import MAX_TARGETS, TARGET, Query, Span
 
 Shots = Mapping[str, tuple[str, Path]]  # examples by id: the name each was given, and where it lies
@@ -39,26 +39,26 @@ class _Read(BaseModel):
 
 
 class Side(_Read):
-    """Texts, ids of examples, and stretches of the mixture in seconds."""
+    """One side of a query: texts, ids of examples, and stretches of the mixture in seconds."""
 
     texts: Annotated[tuple[Text, ...], Field(max_length=MAX_ITEMS)] = ()
     shots: Annotated[tuple[str, ...], Field(max_length=MAX_ITEMS)] = ()
     spans: Annotated[tuple[Stretch, ...], Field(max_length=MAX_ITEMS)] = ()
 
     def describe(self, shots: Shots) -> str:
-        """The side in words."""
+        """Describe the side in words."""
         examples = [f"like {shots[key][0]}" for key in self.shots]
         return ", ".join([*self.texts, *examples, *(f"like {_stretch(span, '–')} s" for span in self.spans)])
 
 
 class Target(Side):
-    """What to keep under a name."""
+    """A side to keep, under a name."""
 
     name: str
 
 
 class Wish(_Read):
-    """Which model is asked, for which targets, and what they are to leave; `refine` as in `Model.refine`."""
+    """A request: the model, the targets, and the side that all of them leave; `refine` as in `Model.refine`."""
 
     model: str
     refine: bool = False
@@ -67,7 +67,7 @@ class Wish(_Read):
 
     @staticmethod
     def read(told: bytes | str, shots: Shots) -> Wish:
-        """Check a request in JSON. Raises `UsageError` for what is none, `QueryError` for what no target can be."""
+        """Read and check a request in JSON. Raises `UsageError` or, for an impossible target, `QueryError`."""
         try:
             wish = Wish.model_validate_json(told)
         except ValidationError as error:
@@ -84,17 +84,17 @@ class Wish(_Read):
 
     @property
     def single(self) -> bool:
-        """Whether one target is asked for, which needs no name."""
+        """True for a single target, which needs no name."""
         return [target.name for target in self.targets] == [TARGET]
 
     def named(self) -> dict[str, Target]:
-        """The targets by their names as files have them. Raises `QueryError` for names that they cannot have."""
+        """Return the targets by name, as in file names. Raises `QueryError` for an impossible name."""
         if self.single:
             return {TARGET: self.targets[0]}
         return dict(zip(parse_targets(f"{target.name}=x" for target in self.targets), self.targets, strict=True))
 
     def queries(self, shots: Shots) -> dict[str, Query]:
-        """The queries by name. Raises `QueryError` where nothing is asked for."""
+        """Return the queries by name. Raises `QueryError` for an empty one."""
         return {
             name: Query(
                 pos=side.texts,
@@ -108,7 +108,7 @@ class Wish(_Read):
         }
 
     def describe(self, shots: Shots) -> str:
-        """The wish in words, for the list of attempts."""
+        """Describe the request in words, for the list of attempts."""
         kept = {name: side.describe(shots) for name, side in self.named().items()}
         told = [words if self.single or name == words else f"{name}: {words}" for name, words in kept.items()]
         left = self.leave.describe(shots)
@@ -116,9 +116,15 @@ class Wish(_Read):
 
 
 def command_line(wish: Wish, shots: Shots, given: str, form: str, device: str, stream: int | None = None) -> str:
-    """The command that writes the same files, for a POSIX shell.
+    """Return the command that writes the same files, for a POSIX shell.
 
-    Examples and recordings that were dropped on the page are named as their files are called.
+    Args:
+        wish: the request.
+        shots: the examples; those dropped on the page appear under their file names.
+        given: name of the recording.
+        form: format of the outputs.
+        device: as of `load_model`.
+        stream: number of the sound track, from 1; None for the first.
     """
     words = ["clapsep", "extract", _as_argument(given)]
     for name, side in wish.named().items():
@@ -154,7 +160,7 @@ def _as_argument(name: str) -> str:
 
 
 def presence_in_words(score: float | None) -> str:
-    """What a presence score says; it is None where a model cannot tell."""
+    """Describe a presence score; None stands for a model that cannot tell."""
     if score is None:
         return "not known"
     return next((words for least, words in IN_WORDS if score >= least), ABSENT_IN_WORDS)

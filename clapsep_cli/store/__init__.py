@@ -1,1 +1,1 @@
-"""Models as files: downloaded, converted, checked, loaded."""
+"""Downloads, converts, checks and loads models."""

@@ -25,9 +25,17 @@ _DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_l
 
 
 def inject(encoder: nn.Module, rank: int, alpha: float) -> None:
-    """Wrap the attention layers of `encoder` by peft. B is zero, so the output does not change yet.
+    """Wrap the attention layers of a network by peft. B is zero, so the output does not change yet.
 
-    Only A, B and the biases of the wrapped layers require gradients afterwards. Raises `ExtraError` without peft.
+    Only A, B and the biases of the wrapped layers require gradients afterwards.
+
+    Args:
+        encoder: the network.
+        rank: r.
+        alpha: α.
+
+    Raises:
+        ExtraError: peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

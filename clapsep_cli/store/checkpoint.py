@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, DeviceError, ModelError, QueryError, UsageError
@@ -28,7 +27,7 @@ from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, Text
 from clapsep_cli.query import Query, check_taken, mutual
 from clapsep_cli.registry import FAMILIES
 from clapsep_cli.stitch.windows import Stream
-from clapsep_cli.store.whole import read_tensors, save_whole
+from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -65,7 +64,7 @@ class Model:
         self.config = read_config(metadata, folder)
         self.dtype = choose_precision(precision, device, self.kind.near_in_bfloat16)
 
-    refined = False  # whether it separates in two passes
+    refined = False  # True if it separates in two passes
 
     def __repr__(self) -> str:
         revision = f" ({self.revision})" if self.revision else ""
@@ -75,7 +74,9 @@ class Model:
 
     @cached_property
     def separator(self) -> Separator[Any]:
-        """The separator, in `dtype` on `device`; read when first used. Raises `CheckpointError`."""
+        """The separator in `dtype` on `device`, read when first used. Raises `CheckpointError`."""
+        if isinstance(texts := self.__dict__.get("text"), CachedTexts):
+            texts.release()  # the queries are embedded: the two are rarely needed at once
         separator = cast(
             "Separator[Any]", load_part(self.folder, "separator", self.family, self.config).to(self.device)
         )
@@ -90,9 +91,9 @@ class Model:
 
     @cached_property
     def text(self) -> TextEncoder:
-        """The text encoder, likewise; texts that were embedded before are read from the disk.
+        """The text encoder on `device`, read when first used; embeddings of earlier texts come from the disk.
 
-        Raises `ModelError` where the family has none.
+        Raises `ModelError` if the family has none.
         """
 
         def load() -> TextEncoder:
@@ -102,12 +103,12 @@ class Model:
 
     @cached_property
     def audio(self) -> AudioEncoder:
-        """The audio encoder, likewise."""
+        """The audio encoder on `device`, read when first used. Raises `ModelError` if the family has none."""
         return cast(AudioEncoder, load_part(self.folder, "audio", self.family, self.config).to(self.device))
 
     @cached_property
     def identity(self) -> str:
-        """Identifies the separator's weights: by the files they were converted from, or else by their hash."""
+        """Identity of the separator's weights: the files they were converted from, or else their hash."""
         path = self.folder / "separator.safetensors"
         pin = read_metadata(path).get("pin")
         return f"{self.family} {pin or digest(path)}"
@@ -115,8 +116,7 @@ class Model:
     def refine(self, wanted: bool = True) -> None:
         """Separate in two passes from now on (see `models.refined`), which takes more than twice the time.
 
-        Networks are still read when first used. `wanted`: False changes nothing. Raises `ModelError` for a model that
-        does not take recordings as queries.
+        `wanted`: False changes nothing. Raises `ModelError` for a model that takes no recordings as queries.
         """
         if self.refined or not wanted:
             return
@@ -129,12 +129,12 @@ class Model:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The kinds of queries it takes, see `registry.Traits`."""
+        """Kinds of queries it takes (see `registry.Traits`)."""
         return FAMILIES[self.family].takes
 
     @property
     def precision(self) -> str:
-        """The name of `dtype`, e.g. "float32"."""
+        """Name of `dtype`, e.g. "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
     def ask(self, queries: Sequence[Query], kept: Sequence[int] | None = None) -> Any:
@@ -182,16 +182,16 @@ class Model:
         return mutual(targets)
 
     def doubts(self, queries: Sequence[Query]) -> list[str]:
-        """Return a line for each reason why `queries` may go wrong with this model, though they can be asked.
+        """Return a line for each reason why results for `queries` may be poor.
 
-        Raises `QueryError` as `ask` does, where that can be told without a network.
+        Raises `QueryError` as `ask` does, where that needs no network.
         """
         self.check_taken(queries)
         return self.kind.doubts(self, queries) if self.kind.doubts else []
 
     @property
     def tells_likeness(self) -> bool:
-        """True where `likeness` can tell anything."""
+        """True if `likeness` returns numbers."""
         return self.kind.likeness is not None
 
     def likeness(self, wanted: Any, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
@@ -204,7 +204,7 @@ class Model:
             rate: its sample rate in Hz.
 
         Returns:
-            A cosine; None where that cannot be told.
+            A cosine; None if the family has no such measure.
         """
         return self.kind.likeness(self, wanted, stem, mono, rate) if self.kind.likeness else None
 
@@ -227,9 +227,8 @@ class CachedTexts(TextEncoder):
     """Embeds texts, and keeps the embeddings on disk, so that a repeated query needs no text encoder.
 
     Args:
-        load: returns the encoder; called when it is first needed, as it takes longer than embedding many texts.
-        folder: holds a small file for each text, of one version of one model. If it cannot be written, this only costs
-            time.
+        load: returns the encoder; called when first needed, as it takes longer than embedding many texts.
+        folder: of a small file for each text, for one version of one model; if it cannot be written, this costs time.
         dim: length of an embedding.
         device: where embeddings are returned.
     """
@@ -240,8 +239,12 @@ class CachedTexts(TextEncoder):
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """The encoder for texts that are not in the folder."""
+        """Encoder of texts that are not in the folder."""
         return self.load()
+
+    def release(self) -> None:
+        """Take the encoder out of memory; it is loaded again when it is needed."""
+        self.__dict__.pop("encoder", None)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         known = {text: found for text in texts if (found := self._read(text)) is not None}
@@ -336,7 +339,7 @@ def choose_precision(name: str, device: torch.device, near: bool = True) -> torc
     Args:
         name: "high" for float32, "fast" for bfloat16, or "auto": fast where that is native to the device and `near`.
         device: where they are computed.
-        near: whether the model's output in bfloat16 is so near to that in float32 that nobody hears it.
+        near: True if the model's output in bfloat16 is inaudibly near to that in float32.
 
     Raises:
         UsageError: for another name.
@@ -377,11 +380,7 @@ def save_part(
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Read a part's metadata. Raises `CheckpointError` unless it names a known family and holds a configuration."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a part of a model ({error})") from error
+    metadata = read_notes(path)
     if metadata.get("family") not in FAMILIES or "config" not in metadata:
         raise CheckpointError(f"{path}: is not of a model family known here ({', '.join(FAMILIES)})")
     return metadata

@@ -40,10 +40,9 @@ def convert_audiosep(files: Sequence[Path], folder: Path, config: AudioSepConfig
 
 
 def convert(tensors: Mapping[str, Tensor], config: AudioSepConfig) -> dict[str, dict[str, Tensor]]:
-    """State dicts of `AudioSep` ("separator") and `ClapTextEncoder` ("text"), float32, from the released tensors.
+    """Convert the released tensors to state dicts of `AudioSep` ("separator") and `ClapTextEncoder` ("text"), float32.
 
-    Raises `CheckpointError`, naming the first few, for tensors that are missing, unexpected or not of the shape that
-    `config` has.
+    Raises `CheckpointError` for missing and unexpected tensors, and those of another shape than `config` has.
     """
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     foreign = [name for name in tensors if not name.startswith((SEPARATOR, CLAP))]
@@ -56,7 +55,7 @@ def convert(tensors: Mapping[str, Tensor], config: AudioSepConfig) -> dict[str, 
 
 
 def convert_separator(tensors: Mapping[str, Tensor], config: AudioSepConfig) -> dict[str, Tensor]:
-    """The first of these by itself; what is CLAP's in `tensors` plays no part. Raises `CheckpointError`."""
+    """Convert the separator alone; tensors of CLAP are ignored. Raises `CheckpointError`."""
     released = _below(SEPARATOR, tensors)
     with torch.device("meta"):
         network = AudioSep(config)
@@ -71,7 +70,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Released:
 
 
 def _released(name: str) -> str:
-    """What our tensor `name` is called in the released file, without `ss_model.`."""
+    """Return the released name of our tensor `name`, without `ss_model.`."""
     part, *inner, leaf = name.split(".")
     if part in _TOP:
         return f"{_TOP[part]}.{leaf}"

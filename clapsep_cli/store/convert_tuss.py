@@ -130,7 +130,7 @@ def _path(ours: str, theirs: str, width: int, attention: int, feed_forward: int,
 
 
 def _bands(width: int) -> Iterator[_Part]:
-    """Bands of equal width are one tensor in ours."""
+    """Yield the rules for encoders and decoders of bands; those of equal width are one tensor in ours."""
     first = 0
     for group, (count, bins) in enumerate(BANDS):
         numbers = range(first, first + count)

@@ -23,7 +23,7 @@ from clapsep_cli import files
 from clapsep_cli.errors import DownloadError
 from clapsep_cli.registry import MODELS, SHORT, HubFile, Remote, home
 
-Say = Callable[[str], None]  # is told, in a line, why it takes longer
+Say = Callable[[str], None]  # gets a line for the user
 Progress = Callable[[int, int], None]  # bytes done, bytes in all; must not raise
 
 SUMS = "SHA256SUMS"  # the hashes of the files in its folder, for `sha256sum -c`

@@ -17,18 +17,17 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clapsep_cli.errors import CheckpointError, ClapsepWarning, ModelError
 from clapsep_cli.registry import BUNDLED, FAMILIES, MODELS, PREFERRED, SHORT, Entry, home, weights_folder
 from clapsep_cli.store import download
-from clapsep_cli.store.download import SUMS, amount
+from clapsep_cli.store.download import SUMS, Say, amount
 
 if TYPE_CHECKING:  # it imports torch, which listing and finding models do not need
     from clapsep_cli.store.checkpoint import Model
 
-Say = Callable[[str], None]  # is told, in a line, what the user should know
-Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
+FileProgress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 _Sources = Mapping[str, Mapping[str, str]]  # by file name: its `sha256`, and the `source` of that
 
 
@@ -42,14 +41,14 @@ def _warn(line: str) -> None:
 
 @dataclass(frozen=True)
 class Status:
-    """A model and whether it is here. `folder` is None where it is not."""
+    """A model and its folder, None if it is not installed."""
 
     entry: Entry
     folder: Path | None
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """The kinds of queries it takes, see `registry.Traits`."""
+        """Kinds of queries it takes (see `registry.Traits`)."""
         return FAMILIES[self.entry.family].takes
 
     def as_json(self) -> dict[str, object]:
@@ -61,14 +60,6 @@ class Status:
             "takes": self.takes,
             **asdict(self.entry),
         }
-
-
-@cache
-def taken_by(folder: str) -> tuple[str, ...]:
-    """Return the kinds of queries that the model in a folder takes. Raises `CheckpointError`."""
-    from clapsep_cli.store.checkpoint import read_metadata
-
-    return FAMILIES[read_metadata(Path(folder) / "separator.safetensors")["family"]].takes
 
 
 def find(name: str) -> Entry:
@@ -100,12 +91,31 @@ def statuses() -> list[Status]:
     return [Status(entry, installed(entry)) for entry in MODELS.values()]
 
 
+def best_installed() -> str:
+    """Return the name of the best model that is here."""
+    return PREFERRED if installed(find(PREFERRED)) else BUNDLED
+
+
+def choices(given: str) -> list[dict[str, Any]]:
+    """List all models: name, here or not, kinds of queries; first the `given` one, if it is a folder."""
+    known = [{"name": one.entry.name, "here": one.folder is not None, "takes": one.takes} for one in statuses()]
+    return known if given in MODELS else [{"name": given, "here": True, "takes": _taken_by(given)}, *known]
+
+
+@cache
+def _taken_by(folder: str) -> tuple[str, ...]:
+    """Return the kinds of queries that the model in a folder takes. Raises `CheckpointError`."""
+    from clapsep_cli.store.checkpoint import read_metadata
+
+    return FAMILIES[read_metadata(Path(folder) / "separator.safetensors")["family"]].takes
+
+
 def install(
     name: str,
     files: Sequence[Path] = (),
     keep_original: bool = False,
     say: Say = _nothing,
-    progress: Progress = _nothing,
+    progress: FileProgress = _nothing,
     instead: str = "",
 ) -> Path:
     """Install a model: download its files, or take those that the user brought, and convert them.
@@ -116,8 +126,8 @@ def install(
         name: of the model.
         files: released files that the user brought; none to download them.
         keep_original: keep downloads after conversion.
-        say: told of a download's size before it begins, and of unusual files.
-        progress: told of each download's progress.
+        say: called with a line on the size of a download before it begins, and on unusual files.
+        progress: called during downloads with file, bytes done and bytes in all.
         instead: an alternative to the download, for the message.
 
     Returns:
@@ -267,7 +277,7 @@ def load_model(
     precision: str = "auto",
     *,
     say: Say | None = None,
-    progress: Progress = _nothing,
+    progress: FileProgress = _nothing,
 ) -> Model:
     """Load a model.
 

@@ -94,7 +94,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def write_part(folder: Path, part: str, family: str, config: Any, tensors: Mapping[str, Tensor], **notes: str) -> None:
-    """Write a part as `save_part` does, read it back and compare. Raises `CheckpointError`, `ModelError`."""
+    """Write a part, read it back and compare. Arguments are those of `save_part`.
+
+    Raises:
+        ModelError: the file cannot be written.
+        CheckpointError: it does not hold what was written.
+    """
     save_part(folder, part, family, config, tensors, **notes)
     path = folder / f"{part}.safetensors"
     written = read_tensors(path)

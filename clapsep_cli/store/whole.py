@@ -18,7 +18,16 @@ PIECE_BYTES = 1 << 25  # of tensors that are mapped together
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write tensors under a temporary name and rename the complete file. Raises `ModelError`."""
+    """Write tensors under a temporary name and rename the complete file.
+
+    Args:
+        tensors: by name.
+        path: of the file; its folder is made.
+        notes: the file's metadata.
+
+    Raises:
+        ModelError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -56,8 +65,7 @@ def read_notes(path: Path) -> dict[str, str]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a part, mapped from the file. Raises `CheckpointError`.
 
-    Every 32 MB are mapped by themselves, and so leave memory as soon as none of their tensors lies in the file any
-    more: when they are converted, say.
+    Every 32 MB are a mapping of their own, so memory is freed piece by piece as tensors are converted.
     """
     tensors: dict[str, Tensor] = {}
     mapped = PIECE_BYTES
