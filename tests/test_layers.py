@@ -79,7 +79,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "training.recipes",
         [
             {"augment", "objective"},
-            {"conditions", "space", "validation"},
+            {"conditions", "prompt_mixing", "space", "validation"},
             {"audiosep", "clapsep", "mini", "tuss"},
             {"presets"},
         ],
