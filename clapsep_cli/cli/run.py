@@ -243,14 +243,6 @@ def _warn_of_doubts(model: Model, sets: Sequence[Mapping[str, Query]]) -> None:
                 raise
 
 
-def _stops() -> list[signal.Signals]:
-    """Return the signals that stop a run. SIGHUP, sent by a closed terminal, stays ignored under nohup."""
-    stops = [signal.SIGINT, signal.SIGTERM]
-    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        stops.append(signal.SIGHUP)
-    return stops
-
-
 @contextmanager
 def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
@@ -263,7 +255,11 @@ def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> 
         with suppress(RuntimeError, OSError):  # the signal interrupted another print, or stderr is closed
             notes(quiet)(f"{said}; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in _stops()}
+    stops = [signal.SIGINT, signal.SIGTERM]
+    # A closed terminal sends SIGHUP; under nohup it stays ignored.
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in stops}
     try:
         yield stop
     finally:

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -259,7 +259,9 @@ class Recording:
                 self._check()
                 presence[name] = one.read(self._likeness(stem))
             self._take_events(last=True)
-            absent = self._absent(presence)
+            least = self.options.min_presence
+            scores = {name: one["score"] if one else -math.inf for name, one in presence.items()}
+            absent = [name for name, score in scores.items() if least is not None and score < least]
             self._events |= {name: [] for name in absent if name in self._events}
             written = len(absent) < len(self.job.kept) or self.options.no_audio
             result = self._commit(absent) if written else Written({}, 1.0)
@@ -310,13 +312,6 @@ class Recording:
 
     def _likeness(self, stem: int) -> Callable[[Audio], float | None]:
         return lambda mono: self.model.likeness(self.wanted, stem, mono, self.heard_rate)
-
-    def _absent(self, presence: Mapping[str, dict[str, float] | None]) -> list[str]:
-        """Return the targets below `min_presence`, if that is set."""
-        least = self.options.min_presence
-        if least is None:
-            return []
-        return [name for name, one in presence.items() if one is None or one["score"] < least]
 
     def close(self) -> None:
         """Close all files, and remove unfinished outputs. Does not wait for threads that stall."""
