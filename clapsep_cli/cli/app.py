@@ -27,7 +27,7 @@ from clapsep_cli.cli.separate import ListCommand, separate
 from clapsep_cli.cli.terminal import ModelDirOption, note
 from clapsep_cli.cli.train import train
 from clapsep_cli.cli.ui import ui
-from clapsep_cli.errors import ClapsepError, ModelError, told_of_warnings
+from clapsep_cli.errors import ClapsepError, ModelError, forwarded_warnings
 from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
 
@@ -82,7 +82,7 @@ def main() -> NoReturn:
     command = get_command(app)
     _simplify_help(command)
     try:
-        with told_of_warnings(note):
+        with forwarded_warnings(note):
             command(standalone_mode=True)
     except ClapsepError as error:
         note(str(error))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import FAILED, find, load, stoppable
+from clapsep_cli.cli.run import FAILED, find_recordings, load, stoppable
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes, option
 from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError
 from clapsep_cli.query import parse_time
@@ -74,7 +74,7 @@ def hear(
             if stop.is_set():
                 raise StoppedError("stopped")
 
-        found = find(inputs or [], recursive, None, stage)
+        found = find_recordings(inputs or [], recursive, None, stage)
         pictures = _pictures(found, overwrite, stage) if plot else {}
         set_threads(threads)
         loaded = load(Loading(model, adapter, device, "high"), stage, quiet)

@@ -41,7 +41,7 @@ STATUSES = {"done": "done", "absent": "without what was asked for", "skipped": "
 HEADER_LETTERS = 160  # of the queries in the first line
 
 
-def find(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
+def find_recordings(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
     """Find the recordings that the arguments of a command name, without outputs of earlier runs (see `expand`)."""
     from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import expand

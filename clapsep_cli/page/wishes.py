@@ -66,10 +66,10 @@ class Wish(_Read):
     leave: Side = Side()
 
     @staticmethod
-    def read(told: bytes | str, shots: Shots) -> Wish:
+    def read(request: bytes | str, shots: Shots) -> Wish:
         """Read and check a request in JSON. Raises `UsageError` or, for an impossible target, `QueryError`."""
         try:
-            wish = Wish.model_validate_json(told)
+            wish = Wish.model_validate_json(request)
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, fault["loc"]))
