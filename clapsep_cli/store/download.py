@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from clapsep_cli import files
 from clapsep_cli.errors import DownloadError
-from clapsep_cli.registry import MODELS, SHORT, HubFile, Remote, home
+from clapsep_cli.registry import MODELS, SHORT, HubFile, Remote, WebFile, home
 
 Say = Callable[[str], None]  # gets a line for the user
 Progress = Callable[[int, int], None]  # bytes done, bytes in all; must not raise
@@ -96,8 +96,7 @@ def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
         partial.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(partial).free < remote.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        bring = _from_hub if isinstance(remote, HubFile) else _from_web
-        fetched = _checked(remote, _attempts(remote, lambda: bring(remote, partial, progress)), stated)
+        fetched = _checked(remote, _attempts(remote, lambda: _bring(remote, partial, progress)), stated)
         folder.mkdir(exist_ok=True)
         path = fetched.path.replace(folder / remote.name)
         write_sums(folder, {remote.name: fetched.sha256})
@@ -212,22 +211,23 @@ def _cached(remote: Remote) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _from_hub(remote: Any, folder: Path, progress: Progress | None) -> Path:
-    """Download a file of the Hub. Its client resumes after a broken connection."""
-    from huggingface_hub import hf_hub_download
+def _bring(remote: Remote, folder: Path, progress: Progress | None) -> Path:
+    """Download a file. The Hub's client resumes after a broken connection."""
+    if isinstance(remote, HubFile):
+        from huggingface_hub import hf_hub_download
 
-    bar: Any = _bar(progress, remote.size)
-    return Path(hf_hub_download(**_pinned(remote), local_dir=folder, tqdm_class=bar))
+        bar = _bar(progress, remote.size)
+        return Path(hf_hub_download(**_pinned(remote), local_dir=folder, tqdm_class=bar))
+    return _from_web(remote, folder, progress)
 
 
-def _from_web(remote: Any, folder: Path, progress: Progress | None) -> Path:
+def _from_web(remote: WebFile, folder: Path, progress: Progress | None) -> Path:
     """Download a file from its address, or from its path below CLAPSEP_ENDPOINT, without resuming."""
     import httpx2
 
     mirror = os.environ.get("CLAPSEP_ENDPOINT", "").rstrip("/")
     url = mirror + urlsplit(remote.url).path if mirror else remote.url
-    path: Path = folder / remote.name
-    done = 0
+    path, done = folder / remote.name, 0
     with (
         httpx2.Client(follow_redirects=True, timeout=TIMEOUT_S) as client,
         client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response,
@@ -246,26 +246,22 @@ def _from_web(remote: Any, folder: Path, progress: Progress | None) -> Path:
     return path
 
 
-def _bar(progress: Progress | None, total: int) -> type:
-    """Make a class that stands in for tqdm in the Hub's client: it calls `progress` and prints nothing."""
+def _bar(progress: Progress | None, total: int) -> Any:
+    """Make a progress bar for the Hub's client that calls `progress` and prints nothing."""
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Bar:
-        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-            self.n, self.total = initial, total
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            settings["disable"] = True  # so that it prints nothing
+            super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             self.n += int(n or 0)
             if progress:
                 progress(min(self.n, total), total)
 
-        def ignore(self, *_: object, **__: object) -> None:
-            pass
-
-        # With `update_transfer`, the client counts the network's bytes apart, and `update` only the file's.
-        update_transfer = set_transfer_postfix_str = set_postfix_str = refresh = close = __exit__ = ignore
-
-        def __enter__(self) -> Bar:
-            return self
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Ignore bytes of the network, so that `update` gets those of the file."""
 
     return Bar
 
