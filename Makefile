@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clapsep demo -o examples/out
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 # Real Ray on this machine, with workers, nodes and drivers that are killed. Up to three minutes.
 test-ray: $(VENV)/dev

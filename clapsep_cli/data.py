@@ -255,7 +255,7 @@ def mix(target: Audio, interferer: Audio, snr_db: float = 0.0) -> tuple[Audio, A
         snr_db: level of the target over the interferer, which is scaled, in dB.
 
     Returns:
-        The mixture and the target, scaled together to a peak of 0.9 if the mixture's exceeds 1.
+        The mixture and the target, scaled together to a peak of 0.9 if the mixture's exceeds 1, as released.
     """
     ratio = (np.square(target, dtype=np.float64).sum() + 1e-12) / (
         np.square(interferer, dtype=np.float64).sum() + 1e-12

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,13 +180,25 @@ def test_batches_change_nothing(
     tiny.separator.window = 32_000
     data, options = EvaluationSet(rows, folder), EvaluationOptions(bss=False)
     single = [s for scores in evaluate(tiny, data, options) for s in scores]
-    monkeypatch.setattr(module, "BATCH", {"cpu": 3})
-    batched = [s for scores in evaluate(tiny, data, options) for s in scores]
+    estimate, sizes = type(tiny.separator).estimate, list[int]()
+
+    def noted(self: Any, mixtures: torch.Tensor, conditions: Any) -> Any:
+        sizes.append(len(mixtures))
+        if len(mixtures) > 3:
+            raise torch.cuda.OutOfMemoryError
+        return estimate(self, mixtures, conditions)
+
+    monkeypatch.setattr(type(tiny.separator), "estimate", noted)
+    batched = [s for scores in evaluate(tiny, data, options, batch_size=3) for s in scores]
+    assert sizes == [3, 1]
+    short = [s for scores in evaluate(tiny, data, options, batch_size=4) for s in scores]
+    assert sizes[2:] == [4, 2, 2]
+    assert [s.query for s in short] == [s.query for s in batched]
     assert [(s.mixture, s.query) for s in batched] == [(s.mixture, s.query) for s in single]
     for a, b in zip(single, batched, strict=True):
         assert (a.sdri, a.si_sdri, a.level) == pytest.approx((b.sdri, b.si_sdri, b.level), abs=2e-3)
         assert a.bss_sdri is None
-    rest = [s for scores in evaluate(tiny, data, options, start=2) for s in scores]
+    rest = [s for scores in evaluate(tiny, data, options, start=2, batch_size=3) for s in scores]
     assert rest == batched[-len(rest) :]
     assert rest[0].mixture == rows[2]
 
@@ -376,7 +389,12 @@ def test_the_commands_from_a_folder_to_scores(
     assert found["settings"]["mixtures"] == found["queries"]["both"]["mixtures"] == 2
     assert "bss_sdri" not in found["queries"]["both"]
     assert (tmp_path / "out" / "scores.csv").read_text().count("\n") == 2 + 2 * 3
-    table = clapsep(*asked, "--skip-missing", "--labels", cwd=tmp_path)
+    fast = clapsep(*arguments, "--no-bss", "--json", "--skip-missing", "--precision", "fast", cwd=tmp_path)
+    lowered = json.loads(fast.stdout)
+    assert (found["settings"]["precision"], lowered["settings"]["precision"]) == ("float32", "bfloat16")
+    high, low = (one["queries"]["both"]["si_sdri"] for one in (found, lowered))
+    assert high != low == pytest.approx(high, abs=0.5)
+    table = clapsep(*asked, "--skip-missing", "--labels", "--batch-size", "2", cwd=tmp_path)
     assert "both text+1 shot" in table.stdout
     assert "by label, both 1 shot" in table.stdout
     reported = clapsep(*asked, "--skip-missing", "--quiet", "--report", "r.html", cwd=tmp_path)

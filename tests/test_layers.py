@@ -65,7 +65,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     ),
     ("page", [{"overview", "wishes"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
-    ("evaluation", [{"mixtures"}, {"scores"}, {"compare", "evaluate"}, {"external", "prompted", "report"}]),
+    ("evaluation", [{"mixtures"}, {"datasets", "scores"}, {"compare", "evaluate"}, {"external", "prompted", "report"}]),
     (
         "training.loop",
         [

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -354,7 +355,7 @@ def test_a_repeated_text_needs_no_encoder(tmp_path: Path) -> None:
 
 
 def test_the_text_encoder_is_read_once(served: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many new texts there are, in however many calls."""
+    """However many new texts there are, in however many calls; once more if there are others after the separator."""
     model = library.load_model("clapsep", "cpu", "high")
     read: list[str] = []
 
@@ -367,6 +368,11 @@ def test_the_text_encoder_is_read_once(served: HubServer, monkeypatch: pytest.Mo
     model.ask(list(model.apart(targets).values()))
     model.ask([Query(pos="a bird")])
     assert read == ["text"]
+    text = weakref.ref(model.text.encoder)  # type: ignore[attr-defined]
+    assert model.separator.rate > 0
+    assert text() is None, "the text encoder stays in memory beside the separator"
+    model.ask([Query(pos="a car")])
+    assert read == ["text", "separator", "text"]
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 import soundfile
 from clips import write_clips
 from conftest import TINY_MINI, Clapsep, serve
+from data_sets import VIDEOS, serve_data_sets
 from hub_server import HubServer
 from media_files import encode
 from recordings import noise
@@ -134,12 +135,24 @@ def heard(place: Path) -> set[Path]:
     return {path for path in place.rglob("*") if path.suffix in SUFFIXES}
 
 
+def sections() -> dict[str, list[Block]]:
+    """Blocks of shell commands, by the heading they stand under. A section needs nothing that another one wrote."""
+    found: dict[str, list[Block]] = {}
+    for block in blocks():
+        if block.language == "sh":
+            above = "\n".join(README.splitlines()[: block.line])
+            headings = re.findall(r"^## (.*)$", above, re.M)
+            found.setdefault(headings[-1] if headings else "clapsep", []).append(block)
+    return found
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric")
-def test_every_shell_line_runs(place: Path, clapsep: Clapsep) -> None:
+@pytest.mark.parametrize("section", sections())
+def test_every_shell_line_runs(section: str, place: Path, clapsep: Clapsep) -> None:
     inputs = heard(place)
-    for block in blocks():
-        for at, line in enumerate(block.commands if block.language == "sh" else ()):
+    for block in sections()[section]:
+        for at, line in enumerate(block.commands):
             command, _, comment = line.partition("#")
             program, *arguments = shlex.split(command)
             if program in INSTALLERS:
@@ -167,52 +180,37 @@ def test_every_shell_line_runs(place: Path, clapsep: Clapsep) -> None:
 RECIPES = (ROOT / "RECIPES.md").read_text()
 
 
-def write_archives(place: Path) -> None:
-    """Small stand-ins of what the recipes begin with, in the layouts of the data sets."""
+def write_archives(place: Path, server: HubServer) -> None:
+    """Small stand-ins of what the recipes begin with, in the layouts of the data sets; archives are served."""
+    serve_data_sets(server, place)
 
-    def sound(name: str, seed: int, seconds: float = 0.5) -> str:
-        path = place / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, noise(round(16_000 * seconds), 1, seed=seed), 16_000, "PCM_16")
-        return path.name
+    def sound(name: str, seed: int, seconds: float = 0.5) -> None:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(place / name, noise(round(16_000 * seconds), 1, seed=seed), 16_000, "PCM_16")
 
-    lines, labels = ["filename,fold,target,category,esc10,src_file,take"], ("dog", "rain", "cat", "frog")
-    lines += [
-        f"{sound(f'ESC-50-master/audio/{n}.wav', n)},{5 if n < 8 else 1},{n % 4},{labels[n % 4]},F,1,A"
-        for n in range(12)
-    ]
-    (place / "ESC-50-master" / "meta").mkdir()
-    (place / "ESC-50-master" / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
-    shutil.make_archive(str(place / "ESC-50-master"), "zip", place, "ESC-50-master")
-    shutil.rmtree(place / "ESC-50-master")
-    for part, name in (("test", "test_post_competition_scoring_clips"), ("train", "train_post_competition")):
-        rows = [
-            f"{sound(f'FSDKaggle2018.audio_{part}/{n}.wav', 20 + n, 1.5)},{label}"
-            for n, label in enumerate(("Cello", "Bass_drum"))
-        ]
-        (place / "FSDKaggle2018.meta").mkdir(exist_ok=True)
-        (place / "FSDKaggle2018.meta" / f"{name}.csv").write_text(
-            "\n".join(["fname,label,usage", *(f"{r},x" for r in rows)]) + "\n"
-        )
-    for part, first in (("train", 30), ("test", 40)):
-        rows = [f'{sound(f"audiocaps/{part}{n}.wav", first + n)},"Sound {n}; and more"' for n in range(2)]
-        (place / "audiocaps" / f"{part}.csv").write_text("\n".join(["file_name,caption", *rows]) + "\n")
+    for n, name in enumerate(VIDEOS):
+        sound(f"audiocaps/wav/Y{name}_30.wav", 30 + n)
     for n, instrument in enumerate(("cello", "flute")):
         sound(f"MUSIC21/{instrument}/{n}.wav", 50 + n)
-    for n, stem in enumerate(("mixture", "drums", "bass", "vocals", "other")):
-        sound(f"musdb18hq/test/A - Song/{stem}.wav", 60 + n)
     for n, stem in enumerate(("mix", "speech", "music", "sfx")):
         sound(f"dnr_v2/tt/1002/{stem}.wav", 70 + n)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning_fabric")
-def test_every_recipe_runs_on_stand_ins(place: Path, clapsep: Clapsep) -> None:
-    write_archives(place)
-    lines = [line for found in re.findall(r"^```sh\n(.*?)^```$", RECIPES, re.M | re.S) for line in found.splitlines()]
+def test_every_recipe_runs_on_stand_ins(
+    place: Path, clapsep: Clapsep, served: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_archives(place, served)
+    lines = [
+        line for block in blocks(RECIPES) for line in ([block.text] if block.language == "python" else block.commands)
+    ]
     assert len(lines) > 20
     for line in lines:
-        if line.startswith("clapsep "):
+        if "\n" in line:
+            monkeypatch.chdir(place)
+            exec(line, {})
+        elif line.startswith("clapsep "):
             # BSS-eval takes most of the time, and README's lines have it; two clips have no ten shots.
             faster = " --no-bss" if line.startswith("clapsep evaluate") and not re.search("no-bss|tuss", line) else ""
             run(line.replace("--shots 10", "--shots 1") + faster, place, clapsep)
@@ -221,7 +219,7 @@ def test_every_recipe_runs_on_stand_ins(place: Path, clapsep: Clapsep) -> None:
             assert shell.returncode == 0, f"{line}: {shell.stderr}"
     for made in ("esc50.html", "systems.html", "audiocaps.html", "fig8.npz", "runs/text/separator.safetensors"):
         assert (place / made).stat().st_size, made
-    assert (place / "fsd" / "scores.csv").read_text().count("both text+1 shot") == 2
+    assert (place / "scores" / "fsd" / "scores.csv").read_text().count("both text+1 shot") == 2
 
 
 def test_the_python_block_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from clips import reported, write_clips
 from conftest import Clapsep
 from tiny_clapsep import ROBERTA, write_checkpoints
 
-from clapsep_cli import dsp, load_model
+from clapsep_cli import Query, dsp, load_model, separate
 from clapsep_cli.data import Labelling, read_corpus
 from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
 from clapsep_cli.models.base import condition
 from clapsep_cli.registry import MODELS
 from clapsep_cli.store import adapters
-from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata
+from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata, save_part
 from clapsep_cli.store.convert_clapsep import convert_clapsep
 from clapsep_cli.store.library import write_tokenizer
 from clapsep_cli.store.whole import read_tensors
@@ -280,11 +281,16 @@ def test_the_last_weights_are_kept_where_asked(manifest: Path, recipe: ClapsepRe
 
 def test_the_decoder_starts_as_the_references(recipe: ClapsepRecipe, base: Path) -> None:
     net = build(recipe, load_model(base, "cpu"))
+    attentions = [layer.qkv for layer in net.mask_net.layers]
+    for attention in attentions:  # torch's own attention there: uniform, by the sizes of both sides
+        bound = (6 / sum(attention.weight.shape)) ** 0.5
+        assert bound * 0.98 < attention.weight.abs().max() <= bound
+        assert not attention.bias.any()
     weights = [
         layer.weight.detach().flatten()
         for part in (net.aggregator, net.mask_net)
         for layer in part.modules()
-        if isinstance(layer, torch.nn.Linear)
+        if isinstance(layer, torch.nn.Linear) and layer not in attentions
     ]
     assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.02)
     assert abs(torch.cat(weights).mean()) < 1e-3
@@ -465,3 +471,50 @@ def test_the_command_tunes_an_adapter(clapsep: Clapsep, manifest: Path, base: Pa
     assert read_config(read_metadata(tmp_path / "runs/manifest/separator.safetensors"), base) == ROBERTA
     settings = json.loads((tmp_path / "runs/manifest/run.json").read_text())["settings"]
     assert (settings["lora_only"], settings["queries"]) == (True, "hybrid")
+
+
+def test_a_phase_head_starts_by_turning_nothing_and_is_trained(
+    manifest: Path, recipe: ClapsepRecipe, base: Path, clapsep: Clapsep, tmp_path: Path
+) -> None:
+    released, turning = load_model(base, "cpu", "high"), replace(recipe, init=str(base), phase=True)
+    net, asked = build(turning, released), condition(torch.randn(1, ROBERTA.dim), None)
+    mixtures = 0.1 * torch.randn(2, ROBERTA.window)
+    with torch.no_grad():
+        (plain,), (same,) = (list(one.eval().estimate(mixtures, [asked])) for one in (released.separator, net))
+    torch.testing.assert_close(same, plain)
+    run(manifest, tmp_path / "out", replace(turning, epochs=1))
+    trained = load_model(tmp_path / "out", "cpu", "high")
+    assert trained.config == replace(ROBERTA, phase=True)
+    assert trained.separator.mask_net.turn.weight.any(), "the head is trained"
+    torch.manual_seed(0)
+    torch.nn.init.normal_(trained.separator.mask_net.turn.weight, std=0.5)
+    save_part(tmp_path / "out", "separator", "clapsep", trained.config, trained.separator.state_dict())
+    rate, seconds = 44_100, 3.1
+    mix = np.random.default_rng(0).standard_normal((2, round(rate * seconds))).astype(np.float32) * 0.1
+    soundfile.write(tmp_path / "mix.wav", mix.T, rate, "FLOAT")
+    asked_for = ("extract", "mix.wav", "--model", "out", "--pos", "a dog", "--neg", "rain", "--overwrite")
+    for more in ((), ("--refine",), ("--precision", "fast")):
+        done = clapsep(*asked_for, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        parts = [soundfile.read(tmp_path / f"mix.{part}.wav", dtype="float32")[0].T for part in ("target", "residual")]
+        np.testing.assert_allclose(sum(parts), mix, atol=1e-6)
+    short = np.ascontiguousarray(mix[:1, : ROBERTA.window - 1000])
+    result = separate(short, 32_000, Query("a dog"), trained)
+    wanted = trained.ask([Query("a dog")]).targets
+    whole = torch.nn.functional.pad(torch.from_numpy(short), (0, 1000))
+    with torch.no_grad():
+        (expected,) = trained.separator.estimate(whole, [wanted])
+    far = slice(0, ROBERTA.window - 3000)  # near the end one is reflected, and the other padded
+    np.testing.assert_allclose(result.target[0, far], expected[0, far].numpy(), atol=2e-4)
+    assert not np.allclose(result.target[0, far], _magnitudes_alone(trained, whole, wanted)[0, far].numpy(), atol=1e-3)
+    several = {"dog": Query("a dog"), "rain": Query("rain"), "roof": Query("roof")}
+    assert len(separate(mix, rate, several, trained).stems) == 3
+    with pytest.raises(RecipeError, match="leave phase out"):
+        run(manifest, tmp_path / "x", replace(turning, lora_only=True))
+
+
+def _magnitudes_alone(model: Model, mixtures: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """What the mask's moduli alone make."""
+    with torch.no_grad():
+        mask = model.separator.mask(model.separator.encode(mixtures), wanted).abs()
+    return dsp.masked(dsp.spectrum(mixtures), mask, mixtures.shape[1])

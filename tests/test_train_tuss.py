@@ -16,7 +16,7 @@ from clips import reported
 from conftest import Clapsep
 from tuss_stand_in import TINY
 
-from clapsep_cli import load_model
+from clapsep_cli import Query, load_model
 from clapsep_cli.data import read_corpus
 from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
 from clapsep_cli.models.prompts import PROMPTS
@@ -266,7 +266,8 @@ def test_presets_are_those_of_the_released_models() -> None:
     ("values", "message"),
     [
         ({"tuss.width": 20}, "tuss-medium.tuss: not a TUSS size, it must hold that groups divide the width"),
-        ({"tuss.prompts": ["speech", "sfx", "musicbg", "dog"]}, "nothing is known of how to mix dog"),
+        ({"prompts": ["speech", "sfx", "musicbg", "sfx"]}, "prompts: .* prompts are named, each once"),
+        ({"mixing.never": [["speech", "dog"]]}, "mixing.never: no prompt dog; there are: speech, sfx"),
         ({"mixing.summed": [0.5, 0.4]}, "mixing.summed: should add up to 1; the sum is 0.9"),
         ({"mixing.counts": [0]}, "mixing.counts.0 should be greater than 0"),
         ({"epoch_steps": 0}, "epoch_steps should be greater than 0"),
@@ -360,3 +361,36 @@ def test_a_model_of_prompts_of_its_own_is_tuned(manifest: Path, tmp_path: Path) 
     save_part(tmp_path / "base", "separator", "tuss", own, Tuss(own).state_dict())
     run(manifest, tmp_path / "out", replace(RECIPE, init=str(tmp_path / "base"), tuss=MEDIUM, epochs=1))
     assert load_model(tmp_path / "out", "cpu").config == own
+
+
+def test_a_new_prompt_joins_those_of_a_model_and_a_specialist_keeps_few(manifest: Path, tmp_path: Path) -> None:
+    own = replace(SMALL, prompts=("musicbg", "sfx", "speech"))
+    torch.manual_seed(0)
+    save_part(tmp_path / "base", "separator", "tuss", own, Tuss(own).state_dict())
+    before = read_tensors(tmp_path / "base" / "separator.safetensors")
+    listed = tmp_path / "clips.csv"
+    listed.write_text(manifest.read_text().replace("musicbg", "piano").replace("far,", "near,"))
+    still = replace(RECIPE, init=str(tmp_path / "base"), tuss=MEDIUM, epochs=1, lr=0.0, average=1)
+    more = replace(still, prompts=("speech", "sfx", "musicbg", "piano"), mixing=PromptMixing(counts=(2, 3)))
+    train(listed, tmp_path / "more", more, audio=manifest.parent)
+    after = read_tensors(tmp_path / "more" / "separator.safetensors")
+    assert torch.equal(after["prompts"][:3], before["prompts"].flip(0))
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "prompts")
+    model = load_model(tmp_path / "more", "cpu", "high")
+    assert model.config.prompts == more.prompts
+    assert not model.doubts([Query("piano"), Query("speech")]), "it was trained on the new prompt"
+    corpus = read_corpus(listed, labelling=more.labelling, audio=manifest.parent)
+
+    def drawn(mixing: PromptMixing) -> set[frozenset[str]]:
+        mixer = PromptMixer(DiskPool(corpus, None), corpus.train, 480, 0, mixing, more.prompts)
+        return {frozenset(more.prompts[i] for i in row) for step in range(40) for row in mixer.batch(step, range(2))[1]}
+
+    pairs = drawn(PromptMixing(counts=(2,)))
+    assert {frozenset(("piano", "speech")), frozenset(("piano", "sfx"))} < pairs
+    assert frozenset(("piano",)) not in pairs
+    assert drawn(PromptMixing(counts=(2,), never=(("sfx", "piano"),))) == pairs - {frozenset(("piano", "sfx"))}
+    few = tmp_path / "few.csv"
+    few.write_text("\n".join(line for line in manifest.read_text().splitlines() if "musicbg" not in line))
+    train(few, tmp_path / "special", replace(still, prompts=("speech", "sfx")), audio=manifest.parent)
+    kept = read_tensors(tmp_path / "special" / "separator.safetensors")
+    assert torch.equal(kept["prompts"], before["prompts"].flip(0)[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli import scoring
+from clapsep_cli.cli import options, scoring
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, QuietOption, among, downloads, notes
 from clapsep_cli.registry import MODELS
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from clapsep_cli.evaluation.prompted import PartScore
     from clapsep_cli.evaluation.report import Example
     from clapsep_cli.evaluation.scores import Score
+    from clapsep_cli.store.checkpoint import Model
 
 SCORES = "scores.csv"
 PROMPTED = "tuss-medium"  # the model for lists of prompts, unless one is named
@@ -58,102 +60,140 @@ def _each(values: Sequence[Path] | None, count: int, option: str) -> list[Path]:
     return list(values) * (count if len(values) == 1 else 1)
 
 
+ListedOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--mixtures",
+        metavar="CSV",
+        help="List of mixtures, by `mixtures make` or as released with CLAPSep; or mixture,prompt,reference for a "
+        "model of prompts. Repeatable.",
+    ),
+]
+AudioOption = Annotated[
+    list[Path], typer.Option("--audio", metavar="DIR", help="Folder of the list's files; one, or one a list.")
+]
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="NAME|PATH",
+        autocompletion=among(*MODELS),
+        help="A model by name or folder, repeatable; by default CLAPSEP_MODEL, or the best available.",
+    ),
+]
+EstimatesOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--estimates",
+        metavar="DIR",
+        help="Score what another program made of rendered mixtures; repeatable. Without --model, that alone.",
+    ),
+]
+QueriesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--queries",
+        metavar="NAME,…",
+        help="Sides of the query: pos, neg, both; default: all that the model takes. Of --estimates: the first.",
+    ),
+]
+ConditionOption = Annotated[
+    str,
+    typer.Option(
+        "--condition",
+        metavar="unit|raw",
+        autocompletion=among("unit", "raw"),
+        help="Scale joined queries to length 1, as CLAPSep's released inference, or not, as its test step.",
+    ),
+]
+ShotsOption = Annotated[
+    str | None, typer.Option("--shots", metavar="K,…", help="Also query with so many recordings: 1,5,10.")
+]
+ShotListsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--shots-csv", metavar="CSV", help="Recordings for --shots: class,file (one, or a list)."),
+]
+ShotFoldersOption = Annotated[
+    list[Path] | None,
+    typer.Option("--shots-audio", metavar="DIR", help="Also look here for the recordings of --shots; repeatable."),
+]
+ShotSecondsOption = Annotated[
+    str | None,
+    typer.Option("--shot-seconds", metavar="S,…", help="Cut these recordings to each of these lengths: 1,2,5,10."),
+]
+TextOption = Annotated[bool, typer.Option("--text/--no-text", help="Query with texts, alone and with recordings.")]
+RefineOption = Annotated[bool, typer.Option("--refine/--no-refine", help="Separate in two passes.")]
+BssOption = Annotated[bool, typer.Option("--bss/--no-bss", help="Also compute BSS-eval SDR (512-tap filter).")]
+SinglePromptOption = Annotated[bool, typer.Option("--single-prompt", help="With prompts: ask for one part at a time.")]
+SegmentOption = Annotated[
+    str | None,
+    typer.Option("--segment", metavar="S|whole", help="With prompts: seconds to separate at once; as trained."),
+]
+ShiftOption = Annotated[
+    float | None, typer.Option("--shift", metavar="S", help="With --segment: seconds from one segment to the next.")
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Write scores.csv here; a stopped run continues from it."),
+]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.html", help="Write a report as one self-contained page.")
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option("--dataset", metavar="NAME", help="In the report, show the published figures of this data alone."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print all summaries as one JSON object.")]
+LabelsOption = Annotated[bool, typer.Option("--labels", help="Also print scores by label.")]
+SkipMissingOption = Annotated[bool, typer.Option("--skip-missing", help="Skip mixtures whose recordings are missing.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")]
+
+
+@dataclass(frozen=True)
+class _How:
+    """How models are loaded and run."""
+
+    device: str
+    precision: str
+    refine: bool
+    batch_size: int  # 0 by the device
+    quiet: bool
+
+    def load(self, name: str | None) -> Model:
+        from clapsep_cli.store.library import load_model
+
+        with downloads(self.quiet) as shown:
+            return load_model(name, self.device, self.precision, say=notes(self.quiet), progress=shown)
+
+
 def evaluate(
-    listed: Annotated[
-        list[Path],
-        typer.Option(
-            "--mixtures",
-            metavar="CSV",
-            help="List of mixtures, by `mixtures make` or as released with CLAPSep; or mixture,prompt,reference for a "
-            "model of prompts. Repeatable.",
-        ),
-    ],
-    audio: Annotated[
-        list[Path], typer.Option("--audio", metavar="DIR", help="Folder of the list's files; one, or one a list.")
-    ],
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            metavar="NAME|PATH",
-            autocompletion=among(*MODELS),
-            help="A model by name or folder, repeatable; by default CLAPSEP_MODEL, or the best available.",
-        ),
-    ] = None,
-    estimates: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--estimates",
-            metavar="DIR",
-            help="Score what another program made of rendered mixtures; repeatable. Without --model, that alone.",
-        ),
-    ] = None,
+    listed: ListedOption,
+    audio: AudioOption,
+    model: ModelsOption = None,
+    estimates: EstimatesOption = None,
     device: DeviceOption = "auto",
+    precision: options.Precision = "high",
+    batch_size: options.BatchSize = 0,
     _model_dir: ModelDirOption = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(
-            "--queries",
-            metavar="NAME,…",
-            help="Sides of the query: pos, neg, both; default: all that the model takes. Of --estimates: the first.",
-        ),
-    ] = None,
-    condition: Annotated[
-        str,
-        typer.Option(
-            "--condition",
-            metavar="unit|raw",
-            autocompletion=among("unit", "raw"),
-            help="Scale joined queries to length 1, as CLAPSep's released inference, or not, as its test step.",
-        ),
-    ] = "unit",
-    shots: Annotated[
-        str | None,
-        typer.Option("--shots", metavar="K,…", help="Also query with so many recordings: 1,5,10."),
-    ] = None,
-    shots_csv: Annotated[
-        list[Path] | None,
-        typer.Option("--shots-csv", metavar="CSV", help="Recordings for --shots: class,file (one, or a list)."),
-    ] = None,
-    shots_audio: Annotated[
-        list[Path] | None,
-        typer.Option("--shots-audio", metavar="DIR", help="Also look here for the recordings of --shots; repeatable."),
-    ] = None,
-    shot_seconds: Annotated[
-        str | None,
-        typer.Option("--shot-seconds", metavar="S,…", help="Cut these recordings to each of these lengths: 1,2,5,10."),
-    ] = None,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="Query with texts, alone and with recordings.")] = True,
-    refine: Annotated[bool, typer.Option("--refine/--no-refine", help="Separate in two passes.")] = False,
-    bss: Annotated[bool, typer.Option("--bss/--no-bss", help="Also compute BSS-eval SDR (512-tap filter).")] = True,
-    single_prompt: Annotated[
-        bool, typer.Option("--single-prompt", help="With prompts: ask for one part at a time.")
-    ] = False,
-    segment: Annotated[
-        str | None,
-        typer.Option("--segment", metavar="S|whole", help="With prompts: seconds to separate at once; as trained."),
-    ] = None,
-    shift: Annotated[
-        float | None,
-        typer.Option("--shift", metavar="S", help="With --segment: seconds from one segment to the next."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Write scores.csv here; a stopped run continues from it."),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a report as one self-contained page.")
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option("--dataset", metavar="NAME", help="In the report, show the published figures of this data alone."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all summaries as one JSON object.")] = False,
-    labels: Annotated[bool, typer.Option("--labels", help="Also print scores by label.")] = False,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Skip mixtures whose recordings are missing.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+    queries: QueriesOption = None,
+    condition: ConditionOption = "unit",
+    shots: ShotsOption = None,
+    shots_csv: ShotListsOption = None,
+    shots_audio: ShotFoldersOption = None,
+    shot_seconds: ShotSecondsOption = None,
+    text: TextOption = True,
+    refine: RefineOption = False,
+    bss: BssOption = True,
+    single_prompt: SinglePromptOption = False,
+    segment: SegmentOption = None,
+    shift: ShiftOption = None,
+    out: OutOption = None,
+    report: ReportOption = None,
+    dataset: DatasetOption = None,
+    as_json: JsonOption = False,
+    labels: LabelsOption = False,
+    skip_missing: SkipMissingOption = False,
+    overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score models on lists of mixtures of 10 s at 0 dB: SDRi, SI-SDRi and BSS-eval SDRi in dB.
@@ -168,13 +208,20 @@ def evaluate(
         raise typer.BadParameter("--no-text needs audio queries: add --shots and --shots-csv")
     if condition not in ("unit", "raw"):
         raise typer.BadParameter(f"--condition {condition}: use unit or raw")
-    sides = _sides(queries) if queries else None
-    counts, seconds = _numbers(shots, "recordings", True), _numbers(shot_seconds, "seconds", False)
+    kinds = {
+        "sides": _sides(queries) if queries else None,
+        "text": text,
+        "shots": _numbers(shots, "recordings", True),
+        "bss": bss,
+        "shot_seconds": _numbers(shot_seconds, "seconds", False),
+        "condition": condition,
+    }
     folders, shot_lists = _each(audio, len(listed), "--audio"), _each(shots_csv, len(listed), "--shots-csv")
     if report and report.exists() and not overwrite:
         from clapsep_cli.errors import OutputError
 
         raise OutputError(f"{report}: exists already; use --overwrite to replace it")
+    how = _How(device, precision, refine, batch_size, quiet)
     of_prompts = {"--single-prompt": single_prompt, "--segment": segment, "--shift": shift}
     _refuse(of_prompts, not _are_prompted(listed), "it is for lists of prompts: mixture,prompt,reference")
     if _are_prompted(listed):
@@ -185,11 +232,10 @@ def evaluate(
             "--estimates": estimates,
             "--out": out,
         }
-        others |= {"--labels": labels, "--refine": refine, "--skip-missing": skip_missing}
+        others |= {"--labels": labels, "--refine": refine, "--skip-missing": skip_missing, "--batch-size": batch_size}
         others |= {"--no-text": not text, "--no-bss": not bss, "--condition": condition != "unit"}
         _refuse(others, True, "it has no effect on a list of prompts")
-        lists = list(zip(listed, folders, strict=True))
-        found = _score_parts(lists, model, device, (single_prompt, segment, shift), quiet)
+        found = _score_parts(list(zip(listed, folders, strict=True)), model, how, (single_prompt, segment, shift))
         scoring.show_parts(found, as_json, quiet)
         return
     if dataset:
@@ -197,10 +243,7 @@ def evaluate(
 
         check_dataset(dataset)
     sets = _sets(listed, folders, shot_lists, shots_audio or [], skip_missing, quiet)
-    kinds = {"sides": sides, "text": text, "shots": counts, "bss": bss, "shot_seconds": seconds, "condition": condition}
-    runs, heard = _run(
-        sets, _models(model, bool(estimates)), estimates or [], kinds, (device, refine), out, report, quiet
-    )
+    runs, heard = _run(sets, _models(model, bool(estimates)), estimates or [], kinds, how, out, bool(report))
     if report:
         from clapsep_cli.evaluation.report import write_report
 
@@ -209,9 +252,9 @@ def evaluate(
     scoring.show(runs, as_json, labels, quiet)
 
 
-def _refuse(options: Mapping[str, object], where: bool, why: str) -> None:
+def _refuse(values: Mapping[str, object], where: bool, why: str) -> None:
     """Raise `BadParameter` for an option that is given `where` it has no effect."""
-    given = [option for option, value in options.items() if value not in (None, False, [])]
+    given = [option for option, value in values.items() if value]
     if where and given:
         raise typer.BadParameter(f"{given[0]}: {why}")
 
@@ -234,27 +277,24 @@ def _models(named: Sequence[str] | None, others: bool) -> list[str | None]:
 def _score_parts(
     lists: Sequence[tuple[Path, Path]],
     named: Sequence[str] | None,
-    device: str,
-    how: tuple[bool, str | None, float | None],
-    quiet: bool,
+    how: _How,
+    cut: tuple[bool, str | None, float | None],
 ) -> list[tuple[str, str, list[PartScore]]]:
     """Score models of prompts; returns the names of list and model, and the scores."""
     from clapsep_cli.evaluation import prompted
-    from clapsep_cli.store.library import load_model
 
-    single, segment, shift = how
+    single, segment, shift = cut
     try:
         length = segment if segment in (None, prompted.WHOLE) else float(str(segment))
     except ValueError:
         raise typer.BadParameter(f"--segment {segment}: give seconds, or {prompted.WHOLE}") from None
-    options, found = prompted.PromptOptions(single, length, shift), []
+    wanted, found = prompted.PromptOptions(single, length, shift), []
     read = {path: prompted.read_parts(path, folder) for path, folder in lists}
     for name in _models(named, False) if named else [os.environ.get("CLAPSEP_MODEL") or PROMPTED]:
-        with downloads(quiet) as shown:
-            loaded = load_model(name, device, "high", say=notes(quiet), progress=shown)
+        loaded = how.load(name)
         for path, parts in read.items():
-            scored = prompted.evaluate_parts(loaded, parts, options)
-            found.append((path.name, loaded.name, scoring.collect(scored, len(parts), path.name, quiet)))
+            scored = prompted.evaluate_parts(loaded, parts, wanted)
+            found.append((path.name, loaded.name, scoring.collect(scored, len(parts), path.name, how.quiet)))
     return found
 
 
@@ -289,18 +329,16 @@ def _run(
     models: Sequence[str | None],
     estimates: Sequence[Path],
     kinds: Mapping[str, Any],
-    how: tuple[str, bool],
+    how: _How,
     out: Path | None,
-    report: Path | None,
-    quiet: bool,
+    listen: bool,
 ) -> tuple[list[Run], list[Example]]:
-    """Score all systems on all lists; returns the runs, and examples of the first one for a report."""
+    """Score all systems on all lists; returns the runs and, to `listen` to, examples of the first one."""
     from clapsep_cli.evaluation import external
     from clapsep_cli.evaluation.compare import Run
     from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate, provenance
     from clapsep_cli.evaluation.report import examples
     from clapsep_cli.evaluation.scores import resumed
-    from clapsep_cli.store.library import load_model
 
     runs: list[Run] = []
     heard: list[Example] = []
@@ -318,23 +356,22 @@ def _run(
         rows = sets[listed].rows
         stem = SCORES if single else re.sub(r"[^\w.-]+", "_", f"{listed}-{system}") + ".csv"
         found = resumed(out / stem, settings, rows, queries, scored) if out else scored(0)
-        runs.append(Run(listed, system, scoring.collect(found, len(rows), listed, quiet), settings))
+        runs.append(Run(listed, system, scoring.collect(found, len(rows), listed, how.quiet), settings))
 
     if estimates and len(sets) > 1:
         raise typer.BadParameter("--estimates are of one list: give --mixtures once")
     first, side = next(iter(sets.values())), (kinds["sides"] or ("both",))[0]
     outside = [(path, external.provenance_of(path, first, side, kinds["bss"])) for path in estimates]
     for name in models:
-        with downloads(quiet) as shown:
-            loaded = load_model(name, how[0], "high", say=notes(quiet), progress=shown)
-        options = EvaluationOptions.suited(loaded, **kinds)
-        loaded.refine(how[1])
+        loaded = how.load(name)
+        suited = EvaluationOptions.suited(loaded, **kinds)
+        loaded.refine(how.refine)
         for listed, data in sets.items():
-            queries = [list(options.queries(row, data)) for row in data.rows]
-            scored = partial(evaluate, loaded, data, options)
-            add(listed, loaded.name, provenance(loaded, data, options), queries, scored)
-            if report and len(runs) == 1:
-                heard = examples(loaded, runs[0].scores, data, options)
+            queries = [list(suited.queries(row, data)) for row in data.rows]
+            scored = partial(evaluate, loaded, data, suited, batch_size=how.batch_size)
+            add(listed, loaded.name, provenance(loaded, data, suited), queries, scored)
+            if listen and len(runs) == 1:
+                heard = examples(loaded, runs[0].scores, data, suited)
     for path, settings in outside:
         scored = partial(external.score_estimates, path, first, side, kinds["bss"])
         add(next(iter(sets)), str(settings["model"]), settings, [[side]] * len(first.rows), scored)

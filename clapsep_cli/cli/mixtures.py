@@ -1,4 +1,4 @@
-"""The commands `mixtures make` and `mixtures render`: lists of mixtures, and their recordings."""
+"""The commands `mixtures fetch`, `make` and `render`: data sets, lists of mixtures, and their recordings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,40 @@ from typing import Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import QuietOption, progress_bars
+from clapsep_cli.cli.terminal import QuietOption, among, downloads, progress_bars
 
 mixtures = typer.Typer(
-    no_args_is_help=True, help="Make lists of mixtures to evaluate on, and write them as recordings."
+    no_args_is_help=True, help="Fetch data sets, make lists of mixtures to evaluate on, and write them as recordings."
 )
+FETCHED = ("esc50", "fsdkaggle2018", "audiocaps", "musdb18-hq")
+
+
+@mixtures.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=among(*FETCHED), help=", ".join(FETCHED))],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where it goes; a folder NAME if not given.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Download a data set of the papers, check and unpack it, and list its clips as RECIPES.md uses them.
+
+    What is in the folder already is used. Data that may not be fetched is named, with what to do.
+    """
+    from clapsep_cli.evaluation import datasets
+    from clapsep_cli.store.download import amount
+
+    folder = out or Path(name)
+    terms = datasets.data_set(name).terms
+    if not quiet:
+        typer.echo(f"{name}: {terms}")
+    with downloads(quiet) as shown:
+        sums, lists = datasets.fetch(name, folder, shown)
+    if not quiet:
+        for file, sha256 in sums.items():
+            typer.echo(f"{folder / file}: {amount((folder / file).stat().st_size)}, SHA-256 {sha256}")
+        for path in lists:
+            typer.echo(path)
 
 
 @mixtures.command()

@@ -17,7 +17,7 @@ from clapsep_cli.audio.samples import Audio
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.data import fit, mix, read_clip
 from clapsep_cli.dsp import RATE_HZ
-from clapsep_cli.errors import ExtraError, ManifestError, ModelError, UsageError
+from clapsep_cli.errors import DeviceError, ExtraError, ManifestError, ModelError, UsageError
 from clapsep_cli.evaluation.mixtures import EvaluationSet, Mixture
 from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score, resumed
 from clapsep_cli.families.base import QueryEmbedder
@@ -29,11 +29,11 @@ from clapsep_cli.version import __version__
 
 SECONDS = 10  # of a mixture
 LOWEST_DB = -100.0
+# Mixtures per pass, halved where memory is short. On a CPU more at a time are no faster (mini: 0.17, 0.17 and 0.26 s a
+# mixture at 1, 4 and 8).
+BATCH = {"cpu": 1, "cuda": 64}
 SIDES = ("both", "positive", "negative")
 CONDITIONS = ("unit", "raw")
-# Mixtures per pass. On a CPU more at a time are no faster (mini: 0.17, 0.17 and 0.26 s a mixture at 1, 4 and 8).
-BATCH = {"cpu": 1}
-GPU_BATCH = 16  # not measured
 DIGITS = 16  # of a hash, to tell runs apart
 
 
@@ -189,7 +189,7 @@ def score(
 
 @torch.inference_mode()
 def evaluate(
-    model: Model, data: EvaluationSet, options: EvaluationOptions | None = None, start: int = 0
+    model: Model, data: EvaluationSet, options: EvaluationOptions | None = None, start: int = 0, batch_size: int = 0
 ) -> Iterator[list[Score]]:
     """Score a model on a list of mixtures.
 
@@ -198,6 +198,7 @@ def evaluate(
         data: the mixtures and recordings to query with.
         options: kinds of query; by default texts of all sides that the model takes, together and alone.
         start: index of the first mixture to score.
+        batch_size: mixtures that are separated at once, fewer where memory is short; 0 for as many as suit the device.
 
     Yields:
         The scores of each mixture, one for each kind of query.
@@ -207,6 +208,7 @@ def evaluate(
         ManifestError: before the first mixture, where there is no query at all; later, for a clip that cannot be read.
         ExtraError: where BSS-eval is asked for and torchmetrics is not installed.
         ModelError: for a model that is asked for all sounds at once.
+        DeviceError: where the device lacks the memory for one mixture.
     """
     options = options or EvaluationOptions.suited(model)
     if options.bss and find_spec("torchmetrics") is None:
@@ -217,22 +219,28 @@ def evaluate(
         raise ManifestError("there is no query: texts are off, and no mixture has enough shots")
     embedder, mixed = embedder_of(model, options.condition), mixer(data.folder, model)
     embedder.embed_texts(text for queries in asked for query in queries.values() for text in (*query.pos, *query.neg))
-    size = BATCH.get(model.device.type, GPU_BATCH)
+    size = batch_size or BATCH.get(model.device.type, 1)
     bss_device = "cpu" if model.device.type == "mps" else str(model.device)  # MPS has no float64
-    for first in range(start - start % size, len(data.rows), size):
-        batch, rows = asked[first : first + size], data.rows[first : first + size]
+    at = start - start % size  # so that a run that goes on has the batches of a run in one go
+    while at < len(data.rows):
+        batch, rows = asked[at : at + size], data.rows[at : at + size]
         pairs = [mixed(row) for row in rows]
         kinds = list(dict.fromkeys(name for queries in batch for name in queries))
         # A row that lacks a kind of query passes through the network with another, whose estimate is dropped.
         wanted = [torch.cat([embedder.condition(queries.get(name, anything)) for queries in batch]) for name in kinds]
         heard = torch.from_numpy(np.stack([mixture for mixture, _ in pairs])).to(model.device)
-        found = {
-            name: estimate.cpu().numpy()
-            for name, estimate in zip(kinds, separator_of(model).estimate(heard, wanted), strict=True)
-        }
-        for i in range(max(start - first, 0), len(batch)):
+        try:
+            estimated = [estimate.cpu().numpy() for estimate in separator_of(model).estimate(heard, wanted)]
+        except torch.cuda.OutOfMemoryError as error:
+            if size == 1:
+                raise DeviceError(f"{model.device} lacks the memory for a mixture; use -d cpu") from error
+            size //= 2
+            continue
+        found = dict(zip(kinds, estimated, strict=True))
+        for i in range(max(start - at, 0), len(batch)):
             estimates = {name: found[name][i] for name in kinds if name in batch[i]}
             yield score(rows[i], *pairs[i], estimates, bss_device if options.bss else "")
+        at += len(batch)
 
 
 def evaluate_into(path: Path, model: Model, data: EvaluationSet, options: EvaluationOptions) -> Iterator[list[Score]]:

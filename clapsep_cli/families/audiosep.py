@@ -43,7 +43,7 @@ FAMILY = Family(
     text=ClapTextEncoder,
     ask=descriptions,
     stream=stream,
-    window_bytes=2**30,
+    window_bytes=600_000_000,  # measured: 580 MB for the first, 400 for each more
     embedder=Descriptions,
     mutual=False,
 )

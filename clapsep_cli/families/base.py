@@ -84,7 +84,7 @@ class Family(Generic[Config, Network, Wanted]):
         embedder: takes a model, and whether silent recordings are accepted; returns what embeds queries of single
             targets. None where targets are only separated together.
         mutual: whether targets become negative queries of one another, unless the user forbids it.
-        window_bytes: what a window takes in memory while it is separated on one thread, in bytes.
+        window_bytes: what a window of the released size takes in memory while it is separated on one thread, in bytes.
         near_in_bfloat16: whether bfloat16 is within 40 dB or more of float32, so that it is used unasked.
     """
 

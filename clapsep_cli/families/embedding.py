@@ -13,11 +13,14 @@ from torch import Tensor
 
 from clapsep_cli.audio.samples import Audio, downmix, from_array, to_rate
 from clapsep_cli.audio.sources import read_mono, recordings
+from clapsep_cli.dsp import HOP, N_FFT
 from clapsep_cli.errors import AudioError, QueryError
 from clapsep_cli.families.base import Askable
 from clapsep_cli.models.base import Conditions, MaskSeparator, condition
 from clapsep_cli.query import Excerpt, Query, Shot
+from clapsep_cli.stitch.complex_masks import ComplexMaskStream
 from clapsep_cli.stitch.masking import MaskedRecording
+from clapsep_cli.stitch.windows import Stream
 
 TEXTS_AT_ONCE = 32
 
@@ -105,10 +108,10 @@ def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[
     return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
 
 
-def stream(
-    separator: MaskSeparator, wanted: Conditions, rate: int, channels: int, device: torch.device
-) -> MaskedRecording:
+def stream(separator: MaskSeparator, wanted: Conditions, rate: int, channels: int, device: torch.device) -> Stream:
     """Make the stream that masks a recording of `channels` at `rate` Hz."""
+    if separator.turns:
+        return ComplexMaskStream(separator.window, HOP, N_FFT, len(wanted.kept), rate, channels, device)
     return MaskedRecording(separator.window, len(wanted.kept), rate, channels, device)
 
 

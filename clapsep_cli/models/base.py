@@ -76,10 +76,13 @@ class ConditionedSeparator(Separator[Wanted]):
 
 
 class MaskSeparator(ConditionedSeparator[Conditions]):
-    """Masks the magnitude STFT of a mixture (1024-point periodic Hann, hop 320, at 32 kHz), given a condition.
+    """Masks the STFT of a mixture (1024-point periodic Hann, hop 320, at 32 kHz), given a condition.
 
     `window` is a multiple of the hop. `encode` is separate from `mask` because several targets of one mixture share it.
+    `turns`: masks are complex, and turn phases.
     """
+
+    turns = False
 
     @abstractmethod
     def encode(self, mixture: Tensor) -> Any:
@@ -95,7 +98,7 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
                 it serves all of the other.
 
         Returns:
-            Masks in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`.
+            Masks in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`; or complex64, of such moduli.
         """
 
     def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -105,16 +108,20 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
             yield dsp.masked(spectrum, self.mask(features, wanted), mixtures.shape[1])
 
     def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
-        """Return masks of the targets that are kept, float32 `[batch, stems, frames, 513]`.
+        """Return masks of the targets that are kept, `[batch, stems, frames, 513]`.
 
-        The encoder runs once a window.
+        The encoder runs once a window; a window that is too short is heard with silence behind it.
 
         Targets share the mixture: where the masks of all of them, kept or not, add up to more than 1, they are scaled
         to 1, so that what they leave is never negative.
         """
+        frames = windows.shape[1] // dsp.HOP + 1
+        if windows.shape[1] < self.window:
+            windows = F.pad(windows, (0, self.window - windows.shape[1]))
         if len(wanted.targets) == 1:
-            return self.mask(self.encode(windows), wanted.targets)[:, None]
-        return torch.stack([self._share(self.encode(window[None]), wanted, check) for window in windows])
+            return self.mask(self.encode(windows), wanted.targets)[:, None, :frames]
+        shared = (self._share(self.encode(window[None]), wanted, check)[:, :frames] for window in windows)
+        return torch.stack(list(shared))
 
     def _share(self, features: Any, wanted: Conditions, check: Callable[[], None]) -> Tensor:
         kept: dict[int, Tensor] = {}
@@ -122,7 +129,8 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
         for first in range(0, len(wanted.targets), TARGETS_AT_ONCE):
             check()
             masks = self.mask(features, wanted.targets[first : first + TARGETS_AT_ONCE])
-            total = masks.sum(0) if total is None else total.add_(masks.sum(0))
+            sizes = (masks.abs() if self.turns else masks).sum(0)
+            total = sizes if total is None else total.add_(sizes)
             kept |= {at: mask for at, mask in enumerate(masks, first) if at in wanted.kept}
         assert total is not None, "there is a target"
         return torch.stack([kept[at] for at in wanted.kept]).div_(total.clamp_(min=1))

@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from clapsep_cli.audio.samples import PEAK
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, power, spectrum
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import MaskSeparator
@@ -20,6 +21,7 @@ from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
 from clapsep_cli.models.layers import attend
 
 BINS = N_FFT // 2 + 1
+QUIETEST = 1e-8  # added to the squared length of a turn before dividing by it
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class CLAPSepConfig(TextSize):
     mask_layers: int = 3
     mask_heads: int = 8
     mask_feed_forward: int = 2560
+    phase: bool = False  # also turn the mixture's phases; no released model does
 
     def __post_init__(self) -> None:
         frames = self.image * self.image // self.mels
@@ -225,13 +228,25 @@ class MaskNet(nn.Module):
             )
         )
         self.output = nn.Linear(width, BINS)
+        self.turn = nn.Linear(width, 2 * BINS) if config.phase else None
+        if self.turn is not None:  # phases stay until training turns them
+            nn.init.zeros_(self.turn.weight)
+            nn.init.zeros_(self.turn.bias)
 
     def forward(self, magnitude: Tensor, aggregated: Tensor) -> Tensor:
-        """`[batch or 1, frames, 513]` and `[batch, at least as many frames, mels]` to `[batch, frames, 513]`."""
+        """`[batch or 1, frames, 513]` and `[batch, at least as many frames, mels]` to `[batch, frames, 513]`.
+
+        The result is complex where phases are turned.
+        """
         spec = self.spec_norm(magnitude).expand(len(aggregated), -1, -1)
         joined = torch.cat([spec, aggregated[:, : spec.shape[1]]], dim=-1).to(self.norm.weight.dtype)
-        x = self.output(self.layers(self.norm(self.input(joined))))
-        return cast(Tensor, x.float().sigmoid())
+        h = self.layers(self.norm(self.input(joined)))
+        mask = cast(Tensor, self.output(h).float().sigmoid())
+        if self.turn is None:
+            return mask
+        across, along = self.turn(h).float().chunk(2, -1)
+        size = mask * torch.rsqrt((1 + across).square() + along.square() + QUIETEST)
+        return torch.complex(size * (1 + across), size * along)
 
 
 class Features(NamedTuple):
@@ -253,13 +268,20 @@ class CLAPSep(MaskSeparator):
         super().__init__()
         self.config = config
         self.window = config.window
+        self.turns = config.phase
         self.resample = Resampler(RATE_HZ, htsat.RATE_HZ)
         self.encoder = config.build_htsat(stretch=False)
         self.aggregator = Aggregator(config)
         self.mask_net = MaskNet(config)
 
     def encode(self, mixture: Tensor) -> Features:
-        """Compute the features of `mixture`, float32 `[batch, window]` at 32 kHz, peaks within ±1."""
+        """Compute the features of `mixture`, float32 `[batch, window]` at 32 kHz, peaks within ±1.
+
+        With complex masks, louder ones are scaled here.
+        """
+        if self.turns:
+            peak = mixture.abs().amax(1, keepdim=True)
+            mixture = mixture * torch.where(peak > 1, PEAK / peak.clamp(min=1), 1.0)
         return Features(power(spectrum(mixture)).sqrt_(), self.encoder(self.resample(mixture)))
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -268,13 +290,13 @@ class CLAPSep(MaskSeparator):
         ends = self.aggregator.inverse_patch_embed.norm, self.mask_net.norm
         for part in (*(layer for stack in stacks for layer in stack), self.aggregator.film, *ends):
             part.to(dtype)
-        for part in (self.mask_net.input, self.mask_net.output):
+        for part in filter(None, (self.mask_net.input, self.mask_net.output, self.mask_net.turn)):
             part.to(dtype)
         # As long as one tensor lies in a file that it was mapped from, all that was read of that stays in memory.
         self._apply(_unmapped)  # type: ignore[no-untyped-call]
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
-        """Compute a mask in (0, 1), `[batch, frames, 513]`; `features` or `condition` may be of one item."""
+        """Compute a mask of modulus 0 to 1, `[batch, frames, 513]`; `features` or `condition` may be of one item."""
         aggregated = self.aggregator(features.encoder, condition.to(self.encoder.dtype))
         return cast(Tensor, self.mask_net(features.magnitude, aggregated))
 

@@ -27,7 +27,7 @@ class Refined(base.MaskSeparator):
     def __init__(self, separator: base.MaskSeparator, audio: base.AudioEncoder) -> None:
         super().__init__()
         self.separator, self.audio = separator, audio
-        self.rate, self.window = separator.rate, separator.window
+        self.rate, self.window, self.turns = separator.rate, separator.window, separator.turns
         self.resample = dsp.Resampler(separator.rate, audio.rate) if separator.rate != audio.rate else None
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class Refined(base.MaskSeparator):
         if not share.any():
             return first
         second = self.separator.mask(encoded, leaving(condition, self._embed(left, energy)))
-        return torch.lerp(first, second, share[:, None, None])
+        return torch.lerp(first, second, share[:, None, None].to(first.dtype))
 
     def _embed(self, left: Tensor, energy: Tensor) -> Tensor:
         """Embed what was left, float32 `[batch, samples]`: `[batch, dim]`; zeros for silence."""

@@ -125,9 +125,9 @@ class Encoder(nn.Module):
         width, (high, wide) = self.block.conv2.out_channels, self.cell
         kept, means = _image(batch, width, frames, bins), _image(batch, width, frames // high, bins // wide)
         for top, piece in self.block.pieces(source, frames, condition):
-            kept[:, :, top : top + piece.shape[2]] = piece
+            _put(kept, top, piece)
             pooled = F.avg_pool2d(piece, self.cell)
-            means[:, :, top // high : top // high + pooled.shape[2]] = pooled
+            _put(means, top // high, pooled)
         return kept, means
 
 
@@ -166,12 +166,19 @@ class Decoder(nn.Module):
         return self.block.pieces(joined, kept.shape[2], condition)
 
     def quick_image(self, x: Tensor, kept: Tensor, condition: Tensor) -> Tensor:
-        """Join all pieces of `quick`."""
-        batch, _, frames, bins = kept.shape
-        image = _image(batch, self.block.conv2.out_channels, frames, bins)
+        """Compute `quick` into `kept`, which spares an image in memory; return it."""
+        ahead: tuple[int, Tensor] | None = None
         for top, piece in self.quick(x, kept, condition):
-            image[:, :, top : top + piece.shape[2]] = piece
-        return image
+            if ahead is not None:  # its neighbours are computed, and do not need what is overwritten any more
+                _put(kept, *ahead)
+            ahead = top, piece
+        assert ahead is not None, "an image has frames"
+        return _put(kept, *ahead)
+
+
+def _put(image: Tensor, top: int, piece: Tensor) -> Tensor:
+    image[:, :, top : top + piece.shape[2]] = piece
+    return image
 
 
 def _image(batch: int, channels: int, frames: int, bins: int) -> Tensor:

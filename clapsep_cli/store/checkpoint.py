@@ -75,6 +75,8 @@ class Model:
     @cached_property
     def separator(self) -> Separator[Any]:
         """The separator in `dtype` on `device`, read when first used. Raises `CheckpointError`."""
+        if isinstance(texts := self.__dict__.get("text"), CachedTexts):
+            texts.release()  # the queries are embedded: the two are rarely needed at once
         separator = cast(
             "Separator[Any]", load_part(self.folder, "separator", self.family, self.config).to(self.device)
         )
@@ -239,6 +241,10 @@ class CachedTexts(TextEncoder):
     def encoder(self) -> TextEncoder:
         """Encoder of texts that are not in the folder."""
         return self.load()
+
+    def release(self) -> None:
+        """Take the encoder out of memory; it is loaded again when it is needed."""
+        self.__dict__.pop("encoder", None)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         known = {text: found for text in texts if (found := self._read(text)) is not None}

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from clapsep_cli import files
 from clapsep_cli.errors import DownloadError
-from clapsep_cli.registry import MODELS, SHORT, HubFile, Remote, WebFile, home
+from clapsep_cli.registry import MODELS, SHORT, HubFile, Remote, home
 
 Say = Callable[[str], None]  # gets a line for the user
 Progress = Callable[[int, int], None]  # bytes done, bytes in all; must not raise
@@ -96,7 +96,7 @@ def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
         partial.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(partial).free < remote.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fetched = _checked(remote, _attempts(remote, lambda: _bring(remote, partial, progress)), stated)
+        fetched = _checked(remote, _tried(remote, lambda: _bring(remote, partial, progress)), stated)
         folder.mkdir(exist_ok=True)
         path = fetched.path.replace(folder / remote.name)
         write_sums(folder, {remote.name: fetched.sha256})
@@ -139,7 +139,7 @@ def ask(remote: Remote) -> str | None:
         raise DownloadError(f"HF_HUB_OFFLINE is set, and {remote.where} is not here: unset it, {_way_out(remote)}")
     if not isinstance(remote, HubFile):
         return None
-    about = _attempts(remote, lambda: get_hf_file_metadata(hf_hub_url(**_pinned(remote)), timeout=TIMEOUT_S))
+    about = _tried(remote, lambda: get_hf_file_metadata(hf_hub_url(**_pinned(remote)), timeout=TIMEOUT_S))
     if about.commit_hash != remote.revision or about.size not in (None, remote.size):
         raise DownloadError(
             f"{remote.where} is not what was pinned: expected revision {remote.revision} with {remote.size} bytes, "
@@ -218,32 +218,46 @@ def _bring(remote: Remote, folder: Path, progress: Progress | None) -> Path:
 
         bar = _bar(progress, remote.size)
         return Path(hf_hub_download(**_pinned(remote), local_dir=folder, tqdm_class=bar))
-    return _from_web(remote, folder, progress)
+    path = folder / remote.name
+    save(remote.url, path, remote.size, progress)
+    return path
 
 
-def _from_web(remote: WebFile, folder: Path, progress: Progress | None) -> Path:
-    """Download a file from its address, or from its path below CLAPSEP_ENDPOINT, without resuming."""
+def save(url: str, path: Path, size: int | None = None, progress: Progress | None = None) -> None:
+    """Download a file from its address, or from its path below CLAPSEP_ENDPOINT, without resuming.
+
+    Args:
+        url: the address.
+        path: the file to write.
+        size: bytes that it must have; None for as many as the server announces.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        DownloadError: for a file that is longer.
+        Exception: of httpx2 and of the disk, for `attempts`.
+    """
     import httpx2
 
     mirror = os.environ.get("CLAPSEP_ENDPOINT", "").rstrip("/")
-    url = mirror + urlsplit(remote.url).path if mirror else remote.url
-    path, done = folder / remote.name, 0
+    done = 0
     with (
         httpx2.Client(follow_redirects=True, timeout=TIMEOUT_S) as client,
-        client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response,
+        client.stream(
+            "GET", mirror + urlsplit(url).path if mirror else url, headers={"Accept-Encoding": "identity"}
+        ) as response,
         path.open("wb") as file,
     ):
         response.raise_for_status()
+        total = size or int(response.headers.get("Content-Length", 0))
         for block in response.iter_raw():
             done += len(block)
-            if done > remote.size:
-                raise DownloadError(f"{remote.where} is longer than the {remote.size} bytes that are pinned")
+            if size is not None and done > size:
+                raise DownloadError(f"{url} is longer than the {size} bytes that it should have")
             file.write(block)
             if progress:
-                progress(done, remote.size)
-    if done < remote.size:
-        raise httpx2.RemoteProtocolError(f"the connection ended after {done} of {remote.size} bytes")
-    return path
+                progress(done, max(total, done))
+    if size is not None and done < size:
+        raise httpx2.RemoteProtocolError(f"the connection ended after {done} of {size} bytes")
 
 
 def _bar(progress: Progress | None, total: int) -> Any:
@@ -266,8 +280,19 @@ def _bar(progress: Progress | None, total: int) -> Any:
     return Bar
 
 
-def _attempts(remote: Remote, call: Callable[[], _T]) -> _T:
-    """Call until it succeeds; raise `DownloadError` where it cannot."""
+def _tried(remote: Remote, call: Callable[[], _T]) -> _T:
+    return attempts(remote.where, _folder(remote), _way_out(remote), call)
+
+
+def attempts(where: str, folder: Path, way_out: str, call: Callable[[], _T]) -> _T:
+    """Call until it succeeds; raise `DownloadError` where it cannot.
+
+    Args:
+        where: the file, in words.
+        folder: where it is written.
+        way_out: advice for a host that cannot be reached, after a comma.
+        call: downloads it.
+    """
     pauses = iter(PAUSES_S)
     while True:
         try:
@@ -276,10 +301,10 @@ def _attempts(remote: Remote, call: Callable[[], _T]) -> _T:
             raise
         except Exception as error:  # the Hub's client raises classes of its own parts: HTTP, Xet, the disk
             if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
-                raise DownloadError(f"{_disk(_folder(remote), error)}") from error
+                raise DownloadError(f"{_disk(folder, error)}") from error
             pause = next(pauses, None)
             if pause is None or not _passes(error):
-                raise DownloadError(f"{remote.where} {_reason(error)}, {_way_out(remote)}") from error
+                raise DownloadError(f"{where} {_reason(error)}, {way_out}") from error
         time.sleep(pause)
 
 

@@ -27,7 +27,7 @@ ROOM_SECONDS = 1.0  # of an impulse response; the rest is cut
 
 @settings
 class Acoustics:
-    """How often a clip is made to sound as if it had been recorded elsewhere: shares of the clips.
+    """Shares of the clips that are made to sound as if they had been recorded elsewhere.
 
     `eq_db`: standard deviation of the random equaliser at its control points, in dB.
     """
@@ -41,13 +41,15 @@ class Acoustics:
 
 
 def seeded(*key: int) -> torch.Generator:
-    """A generator that depends on the numbers of `key` alone."""
+    """Make a generator that depends on the numbers of `key` alone."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def levelled(targets: Tensor, interferers: Tensor, snr_db: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets and interferers, float32 `[batch, samples]`, such that their sum is a mixture at `snr_db` (`[batch]`),
-    scaled to a peak of 0.9 where it would exceed 1 (paper IV-A)."""
+    """Scale targets and interferers, float32 `[batch, samples]`, to sum up to mixtures at `snr_db` (`[batch]`).
+
+    Where its peak would exceed 1, it is scaled to 0.9: the released code does so, the paper does not mention it.
+    """
     wanted, others = torch.empty_like(targets), torch.empty_like(interferers)
     for row, snr in enumerate(snr_db):  # one by one, they stay in a processor's cache
         target, interferer = targets[row], interferers[row]
@@ -135,7 +137,10 @@ def room_spectra(rooms: Sequence[Audio], samples: int) -> Tensor:
 
 
 def stripes(count: int, size: int, widest: int, generator: torch.Generator) -> Tensor:
-    """SpecAugment along one axis (paper IV-B): 1 `[count, size]`, and 0 in two random stripes of up to `widest`."""
+    """Draw SpecAugment along one axis: 1 `[count, size]`, and 0 in two random stripes, each narrower than `widest`.
+
+    The paper names SpecAugment (IV-B); two stripes and their widths are the released code's.
+    """
     at, kept = torch.arange(size), torch.ones(count, size)
     for _ in range(2):
         width = torch.randint(0, widest, (count, 1), generator=generator)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clap import ClapAudioEncoder
-from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, Features
+from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, Features, TransformerLayer
 from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
@@ -39,7 +40,7 @@ from clapsep_cli.training.recipes.objective import waveform_loss
 from clapsep_cli.training.recipes.validation import Case, cases, improvements
 
 ADAPTER = "adapter.safetensors"
-TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: width below which a stripe of frames, or of mel bins, is (IV-B)
+TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: stripes of frames and mel bins are narrower, as in the code
 LINEAR_STD = 0.02  # of the decoder's linear weights at first
 DEEPEST_DROP = 0.1  # of what the last of the decoder's Swin blocks adds; from 0 at the first (stochastic depth)
 SPECTRUM_MOMENTUM = 0.01  # of the running statistics of the spectrum
@@ -56,6 +57,8 @@ class ClapsepRecipe(Recipe):
             CLAP's and its decoder from scratch.
         encoder: (Table IV) trained by LoRA, frozen, trained from scratch in full, or none, with zeros in its place.
         queries: the weight of audio, α ~ U(0, 1) (Eq. 3), 0 or 1.
+        phase: also make a head that turns the mixture's phases, as a variant of the released code does; a model that
+            `init` names keeps the one that it has. It starts by turning nothing.
         valence: shares of the steps with the positive query alone, the negative alone, and both.
     """
 
@@ -71,6 +74,7 @@ class ClapsepRecipe(Recipe):
     lora_rank: PositiveInt = 16
     lora_alpha: PositiveFloat = 1.0
     queries: Literal["hybrid", "text", "audio"] = "hybrid"
+    phase: bool = False
     valence: Annotated[Shares, Field(min_length=3, max_length=3)] = (0.25, 0.25, 0.5)
     speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(min_length=1)] = (
         0.9,
@@ -101,6 +105,8 @@ class ClapsepRecipe(Recipe):
     def check(self, corpus: Corpus) -> None:
         if self.lora_only and not (self.init and self.encoder == "lora"):
             raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
+        if self.lora_only and self.phase:
+            raise RecipeError("lora_only tunes nothing but the encoder: leave phase out")
         model = self.model(torch.device("cpu"))
         if not isinstance(model.config, CLAPSepConfig):
             raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains CLAPSep models")
@@ -128,10 +134,15 @@ class ClapsepRecipe(Recipe):
 def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
     """Make the separator in its initial state, on the CPU."""
     torch.manual_seed(recipe.seed)
+    config = replace(model.config, phase=recipe.phase or model.config.phase)
     if recipe.init:
         net: CLAPSep = load_part(model.folder, "separator", model.family, model.config)
+        if config != model.config:
+            more = CLAPSep(config)
+            more.load_state_dict({**more.state_dict(), **net.state_dict()})
+            net = more
     else:
-        net = CLAPSep(model.config)
+        net = CLAPSep(config)
         start_decoder(net)
         net.encoder.load_state_dict(load_part(model.folder, "audio", model.family, model.config).htsat.state_dict())
     net.mask_net.spec_norm.momentum = SPECTRUM_MOMENTUM
@@ -150,13 +161,20 @@ def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
 
 
 def start_decoder(net: CLAPSep) -> None:
-    """Set the linear layers of a decoder as the reference does: truncated normal weights, and biases of zero."""
+    """Set the linear layers of a decoder as the reference does: truncated normal weights, and biases of zero.
+
+    The input projections of MaskNet's attention are no linear layers there but torch's own attention: Xavier, uniform.
+    """
     for part in (net.aggregator, net.mask_net):
         for layer in part.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=LINEAR_STD)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+    for attention in net.mask_net.layers:
+        nn.init.xavier_uniform_(cast(TransformerLayer, attention).qkv.weight)
+    if net.mask_net.turn is not None:
+        nn.init.zeros_(net.mask_net.turn.weight)
 
 
 class Prepared(NamedTuple):
@@ -298,7 +316,7 @@ class ClapsepTask(Task):
                 windows = (layer.block.side // layer.block.window) ** 2
                 dropped.enter_context(masked(layer.block.attn, attention.repeat_interleave(windows)[:, None, None]))
                 dropped.enter_context(masked(layer.block.mlp, mlp[:, None, None]))
-            mask = self.net.mask(features, prepared.conditions).float()
+            mask = self.net.mask(features, prepared.conditions)
         estimate = dsp.masked(spectrum, mask, self.window)
         return {"loss": waveform_loss(estimate, prepared.targets, self.recipe.snr_weight)}
 

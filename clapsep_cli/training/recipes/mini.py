@@ -163,7 +163,9 @@ class MiniRecipe(Recipe):
             write_encoders(self, run, means, audio)
         run.fabric.barrier()
         text, audio = (load_part(run.folder, part, "mini", self.mini).to(run.device) for part in ("text", "audio"))
-        views = {index: audio.keys.project(each.to(run.device)).detach().cpu() for index, each in means.items()}
+        with torch.no_grad():  # all at once: a map for each clip would scatter what is kept over the memory
+            points = audio.keys.project(torch.cat(list(means.values())).to(run.device)).cpu()
+        views = dict(zip(means, points.split([len(each) for each in means.values()]), strict=True))
         texts = Texts(text, run.corpus.clips, read_paraphrases(Path(self.paraphrases)) if self.paraphrases else {})
         sampler = Sampler(pool, self.draw, self.seed, run.corpus.train, texts.nearest() if self.draw.hard else None)
         queries = Queries(pool, texts, views, self.mixing)

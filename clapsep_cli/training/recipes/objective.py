@@ -1,4 +1,4 @@
-"""Losses of separators: the paper's on waveforms (Eq. 14), and the same on bands.
+"""Losses of separators: CLAPSep's on waveforms (Eq. 14), the same on bands, and TUSS's on sets of sources.
 
 A mask that is linear between bands can be scored from statistics of the bands, without spectra. `metrics` has the same
 ratios for evaluation: in float64 on NumPy arrays, without gradients, and limited to ±100 dB.
@@ -7,6 +7,7 @@ ratios for evaluation: in float64 on NumPy arrays, without gradients, and limite
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from torch.nn import functional as F
 from clapsep_cli import dsp
 
 FLOOR = 1e-8  # energy added to signal and noise: keeps gradients finite for silence and perfect estimates
+# Of TUSS's loss:
+SOFT_LIMIT = 10 ** (-30 / 10)  # of the error's energy relative to the source's: beyond 30 dB little is gained
+INACTIVE_WEIGHT = 0.1  # of a source that is silent
+EPSILON = 1e-7
+
 AT_ONCE = 4  # examples whose spectra are computed together: they fit into a processor's cache
 
 
@@ -150,3 +156,43 @@ def separation_loss(mask: Tensor, of: BandStatistics, present: Tensor, quiet: fl
     loss = -0.9 * ratio(of.target, error) - 0.1 * ratio(fitted, (output - fitted).clamp(min=0))
     loud = -quiet * ratio(of.mixture, output + 1e-2 * of.mixture)
     return torch.where(present, loss, loud).mean()
+
+
+def source_losses(estimates: Tensor, references: Tensor, prompts: Tensor) -> Tensor:
+    """Compute the negative SNR of each source; training minimises its mean.
+
+    Estimates of equal prompts are assigned to their references in the order with the lowest loss. Where a reference is
+    silent, the loss is the estimate's level relative to all references of its prompt.
+
+    Args:
+        estimates: `[batch, prompts, samples]`.
+        references: likewise.
+        prompts: int64 `[prompts]` or `[batch, prompts]`.
+
+    Returns:
+        Losses in dB, float32 `[batch, prompts]`.
+    """
+    estimates, references = estimates.float(), references.float()
+    rows = []
+    for e, r, ids in zip(estimates, references, prompts.expand(estimates.shape[:2]).tolist(), strict=True):
+        losses: list[Tensor] = [e.new_zeros(())] * len(ids)
+        for prompt in dict.fromkeys(ids):
+            members = [i for i, other in enumerate(ids) if other == prompt]
+            for i, loss in zip(members, _group_losses(e[members], r[members]), strict=True):
+                losses[i] = loss
+        rows.append(torch.stack(losses))
+    return torch.stack(rows)
+
+
+def _group_losses(estimates: Tensor, references: Tensor) -> Tensor:
+    """Compute the losses of one prompt's references, `[sources, samples]`, under the best order of the estimates."""
+    power = references.square().sum(1)
+    active = power > 0
+    scale = torch.where(active, power, references.sum(0).square().sum())
+    errors = torch.stack([(estimates - reference).square().sum(1) for reference in references])
+    level = 10 * torch.log10(errors + SOFT_LIMIT * scale[:, None] + EPSILON)
+    weight = torch.where(active, 1.0, INACTIVE_WEIGHT)
+    losses = weight[:, None] * (level - torch.where(active, 10 * torch.log10(scale + EPSILON), 0)[:, None])
+    orders = torch.tensor(list(permutations(range(len(losses)))), device=losses.device)
+    totals = losses.detach()[torch.arange(len(losses)), orders].sum(1)
+    return losses[torch.arange(len(losses)), orders[totals.argmin()]]

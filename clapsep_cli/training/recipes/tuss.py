@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations
+from dataclasses import replace
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from clapsep_cli.audio.samples import Audio, to_rate
 from clapsep_cli.data import TRAIN, Corpus, Labelling
 from clapsep_cli.errors import ManifestError, RecipeError
-from clapsep_cli.models.prompts import COUNTS, PROMPTS, STEMS, draw, drawable, indices
+from clapsep_cli.models.prompts import COUNTS, PROMPTS, STEMS, draw, drawable, indices, odds_of
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig
 from clapsep_cli.store.checkpoint import load_part, save_part
 from clapsep_cli.store.library import load_model
@@ -30,6 +30,7 @@ from clapsep_cli.training.loop.sampling import DiskPool, Pool, ahead, open_pool
 from clapsep_cli.training.loop.settings import Share, Shares, Workers, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import Recipe, Run
+from clapsep_cli.training.recipes.objective import source_losses
 from clapsep_cli.training.recipes.validation import SEED
 
 FAMILY = "tuss"
@@ -39,19 +40,20 @@ AUDIBLE = 1e-3  # root mean square from which on a stretch is not silent (−60 
 SCANNED = 2**18  # samples of a clip that are looked through at a time
 # Which prompts' clips a background may be summed from, where it is not a recording of its own.
 INGREDIENTS = {"sfxbg": ("sfx",), "musicbg": STEMS}
-QUIETEST_DB = {prompt: -20.0 if prompt in ("sfx", "sfxbg", "musicbg") else -10.0 for prompt in PROMPTS}
-SOFT_LIMIT = 10 ** (-30 / 10)  # of the error's energy relative to the source's: beyond 30 dB little is gained
-INACTIVE_WEIGHT = 0.1  # of a source that is silent
-EPSILON = 1e-7
+QUIET, QUIETEST_DB, QUIETEST_OTHERS_DB = ("sfx", "sfxbg", "musicbg"), -20.0, -10.0  # of a source; the loudest is 0 dB
 
 
 @settings
 class PromptMixing:
-    """Settings of mixtures, by default as for the released models."""
+    """Settings of mixtures, by default as for the released models.
+
+    `never`: pairs of prompts that are never mixed, beside those of the released models. A new prompt is mixed with all.
+    """
 
     counts: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = COUNTS  # of prompts, equally often
     recorded: Share = 0.75  # share of backgrounds that are recordings; the others are summed …
     summed: Shares = (0.1, 0.4, 0.4, 0.1)  # … from one clip, from two, and so on, in these shares
+    never: tuple[tuple[str, str], ...] = ()
 
 
 @settings
@@ -62,8 +64,10 @@ class TussRecipe(Recipe):
     is a set to validate on; the mean over the sets counts.
 
     Attributes:
-        init: a TUSS to continue from, by name or folder, which decides size and prompts; if empty, one of the size
-            `tuss` is trained from scratch.
+        init: a TUSS to continue from, by name or folder, which decides the size; if empty, one of the size `tuss` is
+            trained from scratch.
+        prompts: of the model, in this order; by default those of `init` or `tuss`. With fewer it becomes a specialist;
+            a new one gets a token of its own, and is learned while the others go on.
     """
 
     free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
@@ -73,10 +77,9 @@ class TussRecipe(Recipe):
     save_every: PositiveInt = 500
     init: str = ""
     tuss: TussConfig = MEDIUM
+    prompts: tuple[str, ...] = ()
     mixing: PromptMixing = PromptMixing()
-    prompt_dropout: Share = (
-        0.0  # share of the steps that ask for some of the prompts only, as the released ones' did not
-    )
+    prompt_dropout: Share = 0.0  # share of the steps that ask for some of the prompts only; the released ones' did not
     epochs: PositiveInt = 150
     epoch_steps: PositiveInt = 2500
     batch: PositiveInt = 4
@@ -97,8 +100,8 @@ class TussRecipe(Recipe):
         return self.init
 
     @property
-    def size(self) -> TussConfig:
-        """The network's size. Raises `RecipeError` where `init` is a model of another family."""
+    def start(self) -> TussConfig:
+        """The size and prompts of the model to start from. Raises `RecipeError` where `init` is of another family."""
         if not self.init:
             return self.tuss
         model = load_model(self.init, "cpu")
@@ -107,15 +110,23 @@ class TussRecipe(Recipe):
         return model.config
 
     @property
+    def size(self) -> TussConfig:
+        """The network's size and prompts. Raises `RecipeError` where they cannot be."""
+        try:
+            return replace(self.start, prompts=self.prompts or self.start.prompts)
+        except ValueError as error:
+            raise RecipeError(f"prompts: {error}") from error
+
+    @property
     def labelling(self) -> Labelling:
         return Labelling(columns=("prompt", "label"), known=self.size.prompts, captions=False, alone=True)
 
     def check(self, corpus: Corpus) -> None:
-        if self.init and self.tuss not in (MEDIUM, LARGE, self.size):
+        if self.init and self.tuss not in (MEDIUM, LARGE, self.start):
             raise RecipeError(f"the size is that of {self.init}: set init, or settings of tuss")
-        unknown = [prompt for prompt in self.size.prompts if prompt not in PROMPTS]
-        if unknown:
-            raise RecipeError(f"nothing is known of how to mix {', '.join(unknown)}; prompts are {', '.join(PROMPTS)}")
+        if unknown := {prompt for pair in self.mixing.never for prompt in pair} - {*self.size.prompts}:
+            known = ", ".join(self.size.prompts)
+            raise RecipeError(f"mixing.never: no prompt {', '.join(sorted(unknown))}; there are: {known}")
         pool = DiskPool(corpus, rate=None)
         self.mixers(pool, corpus)
         check_audible(pool)
@@ -141,9 +152,16 @@ class TussRecipe(Recipe):
     def build(self) -> Tuss:
         """Make the network in its initial state, on the CPU."""
         torch.manual_seed(self.seed)
+        size, start = self.size, self.start
         if not self.init:
-            return Tuss(self.tuss)
-        net: Tuss = load_part(load_model(self.init, "cpu").folder, "separator", FAMILY, self.size)
+            return Tuss(size)
+        net: Tuss = load_part(load_model(self.init, "cpu").folder, "separator", FAMILY, start)
+        if size != start:
+            tokens = torch.randn(len(size.prompts), size.width)  # of new prompts, as when training begins
+            for at, prompt in enumerate(size.prompts):
+                if prompt in start.prompts:
+                    tokens[at] = net.prompts.data[start.prompts.index(prompt)]
+            net.prompts, net.config = nn.Parameter(tokens), size
         return net
 
 
@@ -238,7 +256,7 @@ class PromptMixer:
         samples: length of a mixture at 48 kHz.
         seed: of all that is drawn.
         mixing: how mixtures are made.
-        vocabulary: the model's prompts, some of `PROMPTS`.
+        vocabulary: the model's prompts.
 
     Raises:
         ManifestError: where there are too few clips that may be mixed with each other.
@@ -258,7 +276,8 @@ class PromptMixer:
         for index in among:
             self.by_prompt[pool.clips[index].label].append(index)
         self.supply = {prompt: len(members) or bool(self._pools(prompt)) for prompt, members in self.by_prompt.items()}
-        self.counts = [count for count in mixing.counts if drawable(count, self.supply)]
+        self.odds = odds_of(vocabulary, mixing.never)
+        self.counts = [count for count in mixing.counts if drawable(count, self.supply, odds=self.odds)]
         if not self.counts:
             present = ", ".join(prompt for prompt, number in self.supply.items() if number) or "none"
             raise ManifestError(f"no {min(mixing.counts)} of the clips may be mixed with each other ({present})")
@@ -274,7 +293,7 @@ class PromptMixer:
         sources, prompts = [], []
         for row in rows:
             rng = np.random.default_rng((self.seed, step, 1 + row))
-            names = draw(rng, count, self.supply)
+            names = draw(rng, count, self.supply, self.odds)
             sources.append(self._sources(rng, names))
             prompts.append(indices(names, self.vocabulary))
         return np.stack(sources), np.array(prompts)
@@ -288,10 +307,10 @@ class PromptMixer:
         for name, members in zip(names, chosen, strict=True):
             several = [_levelled(self._stretch(rng, index, rate)) for index in members]
             if len(several) > 1:  # ingredients have levels of their own
-                quietest = [QUIETEST_DB[self.pool.clips[index].label] for index in members]
-                several = [one * 10 ** (rng.uniform(low, 0) / 20) for one, low in zip(several, quietest, strict=True)]
+                labels = [self.pool.clips[index].label for index in members]
+                several = [one * _gain(rng, label) for one, label in zip(several, labels, strict=True)]
             source = _levelled(np.sum(several, axis=0))
-            sources.append(source * 10 ** (rng.uniform(QUIETEST_DB[name], 0) / 20))
+            sources.append(source * _gain(rng, name))
         return np.stack(sources).astype(np.float32)
 
     def _choose(self, rng: np.random.Generator, name: str, used: set[int]) -> list[int]:
@@ -350,46 +369,11 @@ def _peaks(pool: Pool, index: int) -> Iterator[tuple[int, float]]:
         yield start + at, float(piece[at])
 
 
+def _gain(rng: np.random.Generator, prompt: str) -> float:
+    """Draw the gain of a source, evenly in dB."""
+    return float(10 ** (rng.uniform(QUIETEST_DB if prompt in QUIET else QUIETEST_OTHERS_DB, 0) / 20))
+
+
 def _levelled(audio: Audio) -> Audio:
     """Scale to a root mean square of 1; silence stays silence."""
     return np.asarray(audio / (np.sqrt(np.square(audio, dtype=np.float64).mean()) or 1.0), np.float32)
-
-
-def source_losses(estimates: Tensor, references: Tensor, prompts: Tensor) -> Tensor:
-    """Compute the negative SNR of each source; training minimises its mean.
-
-    Estimates of equal prompts are assigned to their references in the order with the lowest loss. Where a reference is
-    silent, the loss is the estimate's level relative to all references of its prompt.
-
-    Args:
-        estimates: `[batch, prompts, samples]`.
-        references: likewise.
-        prompts: int64 `[prompts]` or `[batch, prompts]`.
-
-    Returns:
-        Losses in dB, float32 `[batch, prompts]`.
-    """
-    estimates, references = estimates.float(), references.float()
-    rows = []
-    for e, r, ids in zip(estimates, references, prompts.expand(estimates.shape[:2]).tolist(), strict=True):
-        losses: list[Tensor] = [e.new_zeros(())] * len(ids)
-        for prompt in dict.fromkeys(ids):
-            members = [i for i, other in enumerate(ids) if other == prompt]
-            for i, loss in zip(members, _group_losses(e[members], r[members]), strict=True):
-                losses[i] = loss
-        rows.append(torch.stack(losses))
-    return torch.stack(rows)
-
-
-def _group_losses(estimates: Tensor, references: Tensor) -> Tensor:
-    """Compute the losses of one prompt's references, `[sources, samples]`, under the best order of the estimates."""
-    power = references.square().sum(1)
-    active = power > 0
-    scale = torch.where(active, power, references.sum(0).square().sum())
-    errors = torch.stack([(estimates - reference).square().sum(1) for reference in references])
-    level = 10 * torch.log10(errors + SOFT_LIMIT * scale[:, None] + EPSILON)
-    weight = torch.where(active, 1.0, INACTIVE_WEIGHT)
-    losses = weight[:, None] * (level - torch.where(active, 10 * torch.log10(scale + EPSILON), 0)[:, None])
-    orders = torch.tensor(list(permutations(range(len(losses)))), device=losses.device)
-    totals = losses.detach()[torch.arange(len(losses)), orders].sum(1)
-    return losses[torch.arange(len(losses)), orders[totals.argmin()]]
