@@ -28,7 +28,7 @@ MUXERS = {
     "avi": "avi",
     "ts": "mpegts",
 }
-ENCODERS = {  # of the codec that a track has; others become FLAC in Matroska, and AAC elsewhere
+ENCODERS = {  # by the track's codec; others become FLAC in Matroska, else AAC
     **{name: name for name in ("aac", "ac3", "eac3", "flac", "alac", "mp2")},
     "opus": "libopus",
     "libopus": "libopus",
@@ -110,7 +110,7 @@ class MediaEncoder(Encoder):
 
         self._av, self._rate, self._done = av, form.rate, 0
         self._film: InputContainer | None = None
-        options = {"movflags": "use_metadata_tags"} if muxer == "mov" else {}  # else it would store no software
+        options = {"movflags": "use_metadata_tags"} if muxer == "mov" else {}  # to store the software tag
         try:
             self._out: Any = av.open(stream, "w", format=muxer, options=options)
             layout = _layout(form.channels, form.speakers)

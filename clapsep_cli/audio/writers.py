@@ -27,8 +27,8 @@ from clapsep_cli.errors import OutputError, TakenError
 from clapsep_cli.files import claim, unfinished
 
 STDOUT = Path("-")
-CONVERTED_AT_ONCE = 2**18  # samples
-LIBSNDFILE = re.compile(r" \(libsndfile-[^)]*\)$")  # which it adds to the name of a software
+CONVERTED_AT_ONCE = 2**18  # samples scaled at a time
+LIBSNDFILE = re.compile(r" \(libsndfile-[^)]*\)$")  # libsndfile adds it to the software tag
 
 Clipping = Literal["warn", "rescale", "error"]  # what to do about samples over full scale
 _FOLDERS = Lock()  # so that no folder is made for one output while the failure of another removes it
@@ -89,7 +89,7 @@ class Part:
                 self.temporary.replace(self.path)
                 return new
             try:
-                os.link(self.temporary, self.path)  # which, unlike renaming, never replaces a file
+                os.link(self.temporary, self.path)  # unlike renaming, this never replaces a file
             except FileExistsError:
                 _check_free(self.path, overwrite)
                 raise

@@ -32,7 +32,7 @@ from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
 
 INTERRUPTED = 130
-WIDE = 80  # columns; in a narrower terminal, panels would truncate the names of options
+WIDE = 80  # columns; a narrower terminal gets plain help, as panels would truncate option names
 
 app = typer.Typer(
     name="clapsep",
@@ -93,11 +93,7 @@ def main() -> NoReturn:
     except ImportError as error:  # a library cannot be loaded: too little memory, or an incomplete installation
         note(f"{_first_line(error)}: is memory short, or a package missing?")
         raise SystemExit(ModelError.exit_code) from None
-    except (
-        MemoryError,
-        RuntimeError,
-        SystemError,
-    ) as error:  # SystemError is raised by an incompletely imported library
+    except (MemoryError, RuntimeError, SystemError) as error:  # SystemError: of an incompletely imported library
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         note(f"out of memory ({_first_line(error)}): --jobs 1, --batch-size 1 and --model mini need the least")

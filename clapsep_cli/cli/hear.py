@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.listening.hearing import Heard, Listener
 
-PANEL = "Sounds"  # of --help
+PANEL = "Sounds"  # heading in --help
 SHOWN_STRETCHES = 6
 
 Vocabulary = Annotated[
@@ -132,7 +132,7 @@ def _draw(picture: Path, heard: Heard, sounds: list[str]) -> None:
     """Draw the score of each window over its middle half, where no other window is as near."""
     from clapsep_cli.listening.plot import save_scores
 
-    after = heard.starts[-1] + heard.window / 2  # where a further window would start
+    after = heard.starts[-1] + heard.window / 2  # start of the next window, if there were one
     edges = [start + heard.window / 4 for start in (*heard.starts, after)]
     save_scores(picture, sounds, edges, heard.scores[:, [heard.sounds.index(sound) for sound in sounds]].T)
 

@@ -16,7 +16,7 @@ from clapsep_cli.errors import DownloadError, UsageError
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.registry import BUNDLED
 
-PANEL = "Prompts"  # of --help
+PANEL = "Prompts"  # heading in --help
 LISTS = ("--prompts", "--only")
 DEFAULT = "tuss-medium"
 

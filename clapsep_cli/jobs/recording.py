@@ -29,7 +29,7 @@ from clapsep_cli.separation import BLOCK_SECONDS, Passage
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
-WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for the last block of a thread on closing
+WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a thread's last block when closing
 
 
 class Draft:

@@ -19,14 +19,14 @@ from clapsep_cli.audio.sources import Source
 from clapsep_cli.errors import OutputError, StoppedError
 
 PIECES_PER_SECOND = 200  # roughly: a piece of the waveform is a whole number of samples
-PIECES_PER_COLUMN = 4  # of the spectrogram
+PIECES_PER_COLUMN = 4  # pieces of the waveform for a column of the spectrogram
 BANDS = 128
 LOWEST_HZ = 30.0
 WINDOW_SECONDS = 0.046  # of the transform, roughly: it has a power of two samples
-DETAIL_SECONDS = 30.0  # the longest stretch that is computed anew
-FLOOR_DB = -100.0  # below full scale, the level that is stored as 0; full scale is 255
-BLOCK_COLUMNS = 200  # read at a time
-SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that, without loss, are read from any sample on
+DETAIL_SECONDS = 30.0  # longest stretch whose spectrogram is computed anew
+FLOOR_DB = -100.0  # relative to full scale; stored as 0, and full scale as 255
+BLOCK_COLUMNS = 200  # columns read at a time
+SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that can be read from any sample on
 LOSSLESS = ("PCM", "FLOAT", "DOUBLE")
 
 Progress = Callable[[float, float], None]

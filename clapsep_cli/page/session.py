@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Extraction
     from clapsep_cli.store.checkpoint import Model
 
-RESERVE_BYTES = 256 << 20  # of the disk, that a session leaves free
+RESERVE_BYTES = 256 << 20  # of the disk that a session leaves free
 MAX_SHOTS = 64
 NAME_BYTES = 160  # of an upload's name
 WAITING, WORKING, DONE, FAILED, STOPPED = "waiting", "working", "done", "failed", "stopped"
-SEEN = ("rate", "channels", "frames", "piece", "loudest")  # of an overview, that the page has to know
+SEEN = ("rate", "channels", "frames", "piece", "loudest")  # attributes of an overview that the page uses
 GONE = "the session's folder is gone: stop clapsep ui and start it again"
 
 
@@ -62,9 +62,9 @@ class OpenRecording:
     folder: Path
     given: str  # the name by which a command would find it
     tracks: Sequence[str]  # of a film, in words
-    track: int | None  # which of them is open, from 1; None where there is but one
+    track: int | None  # number of the open one, from 1; None if there is only one
     state: str = WORKING
-    done: float = 0.0  # share of it that was read
+    done: float = 0.0  # share that was read
     error: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -132,7 +132,7 @@ class Session:
         self.recording: OpenRecording | None = None
         self.shots: dict[str, tuple[str, Path]] = {}  # by id: the name it was given, and where it lies
         self.attempts: dict[str, Attempt] = {}
-        self._model: tuple[tuple[str, bool | None], Model] | None = None  # as it was asked for
+        self._model: tuple[tuple[str, bool | None], Model] | None = None  # with its name, and `refine`
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="clapsep-look")
         self._working = ThreadPoolExecutor(1, thread_name_prefix="clapsep-work")
 
@@ -278,7 +278,7 @@ class Session:
         return attempt
 
     def _check_room(self, recording: OpenRecording, parts: int) -> None:
-        with Source(recording.sound.path, stream=recording.track) as source:  # an error if it is not there any more
+        with Source(recording.sound.path, stream=recording.track) as source:  # raises if the file has gone
             needed = source.frames * source.channels * 4 * parts
         if needed > (room := self.room()):
             raise OutputError(
@@ -339,7 +339,7 @@ class Session:
 
         wanted = wish.model, wish.refine
         if self._model is None or self._model[0] != wanted:
-            self._model = None  # so that two never lie in memory
+            self._model = None  # so that two are never in memory
             model = load_model(wish.model, self.device)
             model.refine(wish.refine)
             self._model = wanted, model

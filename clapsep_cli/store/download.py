@@ -27,9 +27,9 @@ Say = Callable[[str], None]  # gets a line for the user
 Progress = Callable[[int, int], None]  # bytes done, bytes in all; must not raise
 
 SUMS = "SHA256SUMS"  # the hashes of the files in its folder, for `sha256sum -c`
-PINNED, STATED = "pinned by clapsep", "stated by the Hub for the pinned revision"  # whose word a hash is
+PINNED, STATED = "pinned by clapsep", "stated by the Hub for the pinned revision"  # sources of a hash
 PAUSES_S = (1.0, 2.0, 4.0)  # before further attempts; after the last one, the error is the user's
-TIMEOUT_S = 30.0  # of silence
+TIMEOUT_S = 30.0  # without data
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
 
