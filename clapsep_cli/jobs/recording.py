@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
-from clapsep_cli.listening.events import UNLIKE, Event, EventFinder, save_events
-from clapsep_cli.listening.levels import Meter, Presence
+from clapsep_cli.listening.events import Event, EventFinder, save_events
+from clapsep_cli.listening.levels import Likeness, Meter, Presence
 from clapsep_cli.listening.plot import Marks, Picture
 from clapsep_cli.query import MIXTURE, RESIDUAL
-from clapsep_cli.separation import BLOCK_SECONDS, Passage
+from clapsep_cli.separation import BLOCK_SECONDS, Passage, as_heard
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
@@ -138,7 +139,12 @@ class Recording:
                 film,
             )
         )
-        self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
+        self._blocks, channels = source.blocks(BLOCK_SECONDS), source.channels
+        if options.no_audio:  # then nothing is worked on but what the model hears
+            self._blocks, channels = as_heard(self._blocks, self.heard_rate, self.model.separator.rate), 1
+            self.heard_rate = min(self.heard_rate, self.model.separator.rate)
+        self._block_rate = round(self.heard_rate * options.expand)
+        self._picture = Picture(self._block_rate, self.options.start) if self.job.picture else None
         self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
         watched = self.model.tells_likeness and (self.options.presence or self._decides)
         self._presence = {name: Presence(self.heard_rate) for name in self.job.kept} if watched else {}
@@ -150,9 +156,8 @@ class Recording:
         if self._decides and len(self.job.kept) > 1:
             folder = next((path.parent for path in self.job.outputs.values() if path != STDOUT), None)
             self._draft = self._outputs.enter_context(Draft(folder))
-        self.passage = Passage(self.model, self.wanted, self.heard_rate, source.channels)
-        self._blocks = source.blocks(BLOCK_SECONDS)
-        self._nothing = np.zeros((source.channels, 0), np.float32)
+        self.passage = Passage(self.model, self.wanted, self.heard_rate, channels)
+        self._nothing = np.zeros((channels, 0), np.float32)
         self._reading = self.io.submit(self._next)
 
     def _next(self) -> tuple[Samples, Audio, bool]:
@@ -164,12 +169,12 @@ class Recording:
     @property
     def seconds(self) -> float:
         """Duration of what is separated."""
-        return self.samples / self.rate
+        return self.samples / self._block_rate
 
     @property
     def total(self) -> float:
         """Duration of the recording; 0 if unknown."""
-        return max(self.frames, self.samples) / self.rate if self.frames else 0.0
+        return max(self.frames / self.rate, self.seconds) if self.frames else 0.0
 
     def read(self) -> None:
         """Read the next block, which may complete windows."""
@@ -223,24 +228,6 @@ class Recording:
             self._picture.add({MIXTURE: mixture.astype(np.float32, copy=False), **shown})
         if written:
             self._writer.write(written)
-
-    def pass_over(self) -> None:
-        """Take the next windows as silent as long as they are unlike all that is asked for, at a first look."""
-        while self.windows and (silence := self.silence(self.windows[0])) is not None:
-            self.windows.popleft()
-            self.passage.accept(silence)
-
-    def silence(self, window: Tensor) -> Tensor | None:
-        """Return the result for a window that is unlike all that is asked for, where no audio is wanted; else None."""
-        looks = self.options.no_audio and self.model.tells_likeness
-        silence = self.passage.silence if looks else None
-        return silence if silence is not None and self._is_unlike(window) else None
-
-    def _is_unlike(self, window: Tensor) -> bool:
-        with self._clocked():
-            mono, rate = window.cpu().numpy(), self.model.separator.rate
-            likeness = (self.model.likeness(self.wanted, stem, mono, rate) for stem in range(len(self.job.kept)))
-            return all(one is not None and one < UNLIKE for one in likeness)
 
     def _take_events(self, last: bool = False) -> None:
         """Collect the events that were decided; no thread may be writing."""
@@ -307,8 +294,8 @@ class Recording:
             self._check()
             self._write(mixture, np.stack(stems), absent)
 
-    def _likeness(self, stem: int) -> Callable[[Audio], float | None]:
-        return lambda mono: self.model.likeness(self.wanted, stem, mono, self.heard_rate)
+    def _likeness(self, stem: int) -> Likeness:
+        return partial(self.model.likeness, self.wanted, stem, self.heard_rate)
 
     def _absent(self, presence: Mapping[str, dict[str, float] | None]) -> list[str]:
         """Return the targets below `min_presence`, if that is set."""
