@@ -79,17 +79,17 @@ class ClapsepWarning(UserWarning):
 
 
 @contextmanager
-def told_of_warnings(tell: Callable[[str], None]) -> Iterator[None]:
-    """Call `tell` with each `ClapsepWarning` that is raised within, once, instead of showing it."""
+def forwarded_warnings(say: Callable[[str], None]) -> Iterator[None]:
+    """Call `say` with each different `ClapsepWarning` that is raised within, instead of showing it."""
     with warnings.catch_warnings():
-        others, told = warnings.showwarning, set[str]()
+        others, said = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if not issubclass(category, ClapsepWarning):
                 others(message, category, *place, **more)
-            elif str(message) not in told:
-                told.add(str(message))
-                tell(str(message))
+            elif str(message) not in said:
+                said.add(str(message))
+                say(str(message))
 
         warnings.showwarning = show
         warnings.simplefilter("always", ClapsepWarning)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 20  # hashed at a time
-FOREIGN_SECONDS = 86_400.0  # without a change, until an unfinished file of another machine counts as left behind
+FOREIGN_SECONDS = 86_400.0  # age from which an unfinished file of another machine counts as left behind
 _NAME = re.compile(r"\.(.+)\.([0-9a-f]{6})-[0-9a-f]{8}\.partial")
 
 

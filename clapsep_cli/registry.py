@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -49,77 +48,54 @@ SHORT = 12  # digits of a hash that name a folder or a revision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remote(ABC):
-    """Describes a file to download, pinned by its `size` in bytes and its SHA-256 in hex."""
+class HubFile:
+    """A file on the Hugging Face Hub to download.
 
-    size: int
-    sha256: str
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """File name."""
-
-    @property
-    @abstractmethod
-    def where(self) -> str:
-        """File and publisher, in words."""
-
-    @property
-    @abstractmethod
-    def address(self) -> str:
-        """Address for a browser."""
-
-    @property
-    @abstractmethod
-    def version(self) -> str:
-        """Short name of the release and its revision."""
-
-    @property
-    @abstractmethod
-    def pinned(self) -> tuple[str | int, ...]:
-        """Values that identify the file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubFile(Remote):
-    """Describes a file on the Hugging Face Hub; `repo_type` is "model" or "space", `revision` a commit.
-
-    The hash that the Hub states for that revision is believed, too: the revision is what is pinned.
+    Its `size` in bytes, its SHA-256 in hex and a commit (`revision`) are pinned. The hash that the Hub states for that
+    commit is believed, too. `repo_type` is "model" or "space".
     """
 
     repo: str
     repo_type: str
     revision: str
     path: str
+    size: int
+    sha256: str
 
     @property
     def name(self) -> str:
+        """File name."""
         return self.path.rpartition("/")[2]
 
     @property
     def where(self) -> str:
+        """File and publisher, in words."""
         return f"{self.path} of the {self.repo_type} {self.repo}"
 
     @property
     def address(self) -> str:
+        """Address for a browser."""
         kind = {"model": "", "space": "spaces/"}[self.repo_type]
         return f"https://huggingface.co/{kind}{self.repo}/resolve/{self.revision}/{self.path}"
 
     @property
     def version(self) -> str:
+        """Short name of the release and its revision."""
         return f"{self.repo}@{self.revision[:SHORT]}"
 
     @property
     def pinned(self) -> tuple[str | int, ...]:
+        """Values that identify the file."""
         return self.repo, self.revision, self.path, self.size
 
 
 @dataclass(frozen=True, kw_only=True)
-class WebFile(Remote):
-    """Describes a file at an HTTPS address, pinned by its content alone: the address may change."""
+class WebFile:
+    """A file at an HTTPS address to download, pinned by its content alone; properties as of `HubFile`."""
 
     url: str
+    size: int
+    sha256: str
 
     @property
     def name(self) -> str:
@@ -140,6 +116,9 @@ class WebFile(Remote):
     @property
     def pinned(self) -> tuple[str | int, ...]:
         return self.sha256, self.size
+
+
+Remote = HubFile | WebFile
 
 
 @dataclass(frozen=True)

@@ -151,3 +151,12 @@ def test_only_cli_prints_and_only_one_file_unpickles(name: str) -> None:
     if name != "registry":
         assert "family ==" not in source
     assert source.count("\n") <= MAX_LINES
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith(("audio", "store", "page"))))
+def test_a_docstring_says_what_a_thing_is_or_does(name: str) -> None:
+    """It does not begin with a question, which makes readers guess."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, kinds)]
+    first = [(ast.get_docstring(node) or "").partition(" ")[0] for node in nodes]
+    assert not {"What", "How", "Whether", "Where", "Which", "When"} & set(first)

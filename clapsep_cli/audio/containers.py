@@ -31,10 +31,10 @@ STATED = {
     "CAF": ("data", 4),
     "AU": ("Data Size", 0),
 }
-WHOLE = "RIFF|RIFX|riff|FORM|Riff size"  # its lines about the size of the file; they come first, if chunks fill the log
+WHOLE = "RIFF|RIFX|riff|FORM|Riff size"  # lines with the size of the file; they come first, should chunks fill the log
 FOLLOWED_BY_CHUNKS = ("WAV", "WAVEX", "RF64", "AIFF")
-BYTE_FOR_BYTE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")  # kinds of samples; of others, libsndfile has read some
-VERSION_1, VERSION_2 = 3, 2  # as headers have it; 0 is version 2.5
+BYTE_FOR_BYTE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")  # subtypes whose samples are not read ahead
+VERSION_1, VERSION_2 = 3, 2  # of MPEG, as headers encode it; 0 is version 2.5
 RATES = (44100, 48000, 32000)  # of version 1, in Hz; halved for version 2, and again for 2.5
 KBITS = {  # by (version 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -44,8 +44,8 @@ KBITS = {  # by (version 1, layer)
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-LEADING_JUNK_BYTES = 2**16  # through which a first frame is looked for
-CHAIN = 3  # frames in a row that cannot be chance
+LEADING_JUNK_BYTES = 2**16  # searched for the first frame
+CHAIN = 3  # number of frames in a row that is no chance
 
 
 class Fed:
@@ -53,7 +53,7 @@ class Fed:
 
     def __init__(self, file: BinaryIO, spans: Sequence[tuple[int, int]] | None = None, front: bytes = b"") -> None:
         self._file, self._front, self._at = file, front, 0
-        self.name = str(getattr(file, "name", ""))  # whose suffix helps some decoders
+        self.name = str(getattr(file, "name", ""))  # its suffix helps some decoders
         self._spans = [(0, file.seek(0, os.SEEK_END))] if spans is None else spans
         self.size = len(front) + sum(end - begin for begin, end in self._spans)
         self.error: OSError | None = None
@@ -118,7 +118,7 @@ def check_samples(opened: SoundFile, first: int, file: BinaryIO, report: Report)
     if inner and plain:
         stated, held = stated - overhead, size - first
     unknown = stated in UNFINISHED - {0} and opened.format in ("WAV", "WAVEX")
-    slack = 0 if inner else 1  # the size of the whole may count a padding that is not there
+    slack = 0 if inner else 1  # the size of the file may count a missing padding byte
     if stated > held + slack and not unknown:
         missing = opened.frames / opened.samplerate * (stated - held) / max(1, held)
         what = f"the last {missing:.2f} s are missing" if missing else "all of its sound is missing"
@@ -259,8 +259,8 @@ class MpegStream:
     """The frames of a file: their places, their number, and the note in front of them."""
 
     spans: list[tuple[int, int]]  # bytes of sound, from and to; several where something else lies between
-    note: bytes  # the frame before them that has no sound, but a note of their number
-    stated: int | None  # the number of frames noted, None if there is no note, or none in it
+    note: bytes  # a frame without sound before them that states their number
+    stated: int | None  # number of frames that the note states, if any
     frames: int
     head: bytes  # of a frame
     layer: int

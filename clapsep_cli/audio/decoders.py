@@ -25,8 +25,8 @@ SNDFILE_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", "
 MPEG_SUFFIXES = {".mp3", ".mp2", ".mpga"}
 TAGS = ("title", "artist", "album", "comment", "date", "tracknumber", "genre", "copyright", "license")
 NO_MPEG = {b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff", b"riff", b"OggS", b"fLaC", b".snd"}
-NO_LENGTH = 2**62  # libsndfile says at least that of a FLAC that does not state its length
-READ_AHEAD_BYTES = 2**16  # by which a FLAC may go on behind its last sample, with tags
+NO_LENGTH = 2**62  # libsndfile returns at least this for a FLAC that states no length
+READ_AHEAD_BYTES = 2**16  # of tags that may follow the last sample of a FLAC
 MALFORMED = 3  # libsndfile's number for a file of a known format that it cannot make sense of
 SPEAKERS = re.compile(r"^ *Channel Mask *: 0x([0-9A-F]+)", re.MULTILINE)  # in libsndfile's log
 # Of FLAC (RFC 9639, 9.1.3) and Ogg, by number of channels.
@@ -262,7 +262,7 @@ class AvDecoder(Decoder):
                 if packet.is_corrupt:
                     self._damage("a packet is corrupt")
                 for frame in self._frames(packet):
-                    if resampler is None:  # the first frame knows better than the container
+                    if resampler is None:  # the first frame is more reliable than the container
                         self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
                         self.speakers = _speakers(frame.layout)
                         # By channel it is faster, but PyAV crashes at 8 and more.

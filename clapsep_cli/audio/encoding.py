@@ -152,7 +152,7 @@ class SoundFileEncoder(Encoder):
 
     def __init__(self, stream: BinaryIO, format: str, form: Form) -> None:  # noqa: A002
         known, tags, self._bits = FORMATS[format], form.tags, form.bits
-        if format == "mp3":  # whose tags libsndfile takes for Latin-1, and whose software it does not write
+        if format == "mp3":  # libsndfile writes its tags as Latin-1, and no software
             stream.write(_id3(tags))
             tags = {}
         self._stream = _Rest(stream)
@@ -167,7 +167,7 @@ class SoundFileEncoder(Encoder):
     def write(self, audio: Samples) -> int:
         samples: Audio | NDArray[np.int32] = audio.astype(np.float32, copy=False)
         if self._bits is None:
-            clipped = int(np.count_nonzero(np.abs(audio) > 1))  # by whoever plays it
+            clipped = int(np.count_nonzero(np.abs(audio) > 1))  # by the player
         else:
             integers, clipped = quantise(audio, self._bits)
             samples = integers << (32 - self._bits)

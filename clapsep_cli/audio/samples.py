@@ -23,8 +23,8 @@ Samples = NDArray[np.floating[Any]]  # float64 holds 32-bit integers exactly, fl
 LARGEST = 2.0**50  # 301 dB over full scale; squares of such samples can still be added up in float32
 PEAK = 0.9  # to which a signal over full scale is scaled before a model hears it, as the released code does
 MAX_CHANNELS = 32
-LOWEST_HZ = 8_000  # rate of a recording
-DROPPED_AT_ONCE = 2**16  # samples
+LOWEST_HZ = 8_000  # lowest rate of a recording
+DROPPED_AT_ONCE = 2**16  # samples dropped at a time
 CANCELLED = 0.02  # channels cancel if their mean has less than this share of their energy (−17 dB)
 
 

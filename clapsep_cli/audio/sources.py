@@ -28,8 +28,8 @@ from clapsep_cli.errors import AudioError
 
 STDIN = Path("-")
 RATES_HZ = (LOWEST_HZ, 1_000_000)
-HEARD_SECONDS = 10.0  # of which one downmix is made at a time, as models hear windows of this length
-SUFFIXES = decoders.SNDFILE_SUFFIXES | decoders.AV_SUFFIXES  # some take PyAV
+HEARD_SECONDS = 10.0  # length mixed to mono at a time, that of a model's window
+SUFFIXES = decoders.SNDFILE_SUFFIXES | decoders.AV_SUFFIXES  # some need PyAV
 
 
 class Source:

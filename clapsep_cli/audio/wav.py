@@ -12,8 +12,8 @@ from clapsep_cli.audio.samples import Decoder, Encoder, Form, Samples, quantise,
 from clapsep_cli.errors import AudioError
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
-GUID_END = bytes.fromhex("000000001000800000aa00389b71")  # of the kinds of samples in an EXTENSIBLE
-USUAL = ((1, 0x4), (2, 0x3))  # numbers of channels and their speakers that need no EXTENSIBLE
+GUID_END = bytes.fromhex("000000001000800000aa00389b71")  # end of the GUIDs of sample types in an EXTENSIBLE
+USUAL = ((1, 0x4), (2, 0x3))  # channels and speaker masks that need no EXTENSIBLE
 UNKNOWN = 0xFFFFFFFF
 # What programs write as a size that they cannot know yet: nothing, ffmpeg's, GStreamer's, and SoX's.
 UNFINISHED = {0, UNKNOWN, 0x7FFFFFFF, 0x7FFFF000}

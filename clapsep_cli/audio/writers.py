@@ -27,8 +27,8 @@ from clapsep_cli.errors import OutputError, TakenError
 from clapsep_cli.files import claim, unfinished
 
 STDOUT = Path("-")
-CONVERTED_AT_ONCE = 2**18  # samples
-LIBSNDFILE = re.compile(r" \(libsndfile-[^)]*\)$")  # which it adds to the name of a software
+CONVERTED_AT_ONCE = 2**18  # samples scaled at a time
+LIBSNDFILE = re.compile(r" \(libsndfile-[^)]*\)$")  # libsndfile adds it to the software tag
 
 Clipping = Literal["warn", "rescale", "error"]  # what to do about samples over full scale
 _FOLDERS = Lock()  # so that no folder is made for one output while the failure of another removes it
@@ -89,7 +89,7 @@ class Part:
                 self.temporary.replace(self.path)
                 return new
             try:
-                os.link(self.temporary, self.path)  # which, unlike renaming, never replaces a file
+                os.link(self.temporary, self.path)  # unlike renaming, this never replaces a file
             except FileExistsError:
                 _check_free(self.path, overwrite)
                 raise
@@ -159,7 +159,9 @@ class Outputs:
             raise OutputError(f"{' and '.join(paths)} would be written to one file, {next(iter(paths.values()))}")
         if STDOUT in paths.values() and encoding.format != "wav":
             raise OutputError(f"standard output carries WAV alone, not {encoding.format}")
-        stored = {name: _clean(text) for name, text in {**(tags or {}), "software": software}.items() if text}
+        given = {**(tags or {}), "software": software}
+        clean = {name: text.encode("utf-8", "replace").decode().replace("\0", " ") for name, text in given.items()}
+        stored = {name: text for name, text in clean.items() if text}
         self._form = form = Form(rate, channels, encoding.bits, stored, speakers)
         self._encode = lambda stream, seek: open_encoder(stream, encoding.format, form, seek, film)
         self._clip, self._overwrite, self._done = clip, overwrite, 0
@@ -167,7 +169,7 @@ class Outputs:
         self._drafts: dict[str, BinaryIO] = {}  # samples as they came, where the gain is known only at the end
         self._draft_type = "<f8" if encoding.bits == 32 else "<f4"
         self._range = (0.0, 0.0)
-        self._made: list[Path] = []
+        self._made: list[Path] = []  # folders that are new, outermost first
         self._parts: dict[str, Part] = {}
         try:
             for part, path in paths.items():
@@ -187,7 +189,9 @@ class Outputs:
         else:
             _check_free(path, self._overwrite)
             with _FOLDERS, _reported(str(path), "cannot be written"):
-                self._made += _make_folder(path.parent)
+                folder = path.parent
+                self._made += [above for above in (*reversed(folder.parents), folder) if not above.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
                 self._parts[part] = Part(path, self._encode)
         if later:
             with _reported(str(path), "cannot be written"):
@@ -305,13 +309,6 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise TakenError(f"{path}: exists already; use --overwrite to replace it, or -o for another folder")
 
 
-def _make_folder(folder: Path) -> list[Path]:
-    """Make `folder`; returns the folders that are new, outermost first."""
-    missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
 def _is_file(stream: BinaryIO) -> bool:
     """Return True if stdout is an empty file, whose header can be completed at the end."""
     try:
@@ -321,7 +318,3 @@ def _is_file(stream: BinaryIO) -> bool:
         return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and not appends and stream.tell() == 0
     except (ImportError, OSError):
         return False
-
-
-def _clean(text: str) -> str:
-    return text.encode("utf-8", "replace").decode().replace("\0", " ")

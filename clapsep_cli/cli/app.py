@@ -27,12 +27,12 @@ from clapsep_cli.cli.separate import ListCommand, separate
 from clapsep_cli.cli.terminal import ModelDirOption, note
 from clapsep_cli.cli.train import train
 from clapsep_cli.cli.ui import ui
-from clapsep_cli.errors import ClapsepError, ModelError, told_of_warnings
+from clapsep_cli.errors import ClapsepError, ModelError, forwarded_warnings
 from clapsep_cli.startup import prepare, replace_closed_streams
 from clapsep_cli.version import __version__
 
 INTERRUPTED = 130
-WIDE = 80  # columns; in a narrower terminal, panels would truncate the names of options
+WIDE = 80  # columns; a narrower terminal gets plain help, as panels would truncate option names
 
 app = typer.Typer(
     name="clapsep",
@@ -82,7 +82,7 @@ def main() -> NoReturn:
     command = get_command(app)
     _simplify_help(command)
     try:
-        with told_of_warnings(note):
+        with forwarded_warnings(note):
             command(standalone_mode=True)
     except ClapsepError as error:
         note(str(error))
@@ -93,11 +93,7 @@ def main() -> NoReturn:
     except ImportError as error:  # a library cannot be loaded: too little memory, or an incomplete installation
         note(f"{_first_line(error)}: is memory short, or a package missing?")
         raise SystemExit(ModelError.exit_code) from None
-    except (
-        MemoryError,
-        RuntimeError,
-        SystemError,
-    ) as error:  # SystemError is raised by an incompletely imported library
+    except (MemoryError, RuntimeError, SystemError) as error:  # SystemError: of an incompletely imported library
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         note(f"out of memory ({_first_line(error)}): --jobs 1, --batch-size 1 and --model mini need the least")

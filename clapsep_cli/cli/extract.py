@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import carry_out, find, keep_on
+from clapsep_cli.cli.run import carry_out, find_recordings, keep_on
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, option
 from clapsep_cli.errors import UsageError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query, Span
 
-QUERY = "Queries"  # panel of --help
+QUERY = "Queries"  # heading in --help
 
 
 Pos = Annotated[opt.Texts, option(QUERY, "--pos TEXT", "The sound to keep, in words; repeat to average.")]
@@ -165,9 +165,9 @@ def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, st
     if given["manifest"]:
         return read_requests(stage.path(given["manifest"]), sides, stage)
     targets = _targets(given["target"], sides, stage) if given["target"] else {TARGET: Query(**sides)}
-    if given["watch"]:  # the first one stands for those to come
+    if given["watch"]:  # a placeholder for the recordings to come
         return [(Input(given["watch"] / "any.wav", Path("any.wav")), targets)]
-    return [(item, targets) for item in find(given["inputs"] or [], given["recursive"], options.out, stage)]
+    return [(item, targets) for item in find_recordings(given["inputs"] or [], given["recursive"], options.out, stage)]
 
 
 def _targets(arguments: Sequence[str], sides: dict[str, Any], stage: Stage) -> Mapping[str, Query]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import FAILED, find, load, stoppable
+from clapsep_cli.cli.run import FAILED, find_recordings, load, stoppable
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes, option
 from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError
 from clapsep_cli.query import parse_time
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.listening.hearing import Heard, Listener
 
-PANEL = "Sounds"  # of --help
+PANEL = "Sounds"  # heading in --help
 SHOWN_STRETCHES = 6
 
 Vocabulary = Annotated[
@@ -57,7 +57,7 @@ def hear(
 ) -> None:
     """List what likely sounds in recordings and when, and propose what to extract.
 
-    Scores are 0 to 1: of sounds with 0.7, about seven of ten are there.
+    Scores are 0 to 1: of sounds to which mini gives 0.7, about seven of ten are there.
     """
     from clapsep_cli.audio.samples import slowed
     from clapsep_cli.audio.sources import Source
@@ -74,7 +74,7 @@ def hear(
             if stop.is_set():
                 raise StoppedError("stopped")
 
-        found = find(inputs or [], recursive, None, stage)
+        found = find_recordings(inputs or [], recursive, None, stage)
         pictures = _pictures(found, overwrite, stage) if plot else {}
         set_threads(threads)
         loaded = load(Loading(model, adapter, device, "high"), stage, quiet)
@@ -132,7 +132,7 @@ def _draw(picture: Path, heard: Heard, sounds: list[str]) -> None:
     """Draw the score of each window over its middle half, where no other window is as near."""
     from clapsep_cli.listening.plot import save_scores
 
-    after = heard.starts[-1] + heard.window / 2  # where a further window would start
+    after = heard.starts[-1] + heard.window / 2  # start of the next window, if there were one
     edges = [start + heard.window / 4 for start in (*heard.starts, after)]
     save_scores(picture, sounds, edges, heard.scores[:, [heard.sounds.index(sound) for sound in sounds]].T)
 

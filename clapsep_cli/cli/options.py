@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.stores import Stage
     from clapsep_cli.jobs.tasks import Loading, Options
 
-INPUT, OUTPUT, BEYOND = "Recordings", "Outputs", "Beyond one machine"  # panels of --help, as MODEL and RUN are
-COUNT = {"min": 1, "max": 1024}  # bounds
+INPUT, OUTPUT, BEYOND = "Recordings", "Outputs", "Beyond one machine"  # headings in --help, like MODEL and RUN
+COUNT = {"min": 1, "max": 1024}  # bounds of most numbers
 
 # Values that shells complete.
 CLIPS = ("warn", "rescale", "error")
@@ -28,7 +28,7 @@ SUBTYPES = ("pcm16", "pcm24", "float")
 EVENTS = ("csv", "audacity", "raven")
 PRECISIONS = ("auto", "high", "fast")
 ENGINES = ("local", "ray")
-OF_RAY = ("address", "workers", "gpus_per_worker", "insecure")  # options
+OF_RAY = ("address", "workers", "gpus_per_worker", "insecure")  # options for --engine ray alone
 
 # Types of options that may be left out.
 Text = str | None
@@ -177,7 +177,8 @@ def options_of(given: Mapping[str, Any], stage: Stage) -> Options:
     values = {**given, **times, "start": times["start"] or 0.0, "out": out, "shard": shard}
     on_ray = given["engine"] == "ray"
     values["markers"] = shard is not None or on_ray
-    values["skip_existing"] |= on_ray and not values["overwrite"]  # so that the same command goes on from a lost driver
+    # So that the same command continues after a lost driver.
+    values["skip_existing"] |= on_ray and not values["overwrite"]
     return Options(**_chosen(Options, values))
 
 

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 FAILED = 1  # exit code if a recording or an output failed; usage errors exit with 2
 STATUSES = {"done": "done", "absent": "without what was asked for", "skipped": "done before", "failed": "failed"}
-HEADER_LETTERS = 160  # of the queries in the first line
+HEADER_LETTERS = 160  # letters of the queries in the first line, at most
 
 
-def find(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
+def find_recordings(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
     """Find the recordings that the arguments of a command name, without outputs of earlier runs (see `expand`)."""
     from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import expand
@@ -127,7 +127,7 @@ def keep_on(
     _warn_of_doubts(model, [targets])
     notes(setup.quiet)(f"watching {folder}; Ctrl-C ends it")
     with stoppable(setup.quiet) as stop:
-        ours = lru_cache(lambda path, _: is_output(path))  # of each version of a file
+        ours = lru_cache(lambda path, _: is_output(path))  # asked once for each version of a file
         for items in arrivals(folder, stop, recursive, options.out, lambda path: ours(path, path.stat().st_mtime_ns)):
             jobs, failed = [], []
             for item in items:
@@ -198,7 +198,7 @@ def _work_on_ray(jobs: Sequence[Job], options: Options, setup: Setup, stage: Sta
     if _is_stdout(options.out) or any(str(job.input.path) == "-" for job in jobs):
         raise UsageError("--engine ray reads and writes files: name them, or leave it out")
     if options.presence is None:
-        options = replace(options, presence=setup.json)  # where the model can tell
+        options = replace(options, presence=setup.json)  # where the model can measure it
     gpus, threads = setup.gpus_per_worker or 0.0, setup.threads or 1
     cluster = Cluster(setup.address, setup.workers, gpus, threads, setup.insecure, setup.scratch)
     with (
@@ -243,14 +243,6 @@ def _warn_of_doubts(model: Model, sets: Sequence[Mapping[str, Query]]) -> None:
                 raise
 
 
-def _stops() -> list[signal.Signals]:
-    """Return the signals that stop a run. SIGHUP, sent by a closed terminal, stays ignored under nohup."""
-    stops = [signal.SIGINT, signal.SIGTERM]
-    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        stops.append(signal.SIGHUP)
-    return stops
-
-
 @contextmanager
 def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts."""
@@ -263,7 +255,11 @@ def stoppable(quiet: bool, said: str = "stopping after the windows at hand") -> 
         with suppress(RuntimeError, OSError):  # the signal interrupted another print, or stderr is closed
             notes(quiet)(f"{said}; once more to stop at once")
 
-    before = {number: signal.signal(number, ask) for number in _stops()}
+    stops = [signal.SIGINT, signal.SIGTERM]
+    # A closed terminal sends SIGHUP; under nohup it stays ignored.
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in stops}
     try:
         yield stop
     finally:
@@ -308,7 +304,7 @@ class _Lines:
             self.failures.append(row["error"])
             note(row["error"])
         elif status == "skipped":
-            if not self.json and self.count < 2:  # of several, only the number is printed
+            if not self.json and self.count < 2:  # for several, only their number is printed
                 without = "" if row["outputs"] or row.get("events_file") else ", without what was asked for"
                 self._print(f"{row['input']}: done before{without}")
         else:

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 from typer.core import TyperCommand
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import carry_out, find
+from clapsep_cli.cli.run import carry_out, find_recordings
 from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, option
 from clapsep_cli.errors import DownloadError, UsageError
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.registry import BUNDLED
 
-PANEL = "Prompts"  # of --help
+PANEL = "Prompts"  # heading in --help
 LISTS = ("--prompts", "--only")
 DEFAULT = "tuss-medium"
 
@@ -137,7 +137,7 @@ def separate(
     try:
         with opt.staging(scratch) as stage:
             options = opt.options_of({**given, "only": chosen}, stage)
-            asked = [(item, targets) for item in find(inputs or [], recursive, options.out, stage)]
+            asked = [(item, targets) for item in find_recordings(inputs or [], recursive, options.out, stage)]
             carry_out(asked, options, setup, stage)
     except DownloadError as error:
         if model:

@@ -68,7 +68,7 @@ def _use_home(folder: Path | None) -> Path | None:
     return folder
 
 
-MODEL, RUN = "Model", "Run"  # panels of --help
+MODEL, RUN = "Model", "Run"  # headings in --help
 
 ModelOption = Annotated[
     str | None,
@@ -95,12 +95,12 @@ ModelDirOption = Annotated[
 ]
 QuietOption = Annotated[bool, option(RUN, "--quiet -q", "Print nothing but errors.", callback=_silence)]
 
-LINE_LETTERS = 1000  # of a note, at most
+LINE_LETTERS = 1000  # longest line of a note
 PROGRESS = ("auto", "json", "none")
 NAME_LETTERS = 40  # of a recording's name beside its bar
 
 
-_naming: list[Callable[[str], str]] = []  # the last one holds
+_naming: list[Callable[[str], str]] = []  # holds the last one given
 
 
 def name_by(shown: Callable[[str], str]) -> None:
@@ -180,8 +180,8 @@ class Reporter:
     def __init__(self, how: str, quiet: bool, count: int) -> None:
         self.json, self.count, self.finished = how == "json" and not quiet, count, 0
         self.open: dict[Path, TaskID] = {}
-        self.done: dict[Path, float] = {}  # seconds that are separated, of open recordings
-        self.seconds = 0.0  # likewise, of all recordings
+        self.done: dict[Path, float] = {}  # seconds separated so far of each open recording
+        self.seconds = 0.0  # separated so far of all recordings
         self.bars = progress_bars(quiet or how != "auto")
         self.all: TaskID | None = None
 

@@ -27,12 +27,12 @@ from clapsep_cli.query import Excerpt
 from clapsep_cli.separation import Workers, windows_in
 from clapsep_cli.store.checkpoint import Model
 
-MAX_OPEN = 32  # recordings
+MAX_OPEN = 32  # recordings open at a time
 MAX_ASKED = 64  # sets of targets whose embeddings are kept
 MAX_FILES = 160  # open at once; systems allow a process 256 or more
-SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, for a batch of windows
+SHARE_OF_FREE_MEMORY = 0.5  # of a GPU that a batch of windows may use
 LOOK_SECONDS = 0.2  # between checks for a stop while waiting for a file
-OTHERS_SECONDS = 2.0  # for another process to rename the parts that it has finished
+OTHERS_SECONDS = 2.0  # to wait for another process to rename finished parts
 
 Result = TypeVar("Result")
 
@@ -207,13 +207,7 @@ class _Opened(ExitStack):
         for recording in self.recordings:
             while recording.windows:
                 window = recording.windows.popleft()
-                silence = recording.silence(window)
-                if silence is None:
-                    recording.coming.append(workers.submit(window, recording.wanted, self.check))
-                else:
-                    settled: Future[Any] = Future()
-                    recording.coming.append(settled)
-                    settled.set_result((silence, 0.0))
+                recording.coming.append(workers.submit(window, recording.wanted, self.check))
         oldest = [recording.coming[0] for recording in self.recordings if recording.coming][:1]
         while oldest and not wait(oldest, LOOK_SECONDS).done:
             self.check()
@@ -227,8 +221,6 @@ class _Opened(ExitStack):
 
     def _separate_batch(self) -> None:
         """Separate one batch of windows with the same queries."""
-        for recording in self.recordings:
-            recording.pass_over()
         batch = [(recording, window) for recording in self.recordings for window in recording.windows]
         if not batch:
             return

@@ -167,10 +167,8 @@ def _stored(path: Path, recursive: bool, stage: Stage) -> list[Input]:
 def _matches(pattern: Path) -> list[Input]:
     root, rest = Path(), pattern
     while rest.parts and (not is_pattern(rest.parts[0]) or is_there(root / rest.parts[0])):
-        root, rest = (
-            root / rest.parts[0],
-            Path(*rest.parts[1:]),
-        )  # an existing name such as "Live [2020]" is not a pattern
+        # An existing name such as "Live [2020]" is not a pattern.
+        root, rest = root / rest.parts[0], Path(*rest.parts[1:])
     if not rest.parts:
         raise AudioError(f"{pattern}: no such file")
     try:
@@ -263,7 +261,7 @@ def _named_in_list(argument: str, folder: Path, recursive: bool, stage: Stage) -
 
 def _without_outputs(inputs: Sequence[Input], out: Path | None, written: Callable[[Path], bool]) -> list[Input]:
     resolved = lru_cache(maxsize=None)(Path.resolve)
-    stems: dict[Path, set[str]] = defaultdict(set)  # of the recordings whose outputs would be in a folder
+    stems: dict[Path, set[str]] = defaultdict(set)  # by folder: names of the recordings whose outputs would be in it
     for item in inputs:
         for folder in (item.path.parent, *([out / item.below.parent] if out else ())):
             stems[resolved(folder)] |= {item.path.stem, item.path.name}
@@ -280,7 +278,7 @@ def _without_outputs(inputs: Sequence[Input], out: Path | None, written: Callabl
         except ClapsepError:
             return False
 
-    left = {item: None for item in inputs if not item.fault and is_output(item.path)}  # a set that keeps its order
+    left = {item: None for item in inputs if not item.fault and is_output(item.path)}  # an ordered set
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         line = f"left out, as outputs of other inputs: {next(iter(left)).path}{more}"

@@ -21,9 +21,9 @@ TEMPLATE = "{stem}.{part}.{ext}"
 FIELDS = ("stem", "name", "part", "ext", "query")
 NAME_BYTES = 224  # systems allow 255; temporary names are longer
 QUERY_BYTES = 96
-MARK_DIGITS = 8  # of the hash in a shortened name
+MARK_DIGITS = 8  # digits of the hash in a shortened name
 
-FORBIDDEN = '<>:"/\\|?*'  # in names on Windows
+FORBIDDEN = '<>:"/\\|?*'  # in file names on Windows
 FORBIDDEN_IN_TEMPLATES = set(FORBIDDEN) - set("/")
 DEVICES = re.compile(r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[0-9¹²³]|LPT[0-9¹²³])(?:\.|$)", re.IGNORECASE)
 JOINERS = "\u200c\u200d"  # part of some scripts and many emoji

@@ -18,8 +18,8 @@ from clapsep_cli.query import MIXTURE, RESIDUAL, TARGET, Query, Span, is_span, p
 from clapsep_cli.tables import check_faults, read_table
 
 Requests = Sequence[tuple[Input, Mapping[str, Query]]]  # recordings, each with its targets by name
-TAKEN = (MIXTURE, RESIDUAL)  # reserved names
-COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")  # of a manifest
+TAKEN = (MIXTURE, RESIDUAL)  # names that no target may have
+COLUMNS = ("file", "pos", "neg", "query_audio", "neg_audio")  # columns of a manifest
 
 
 def parse_target(argument: str, stage: Stage = Stage()) -> tuple[str, str | Path | Span]:

@@ -287,4 +287,4 @@ class Failure:
 
 
 Outcome = Extraction | Skipped | Failure
-JobProgress = Callable[[Job, float, float], None]  # gets the seconds of a recording that are done, and their total
+JobProgress = Callable[[Job, float, float], None]  # called with a job, the seconds done and their total

@@ -19,17 +19,17 @@ from clapsep_cli.audio.sources import Source
 from clapsep_cli.errors import OutputError, StoppedError
 
 PIECES_PER_SECOND = 200  # roughly: a piece of the waveform is a whole number of samples
-PIECES_PER_COLUMN = 4  # of the spectrogram
+PIECES_PER_COLUMN = 4  # pieces of the waveform for a column of the spectrogram
 BANDS = 128
 LOWEST_HZ = 30.0
 WINDOW_SECONDS = 0.046  # of the transform, roughly: it has a power of two samples
-DETAIL_SECONDS = 30.0  # the longest stretch that is computed anew
-FLOOR_DB = -100.0  # below full scale, the level that is stored as 0; full scale is 255
-BLOCK_COLUMNS = 200  # read at a time
-SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that, without loss, are read from any sample on
+DETAIL_SECONDS = 30.0  # longest stretch whose spectrogram is computed anew
+FLOOR_DB = -100.0  # relative to full scale; stored as 0, and full scale as 255
+BLOCK_COLUMNS = 200  # columns read at a time
+SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that can be read from any sample on
 LOSSLESS = ("PCM", "FLOAT", "DOUBLE")
 
-Told = Callable[[float, float], None]
+Progress = Callable[[float, float], None]
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ class Overview:
             return np.ascontiguousarray(_to_listen(file.read(frames, "float32", always_2d=True).T).T)
 
 
-def look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: int | None = None) -> Overview:
+def look(path: Path, folder: Path, progress: Progress, stop: threading.Event, stream: int | None = None) -> Overview:
     """Read a recording once, and store in `folder` what the page shows and plays.
 
     Args:
         path: the recording.
         folder: an existing folder for the files, of this recording alone.
-        told: called with the seconds that are read, and all (0 if unknown).
+        progress: called with the seconds that are read, and all (0 if unknown).
         stop: ends the reading when set.
         stream: number of the sound track, from 1; None for the first.
 
@@ -116,12 +116,12 @@ def look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: in
         StoppedError: `stop` was set.
     """
     try:
-        return _look(path, folder, told, stop, stream)
+        return _look(path, folder, progress, stop, stream)
     except (OSError, soundfile.SoundFileError) as error:
         raise OutputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: int | None) -> Overview:
+def _look(path: Path, folder: Path, progress: Progress, stop: threading.Event, stream: int | None) -> Overview:
     peaks, levels, copy = folder / "peaks", folder / "levels", folder / "listen.wav"
     with Source(path, stream=stream) as source, ExitStack() as stack:
         peaks_file = stack.enter_context(peaks.open("wb"))
@@ -151,7 +151,7 @@ def _look(path: Path, folder: Path, told: Told, stop: threading.Event, stream: i
             waiting = waiting[len(starts) * column :]
             loudest = max(loudest, int(columns.max(initial=0)))
             levels_file.write(columns.tobytes())
-            told(frames / source.rate, source.frames / source.rate)
+            progress(frames / source.rate, source.frames / source.rate)
         playable = path if listening is None else copy
         return Overview(peaks, levels, playable, source.rate, min(2, source.channels), frames, piece, loudest)
 

@@ -36,11 +36,11 @@ from clapsep_cli.page.session import Session
 HOST = "127.0.0.1"
 STATIC = Path(__file__).parent / "static"
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".txt": "text/plain"}
-MAX_COLUMNS = 4096  # of a picture
+MAX_COLUMNS = 4096  # of one picture, at most
 HUGE = 1e15
-MAX_FRAMES = 1 << 19  # of samples, in one answer
-MAX_REQUEST_BYTES = 1 << 20  # of JSON
-PIECE_BYTES = 1 << 20  # of an upload, written at a time
+MAX_FRAMES = 1 << 19  # samples in one answer, at most
+MAX_REQUEST_BYTES = 1 << 20  # of a request in JSON, at most
+PIECE_BYTES = 1 << 20  # bytes of an upload written at a time
 BAD, MISSING, TOO_LARGE, FULL = 400, 404, 413, 507
 HOSTS = ("127.0.0.1", "localhost")
 SAFE_METHODS = ("GET", "HEAD")
@@ -180,8 +180,8 @@ class _Handlers:
         except BaseException as error:
             shutil.rmtree(path.parent, ignore_errors=True)
             if isinstance(error, ClientDisconnect):
-                return Response(status_code=BAD)  # which nobody reads
-            if isinstance(error, ClapsepError):  # it names the place of the upload, which says nothing to the user
+                return Response(status_code=BAD)  # nobody reads the answer
+            if isinstance(error, ClapsepError):  # replace the path of the upload, which the user does not know
                 raise type(error)(str(error).replace(str(path), name)) from error
             raise
         return await self.state(request)

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from clapsep_cli.audio.encoding import FORMATS
 from clapsep_cli.audio.sources import Source
-from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError, told_of_warnings
+from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError, forwarded_warnings
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
 from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from clapsep_cli.jobs.tasks import Extraction
     from clapsep_cli.store.checkpoint import Model
 
-RESERVE_BYTES = 256 << 20  # of the disk, that a session leaves free
+RESERVE_BYTES = 256 << 20  # of the disk that a session leaves free
 MAX_SHOTS = 64
 NAME_BYTES = 160  # of an upload's name
 WAITING, WORKING, DONE, FAILED, STOPPED = "waiting", "working", "done", "failed", "stopped"
-SEEN = ("rate", "channels", "frames", "piece", "loudest")  # of an overview, that the page has to know
+SEEN = ("rate", "channels", "frames", "piece", "loudest")  # attributes of an overview that the page uses
 GONE = "the session's folder is gone: stop clapsep ui and start it again"
 
 
@@ -62,16 +62,16 @@ class OpenRecording:
     folder: Path
     given: str  # the name by which a command would find it
     tracks: Sequence[str]  # of a film, in words
-    track: int | None  # which of them is open, from 1; None where there is but one
+    track: int | None  # number of the open one, from 1; None if there is only one
     state: str = WORKING
-    done: float = 0.0  # share of it that was read
+    done: float = 0.0  # share that was read
     error: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
         """Return what the page shows of it."""
-        told = {name: getattr(self, name) for name in ("tracks", "track", "state", "done", "error")}
-        return {**self.sound.as_json(), **told}
+        own = {name: getattr(self, name) for name in ("tracks", "track", "state", "done", "error")}
+        return {**self.sound.as_json(), **own}
 
 
 @dataclass
@@ -97,9 +97,9 @@ class Attempt:
     def as_json(self) -> dict[str, Any]:
         """Return what the page shows of it."""
         plain = ("id", "summary", "command", "state", "done", "error", "refined", "notes")
-        told = {name: getattr(self, name) for name in plain}
+        own = {name: getattr(self, name) for name in plain}
         parts = [{**part.as_json(), "presence": self.presence.get(part.name)} for part in self.parts]
-        return {**told, "model": self.wish.model, "elapsed": round(self.elapsed, 1), "parts": parts}
+        return {**own, "model": self.wish.model, "elapsed": round(self.elapsed, 1), "parts": parts}
 
 
 class Session:
@@ -132,7 +132,7 @@ class Session:
         self.recording: OpenRecording | None = None
         self.shots: dict[str, tuple[str, Path]] = {}  # by id: the name it was given, and where it lies
         self.attempts: dict[str, Attempt] = {}
-        self._model: tuple[tuple[str, bool | None], Model] | None = None  # as it was asked for
+        self._model: tuple[tuple[str, bool | None], Model] | None = None  # with its name, and `refine`
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="clapsep-look")
         self._working = ThreadPoolExecutor(1, thread_name_prefix="clapsep-work")
 
@@ -222,14 +222,14 @@ class Session:
             shutil.rmtree(recording.sound.path.parent, ignore_errors=True)
 
     def _look(self, recording: OpenRecording) -> None:
-        def told(done: float, total: float) -> None:
+        def progress(done: float, total: float) -> None:
             recording.done = _share(done, total)
             if self.room() == 0:
                 raise OutputError(f"the disk of {self.folder.parent} is nearly full")
 
         try:
             sound = recording.sound
-            sound.overview = look(sound.path, recording.folder, told, recording.stop, recording.track)
+            sound.overview = look(sound.path, recording.folder, progress, recording.stop, recording.track)
             recording.state = DONE
         except Exception as error:
             recording.state, recording.error = FAILED, self._reason(error)
@@ -255,13 +255,13 @@ class Session:
         sounds += [part for attempt in self.attempts.values() for part in attempt.parts]
         return {sound.id: sound for sound in sounds}[key]
 
-    def extract(self, told: bytes | str) -> Attempt:
+    def extract(self, request: bytes | str) -> Attempt:
         """Start the extraction that a request in JSON describes. Raises `UsageError`, `QueryError`, `OutputError`."""
         if self.recording is None or self.recording.sound.overview is None:
             raise UsageError("open a recording first")
         if any(attempt.state in (WAITING, WORKING) for attempt in self.attempts.values()):
             raise UsageError("an extraction is under way: wait for it, or cancel it first")
-        wish = Wish.read(told, self.shots)
+        wish = Wish.read(request, self.shots)
         here = {model["name"]: model["takes"] for model in choices(self.given) if model["here"]}
         if wish.model not in here:
             raise UsageError(f"the model {wish.model!r} is not here: clapsep models download {wish.model}")
@@ -278,7 +278,7 @@ class Session:
         return attempt
 
     def _check_room(self, recording: OpenRecording, parts: int) -> None:
-        with Source(recording.sound.path, stream=recording.track) as source:  # an error if it is not there any more
+        with Source(recording.sound.path, stream=recording.track) as source:  # raises if the file has gone
             needed = source.frames * source.channels * 4 * parts
         if needed > (room := self.room()):
             raise OutputError(
@@ -299,7 +299,7 @@ class Session:
     def _work(self, attempt: Attempt, recording: OpenRecording) -> None:
         attempt.state = WORKING
         try:
-            with told_of_warnings(attempt.notes.append):
+            with forwarded_warnings(attempt.notes.append):
                 done = self._run(attempt, recording)
             self._report(attempt, done)
         except StoppedError:
@@ -319,7 +319,7 @@ class Session:
         from clapsep_cli.jobs.planning import lay_out, plan
         from clapsep_cli.jobs.tasks import Extraction, Options
 
-        def told(job: object, done: float, total: float) -> None:
+        def progress(job: object, done: float, total: float) -> None:
             attempt.done = _share(done, total)
 
         model = self._load(attempt.wish)
@@ -329,7 +329,7 @@ class Session:
         asked = [(Input(path, Path(path.name)), attempt.queries)]
         jobs = lay_out(asked, options)
         attempt.notes += model.doubts(list(jobs[0].targets.values()))
-        (outcome,) = run(plan(jobs, model, options).jobs, model, options, told, attempt.stop)
+        (outcome,) = run(plan(jobs, model, options).jobs, model, options, progress, attempt.stop)
         if not isinstance(outcome, Extraction):
             raise outcome.error
         return outcome
@@ -339,7 +339,7 @@ class Session:
 
         wanted = wish.model, wish.refine
         if self._model is None or self._model[0] != wanted:
-            self._model = None  # so that two never lie in memory
+            self._model = None  # so that two are never in memory
             model = load_model(wish.model, self.device)
             model.refine(wish.refine)
             self._model = wanted, model
@@ -349,8 +349,8 @@ class Session:
         """Store the results of an attempt, and read its parts for the page."""
         attempt.elapsed, attempt.done = done.elapsed, 1.0
         attempt.notes += done.notes
-        for name, told in done.presence.items():
-            score = told["score"] if told else None
+        for name, presence in done.presence.items():
+            score = presence["score"] if presence else None
             attempt.presence[name] = {"score": score, "words": presence_in_words(score)}
         for name, count in done.clipped.items():
             if count:

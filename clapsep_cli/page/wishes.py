@@ -15,8 +15,8 @@ from clapsep_cli.query import MAX_TARGETS, TARGET, Query, Span
 
 Shots = Mapping[str, tuple[str, Path]]  # examples by id: the name each was given, and where it lies
 
-MAX_LETTERS = 1000  # of a text
-MAX_ITEMS = 64  # of a side
+MAX_LETTERS = 1000  # of a text, at most
+MAX_ITEMS = 64  # of a side, at most
 # Presence scores from which on it is told so: with mini, two thirds of the sounds that are there reach the second, and
 # half of those that are not stay below the last.
 IN_WORDS = ((0.15, "clearly there"), (-0.05, "probably there"), (-0.2, "doubtful"))
@@ -66,10 +66,10 @@ class Wish(_Read):
     leave: Side = Side()
 
     @staticmethod
-    def read(told: bytes | str, shots: Shots) -> Wish:
+    def read(request: bytes | str, shots: Shots) -> Wish:
         """Read and check a request in JSON. Raises `UsageError` or, for an impossible target, `QueryError`."""
         try:
-            wish = Wish.model_validate_json(told)
+            wish = Wish.model_validate_json(request)
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, fault["loc"]))

@@ -27,9 +27,9 @@ Say = Callable[[str], None]  # gets a line for the user
 Progress = Callable[[int, int], None]  # bytes done, bytes in all; must not raise
 
 SUMS = "SHA256SUMS"  # the hashes of the files in its folder, for `sha256sum -c`
-PINNED, STATED = "pinned by clapsep", "stated by the Hub for the pinned revision"  # whose word a hash is
+PINNED, STATED = "pinned by clapsep", "stated by the Hub for the pinned revision"  # sources of a hash
 PAUSES_S = (1.0, 2.0, 4.0)  # before further attempts; after the last one, the error is the user's
-TIMEOUT_S = 30.0  # of silence
+TIMEOUT_S = 30.0  # without data
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
 
@@ -96,8 +96,7 @@ def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
         partial.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(partial).free < remote.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        bring = _from_hub if isinstance(remote, HubFile) else _from_web
-        fetched = _checked(remote, _tried(remote, lambda: bring(remote, partial, progress)), stated)
+        fetched = _checked(remote, _tried(remote, lambda: _bring(remote, partial, progress)), stated)
         folder.mkdir(exist_ok=True)
         path = fetched.path.replace(folder / remote.name)
         write_sums(folder, {remote.name: fetched.sha256})
@@ -212,16 +211,14 @@ def _cached(remote: Remote) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _from_hub(remote: Any, folder: Path, progress: Progress | None) -> Path:
-    """Download a file of the Hub. Its client resumes after a broken connection."""
-    from huggingface_hub import hf_hub_download
+def _bring(remote: Remote, folder: Path, progress: Progress | None) -> Path:
+    """Download a file. The Hub's client resumes after a broken connection."""
+    if isinstance(remote, HubFile):
+        from huggingface_hub import hf_hub_download
 
-    bar: Any = _bar(progress, remote.size)
-    return Path(hf_hub_download(**_pinned(remote), local_dir=folder, tqdm_class=bar))
-
-
-def _from_web(remote: Any, folder: Path, progress: Progress | None) -> Path:
-    path: Path = folder / remote.name
+        bar = _bar(progress, remote.size)
+        return Path(hf_hub_download(**_pinned(remote), local_dir=folder, tqdm_class=bar))
+    path = folder / remote.name
     save(remote.url, path, remote.size, progress)
     return path
 
@@ -263,26 +260,22 @@ def save(url: str, path: Path, size: int | None = None, progress: Progress | Non
         raise httpx2.RemoteProtocolError(f"the connection ended after {done} of {size} bytes")
 
 
-def _bar(progress: Progress | None, total: int) -> type:
-    """Make a class that stands in for tqdm in the Hub's client: it calls `progress` and prints nothing."""
+def _bar(progress: Progress | None, total: int) -> Any:
+    """Make a progress bar for the Hub's client that calls `progress` and prints nothing."""
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Bar:
-        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-            self.n, self.total = initial, total
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            settings["disable"] = True  # so that it prints nothing
+            super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             self.n += int(n or 0)
             if progress:
                 progress(min(self.n, total), total)
 
-        def ignore(self, *_: object, **__: object) -> None:
-            pass
-
-        # With `update_transfer`, the client counts the network's bytes apart, and `update` only the file's.
-        update_transfer = set_transfer_postfix_str = set_postfix_str = refresh = close = __exit__ = ignore
-
-        def __enter__(self) -> Bar:
-            return self
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Ignore bytes of the network, so that `update` gets those of the file."""
 
     return Bar
 

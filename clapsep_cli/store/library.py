@@ -62,7 +62,7 @@ class Status:
         }
 
 
-def find(name: str) -> Entry:
+def entry_of(name: str) -> Entry:
     """Return the entry of that name. Raises `ModelError`."""
     if name not in MODELS:
         raise ModelError(f"no model {name!r}: there are {', '.join(MODELS)}")
@@ -93,7 +93,7 @@ def statuses() -> list[Status]:
 
 def best_installed() -> str:
     """Return the name of the best model that is here."""
-    return PREFERRED if installed(find(PREFERRED)) else BUNDLED
+    return PREFERRED if installed(entry_of(PREFERRED)) else BUNDLED
 
 
 def choices(given: str) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ def install(
         CheckpointError: for a file that cannot be converted.
         ModelError: for an unknown model, and a folder that cannot be written.
     """
-    entry = find(name)
+    entry = entry_of(name)
     if files and not entry.remotes:
         raise ModelError(f"{name} comes with clapsep: there is nothing to convert")
     here = installed(entry)
@@ -213,7 +213,7 @@ def write_tokenizer(entry: Entry, folder: Path) -> None:
 
 def path_of(name: str) -> Path:
     """Return the folder of a model. Raises `ModelError` where it is not here."""
-    folder = installed(find(name))
+    folder = installed(entry_of(name))
     if folder is None:
         raise ModelError(f"{name} is not here: clapsep models download {name}")
     return folder
@@ -224,7 +224,7 @@ def verify(name: str) -> list[Path]:
 
     The hashes are compared with `SHA256SUMS` beside the files. Raises `CheckpointError`, `ModelError`.
     """
-    entry, folder = find(name), path_of(name)
+    entry, folder = entry_of(name), path_of(name)
     advice = "it comes with clapsep: install clapsep again"
     if entry.remotes:
         advice = f"clapsep models rm {name}, then clapsep models download {name}"
@@ -252,7 +252,7 @@ def remove(name: str, say: Say = _nothing) -> list[Path]:
 
     Files that other programs have put into the Hub's cache stay. Raises `ModelError` for a bundled or absent model.
     """
-    entry = find(name)
+    entry = entry_of(name)
     if not entry.remotes:
         raise ModelError(f"{name} comes with clapsep and cannot be removed")
     of_any_pin = re.compile(rf"\.?{re.escape(name)}-[0-9a-f]{{{SHORT}}}(\.partial)?")

@@ -19,7 +19,7 @@ from clapsep_cli.errors import CheckpointError
 from clapsep_cli.store.checkpoint import save_part
 from clapsep_cli.store.whole import read_tensors
 
-NESTINGS = ("state_dict", "model")  # under which a checkpoint may keep its tensors
+NESTINGS = ("state_dict", "model")  # keys under which a checkpoint may hold its tensors
 
 
 class Released:
@@ -111,7 +111,7 @@ def write_part(folder: Path, part: str, family: str, config: Any, tensors: Mappi
 def needed(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
     """Yield names and shapes of the tensors that `module` needs."""
     for name, tensor in module.state_dict().items():
-        if not name.endswith("num_batches_tracked"):  # plays no part, with a fixed momentum
+        if not name.endswith("num_batches_tracked"):  # unused with a fixed momentum
             yield name, tensor.shape
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from clapsep_cli.errors import CheckpointError, ModelError
 from clapsep_cli.files import replacing
 
-PIECE_BYTES = 1 << 25  # of tensors that are mapped together
+PIECE_BYTES = 1 << 25  # mapped at a time
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
