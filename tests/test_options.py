@@ -26,6 +26,7 @@ from stand_ins import Moody
 from tuss_stand_in import TINY
 
 from clapsep_cli.cli.app import app
+from clapsep_cli.evaluation import datasets
 from clapsep_cli.families.base import load_family
 from clapsep_cli.jobs import batch
 from clapsep_cli.models.tuss import Tuss
@@ -174,6 +175,8 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--model": (EVALUATE, "--model mini"),
         "--estimates": (EVALUATE, "--estimates made"),
         "--device": (EVALUATE, "-d cpu"),
+        "--precision": (EVALUATE, "--precision fast"),
+        "--batch-size": (EVALUATE.replace("mixtures.csv", "pair.csv"), "--batch-size 2"),
         "--model-dir": (EVALUATE, "--model-dir kept"),
         "--queries": (EVALUATE, "--queries pos"),
         "--condition": (EVALUATE, "--condition raw"),
@@ -214,6 +217,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
         "--overwrite": ("mixtures.csv --audio labels -o wavs", "--overwrite"),
         "--quiet": ("mixtures.csv --audio labels -o new", "-q"),
     },
+    "mixtures fetch": {"--out": ("esc50", "-o new"), "--quiet": ("esc50", "-q")},
     "mixtures make": {
         "--out": ("labels", "-o new.csv"),
         "--per-clip": (MAKE, "--per-clip 2"),
@@ -334,6 +338,7 @@ def place(tmp_path: Path) -> Path:
     listed = "source_file,positive_caption,noise_file,negative_caption\ndog/0.wav,a dog,rain/0.wav,rain\n"
     (place / "mixtures.csv").write_text(listed)
     (place / "more.csv").write_text(f"{listed}none.wav,a dog,rain/0.wav,rain\n")
+    (place / "pair.csv").write_text(f"{listed}rain/1.wav,rain,dog/1.wav,a dog\n")
     (place / "shots.csv").write_text("class,file\na dog,dog/1.wav\nrain,rain/1.wav\n")
     (place / "far.csv").write_text("class,file\na dog,1.wav\nrain,2.wav\n")
     (place / "parts.csv").write_text("mixture,prompt,reference\nmix.wav,speech,old.wav\nmix.wav,sfx,mix.wav\n")
@@ -404,6 +409,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.setattr("webbrowser.open", noted("browser"))
         for name, result in (("install", Path("a")), ("verify", [Path("a")]), *CALLS):
             monkeypatch.setattr(library, name, noted(name, result))
+        monkeypatch.setattr(datasets, "fetch", noted("fetch", ({}, [Path("a.csv")])))
         before = {path for path in place.rglob("*") if path.is_file()}
         for path in before:
             os.utime(path, (1, 1))
@@ -414,7 +420,7 @@ def observe(clapsep: Clapsep, place: Path, monkeypatch: pytest.MonkeyPatch) -> C
         for path in [path for path in place.rglob("*") if path.is_file()]:
             path.unlink() if path not in kept else path.write_bytes(kept[path])
         printed = [TIMING.sub("", text) for text in (done.stdout, done.stderr)]
-        batches = sorted(separator.batches)
+        batches = sorted([*separator.batches, *separator.encoded])
         return {"code": done.returncode, "printed": printed, "files": files, "seen": list(seen), "batches": batches}
 
     return run
