@@ -65,7 +65,7 @@ def taking_turns(works: dict[str, Callable[[], object]], runs: int = RUNS) -> di
 
 
 class Spent(NamedTuple):
-    """What a process took: wall time and processor time in s, and peak resident memory in GB."""
+    """Wall time and processor time of a process in s, and its peak resident memory in GB."""
 
     wall: float
     worked: float
