@@ -35,9 +35,10 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Takes minutes; parts: start, processes, growth, window, tuss. LONG=1 adds 3 h of audio and 2,000 files.
+# Takes minutes; parts: start, processes, growth, cores, window, tuss. LONG=1 adds 3 h of audio and 2,000 files.
+# BEFORE=/path/to/a/checkout: `cores` takes turns with that version.
 bench: $(VENV)/dev
-	LONG=$(LONG) $(BIN)/python tests/bench.py $(PART)
+	LONG=$(LONG) BEFORE=$(BEFORE) $(BIN)/python tests/bench.py $(PART)
 
 # Looks for what the tests' fixed examples do not show: thousands of new ones, and mangled recordings.
 fuzz: $(VENV)/dev

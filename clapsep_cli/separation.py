@@ -74,9 +74,9 @@ class Separation:
 
     @cached_property
     def presence(self) -> dict[str, dict[str, float] | None]:
-        """Whether each stem holds what was asked for, measured when first used (see `Presence.read`); None if unknown.
+        """Scores of how likely each stem holds its query's sound (see `Presence.read`), measured when first used.
 
-        A `score` below 0 means: probably not there.
+        A `score` below 0 means: probably not there. None where the model cannot tell.
         """
         told = {}
         for name, stem in self.stems.items():
@@ -88,7 +88,7 @@ class Separation:
 
     @cached_property
     def events(self) -> dict[str, list[Event]]:
-        """When each stem sounds, found when first used; see `find_events` for other rules than the default."""
+        """Start and end of each sound in each stem, found when first used; `find_events` takes other rules."""
         mixture, rate = np.atleast_2d(self.mixture), round(self.rate / self.expand)
         found = {
             name: find_events(mixture, np.atleast_2d(stem), rate, self.likenesses.get(name))

@@ -1,13 +1,12 @@
 """Speed and memory, as ratios measured in one run: `make bench`; `make bench LONG=1` adds 3 h and 2,000 files.
 
 Figures are medians. Those of whole processes are taken with stand-in weights of the released size. State the machine's
-load with them: it is printed first.
+load with them: it is printed first. `make bench PART=cores BEFORE=/path/to/checkout` takes turns with another version.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from clapsep_cli.startup import prepare
 
@@ -40,10 +40,12 @@ from clapsep_cli.query import Query
 from clapsep_cli.registry import MODELS
 from clapsep_cli.separation import BLOCK_SECONDS, Workers
 from clapsep_cli.store import library
+from clapsep_cli.store.checkpoint import Model
 
 HERE = Path(__file__).parent
 LONG = bool(os.environ.get("LONG"))
-RUNS = 9
+BEFORE = os.environ.get("BEFORE")  # a checkout of another version, for `cores`
+RUNS, ROUNDS = 9, 3  # of a function, and of a whole process
 QUERY = ("--pos", "dog barking", "--neg", "rain")
 
 
@@ -62,14 +64,37 @@ def taking_turns(works: dict[str, Callable[[], object]], runs: int = RUNS) -> di
     return {name: statistics.median(spent[1:]) for name, spent in times.items()}
 
 
-def process(*arguments: str) -> tuple[float, float]:
-    """Wall time (s) and peak resident memory (GB) of a command of ours."""
+class Spent(NamedTuple):
+    """Wall time and processor time of a process in s, and its peak resident memory in GB."""
+
+    wall: float
+    worked: float
+    peak: float
+
+
+def process(*arguments: str, checkout: str | Path = HERE.parent) -> Spent:
+    """Run a command of ours, or of another version's checkout."""
     began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "clapsep_cli", *arguments])
+    child = subprocess.Popen([sys.executable, "-m", "clapsep_cli", *arguments], cwd=checkout)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0
-    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+    return Spent(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
+
+
+def processes_in_turns(name: str, works: dict[str, Callable[[], Spent]]) -> None:
+    """Print the medians of processes that take turns; and what the first took of the one called "before"."""
+    runs: dict[str, list[Spent]] = {label: [] for label in works}
+    for _ in range(ROUNDS):
+        for label, work in works.items():
+            runs[label].append(work())
+    medians = {label: Spent(*map(statistics.median, zip(*taken, strict=True))) for label, taken in runs.items()}
+    for label, (wall, worked, peak) in medians.items():
+        busy = f"{worked / wall:.2f} cores busy, {worked:.1f} s of processor time"
+        row(f"{name}, {label}", f"{wall:.1f} s, {busy}, peak {peak:.2f} GB")
+    if "before" in medians:
+        shares = (f"{now / before:.2f}" for now, before in zip(medians["now"], medians["before"], strict=True))
+        row("… now, of before: wall, processor time, memory", ", ".join(shares))
 
 
 def noise(path: Path, seconds: float, rate: int = 48_000, channels: int = 2) -> Path:
@@ -162,17 +187,24 @@ def beside(script: str) -> None:
     subprocess.run([sys.executable, HERE / script], check=True)
 
 
-def bench_processes(folder: Path) -> None:
-    """From a cold process to written files: the reference takes 13 s to start, 16 s for 60 s of audio, 3.8 GB."""
-    home = folder / "home"
-    os.environ["CLAPSEP_HOME"] = str(home)
+def stand_in(folder: Path) -> Path:
+    """Make `folder / "home"` the home of models, with a CLAPSep of the released size; return that model's folder."""
+    os.environ["CLAPSEP_HOME"] = str(folder / "home")
     entry = MODELS["clapsep"]
     place = library.place(entry)
-    # In a process of its own: what this one has ever held would count in its children's peaks.
-    written = f"write_released(Path({str(place)!r}), pin={library.pin(entry)!r})"
-    write = f"from pathlib import Path; from released import write_released; {written}"
-    subprocess.run([sys.executable, "-c", write], check=True, cwd=HERE)
-    library.write_tokenizer(entry, place)
+    if not place.exists():
+        # In a process of its own: what this one has ever held would count in its children's peaks.
+        written = f"write_released(Path({str(place)!r}), pin={library.pin(entry)!r})"
+        write = f"from pathlib import Path; from released import write_released; {written}"
+        subprocess.run([sys.executable, "-c", write], check=True, cwd=HERE)
+        library.write_tokenizer(entry, place)
+    return place
+
+
+def bench_processes(folder: Path) -> None:
+    """From a cold process to written files: the reference takes 13 s to start, 16 s for 60 s of audio, 3.8 GB."""
+    stand_in(folder)
+    home = folder / "home"
     options = ("--model", "clapsep", "-q", "--overwrite", *QUERY)
     for seconds in (10, 60):
         path = str(noise(folder / f"{seconds}.wav", seconds))
@@ -183,11 +215,11 @@ def bench_processes(folder: Path) -> None:
                     if query == "first":
                         shutil.rmtree(home / "texts", ignore_errors=True)
                     taken.append(process("extract", path, *options, "--precision", precision))
-                spent, peak = (statistics.median(column) for column in zip(*taken, strict=True))
+                spent, _, peak = (statistics.median(column) for column in zip(*taken, strict=True))
                 row(f"clapsep, {seconds} s of stereo, {query} query, {precision}", f"{spent:.2f} s, peak {peak:.2f} GB")
     path = noise(folder / "600.wav", 600)
     taken = [process("extract", str(path), *options, "--precision", "fast") for _ in range(3)]
-    spent = statistics.median(wall for wall, _ in taken)
+    spent = statistics.median(one.wall for one in taken)
     row("clapsep, 10 min of stereo, fast, process to files", f"{spent:.1f} s, real-time factor {spent / 600:.4f}")
     row("… of which reading, resampling and writing, one thread", f"{read_and_write(path) / spent:.1%}")
 
@@ -213,7 +245,7 @@ def bench_growth(folder: Path) -> None:
     options = ("--model", "mini", "-q", "--overwrite", *QUERY)
     for seconds in (10, 60, 600, 3600, *([10_800] if LONG else [])):
         path = noise(folder / "long.wav", seconds)
-        spent, peak = process("extract", str(path), *options)
+        spent, _, peak = process("extract", str(path), *options)
         row(
             f"mini, {seconds} s of stereo", f"{spent:.1f} s, real-time factor {spent / seconds:.4f}, peak {peak:.2f} GB"
         )
@@ -225,50 +257,66 @@ def bench_growth(folder: Path) -> None:
         first = noise(short / "0.wav", 2, 16_000, 1)
         for n in range(1, count):
             shutil.copy(first, short / f"{n}.wav")
-        spent, peak = process("extract", str(short), *options, "-o", str(folder / "out"))
+        spent, _, peak = process("extract", str(short), *options, "-o", str(folder / "out"))
         row(f"mini, {count} files of 2 s", f"{spent:.1f} s, {spent / count * 1000:.0f} ms a file, peak {peak:.2f} GB")
         shutil.rmtree(short)
 
 
 def bench_cores(folder: Path) -> None:
-    """A window on each core against all cores in a window (`--batch-size 1`): time, cores busy, the same bits."""
-    model, cores = library.load_model("mini", "cpu", "high"), torch.get_num_threads()
+    """A window on each core: whole commands, cores busy, the same bits; seconds a window by the number of workers."""
+    clapsep, files = str(stand_in(folder)), folder / "files"
+    ten, minute = noise(folder / "ten.wav", 600), noise(folder / "minute.wav", 60)
+    files.mkdir()
+    for number in range(20):
+        noise(files / f"{number}.wav", 600 if LONG else 60)
+    settings: dict[str, tuple[tuple[str, ...], str | Path]] = {
+        "now": ((), HERE.parent),
+        "all cores in a window": (("--batch-size", "1"), HERE.parent),
+        "one core": (("--threads", "1"), HERE.parent),
+    }
+    if BEFORE:
+        settings["before"] = (), BEFORE
+    for name, given, model in (
+        ("mini, 10 min of stereo", ten, "mini"),
+        (f"mini, 20 files of {10 if LONG else 1} min", files, "mini"),
+        ("clapsep, 60 s of stereo from cold", minute, clapsep),
+    ):
+        command = ("extract", str(given), "--model", model, "-d", "cpu", "--precision", "high", "-q", "--overwrite")
+        outs = {label: ("-o", str(folder / label)) for label in settings}
+        processes_in_turns(
+            name,
+            {
+                label: partial(process, *command, *QUERY, *outs[label], *options, checkout=checkout)
+                for label, (options, checkout) in settings.items()
+            },
+        )
+        pairs = ((file, folder / "one core" / file.name) for file in (folder / "now").iterdir())
+        same = all(first.read_bytes() == second.read_bytes() for first, second in pairs)
+        row("… the same bits on one core and on all", "yes" if same else "NO")
+    for name, given_model in (("mini", "mini"), ("clapsep", clapsep)):
+        bench_workers(name, library.load_model(given_model, "cpu", "high"))
+
+
+def bench_workers(name: str, model: Model) -> None:
+    cores = torch.get_num_threads()
     windows = [torch.randn(model.separator.window) for _ in range(2 * cores)]
     wanted = model.ask([Query("dog barking", "rain")])
+    results: dict[int, list[torch.Tensor]] = {}
 
     def shared(count: int) -> None:
         torch.set_num_threads(count)
         with Workers(model) as workers:
-            for future in [workers.submit(window, wanted) for window in windows]:
-                future.result()
+            results[count] = [coming.result()[0] for coming in [workers.submit(one, wanted) for one in windows]]
         torch.set_num_threads(cores)
 
-    works = {f"{count} at once, one thread each": partial(shared, count) for count in sorted({1, 2, cores})}
+    works: dict[str, Callable[[], object]] = {
+        f"{count} at once, one thread each": partial(shared, count) for count in sorted({1, 2, cores})
+    }
     works["one at once, all threads"] = lambda: [model.infer([window], wanted) for window in windows]
-    for name, spent in taking_turns(works).items():
-        row(f"mini, a window, {name}", f"{spent / len(windows):.3f} s")
-    path, files = noise(folder / "ten.wav", 600), folder / "files"
-    files.mkdir()
-    for number in range(20):
-        noise(files / f"{number}.wav", 600 if LONG else 60)
-    settings = {"a window on each core": (), "all cores in a window": ("--batch-size", "1"), "1": ("--threads", "1")}
-    for name, given in (("10 min of stereo", path), (f"20 files of {10 if LONG else 1} min", files)):
-        runs: dict[str, list[tuple[float, float, float]]] = {setting: [] for setting in settings}
-        for _ in range(3):
-            for setting, options in settings.items():
-                out = str(folder / f"out-{setting}")
-                command = ("extract", str(given), "--model", "mini", "-q", "--overwrite", "-o", out, *QUERY, *options)
-                before = resource.getrusage(resource.RUSAGE_CHILDREN)
-                spent, peak = process(*command)
-                after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-                runs[setting].append((spent, worked, peak))
-        for setting, taken in runs.items():
-            spent, worked, peak = (statistics.median(column) for column in zip(*taken, strict=True))
-            label = "one core" if setting == "1" else setting
-            row(f"mini, {name}, {label}", f"{spent:.1f} s, {worked / spent:.2f} cores busy, peak {peak:.2f} GB")
-    first, second = (folder / f"out-{setting}" / "ten.target.wav" for setting in ("a window on each core", "1"))
-    row("the same bits on one core and on all", "yes" if first.read_bytes() == second.read_bytes() else "NO")
+    for label, spent in taking_turns(works, ROUNDS).items():
+        row(f"{name}, a window, {label}", f"{spent / len(windows):.3f} s")
+    same = all(torch.equal(*pair) for pair in zip(results[1], results[max(results)], strict=True))
+    row("… the same bits with one and with all", "yes" if same else "NO")
 
 
 def main(chosen: Sequence[str]) -> None:

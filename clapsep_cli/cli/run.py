@@ -68,13 +68,13 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
         typer.Exit: a recording failed.
         ClapsepError: nothing can be done.
     """
-    from clapsep_cli.jobs.planning import lay_out
-    from clapsep_cli.query import check_taken
-
-    set_threads(setup.threads)
     if _is_stdout(options.out) and setup.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
     _check_scratch(setup, stage)
+    set_threads(setup.threads)  # before anything else imports torch
+    from clapsep_cli.jobs.planning import lay_out
+    from clapsep_cli.query import check_taken
+
     jobs = lay_out(asked, options, stage)  # before a model is loaded, perhaps downloaded
     lines = _Lines(setup, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)
     if options.shard is not None and not jobs:

@@ -112,7 +112,7 @@ class Context(nn.Module):
 
 
 class Features(NamedTuple):
-    """What no query changes: of mixtures `[batch, …, frames, bands]`, frames of 20, 40, 80 and 160 ms."""
+    """Features of mixtures, the same for all queries: `[batch, …, frames, bands]`, frames of 20, 40, 80 and 160 ms."""
 
     levels: Tensor  # 1 channel
     fine: Tensor
