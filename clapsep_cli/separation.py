@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clapsep_cli import startup
 from clapsep_cli.audio.encoding import choose_encoding
-from clapsep_cli.audio.samples import Audio, Samples, from_array, slowed
+from clapsep_cli.audio.samples import Audio, Samples, downmix, from_array, slowed
 from clapsep_cli.audio.writers import Outputs
 from clapsep_cli.errors import AudioError, ClapsepWarning, UsageError
 from clapsep_cli.listening.events import Event, find_events
@@ -186,11 +186,6 @@ class Passage:
         """Take in the result of the oldest window that still lacks one."""
         self._stream.accept(result)
 
-    @property
-    def silence(self) -> Tensor | None:
-        """A result that silences a window in all stems; None where the model's family has none."""
-        return self._stream.silence
-
     @torch.inference_mode()
     def pull(self) -> tuple[Samples, Audio]:
         """Return what became final since the last call.
@@ -204,6 +199,16 @@ class Passage:
         mixture = np.concatenate(self._waiting, 1)
         self._waiting = [mixture[:, stems.shape[2] :]]
         return mixture[:, : stems.shape[2]], stems
+
+
+def as_heard(blocks: Iterable[Samples], rate: int, heard: int) -> Iterator[Samples]:
+    """Yield a recording's blocks as a model hears them: the channels' mean, at `heard` Hz unless `rate` is lower."""
+    resampler = soxr.ResampleStream(rate, heard, 1, "float32", "HQ") if rate > heard else None
+    for block in blocks:
+        mono = downmix(block.astype(np.float32, copy=False))
+        yield (mono if resampler is None else resampler.resample_chunk(mono))[None]
+    if resampler is not None:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)[None]
 
 
 class Workers:
@@ -346,7 +351,7 @@ def separate(
         progress(done / rate, mixture.shape[1] / rate)
     stems = np.concatenate(found, 2)
     residual = (mixture - stems.sum(0)).reshape(shape)
-    likenesses = {name: partial(_likeness, model, wanted, stem, heard_rate) for stem, name in enumerate(targets)}
+    likenesses = {name: partial(model.likeness, wanted, stem, heard_rate) for stem, name in enumerate(targets)}
     return Separation(
         dict(zip(targets, stems.reshape(len(stems), *shape), strict=True)),
         residual,
@@ -355,7 +360,3 @@ def separate(
         likenesses if model.tells_likeness else {},
         expand,
     )
-
-
-def _likeness(model: Model, wanted: Any, stem: int, rate: int, mono: Audio) -> float | None:
-    return model.likeness(wanted, stem, mono, rate)

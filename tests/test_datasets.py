@@ -50,11 +50,20 @@ def test_a_data_set_is_listed_and_its_hashes_are_told(server: HubServer, clapsep
     assert (other.returncode, f"and had {sha256} before" in other.stderr) == (3, True)
 
 
-@pytest.mark.usefixtures("server")
-def test_lists_are_those_that_other_commands_take(tmp_path: Path) -> None:
+def test_archives_come_from_their_record_or_by_hand(server: HubServer, tmp_path: Path) -> None:
     _, (clips, shots) = fetch("fsdkaggle2018", tmp_path / "fsd")
     assert [row["label"] for _, row in read_table(clips, ("file", "label"))] == ["Cello", "Bass_drum"]
     assert read_shots(shots)["the sound of bass drum"] == ("FSDKaggle2018.audio_train/train1.wav",)
+    for name, data in fsd().items():
+        (tmp_path / name).write_bytes(data)
+    server.stop()
+    with pytest.raises(DownloadError, match=r"could not be downloaded .* fetch musdb18hq\.zip elsewhere and save"):
+        fetch("musdb18-hq", tmp_path)
+    assert fetch("fsdkaggle2018", tmp_path)[1][0].read_text() == clips.read_text(), "archives brought by hand"
+
+
+@pytest.mark.usefixtures("server")
+def test_stems_and_captions_are_listed(tmp_path: Path) -> None:
     _, (songs,) = fetch("musdb18-hq", tmp_path / "musdb")
     (parts,) = read_parts(songs, songs.parent)
     assert parts.task == "music"
@@ -79,7 +88,7 @@ def test_lists_are_those_that_other_commands_take(tmp_path: Path) -> None:
         ({"size": 5}, "longer than the 5 bytes"),
         ({"size": 10**12}, r"needed|ended after|could not be downloaded"),
         ({"checksum": "sha1:0"}, "does not state"),
-        ({"key": "other"}, "is the record restricted"),
+        ({"key": "other"}, "record may be restricted"),
     ],
 )
 def test_what_its_server_states_otherwise_is_refused(

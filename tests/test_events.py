@@ -98,17 +98,26 @@ def test_times_are_those_of_the_recording(events: Callable[..., Done], mix: Path
     assert listed(mix.with_name("mix.events.csv")) == near([PLACED[1], (12.0, 14.0)])
 
 
-def test_no_audio_separates_only_what_may_have_the_sound(
-    events: Callable[..., Done], mix: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rate", [16_000, 96_000])
+def test_events_alone_take_no_more_than_the_model_hears(
+    events: Callable[..., Done], mix: Path, monkeypatch: pytest.MonkeyPatch, rate: int
 ) -> None:
-    assert events("--no-audio").returncode == 0
-    assert names(mix.parent) == ["mix.events.csv", "mix.wav"]
-    assert listed(mix.with_name("mix.events.csv")) == near(PLACED)
-    looked, gate.heard = len(gate.heard), []
-    monkeypatch.setattr(recording, "UNLIKE", -2.0)
-    assert events("--no-audio", "--overwrite").returncode == 0
-    assert listed(mix.with_name("mix.events.csv")) == near(PLACED)
-    assert (looked, len(gate.heard)) == (2, 5), "of five windows, two hold something loud"
+    audio, _ = soundfile.read(mix)
+    soundfile.write(mix, np.repeat(audio, 3, 0) if rate > RATE else audio[::2], rate, "PCM_16")
+    made: list[tuple[int, int]] = []
+    passage = recording.Passage
+
+    def noted(model: object, wanted: object, rate: int, channels: int) -> recording.Passage:
+        made.append((rate, channels))
+        return passage(model, wanted, rate, channels)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recording, "Passage", noted)
+    assert events("--no-audio", "--events-format", "raven").returncode == 0
+    assert names(mix.parent) == ["mix.events.txt", "mix.wav"]
+    assert made == [(min(rate, RATE), 1)]
+    table = [line.split("\t") for line in mix.with_name("mix.events.txt").read_text().splitlines()[1:]]
+    assert [(float(row[3]), float(row[4])) for row in table] == near(PLACED)
+    assert {row[6] for row in table} == {str(rate // 2)}
 
 
 def test_events_alone_resume(events: Callable[..., Done], mix: Path, gate: Gate) -> None:

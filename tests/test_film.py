@@ -152,6 +152,17 @@ def test_what_is_no_film_cannot_be_one(run: Callable[..., Done], tmp_path: Path)
     assert names(tmp_path) == ["mix.wav"]
 
 
+def test_films_take_a_pyav_that_can_write_them(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_film(tmp_path / "film.mkv", "flac", 2)
+    monkeypatch.setattr(av, "__version__", "17.0.0")
+    refused = run("film.mkv", "--remux")
+    assert refused.returncode == 1
+    assert '--remux: PyAV 17.0.0 is too old for it: pip install "av>=18"' in refused.stderr
+    assert names(tmp_path) == ["film.mkv"]
+
+
 @pytest.mark.parametrize("channels", [1, 2, 6])
 def test_m4a_out(run: Callable[..., Done], tmp_path: Path, channels: int) -> None:
     encode(tmp_path / "mix.m4a", noise(channels, 2 * RATE), RATE, "aac", {"title": "A song"})

@@ -123,12 +123,24 @@ def test_faults(hear: Callable[..., Done], tmp_path: Path, clapsep: Clapsep) -> 
     assert "mix.wav: 16.00 s" in some.stdout
 
 
-def test_a_model_without_words_or_vocabulary_says_so(
-    model: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    model.family = "stub"
-    with pytest.raises(hearing.ModelError, match="there is no vocabulary for stub: name a file"):
-        hearing.vocabulary_of(model)
+def test_a_family_without_a_vocabulary_hears_the_classes_of_audioset(model: Stub) -> None:
+    model.family = "clapsep"
+    sounds = hearing.vocabulary_of(model).sounds
+    assert (len(sounds), sounds[0]) == (527, "Speech")
+    asked: list[int] = []
+
+    class Counted(Names):
+        def embed(self, texts: Sequence[str]) -> Tensor:
+            asked.append(len(texts))
+            return torch.ones(len(texts), 3)
+
+    model.__dict__["text"] = Counted()
+    Listener(model, hearing.vocabulary_of(model))
+    assert sum(asked) == 527
+    assert max(asked) <= 32, "a text tower takes much memory for all at once"
+
+
+def test_a_model_without_words_says_so(model: Stub) -> None:
     model.kind = library.import_module("clapsep_cli.families.tuss").FAMILY
     with pytest.raises(hearing.ModelError, match="cannot compare"):
         hearing.vocabulary_of(model)

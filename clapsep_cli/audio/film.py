@@ -39,6 +39,7 @@ ENCODERS = {  # by the track's codec; others become FLAC in Matroska, else AAC
 LAYOUTS = ("", "mono", "stereo", "3.0", "4.0", "5.0", "5.1", "6.1", "7.1")  # by number of channels
 CHANNEL_BIT_RATE = 96_000  # of lossy codecs
 LOSSLESS = ("flac", "alac", "pcm_")
+LEAST_AV = 18  # for films: 14 and 15 set no chapters, 16 and 17 shift AAC and take no dispositions as they give them
 MISSING = 'writing this takes PyAV: pip install "clapsep[av]"'
 
 
@@ -55,6 +56,10 @@ class Film:
         suffix = self.path.suffix.lower().removeprefix(".")
         if not has_av():
             raise OutputError(f"--remux: {MISSING}")
+        import av
+
+        if int(av.__version__.partition(".")[0]) < LEAST_AV:
+            raise OutputError(f'--remux: PyAV {av.__version__} is too old for it: pip install "av>={LEAST_AV}"')
         if suffix not in MUXERS:
             raise OutputError(f"{self.path}: --remux writes {', '.join(MUXERS)}, not {suffix or 'this'}")
         return suffix

@@ -151,7 +151,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 
 @dataclass(frozen=True)
 class _How:
-    """How models are loaded and run."""
+    """Options of loading and running models."""
 
     device: str
     precision: str

@@ -57,7 +57,7 @@ def hear(
 ) -> None:
     """List what likely sounds in recordings and when, and propose what to extract.
 
-    Scores are 0 to 1: of sounds with 0.7, about seven of ten are there.
+    Scores are 0 to 1: of sounds to which mini gives 0.7, about seven of ten are there.
     """
     from clapsep_cli.audio.samples import slowed
     from clapsep_cli.audio.sources import Source

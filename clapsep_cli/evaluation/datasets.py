@@ -188,28 +188,40 @@ def fetch(name: str, folder: Path, progress: Progress | None = None) -> tuple[di
 
 
 def _stated(data: DataSet, folder: Path) -> Sequence[Part]:
-    """Return the files of a data set; those of a Zenodo record with what Zenodo states of them."""
+    """Return the files of a data set; those of a Zenodo record with what Zenodo states of them.
+
+    Where it cannot be asked, files that are all in the folder already are taken as they are.
+    """
     if not data.record:
         return data.parts
+    try:
+        return _in_record(data, folder)
+    except DownloadError:
+        if all((folder / name).is_file() for name in data.names):
+            return [Part(name, "") for name in data.names]
+        raise
+
+
+def _in_record(data: DataSet, folder: Path) -> list[Part]:
     url = ZENODO.format(data.record)
+    way_out = f"or fetch {', '.join(data.names)} elsewhere and save them in {folder}"
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "record.json"
-        _attempts(url, folder / data.names[0], lambda: download.save(url, answer))
-        try:
-            files = {file["key"]: file for file in json.loads(answer.read_bytes())["files"]}
-            parts = []
-            for name in data.names:
-                kind, _, md5 = files[name]["checksum"].partition(":")
-                if kind != "md5":
-                    raise ValueError(kind)
-                parts.append(Part(name, str(files[name]["links"]["self"]), int(files[name]["size"]), md5))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DownloadError(f"{url}: does not state {', '.join(data.names)}; is the record restricted?") from error
+        download.attempts(url, folder, way_out, lambda: download.save(url, answer))
+        content = answer.read_bytes()
+    try:
+        files = {file["key"]: file for file in json.loads(content)["files"]}
+        parts = []
+        for name in data.names:
+            kind, _, md5 = files[name]["checksum"].partition(":")
+            if kind != "md5":
+                raise ValueError(kind)
+            parts.append(Part(name, str(files[name]["links"]["self"]), int(files[name]["size"]), md5))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DownloadError(
+            f"{url}: does not state {', '.join(data.names)}; the record may be restricted: log in there, {way_out}"
+        ) from error
     return parts
-
-
-def _attempts(url: str, path: Path, call: Callable[[], None]) -> None:
-    download.attempts(url, path.parent, f"or fetch {path.name} elsewhere and save it as {path}", call)
 
 
 def _bring(part: Part, folder: Path, progress: Progress | None) -> Path:
@@ -225,7 +237,8 @@ def _bring(part: Part, folder: Path, progress: Progress | None) -> Path:
             progress(part.name, done, total)
 
     with replacing(path) as temporary:
-        _attempts(part.url, path, lambda: download.save(part.url, temporary, part.size, told))
+        way_out = f"or fetch {part.name} elsewhere and save it as {path}"
+        download.attempts(part.url, folder, way_out, lambda: download.save(part.url, temporary, part.size, told))
         _check(part, temporary, path)
     return path
 

@@ -57,7 +57,7 @@ class PartScore:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How mixtures are separated.
+    """Options of separating mixtures by prompts.
 
     Attributes:
         single: ask for one part at a time, and for nothing else.

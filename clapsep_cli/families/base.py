@@ -79,8 +79,9 @@ class Family(Generic[Config, Network, Wanted]):
         stream: takes the separator, what it is asked for, a recording's rate in Hz, its number of channels and a
             device; returns the stream that joins the separator's results.
         doubts: takes a model and queries; returns a line for each reason why they may go wrong.
-        likeness: takes a model, what it is asked for, the number of a stem, and a recording (float32 `[samples]`) with
-            its rate in Hz; returns how alike the two are, a cosine, or None where that cannot be told.
+        likeness: takes a model, what it is asked for, the number of a stem, a rate in Hz, a recording of that (float32
+            `[samples]`), and whether its most alike moment counts, not the whole; returns how alike the two are, a
+            cosine, or None where that cannot be told.
         embedder: takes a model, and whether silent recordings are accepted; returns what embeds queries of single
             targets. None where targets are only separated together.
         mutual: whether targets become negative queries of one another, unless the user forbids it.
@@ -95,7 +96,7 @@ class Family(Generic[Config, Network, Wanted]):
     ask: Callable[[Askable[Config], Sequence[Query], Sequence[int]], Wanted]
     stream: Callable[[Network, Wanted, int, int, torch.device], Stream]
     doubts: Callable[[Askable[Config], Sequence[Query]], list[str]] | None = None
-    likeness: Callable[[Askable[Config], Wanted, int, Audio, int], float | None] | None = None
+    likeness: Callable[[Askable[Config], Wanted, int, int, Audio, bool], float | None] | None = None
     embedder: Callable[[Askable[Config], bool], QueryEmbedder] | None = None
     mutual: bool = True
     window_bytes: int

@@ -169,15 +169,18 @@ def _embed(model: Askable[object], mono: Audio) -> Tensor:
 
 
 @torch.inference_mode()
-def likeness(model: Askable[object], wanted: Conditions, stem: int, mono: Audio, rate: int) -> float | None:
+def likeness(
+    model: Askable[object], wanted: Conditions, stem: int, rate: int, mono: Audio, moment: bool
+) -> float | None:
     """Compare a recording with the positive query of a stem.
 
     Args:
         model: a model with an audio encoder.
         wanted: what it was asked for.
         stem: number of the stem.
+        rate: sample rate of the recording in Hz.
         mono: the recording, float32 `[samples]`.
-        rate: its sample rate in Hz.
+        moment: compare its most alike moment, where the encoder hears moments.
 
     Returns:
         The cosine of the two in the query space; None for silence, and where the query is negative alone.
@@ -185,5 +188,6 @@ def likeness(model: Askable[object], wanted: Conditions, stem: int, mono: Audio,
     positive = wanted.targets[wanted.kept[stem]].chunk(2)[0]
     if not np.any(mono) or not positive.any():
         return None
-    heard = _embed(model, to_rate(mono, rate, model.audio.rate))
-    return float(torch.nn.functional.cosine_similarity(heard, positive, 0))
+    audio = torch.from_numpy(np.ascontiguousarray(to_rate(mono, rate, model.audio.rate))).to(model.device)
+    heard = model.audio.moments(audio) if moment else model.audio.embed(audio)[None]
+    return float(torch.nn.functional.cosine_similarity(heard, positive[None]).max())

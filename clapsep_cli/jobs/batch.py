@@ -207,13 +207,7 @@ class _Opened(ExitStack):
         for recording in self.recordings:
             while recording.windows:
                 window = recording.windows.popleft()
-                silence = recording.silence(window)
-                if silence is None:
-                    recording.coming.append(workers.submit(window, recording.wanted, self.check))
-                else:
-                    settled: Future[Any] = Future()
-                    recording.coming.append(settled)
-                    settled.set_result((silence, 0.0))
+                recording.coming.append(workers.submit(window, recording.wanted, self.check))
         oldest = [recording.coming[0] for recording in self.recordings if recording.coming][:1]
         while oldest and not wait(oldest, LOOK_SECONDS).done:
             self.check()
@@ -227,8 +221,6 @@ class _Opened(ExitStack):
 
     def _separate_batch(self) -> None:
         """Separate one batch of windows with the same queries."""
-        for recording in self.recordings:
-            recording.pass_over()
         batch = [(recording, window) for recording in self.recordings for window in recording.windows]
         if not batch:
             return

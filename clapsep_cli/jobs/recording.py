@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
 from clapsep_cli.jobs.tasks import Extraction, Job, Options
-from clapsep_cli.listening.events import UNLIKE, Event, EventFinder, save_events
-from clapsep_cli.listening.levels import Meter, Presence
+from clapsep_cli.listening.events import Event, EventFinder, save_events
+from clapsep_cli.listening.levels import Likeness, Meter, Presence
 from clapsep_cli.listening.plot import Marks, Picture
 from clapsep_cli.query import MIXTURE, RESIDUAL
-from clapsep_cli.separation import BLOCK_SECONDS, Passage
+from clapsep_cli.separation import BLOCK_SECONDS, Passage, as_heard
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
@@ -142,7 +143,12 @@ class Recording:
                 film,
             )
         )
-        self._picture = Picture(source.rate, self.options.start) if self.job.picture else None
+        self._blocks, channels = source.blocks(BLOCK_SECONDS), source.channels
+        if options.no_audio:  # then nothing is worked on but what the model hears
+            self._blocks, channels = as_heard(self._blocks, self.heard_rate, self.model.separator.rate), 1
+            self.heard_rate = min(self.heard_rate, self.model.separator.rate)
+        self._block_rate = round(self.heard_rate * options.expand)
+        self._picture = Picture(self._block_rate, self.options.start) if self.job.picture else None
         self._meters = {part: Meter() for part in (MIXTURE, *self.job.outputs)}
         watched = self.model.tells_likeness and (self.options.presence or self._decides)
         self._presence = {name: Presence(self.heard_rate) for name in self.job.kept} if watched else {}
@@ -154,9 +160,8 @@ class Recording:
         if self._decides and len(self.job.kept) > 1:
             folder = next((path.parent for path in self.job.outputs.values() if path != STDOUT), None)
             self._draft = self._outputs.enter_context(Draft(folder))
-        self.passage = Passage(self.model, self.wanted, self.heard_rate, source.channels)
-        self._blocks = source.blocks(BLOCK_SECONDS)
-        self._nothing = np.zeros((source.channels, 0), np.float32)
+        self.passage = Passage(self.model, self.wanted, self.heard_rate, channels)
+        self._nothing = np.zeros((channels, 0), np.float32)
         self._reading = self.io.submit(self._next)
 
     def _next(self) -> tuple[Samples, Audio, bool]:
@@ -168,12 +173,12 @@ class Recording:
     @property
     def seconds(self) -> float:
         """Duration of the audio separated so far."""
-        return self.samples / self.rate
+        return self.samples / self._block_rate
 
     @property
     def total(self) -> float:
         """Duration of the recording; 0 if unknown."""
-        return max(self.frames, self.samples) / self.rate if self.frames else 0.0
+        return max(self.frames / self.rate, self.seconds) if self.frames else 0.0
 
     def read(self) -> None:
         """Read the next block, which may complete windows."""
@@ -227,21 +232,6 @@ class Recording:
             self._picture.add({MIXTURE: mixture.astype(np.float32, copy=False), **shown})
         if written:
             self._writer.write(written)
-
-    def pass_over(self) -> None:
-        """Take the next windows as silent as long as they are unlike all queries."""
-        while self.windows and (silence := self.silence(self.windows[0])) is not None:
-            self.windows.popleft()
-            self.passage.accept(silence)
-
-    def silence(self, window: Tensor) -> Tensor | None:
-        """Return the result for a window that is unlike all queries, where no audio is wanted; else None."""
-        if not (self.options.no_audio and self.model.tells_likeness) or (silence := self.passage.silence) is None:
-            return None
-        with self._clocked():
-            mono, rate = window.cpu().numpy(), self.model.separator.rate
-            likeness = (self.model.likeness(self.wanted, stem, mono, rate) for stem in range(len(self.job.kept)))
-            return silence if all(one is not None and one < UNLIKE for one in likeness) else None
 
     def _take_events(self, last: bool = False) -> None:
         """Collect the events that are final; no thread may be writing."""
@@ -310,8 +300,8 @@ class Recording:
             self._check()
             self._write(mixture, np.stack(stems), absent)
 
-    def _likeness(self, stem: int) -> Callable[[Audio], float | None]:
-        return lambda mono: self.model.likeness(self.wanted, stem, mono, self.heard_rate)
+    def _likeness(self, stem: int) -> Likeness:
+        return partial(self.model.likeness, self.wanted, stem, self.heard_rate)
 
     def close(self) -> None:
         """Close all files, and remove unfinished outputs. Does not wait for threads that stall."""

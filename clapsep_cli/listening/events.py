@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from clapsep_cli.audio.samples import Audio, downmix
 from clapsep_cli.errors import OutputError
 from clapsep_cli.files import replacing
-from clapsep_cli.listening.levels import Likeness, Presence
+from clapsep_cli.listening.levels import Likeness
 
 FRAME_SECONDS = 0.025
 SMOOTHED_FRAMES = 5  # over which energies are averaged
 CHUNK_SECONDS = 10.0  # decided at once, beside the chunk before and the one after
 HEARD_SECONDS = 10.0  # of an event, from its start, that its presence is told from
 HYSTERESIS_DB = 6.0  # an event goes on down to this below the level at which it begins
-RANGE_DB = 30.0  # below the loudest frame of three chunks, a target counts as silent
-GAP_SECONDS = 0.3  # shorter silences do not end an event
-UNLIKE = -0.25  # likeness of a window of the mixture to a query, below which the sound is not there
+LOUD_DB, SILENT_DB = -20.0, -30.0  # to the loudest frame of three chunks: where an event begins, and where it ends
+LEVEL_WEIGHT, LEAST_LEVEL_DB = 0.01, -20.0  # of an event's level relative to the mixture, in its presence
+GAP_SECONDS = 0.4  # shorter silences do not end an event
 SILENCE = 1e-10  # mean square (−100 dB) that counts as nothing
 FORMATS = {"csv": "csv", "audacity": "txt", "raven": "txt"}  # suffix by name
 
@@ -36,11 +36,11 @@ class Rules:
 
     Args:
         level: level of the target in dB relative to the mixture at which an event begins.
-        presence: least presence of an event (see `Presence`); it has no effect where likeness cannot be told.
+        presence: least presence of an event; it has no effect where likeness cannot be told.
         length: shortest event, in seconds.
     """
 
-    level: float = -12.0
+    level: float = -15.0
     presence: float = 0.1
     length: float = 0.15
 
@@ -52,7 +52,8 @@ class Event:
     Args:
         start, end: in seconds.
         level_db: RMS of the target over all channels, in dB of full scale.
-        presence: likeness of the target to the query, plus 0.02 for each dB relative to the mixture; None if unknown.
+        presence: likeness of the target to the query in its most alike moment, plus 0.01 for each dB relative to the
+            mixture; None if unknown.
     """
 
     start: float
@@ -73,14 +74,13 @@ class _Candidate:
     first: int
     last: int
     begins: bool = False  # whether a frame of it is loud enough for an event to begin
-    energy: float = 0.0
-    heard: list[tuple[Audio, Audio]] = field(default_factory=list)  # mixture and stem, [samples] each
+    energies: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))  # sums, of mixture and stem
+    heard: list[Audio] = field(default_factory=list)  # of the stem, [samples]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    mixture: Audio  # [samples], a downmix, as is `stem`
-    stem: Audio
+    stem: Audio  # [samples], a downmix
     energies: NDArray[np.float64]  # mean squares of mixture and stem, [2, frames]
 
 
@@ -118,7 +118,7 @@ class EventFinder:
     def _end_chunk(self) -> None:
         mixture, stem = (np.concatenate(list(blocks), 1) for blocks in zip(*self._blocks, strict=True))
         energies = np.stack([self._energies(mixture), self._energies(stem)])
-        self._chunks.append(_Chunk(downmix(mixture), downmix(stem), energies))
+        self._chunks.append(_Chunk(downmix(stem), energies))
         self._blocks, self._held = [], 0
         if len(self._chunks) == 3 or (len(self._chunks) == 2 and not self._decided):
             self._decide()
@@ -136,12 +136,11 @@ class EventFinder:
         around = np.concatenate([one.energies for one in self._chunks[: at + 2]], 1)
         smooth = np.stack([np.convolve(row, np.ones(SMOOTHED_FRAMES) / SMOOTHED_FRAMES, "same") for row in around])
         mixture, stem = np.maximum(smooth, SILENCE)
-        audible = stem > max(float(stem.max()) * 10 ** (-RANGE_DB / 10), SILENCE)
-        level = 10 * np.log10(stem / mixture)
+        level, relative = 10 * np.log10(stem / mixture), 10 * np.log10(stem / stem.max())
         frames = slice(before, before + chunk.energies.shape[1])
-        begins = (audible & (level >= self.rules.level))[frames]
-        goes_on = (audible & (level >= self.rules.level - HYSTERESIS_DB))[frames]
-        self._follow(chunk, begins, goes_on)
+        begins = (relative > LOUD_DB) & (level >= self.rules.level) & (stem > SILENCE)
+        goes_on = (relative > SILENT_DB) & (level >= self.rules.level - HYSTERESIS_DB) & (stem > SILENCE)
+        self._follow(chunk, begins[frames], goes_on[frames])
         self._decided += chunk.energies.shape[1]
         self._chunks = self._chunks[at:]
 
@@ -154,10 +153,9 @@ class EventFinder:
             one, span = self._open, slice(first * self._frame, last * self._frame)
             one.last = self._decided + last
             one.begins |= bool(begins[first:last].any())
-            one.energy += float(chunk.energies[1, first:last].sum())
-            held = sum(len(stem) for _, stem in one.heard)
-            room = max(0, round(HEARD_SECONDS * self.rate) - held)
-            one.heard.append((chunk.mixture[span][:room], chunk.stem[span][:room]))
+            one.energies = one.energies + chunk.energies[:, first:last].sum(1)
+            room = max(0, round(HEARD_SECONDS * self.rate) - sum(map(len, one.heard)))
+            one.heard.append(chunk.stem[span][:room])
         if not goes_on[-1]:
             self._end_open()
 
@@ -168,8 +166,8 @@ class EventFinder:
             return
         last = self._last
         if last is not None and (ended.first - last.last) * self._frame < GAP_SECONDS * self.rate:
-            last.last, last.energy = ended.last, last.energy + ended.energy
-            if sum(len(stem) for _, stem in last.heard) < HEARD_SECONDS * self.rate:
+            last.last, last.energies = ended.last, last.energies + ended.energies
+            if sum(map(len, last.heard)) < HEARD_SECONDS * self.rate:
                 last.heard += ended.heard
             return
         self._settle_last()
@@ -184,12 +182,11 @@ class EventFinder:
         """Return the events that were decided since the last call.
 
         Args:
-            likeness: takes a mono recording; returns how alike it is to the query, or None. None where the model
-                cannot tell.
+            likeness: of a recording to the query; None where the model cannot tell.
         """
         ready, self._ready = self._ready, []
-        found = [(one, self._presence(one, likeness) if likeness else None) for one in ready]
-        return [self._event(one, told) for one, told in found if told is None or told >= self.rules.presence]
+        found = [self._event(one, likeness) for one in ready]
+        return [one for one in found if one.presence is None or one.presence >= self.rules.presence]
 
     def finish(self, likeness: Likeness | None) -> list[Event]:
         """Return the events that are left. Nothing can be added afterwards."""
@@ -201,17 +198,13 @@ class EventFinder:
         self._settle_last()
         return self.take(likeness)
 
-    def _presence(self, one: _Candidate, likeness: Likeness) -> float | None:
-        told = Presence(self.rate)
-        for mixture, stem in one.heard:
-            told.add(mixture[None], stem[None])
-        read = told.read(likeness)
-        return None if read is None else read["score"]
-
-    def _event(self, one: _Candidate, presence: float | None) -> Event:
-        level = 10 * np.log10(max(one.energy / (one.last - one.first), SILENCE))
+    def _event(self, one: _Candidate, likeness: Likeness | None) -> Event:
+        mixture, stem = np.maximum(one.energies / (one.last - one.first), SILENCE)
+        told = likeness(np.concatenate(one.heard), moment=True) if likeness else None
+        if told is not None:
+            told = round(told + LEVEL_WEIGHT * max(10 * float(np.log10(stem / mixture)), LEAST_LEVEL_DB), 4)
         end = min(one.last * self._frame, self._samples) / self.rate
-        return Event(one.first * self._frame / self.rate, end, round(float(level), 2), presence)
+        return Event(one.first * self._frame / self.rate, end, round(10 * float(np.log10(stem)), 2), told)
 
 
 def find_events(
@@ -223,7 +216,7 @@ def find_events(
         mixture: float32 `[channels, samples]`.
         stem: the target, likewise.
         rate: in Hz.
-        likeness: takes a mono recording at that rate; returns how alike it is to the query, or None.
+        likeness: of a recording at that rate to the query; None where the model cannot tell.
         rules: what counts as an event.
     """
     finder = EventFinder(rate, rules)

@@ -20,6 +20,7 @@ from clapsep_cli.tables import decoded
 WINDOW_SECONDS, HOP_SECONDS = 5.0, 2.5
 LIKELY = 0.5  # score from which a sound is proposed for the negative side of a query
 PROPOSED = 2  # of such sounds
+TEXTS_AT_ONCE = 32
 SAME = 0.6  # cosine of two texts from which they name one sound
 
 Scores = NDArray[np.float32]
@@ -87,8 +88,10 @@ class Heard:
 def vocabulary_of(model: Model, path: Path | None = None) -> Vocabulary:
     """Return the vocabulary of a model's family, or the sounds that a file lists, one a line (`#` begins a comment).
 
+    Families without a vocabulary of their own have the names of AudioSet's classes; their scores are not calibrated.
+
     Raises:
-        ModelError: the model cannot compare texts with recordings, or there is no vocabulary for its family.
+        ModelError: the model cannot compare texts with recordings.
         QueryError: the file cannot be read or lists nothing.
     """
     if not model.tells_likeness or model.kind.text is None:
@@ -96,10 +99,9 @@ def vocabulary_of(model: Model, path: Path | None = None) -> Vocabulary:
     own = weights_folder() / "sounds" / f"{model.family}.json"
     known = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
     calibration = Calibration(known.get("slope", 10.0), known.get("middle", 0.3))
-    if path is None:
-        if not known.get("sounds"):
-            raise ModelError(f"there is no vocabulary for {model.name}: name a file of sounds, --vocabulary FILE")
+    if path is None and known:
         return Vocabulary(tuple(known["sounds"]), calibration)
+    path = path or own.with_name("audioset.txt")
     try:
         lines = [line.strip() for line in decoded(path.read_bytes()).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -121,7 +123,9 @@ class Listener:
     @torch.inference_mode()
     def __init__(self, model: Model, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
-        self._words = model.text.embed(list(vocabulary.sounds))
+        sounds = vocabulary.sounds
+        batches = (sounds[first : first + TEXTS_AT_ONCE] for first in range(0, len(sounds), TEXTS_AT_ONCE))
+        self._words = torch.cat([model.text.embed(batch) for batch in batches])
 
     def hear(
         self,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,7 +15,12 @@ EXCERPTS = 3  # of a recording, in which a stem is loudest: there one has to loo
 # present before absent sounds in 73 % of all pairs, with the level in 81 %.
 LEVEL_WEIGHT, LEAST_LEVEL_DB = 0.02, -20.0
 
-Likeness = Callable[[Audio], float | None]  # of a mono recording, float32 `[samples]`, to what is sought
+
+class Likeness(Protocol):
+    """Tells how alike a recording is to what is sought: a cosine, or None where that cannot be told."""
+
+    def __call__(self, mono: Audio, /, *, moment: bool = False) -> float | None:
+        """`mono`: float32 `[samples]`. `moment`: tell of its most alike moment, not of the whole."""
 
 
 class Meter:

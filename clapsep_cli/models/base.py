@@ -160,6 +160,10 @@ class AudioEncoder(nn.Module, ABC):
         All of a long recording counts: the result never depends on a random crop.
         """
 
+    def moments(self, audio: Tensor) -> Tensor:
+        """Embed the moments of a recording, as fine as the encoder hears: float32 `[moments, dim]`. Here: the whole."""
+        return self.embed(audio)[None]
+
 
 def condition(positive: Tensor | None, negative: Tensor | None, *, unit: bool = True) -> Tensor:
     """Join both sides of a query into the condition of the FiLM layers (paper III-B).

@@ -76,11 +76,11 @@ class Residual(nn.Module):
         self.film = nn.Linear(query, 2 * channels) if query else None
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        h = self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x)))))
         if self.film is not None:
             gain, bias = self.film(query)[:, :, None, None].chunk(2, 1)
             h = h * (1 + gain) + bias
-        return F.relu(h + x)
+        return F.relu_(h + x)
 
 
 def rows_to_bands(rows: int, bands: int, config: MiniConfig) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -122,6 +122,13 @@ class MiniAudio(base.AudioEncoder):
         return self.keys.project(self.hear(audio)[None])[0]
 
     @torch.no_grad()
+    def moments(self, audio: Tensor) -> Tensor:
+        """Embed each place: all frames of 160 ms, in all rows of the trunk's map."""
+        kept = max(1, round(len(audio) / dsp.HOP / trunk.STRIDES[-2]))  # frames of a stretch that are not padding
+        keys = [self.keys(maps)[..., :kept, :] for maps, _ in self._maps(audio)]
+        return torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in keys])
+
+    @torch.no_grad()
     def hear(self, audio: Tensor) -> Tensor:
         """Return what a recording sounds like on average, over as few stretches as cover it.
 
@@ -131,12 +138,14 @@ class MiniAudio(base.AudioEncoder):
         Returns:
             float32 `[1536]`, see `trunk.pooled`.
         """
+        return torch.cat([trunk.pooled(*each) for each in self._maps(audio)]).mean(0)
+
+    def _maps(self, audio: Tensor) -> Iterator[tuple[list[Tensor], int]]:
+        """Yield the trunk's maps of as few stretches as cover a recording, some at a time, and frames in a stretch."""
         audio = F.pad(audio, (0, max(0, SHORTEST_SECONDS * self.rate - len(audio))))
         length = min(STRETCH_SECONDS * self.rate, len(audio))
         count = -(-len(audio) // length)
         starts = [round(number * (len(audio) - length) / max(count - 1, 1)) for number in range(count)]
-        means = []
         for at in range(0, count, STRETCHES_AT_ONCE):
             few = torch.stack([audio[start : start + length] for start in starts[at : at + STRETCHES_AT_ONCE]])
-            means.append(trunk.pooled(self.trunk(self.trunk.hear(few)), length // dsp.HOP))
-        return torch.cat(means).mean(0)
+            yield self.trunk(self.trunk.hear(few)), length // dsp.HOP

@@ -78,7 +78,7 @@ class Trunk(nn.Module):
             audio, dsp.N_FFT, dsp.HOP, ANALYSIS, self.analysis, pad_mode="constant", return_complex=True
         )
         # At half the rate, as the network was trained, a frame has half the samples.
-        bands = torch.log(spectrum.abs().transpose(1, 2) @ self.mel / 2 + FLOOR)
+        bands = torch.log(dsp.power(spectrum).sqrt_().transpose(1, 2) @ self.mel / 2 + FLOOR)
         return F.pad(bands, (0, 0, 0, -bands.shape[1] % STRIDES[-1]), value=math.log(FLOOR))[:, None]
 
     def forward(self, bands: Tensor) -> list[Tensor]:
@@ -94,7 +94,7 @@ class Trunk(nn.Module):
         for number, layer in enumerate(self.layers):
             if layer.kernel_size == (3, 3):  # as TensorFlow pads: where it halves, at the end alone
                 x = F.pad(x, (0, 1, 0, 1) if layer.stride == (2, 2) else (1, 1, 1, 1))
-            x = F.relu(layer(x))
+            x = F.relu_(layer(x))
             if number % 2 == 0 and number // 2 - 1 in MAPS:
                 maps.append(x)
         return maps

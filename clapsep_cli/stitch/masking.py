@@ -68,10 +68,6 @@ class MaskedRecording(Stream):
                 window *= np.float32(PEAK / peak)
         return [torch.from_numpy(window).to(self.device) for window in windows]
 
-    @property
-    def silence(self) -> Tensor:
-        return torch.zeros(self.stems, self.windower.window // HOP + 1, N_FFT // 2 + 1, device=self.device)
-
     def accept(self, result: Tensor) -> None:
         """`result`: the masks of a window, float32 `[stems, frames, 513 bins]`."""
         self.mask = torch.cat([self.mask, self.track.add(self.starts.pop(0) // HOP, result)], 1)

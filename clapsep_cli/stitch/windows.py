@@ -45,11 +45,6 @@ class Stream(ABC):
     def accept(self, result: Tensor) -> None:
         """Take in the separator's result for the oldest window that still lacks one."""
 
-    @property
-    def silence(self) -> Tensor | None:
-        """A result that silences a window in all stems; None where this kind of stream has none."""
-        return None
-
     @abstractmethod
     def pull(self) -> Tensor:
         """Return the stems that became final since the last call, float32 `[stems, channels, samples]`.

@@ -194,19 +194,22 @@ class Model:
         """True if `likeness` returns numbers."""
         return self.kind.likeness is not None
 
-    def likeness(self, wanted: Any, stem: int, mono: NDArray[np.float32], rate: int) -> float | None:
+    def likeness(
+        self, wanted: Any, stem: int, rate: int, mono: NDArray[np.float32], *, moment: bool = False
+    ) -> float | None:
         """Compare a recording with the query of a stem.
 
         Args:
             wanted: from `ask`.
             stem: number of the stem.
+            rate: sample rate of the recording in Hz.
             mono: the recording, float32 `[samples]`.
-            rate: its sample rate in Hz.
+            moment: compare its most alike moment, where the model can tell moments; else the whole.
 
         Returns:
             A cosine; None if the family has no such measure.
         """
-        return self.kind.likeness(self, wanted, stem, mono, rate) if self.kind.likeness else None
+        return self.kind.likeness(self, wanted, stem, rate, mono, moment) if self.kind.likeness else None
 
     @torch.inference_mode()
     def infer(self, windows: Sequence[Tensor], wanted: Any, check: Callable[[], None] = go_on) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +32,12 @@ class Plan:
     save_every: int = 250
     keep_best: int = 0  # of how many of the best in validation the mean is written, rather than the last
     workers: int = 1
+
+    @staticmethod
+    def of(recipe: object, **own: Any) -> Plan:
+        """Make a plan of those settings of a recipe that a plan has, too; `own` are the others."""
+        shared = {field.name: getattr(recipe, field.name) for field in fields(Plan) if hasattr(recipe, field.name)}
+        return Plan(**shared | own)
 
 
 class Task(ABC):

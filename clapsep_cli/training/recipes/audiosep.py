@@ -1,4 +1,4 @@
-"""Training of AudioSep as the released one was trained (arXiv 2308.05037, and its code): CLAP's text tower frozen, two
+"""Trains AudioSep as the released one was trained (arXiv 2308.05037, and its code): CLAP's text tower frozen, two
 clips to a mixture, mean absolute difference of waveforms.
 
 Unlike there, the interferer is always of another sound, which small collections need, and texts are embedded without
@@ -39,7 +39,7 @@ TRIES = 1000  # at drawing a clip that sounds unlike another
 
 @dataclass(frozen=True)
 class Staircase:
-    """A thousandth, a hundredth and a tenth of `lr` for `tread` steps each, then all of it."""
+    """Schedule of a thousandth, a hundredth and a tenth of `lr` for `tread` steps each, then all of it."""
 
     lr: float
     tread: int
@@ -51,8 +51,13 @@ class Staircase:
 
 @settings
 class AudioSepRecipe(Recipe):
-    """`base`: the model whose text tower is used, by name or folder. `init`: one whose separator is trained further,
-    with its text tower; if empty, a separator of the size of `base`'s is trained from scratch."""
+    """Settings of the training of an AudioSep.
+
+    Attributes:
+        base: the model whose text tower is used, by name or folder.
+        init: one whose separator is trained further, with its text tower; if empty, a separator of the size of `base`'s
+            is trained from scratch.
+    """
 
     free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
 
@@ -94,7 +99,7 @@ class AudioSepRecipe(Recipe):
 
 
 def build(recipe: AudioSepRecipe, model: Model) -> AudioSep:
-    """The separator as training finds it, on the CPU."""
+    """Make the separator in its initial state, on the CPU."""
     if recipe.init:
         net: AudioSep = load_part(model.folder, "separator", FAMILY, model.config)
         return net
@@ -109,7 +114,7 @@ def build(recipe: AudioSepRecipe, model: Model) -> AudioSep:
 
 
 class AudioSepTask(Task):
-    """The separator learns to take from a mixture the clip that a text describes."""
+    """Trains the separator to extract from a mixture the clip that a text describes."""
 
     name, state = "separator", "state.safetensors"
 
@@ -125,19 +130,14 @@ class AudioSepTask(Task):
         self.recipe, self.run, self.model, self.pool = recipe, run, model, pool
         self.net: AudioSep = net
         self.samples = round(recipe.seconds * RATE_HZ)
-        self.plan = Plan(
+        self.plan = Plan.of(
+            recipe,
             steps=recipe.epochs * recipe.epoch_steps,
-            batch=recipe.batch,
-            accumulate=recipe.accumulate,
             schedule=Staircase(recipe.lr, recipe.warmup),
-            weight_decay=recipe.weight_decay,
             amsgrad=True,
             clip=math.inf,
-            report_every=recipe.report_every,
             validate_every=recipe.epoch_steps,
-            save_every=recipe.save_every,
             keep_best=1,
-            workers=recipe.workers,
         )
         row = {text: at for at, text in enumerate(embedded)}
         self.captions = [[row[caption] for caption in clip.captions] for clip in pool.clips]
@@ -158,7 +158,7 @@ class AudioSepTask(Task):
         return targets, interferers, torch.from_numpy(captions)
 
     def interferer(self, target: int, rng: np.random.Generator) -> int:
-        """Draw a clip whose label is another, and which is described otherwise."""
+        """Draw a clip with another label and other captions."""
         clip = self.pool.clips[target]
         for _ in range(TRIES):
             index = int(rng.choice(self.run.corpus.train))

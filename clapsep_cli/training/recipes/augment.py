@@ -65,7 +65,7 @@ def levelled(targets: Tensor, interferers: Tensor, snr_db: Tensor) -> tuple[Tens
 def elsewhere(
     audio: Tensor, rooms: Tensor | None, acoustics: Acoustics, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Clips as if recorded by others: through a random equaliser and band limits, in a room, over a noise floor.
+    """Alter clips as if recorded by others: through a random equaliser and band limits, in a room, over a noise floor.
 
     Args:
         audio: float32 `[clips, samples]`.
@@ -94,7 +94,7 @@ def elsewhere(
 
 
 def _response(size: int, acoustics: Acoustics, generator: torch.Generator) -> Tensor | None:
-    """A random amplitude response for a transform of `size` samples, `[size // 2 + 1]`; None where it is flat."""
+    """Draw an amplitude response for a transform of `size` samples, `[size // 2 + 1]`; None where it is flat."""
     eq, low_pass, cut, high_pass, rumble = torch.rand(5, generator=generator).tolist()
     points = torch.randn(EQ_POINTS, generator=generator) * acoustics.eq_db
     hertz = torch.arange(size // 2 + 1) * (dsp.RATE_HZ / size)
@@ -116,7 +116,7 @@ def _response(size: int, acoustics: Acoustics, generator: torch.Generator) -> Te
 
 
 def _floor(samples: int, acoustics: Acoustics, generator: torch.Generator) -> Tensor | None:
-    """A noise floor between white and dull for a clip of energy 1, float32 `[samples]`; None where there is none."""
+    """Draw a noise floor between white and dull for a clip of energy 1, float32 `[samples]`, or None for none."""
     happens, level, dullness = torch.rand(3, generator=generator).tolist()
     if happens >= acoustics.floor:
         return None
@@ -128,7 +128,7 @@ def _floor(samples: int, acoustics: Acoustics, generator: torch.Generator) -> Te
 
 
 def room_spectra(rooms: Sequence[Audio], samples: int) -> Tensor:
-    """Spectra of impulse responses at `RATE_HZ`, as far as `ROOM_SECONDS`, for `elsewhere` on clips of `samples`:
+    """Compute spectra of impulse responses at `RATE_HZ`, cut to `ROOM_SECONDS`, for `elsewhere` on clips of `samples`:
     complex64 `[rooms, bins]`."""
     longest = int(ROOM_SECONDS * dsp.RATE_HZ)
     cut = np.stack([np.pad(room[:longest], (0, max(0, longest - len(room)))) for room in rooms])
@@ -151,7 +151,7 @@ def stripes(count: int, size: int, widest: int, generator: torch.Generator) -> T
 
 @contextmanager
 def masked(layer: nn.Module, kept: Tensor) -> Iterator[None]:
-    """While it lasts, what `layer` returns is multiplied by `kept`: SpecAugment inside an encoder."""
+    """Multiply what `layer` returns by `kept` inside this context: SpecAugment inside an encoder."""
     hook = layer.register_forward_hook(lambda module, arguments, output: output * kept)
     try:
         yield

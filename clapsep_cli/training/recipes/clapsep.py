@@ -210,18 +210,12 @@ class ClapsepTask(Task):
         self.clips = run.corpus.train
         epoch = max(1, len(self.clips) // recipe.batch)
         self.epoch = epoch  # in steps
-        self.plan = Plan(
+        self.plan = Plan.of(
+            recipe,
             steps=recipe.epochs * epoch,
-            batch=recipe.batch,
-            accumulate=recipe.accumulate,
             schedule=Plateau(recipe.lr, recipe.lr_floor, recipe.lr_factor, recipe.stale_epochs),
-            weight_decay=recipe.weight_decay,
-            clip=recipe.clip,
-            report_every=recipe.report_every,
             validate_every=epoch,
-            save_every=recipe.save_every,
             keep_best=int(recipe.keep == "best"),
-            workers=recipe.workers,
         )
         row = {text: at for at, text in enumerate(embedded)}
         self.captions = {i: [row[c] for c in run.corpus.clips[i].captions if c in row] for i in self.clips}

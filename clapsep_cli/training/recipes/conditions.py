@@ -1,4 +1,4 @@
-"""What training asks for: captions and shots of the clips, and the conditions drawn from them."""
+"""Draws the queries of training: captions and shots of the clips, and the conditions made of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Asked(NamedTuple):
 
 @settings
 class Mixing:
-    """How queries are drawn."""
+    """Settings of the queries that are drawn."""
 
     queries: Annotated[int, Field(ge=1, le=len(KINDS))] = 3  # of a mixture
     noise: NonNegativeFloat = 0.3  # length of the random vector added to an embedding
@@ -51,7 +51,7 @@ class Mixing:
 
 
 def embed_all(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Embeddings of those of `texts` that the encoder understands, on the CPU. Raises `ManifestError` for none."""
+    """Embed those of `texts` that the encoder understands, on the CPU. Raises `ManifestError` for none."""
     embedded: dict[str, Tensor] = {}
     for start in range(0, len(texts), AT_ONCE):
         few = texts[start : start + AT_ONCE]
@@ -79,7 +79,7 @@ class Texts:
         self.by_label = {label: torch.stack(understood) for label, understood in rows.items() if understood}
 
     def nearest(self) -> dict[str, list[str]]:
-        """For each label with a caption, the others from the most to the least alike in meaning."""
+        """Sort, for each label with a caption, the others from the most to the least alike in meaning."""
         labels = list(self.by_label)
         means = F.normalize(torch.stack([self.by_label[label].mean(0) for label in labels]), dim=1)
         order = (means @ means.T).argsort(1, descending=True).tolist()
@@ -98,7 +98,7 @@ class Queries:
         self.pool, self.texts, self.views, self.mixing = pool, texts, views, mixing
 
     def side(self, clip: int, alpha: float, rng: np.random.Generator) -> Tensor:
-        """An embedding that asks for the sound of `clip`: α · audio + (1 − α) · text; the audio is another clip's."""
+        """Make an embedding that asks for the sound of `clip`: α · audio (another clip's) + (1 − α) · text."""
         label = self.pool.clips[clip].label
         others = [i for i in self.pool.by_label[label] if i != clip and i in self.views]
         captions = self.texts.by_label.get(label)
@@ -108,17 +108,17 @@ class Queries:
         return alpha * self.shots(others or [clip], rng) + (1 - alpha) * text if alpha else text
 
     def shots(self, clips: Sequence[int], rng: np.random.Generator) -> Tensor:
-        """The mean of up to `mixing.shots` embeddings of any of `clips`, as several shots are joined in use."""
+        """Average up to `mixing.shots` embeddings of any of `clips`, as several shots are joined in use."""
         views = [self.views[int(rng.choice(clips))] for _ in range(rng.integers(self.mixing.shots) + 1)]
         return torch.stack([self.blurred(view[rng.integers(len(view))], rng) for view in views]).mean(0)
 
     def blurred(self, embedding: Tensor, rng: np.random.Generator) -> Tensor:
-        """Moved a little, so that the separator also understands what lies beside the captions and shots it met."""
+        """Move an embedding a little, so that the separator also understands what lies beside the captions it met."""
         noise = torch.from_numpy(rng.standard_normal(len(embedding), dtype=np.float32))
         return F.normalize(embedding + noise * (self.mixing.noise / math.sqrt(len(embedding))), dim=0)
 
     def alpha(self, rng: np.random.Generator) -> float:
-        """The weight of audio beside text, drawn: 0 for text alone, 1 for audio alone, or any between (Eq. 3)."""
+        """Draw the weight of audio beside text: 0 for text alone, 1 for audio alone, or any between (Eq. 3)."""
         draw = rng.random() - self.mixing.text_only
         return 0.0 if draw < 0 else 1.0 if draw < self.mixing.audio_only else float(rng.random())
 

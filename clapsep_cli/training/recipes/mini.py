@@ -1,4 +1,4 @@
-"""Training of a mini model: the space of its queries in closed form where that is wanted, then its separator.
+"""Trains a mini model: the space of its queries in closed form where that is wanted, then its separator.
 
 The trunk stays as it is. Mixtures are made on the fly as the paper makes them (IV-B), each with several queries: half
 of them name both sides, the others one; text and audio of a side are mixed with one α; loss 0.9 · SNR + 0.1 · SI-SNR.
@@ -50,7 +50,7 @@ ENCODERS = ("text.safetensors", "audio.safetensors")
 
 @settings
 class Stage:
-    """How long and how fast the separator is trained."""
+    """Length and learning rate of the separator's training."""
 
     lr: NonNegativeFloat = 1.5e-3
     steps: NonNegativeInt = 0  # by the size of the data if 0
@@ -61,11 +61,17 @@ class Stage:
 
 @settings
 class MiniRecipe(Recipe):
-    """`encoders`: a mini model's folder whose text and audio encoders are taken, the bundled one if empty. `init`: a
-    mini model's folder, or its name, whose encoders are taken and whose separator is trained further. `space`: "keep"
-    takes the space of queries as it is in the encoders, "words" fits where words lie in it to the clips, "fit" makes
-    all of it anew. `paraphrases`: a CSV `label,captions`. `rooms`: a CSV `file` of impulse responses. `cache`: a file
-    for decoded clips, so that they are decoded once."""
+    """Settings of the training of a mini model.
+
+    Attributes:
+        encoders: a mini model's folder whose text and audio encoders are taken; the bundled one if empty.
+        init: a mini model's folder, or its name, whose encoders are taken and whose separator is trained further.
+        space: "keep" takes the space of queries as it is in the encoders, "words" fits the words' places in it to the
+            clips, "fit" makes all of it anew.
+        paraphrases: a CSV `label,captions`.
+        rooms: a CSV `file` of impulse responses.
+        cache: a file for decoded clips, so that they are decoded once.
+    """
 
     free: ClassVar[frozenset[str]] = Recipe.free | {
         "validate_every",
@@ -98,13 +104,13 @@ class MiniRecipe(Recipe):
 
     @property
     def source(self) -> Path:
-        """Where the encoders are taken from, and with `init` the separator, too."""
+        """The folder that the encoders are taken from, and with `init` the separator, too."""
         bundled = weights_folder() / BUNDLED
         chosen = self.init or self.encoders
         return bundled if chosen in ("", BUNDLED) else Path(chosen)
 
     def suited(self, corpus: Corpus) -> MiniRecipe:
-        """Two steps for each 10 s of the clips, within limits."""
+        """Set two steps for each 10 s of the clips, within limits."""
         # The bundled model's 10 hours in 9,000 clips get the most.
         tens = sum(max(1.0, corpus.seconds[index] / 10) for index in corpus.train)
         steps = self.separator.steps or round(min(max(2 * tens, FEWEST_STEPS), MOST_STEPS))
@@ -112,18 +118,13 @@ class MiniRecipe(Recipe):
         return replace(self, separator=replace(self.separator, steps=steps, batch=batch))
 
     def plan(self) -> Plan:
-        """How the separator is trained."""
+        """Make the plan of the separator's training."""
         stage = self.separator
-        return Plan(
+        return Plan.of(
+            self,
             steps=stage.steps,
             batch=stage.batch,
             schedule=Trapezoid(stage.lr, stage.steps, min(stage.warmup, stage.steps // 10), stage.decay),
-            weight_decay=self.weight_decay,
-            ema=self.ema,
-            report_every=self.report_every,
-            validate_every=self.validate_every,
-            save_every=self.save_every,
-            workers=self.workers,
         )
 
     def check(self, corpus: Corpus) -> None:
@@ -187,7 +188,7 @@ class Places:
         self.rooms = room_spectra([read_clip(file) for file in files], samples).to(device) if files else None
 
     def __call__(self, audio: Tensor, step: int, rows: range, side: int = 0) -> Tensor:
-        """`audio`: the given rows of a step's batch, float32 `[rows, samples]`, targets or those of another `side`."""
+        """Alter the given rows of a step's batch, float32 `[rows, samples]`, targets or those of another `side`."""
         generators = [seeded(self.recipe.seed, 3 + side, step, row) for row in rows]
         return elsewhere(audio, self.rooms, self.recipe.acoustics, generators)
 
@@ -220,7 +221,7 @@ def heard(run: Run, pool: Pool, net: MiniAudio) -> dict[int, Tensor]:
 
 
 def write_encoders(recipe: MiniRecipe, run: Run, means: Mapping[int, Tensor], audio: MiniAudio) -> None:
-    """Leave the encoders in the run's folder: as they are, or fitted to the clips, once."""
+    """Write the encoders to the run's folder: as they are, or fitted to the clips, once."""
     kept = {"keep": ENCODERS, "words": ("audio.safetensors",), "fit": ()}[recipe.space]
     for name in ("tokenizer.json", *kept):
         copy(recipe.source / name, run.folder / name)
@@ -259,7 +260,7 @@ def _captioned(text: MiniText, clips: Sequence[Clip], points: Tensor, weights: T
 
 
 class Prepared(NamedTuple):
-    """What the separator hears, under which conditions, and what its masks are judged by."""
+    """Holds the separator's inputs, the queries, and the statistics that score its masks."""
 
     levels: Tensor
     maps: list[Tensor]
@@ -269,7 +270,7 @@ class Prepared(NamedTuple):
 
 
 class SeparatorTask(Task):
-    """The separator learns to mask mixtures that are made on the fly, by several queries each."""
+    """Trains the separator to mask mixtures that are made on the fly, by several queries each."""
 
     name, state = "separator", "state.safetensors"
 
@@ -297,7 +298,7 @@ class SeparatorTask(Task):
         lay_out(self.net)
 
     def hidden(self, name: str) -> bool:
-        """Whether Muon trains this parameter: a matrix or kernel that is not of the first or last layer."""
+        """Return whether Muon trains a parameter: a matrix or kernel that is not of the first or last layer."""
         matrix = self.net.get_parameter(name).dim() >= 2
         return self.recipe.optimiser == "muon" and matrix and name.split(".")[0] not in ENDS
 
@@ -335,7 +336,7 @@ class SeparatorTask(Task):
 
 
 def _half(state: Weights) -> dict[str, Tensor]:
-    """Weights as they are stored: matrices in float16, which costs nothing that can be heard, and no counters.
+    """Convert weights to what is stored: matrices in float16, which costs nothing that can be heard, and no counters.
 
     Vectors stay float32: a variance that a norm has met may be beyond float16.
     """

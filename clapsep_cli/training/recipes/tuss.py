@@ -190,21 +190,14 @@ class TussTask(Task):
         self.net: Tuss = net
         self.mixer = mixers[TRAIN]
         self.sets = {split: mixer for split, mixer in mixers.items() if split != TRAIN and recipe.validation_mixtures}
-        self.plan = Plan(
+        self.plan = Plan.of(
+            recipe,
             steps=recipe.epochs * recipe.epoch_steps,
-            batch=recipe.batch,
-            accumulate=recipe.accumulate,
             schedule=Plateau(
                 recipe.lr, 0.0, recipe.lr_factor, recipe.stale_epochs + 1, recipe.warmup, ignored=recipe.lr_epochs + 1
             ),
-            weight_decay=recipe.weight_decay,
-            epsilon=recipe.epsilon,
-            clip=recipe.clip,
-            report_every=recipe.report_every,
             validate_every=recipe.epoch_steps,
-            save_every=recipe.save_every,
             keep_best=recipe.average,
-            workers=recipe.workers,
         )
 
     def draw(self, step: int, rows: range) -> tuple[Tensor, ...]:
