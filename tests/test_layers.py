@@ -79,7 +79,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
         "training.recipes",
         [
             {"augment", "objective"},
-            {"conditions", "space", "validation"},
+            {"conditions", "prompt_mixing", "space", "validation"},
             {"audiosep", "clapsep", "mini", "tuss"},
             {"presets"},
         ],
@@ -153,7 +153,10 @@ def test_only_cli_prints_and_only_one_file_unpickles(name: str) -> None:
     assert source.count("\n") <= MAX_LINES
 
 
-@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith(("audio", "store", "page"))))
+PLAIN = ("audio", "cli", "evaluation", "page", "store", "training")  # rooms
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith(PLAIN)))
 def test_a_docstring_says_what_a_thing_is_or_does(name: str) -> None:
     """It does not begin with a question, which makes readers guess."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -20,7 +20,7 @@ from clapsep_cli.models.prompts import FIRST, NEXT, PROMPTS, STEMS, TASKS, draw,
 from clapsep_cli.models.tuss import Tuss
 from clapsep_cli.training.loop.sampling import Pool
 from clapsep_cli.training.recipes.objective import source_losses
-from clapsep_cli.training.recipes.tuss import PromptMixer, PromptMixing, check_audible
+from clapsep_cli.training.recipes.prompt_mixing import PromptMixer, PromptMixing, check_audible
 
 PLENTY = dict.fromkeys(PROMPTS, 9)
 RATE = 48_000

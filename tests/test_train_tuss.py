@@ -28,7 +28,9 @@ from clapsep_cli.training.loop.sampling import DiskPool, MemoryPool, open_pool
 from clapsep_cli.training.loop.state import mean_of
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes import presets
-from clapsep_cli.training.recipes.tuss import PromptMixer, PromptMixing, TussRecipe, TussTask
+from clapsep_cli.training.recipes.objective import source_losses
+from clapsep_cli.training.recipes.prompt_mixing import ListedMixtures, PromptMixer, PromptMixing
+from clapsep_cli.training.recipes.tuss import TussRecipe, TussTask
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 
@@ -394,3 +396,30 @@ def test_a_new_prompt_joins_those_of_a_model_and_a_specialist_keeps_few(manifest
     train(few, tmp_path / "special", replace(still, prompts=("speech", "sfx")), audio=manifest.parent)
     kept = read_tensors(tmp_path / "special" / "separator.safetensors")
     assert torch.equal(kept["prompts"], before["prompts"].flip(0)[:2])
+
+
+def test_listed_mixtures_are_a_set_to_validate_on(manifest: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sounds = {name: 0.1 * rng.standard_normal(9600) for name in ("mixture", "speech", "sfx")}
+    for name, sound in sounds.items():  # the mixture is not the sum of what is listed
+        soundfile.write(tmp_path / f"{name}.wav", sound, 48_000, "FLOAT")
+    listed = tmp_path / "val.csv"
+    listed.write_text("mixture,prompt,reference\nmixture.wav,sfx,sfx.wav\nmixture.wav,speech,speech.wav\n")
+    sources, prompts, mixture = ListedMixtures(listed, 4800, PROMPTS).batch(0, range(1))
+    assert prompts.tolist() == [[PROMPTS.index("sfx"), PROMPTS.index("speech")]]
+    for got, name in ((mixture[0], "mixture"), (sources[0, 0], "sfx"), (sources[0, 1], "speech")):
+        np.testing.assert_allclose(got, sounds[name][2400:7200], atol=1e-6)
+    recipe = replace(RECIPE, epochs=1, lr=0.0, average=1, precision="32-true", validation_lists=(str(listed),))
+    reports = run(manifest, tmp_path / "out", recipe)
+    (figures,) = (report.figures for report in reports if report.stage == "validation")
+    assert list(figures) == ["mean of sets", "near", "far", str(listed)]
+    net = load_model(tmp_path / "out", "cpu", "high").separator
+    assert isinstance(net, Tuss)
+    tensors = [torch.from_numpy(part) for part in (sources, prompts, mixture)]
+    with torch.no_grad():
+        loss = source_losses(net.separate(tensors[2], tensors[1]), tensors[0], tensors[1]).mean()
+    assert figures[str(listed)] == pytest.approx(-loss.item(), abs=1e-3)
+    listed.write_text("mixture,prompt,reference\nmixture.wav,dog,sfx.wav\n")
+    with pytest.raises(ManifestError, match=r"val\.csv: no prompt 'dog'"):
+        run(manifest, tmp_path / "x", recipe)
+    assert not (tmp_path / "x").exists()
