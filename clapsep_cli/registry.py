@@ -132,6 +132,11 @@ class Entry:
     remotes: tuple[Remote, ...] = ()
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """Kinds of queries it takes, those of its family."""
+        return FAMILIES[self.family].takes
+
+    @property
     def download_bytes(self) -> int:
         """Size in bytes of all that is downloaded for it."""
         return sum(remote.size for remote in self.remotes)

@@ -19,6 +19,7 @@ from conftest import Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from recordings import noise32 as noise
 from stand_ins import Moody
 from torch import Tensor
 
@@ -37,10 +38,6 @@ from clapsep_cli.store.checkpoint import Model
 
 DOG, RAIN = Query("dog"), Query("rain")
 Audio = NDArray[np.float32]
-
-
-def noise(*shape: int, seed: int = 0) -> Audio:
-    return 0.1 * np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def record(folder: Path, name: str, samples: int = 9000, rate: int = 8000, seed: int = 0) -> Input:

@@ -51,7 +51,7 @@ def test_what_cannot_be_read_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None
     for owner, name in (
         (subprocess, "run"),
         (platform, "platform"),
-        (library, "statuses"),
+        (library, "installed"),
         (metadata, "version"),
         (torch.cuda, "is_available"),
         (os, "cpu_count"),

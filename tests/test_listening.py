@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
+from recordings import noise32 as noise
 
 from clapsep_cli import ClapsepError, Query, Separation, separate
 from clapsep_cli.errors import ClapsepWarning, OutputError
@@ -21,10 +22,6 @@ from clapsep_cli.store.checkpoint import Model
 
 Audio = NDArray[np.float32]
 RATE = 8000
-
-
-def noise(*shape: int, seed: int = 0) -> Audio:
-    return 0.1 * np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def scene(seconds: float, *events: tuple[float, float], gain: float = 1.0) -> tuple[Audio, Audio]:

@@ -14,6 +14,7 @@ from conftest import Fixed, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from recordings import noise32 as noise
 from stand_ins import Moody
 
 from clapsep_cli import Query, extract, load_model, separate
@@ -27,10 +28,6 @@ GOLDEN = Path(__file__).parent / "golden" / "end_to_end"
 WANTED = Conditions(torch.ones(1, 8), (0,))
 
 Audio = NDArray[np.float32]
-
-
-def noise(*shape: int, seed: int = 0) -> Audio:
-    return 0.1 * np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def pcm(audio: Audio, bits: int) -> Audio:

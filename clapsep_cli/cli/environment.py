@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
 
-from clapsep_cli.registry import home
+from clapsep_cli.registry import MODELS, home
 from clapsep_cli.store import library
 from clapsep_cli.version import __version__
 
@@ -130,7 +130,7 @@ def _version_of(package: str) -> Callable[[], str]:
 
 
 def _models() -> str:
-    here = ", ".join(f"{status.entry.name} in {status.folder}" for status in library.statuses() if status.folder)
+    here = ", ".join(f"{name} in {folder}" for name, one in MODELS.items() if (folder := library.installed(one)))
     return f"{here or 'none'}; home {home()}"
 
 

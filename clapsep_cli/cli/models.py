@@ -26,16 +26,15 @@ def list_models(
 ) -> None:
     """List all models, with the folder of those that are installed."""
     from clapsep_cli.store.download import amount
-    from clapsep_cli.store.library import statuses
+    from clapsep_cli.store.library import facts, installed
 
     if as_json:
-        typer.echo(json.dumps([status.as_json() for status in statuses()], indent=2))
+        typer.echo(json.dumps([facts(entry) for entry in MODELS.values()], indent=2))
         return
-    for status in statuses():
-        entry = status.entry
-        where = status.folder or f"not here; {amount(entry.download_bytes)} to download"
+    for entry in MODELS.values():
+        where = installed(entry) or f"not here; {amount(entry.download_bytes)} to download"
         typer.echo(f"{entry.name:13} {entry.about}\n{'':13} {where}")
-        typer.echo(f"{'':13} takes: {', '.join(status.takes)}; licence: {entry.licence}")
+        typer.echo(f"{'':13} takes: {', '.join(entry.takes)}; licence: {entry.licence}")
 
 
 @models.command()

@@ -24,7 +24,7 @@ import typer
 from clapsep_cli.cli.options import Setup
 from clapsep_cli.cli.terminal import Reporter, downloads, echo, note, notes
 from clapsep_cli.errors import ClapsepError, ClapsepWarning, StoppedError, UsageError
-from clapsep_cli.registry import FAMILIES, MODELS
+from clapsep_cli.registry import MODELS
 from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
         return
     _, *others = sets = _sets(jobs)
     if (name := setup.loading.model) in MODELS and not others:
-        check_taken(sets[0].values(), FAMILIES[MODELS[name].family].takes, name)
+        check_taken(sets[0].values(), MODELS[name].takes, name)
     (_work_on_ray if setup.engine == "ray" else _work)(jobs, options, setup, stage, lines)
     lines.end()
     if lines.failures:

@@ -7,12 +7,12 @@ and attempts by random ids, never by paths.
 
 from __future__ import annotations
 
+import mimetypes
 import secrets
 import shutil
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
@@ -26,7 +26,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clapsep_cli.errors import ClapsepError, OutputError, UsageError
@@ -35,7 +36,7 @@ from clapsep_cli.page.session import Session
 
 HOST = "127.0.0.1"
 STATIC = Path(__file__).parent / "static"
-TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".txt": "text/plain"}
+mimetypes.add_type("text/javascript", ".js")  # which the registry of Windows may state otherwise
 MAX_COLUMNS = 4096  # of one picture, at most
 HUGE = 1e15
 MAX_FRAMES = 1 << 19  # samples in one answer, at most
@@ -106,7 +107,7 @@ def application(session: Session) -> Starlette:
     handlers = _Handlers(session)
     routes = [
         Route("/", handlers.index),
-        Route("/static/{name}", handlers.static),
+        Mount("/static", StaticFiles(directory=STATIC)),
         Route("/api/state", handlers.state),
         Route("/api/recording", handlers.uploads(session.open), methods=["POST"]),
         Route("/api/recording/tracks/{track:int}", handlers.choose_track, methods=["POST"]),
@@ -130,11 +131,6 @@ async def _told(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, FULL if isinstance(error, OutputError) else BAD)
 
 
-@cache
-def _static_files() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in STATIC.iterdir() if path.suffix in TYPES}
-
-
 class _Handlers:
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -142,12 +138,6 @@ class _Handlers:
     async def index(self, request: Request) -> Response:
         html = (STATIC / "index.html").read_text(encoding="utf-8")
         return HTMLResponse(html.replace("{nonce}", request.state.nonce))
-
-    async def static(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in _static_files():
-            raise HTTPException(MISSING, "there is no such file")
-        return Response(_static_files()[name], media_type=TYPES[Path(name).suffix])
 
     async def state(self, request: Request) -> Response:
         return JSONResponse(self.session.state())

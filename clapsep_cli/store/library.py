@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -37,29 +37,6 @@ def _nothing(*_: object) -> None:
 
 def _warn(line: str) -> None:
     warnings.warn(line, ClapsepWarning, stacklevel=3)
-
-
-@dataclass(frozen=True)
-class Status:
-    """A model and its folder, None if it is not installed."""
-
-    entry: Entry
-    folder: Path | None
-
-    @property
-    def takes(self) -> tuple[str, ...]:
-        """Kinds of queries it takes (see `registry.Traits`)."""
-        return FAMILIES[self.entry.family].takes
-
-    def as_json(self) -> dict[str, object]:
-        """Return all facts about the model as JSON holds them."""
-        return {
-            "here": self.folder is not None,
-            "folder": None if self.folder is None else str(self.folder),
-            "download_bytes": self.entry.download_bytes,
-            "takes": self.takes,
-            **asdict(self.entry),
-        }
 
 
 def entry_of(name: str) -> Entry:
@@ -86,9 +63,11 @@ def installed(entry: Entry) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def statuses() -> list[Status]:
-    """List all models, and whether they are here."""
-    return [Status(entry, installed(entry)) for entry in MODELS.values()]
+def facts(entry: Entry) -> dict[str, object]:
+    """Return all facts about a model in types that JSON has."""
+    folder = installed(entry)
+    here = {"here": folder is not None, "folder": folder and str(folder), "download_bytes": entry.download_bytes}
+    return {**here, "takes": entry.takes, **asdict(entry)}
 
 
 def best_installed() -> str:
@@ -98,7 +77,7 @@ def best_installed() -> str:
 
 def choices(given: str) -> list[dict[str, Any]]:
     """List all models: name, here or not, kinds of queries; first the `given` one, if it is a folder."""
-    known = [{"name": one.entry.name, "here": one.folder is not None, "takes": one.takes} for one in statuses()]
+    known = [{"name": name, "here": installed(one) is not None, "takes": one.takes} for name, one in MODELS.items()]
     return known if given in MODELS else [{"name": given, "here": True, "takes": _taken_by(given)}, *known]
 
 
