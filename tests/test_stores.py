@@ -9,11 +9,14 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -377,6 +380,53 @@ def test_urls_are_taken_wherever_paths_are(
     assert memory.exists("/lab/rec/a.target.wav")
     assert stub("-r", "memory://lab/rec", "--pos", "dog", "-o", "again").returncode == 0
     assert "a.target.target.wav" not in names(tmp_path / "again")
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an HTTPS server on loopback that serves `tmp_path`."""
+    pytest.importorskip("aiohttp", reason="https:// takes the packages of clapsep[https]")
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(timezone.utc)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    certificate = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    certificate = certificate.not_valid_before(now).not_valid_after(now + timedelta(1)).serial_number(1)
+    certificate = certificate.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
+    pem, plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    own = tmp_path / "own.pem"
+    own.write_bytes(key.private_bytes(pem, plain, serialization.NoEncryption()))
+    with own.open("ab") as file:
+        file.write(certificate.sign(key, hashes.SHA256()).public_bytes(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own)
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path)))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setitem(fsspec.config.conf, "https", {"ssl": ssl.create_default_context(cafile=str(own))})
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"https://localhost:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_recordings_and_queries_come_from_the_web(
+    stub: Callable[..., Done], web: str, recordings: list[str], tmp_path: Path
+) -> None:
+    done = stub(f"{web}/rec/a.wav?signed=secret", "--query-audio", f"{web}/rec/b.wav", "-o", "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert stub("rec/a.wav", "--query-audio", "rec/b.wav", "-o", "plain").returncode == 0
+    for name in names(tmp_path / "plain"):
+        theirs, own = (soundfile.read(tmp_path / folder / name)[0] for folder in ("out", "plain"))
+        assert theirs.tobytes() == own.tobytes()
+    assert json.loads(done.stdout)["input"] == f"{web}/rec/a.wav"
+    assert "secret" not in done.stdout + done.stderr
+    gone = stub(f"{web}/rec/gone.wav", "--pos", "dog", "-o", "out")
+    assert (gone.returncode, f"{web}/rec/gone.wav: no such file" in gone.stderr) == (1, True)
 
 
 def test_a_model_comes_from_a_store(
