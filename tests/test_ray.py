@@ -24,6 +24,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 COUNT = int(os.environ.get("CLIPS", 40))
 WAIT = 300.0  # seconds, also on a loaded machine
+STARTED: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     assert command(place, "plain", "--threads", "1").wait(WAIT) == 0
     note(place, "plain run", time.monotonic() - began)
     return place
+
+
+@pytest.fixture(autouse=True)
+def _no_driver_outlives_its_test() -> Iterator[None]:
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 @pytest.fixture
@@ -60,7 +68,10 @@ def command(place: Path, out: str, *more: str) -> subprocess.Popen[str]:
     line = ["extract", "rec", "-o", out, "--pos", "dog", "--model", "model", "--json", *more]
     settings = {"cwd": place, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
     with (place / f"{out}.jsonl").open("w") as rows, (place / f"{out}.err").open("w") as errors:
-        return subprocess.Popen([sys.executable, "-m", "clapsep_cli", *line], stdout=rows, stderr=errors, **settings)
+        STARTED.append(
+            subprocess.Popen([sys.executable, "-m", "clapsep_cli", *line], stdout=rows, stderr=errors, **settings)
+        )
+    return STARTED[-1]
 
 
 def note(place: Path, what: str, seconds: float) -> None:
