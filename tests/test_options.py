@@ -247,7 +247,7 @@ EFFECTS: dict[str, dict[str, tuple[str, str]]] = {
     "models rm": {"--model-dir": ("mini", "--model-dir kept")},
     "env": {"--json": ("", "--json"), "--model-dir": ("", "--model-dir kept")},
 }
-CALLS = (("remove", [Path("a")]), ("path_of", "a"), ("statuses", []))  # of the library of models, and their results
+CALLS = (("remove", [Path("a")]), ("path_of", "a"), ("installed", None))  # of the library of models, and their results
 REFUSED = [
     ("extract mix.wav --pos dog", "--alpha 0.9"),
     ("extract mix.wav --pos dog --neg-audio two.flac", "--alpha 0.9"),
