@@ -41,7 +41,7 @@ class Rules:
     """
 
     level: float = -15.0
-    presence: float = 0.1
+    presence: float = 0.05
     length: float = 0.15
 
 

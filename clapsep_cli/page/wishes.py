@@ -17,8 +17,8 @@ Shots = Mapping[str, tuple[str, Path]]  # examples by id: the name each was give
 
 MAX_LETTERS = 1000  # of a text, at most
 MAX_ITEMS = 64  # of a side, at most
-# Presence scores from which on it is told so: with mini, two thirds of the sounds that are there reach the second, and
-# half of those that are not stay below the last.
+# Presence scores from which on it is told so: with mini, six in ten of the sounds that are there reach the second, and
+# as many of those that are not stay below the last.
 IN_WORDS = ((0.15, "clearly there"), (-0.05, "probably there"), (-0.2, "doubtful"))
 ABSENT_IN_WORDS = "probably not in this recording"
 
