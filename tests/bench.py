@@ -282,15 +282,17 @@ def bench_cores(folder: Path) -> None:
         ("clapsep, 60 s of stereo from cold", minute, clapsep),
     ):
         command = ("extract", str(given), "--model", model, "-d", "cpu", "--precision", "high", "-q", "--overwrite")
-        outs = {label: ("-o", str(folder / label)) for label in settings}
+        out = folder / name.replace(",", "")
+        outs = {label: ("-o", str(out / label)) for label in settings}
         processes_in_turns(
             name,
             {
                 label: partial(process, *command, *QUERY, *outs[label], *options, checkout=checkout)
                 for label, (options, checkout) in settings.items()
+                if label != "before" or model == "mini"  # which cannot read a stand-in of a later version
             },
         )
-        pairs = ((file, folder / "one core" / file.name) for file in (folder / "now").iterdir())
+        pairs = ((file, out / "one core" / file.name) for file in (out / "now").iterdir())
         same = all(first.read_bytes() == second.read_bytes() for first, second in pairs)
         row("… the same bits on one core and on all", "yes" if same else "NO")
     for name, given_model in (("mini", "mini"), ("clapsep", clapsep)):
