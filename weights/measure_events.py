@@ -110,7 +110,7 @@ def false_alarms(absent: list[list[Event]]) -> None:
     minutes = len(absent) * SCENE_SECONDS / 60
     for presence in PRESENCES:
         count = sum(one.presence is None or one.presence >= presence for events in absent for one in events)
-        print(f"  of an absent sound, presence {presence:5.1f}: {count / max(1e-9, minutes):.2f} events a minute")
+        print(f"  of an absent sound, presence {presence:5.2f}: {count / max(1e-9, minutes):.2f} events a minute")
 
 
 def main() -> None:

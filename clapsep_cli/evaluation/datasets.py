@@ -26,9 +26,9 @@ from clapsep_cli.evaluation.mixtures import caption_of
 from clapsep_cli.files import BLOCK_BYTES, replacing
 from clapsep_cli.models.prompts import STEMS
 from clapsep_cli.store import download
+from clapsep_cli.store.library import FileProgress
 from clapsep_cli.tables import read_table, write_table
 
-Progress = Callable[[str, int, int], None]  # name of a file, bytes done, bytes in all
 ZENODO = "https://zenodo.org/api/records/{}"
 AUDIOCAPS = "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset/{}.csv"
 SPLITS = ("train", "val", "test")
@@ -148,7 +148,7 @@ def data_set(name: str) -> DataSet:
     return DATA_SETS[name]
 
 
-def fetch(name: str, folder: Path, progress: Progress | None = None) -> tuple[dict[str, str], list[Path]]:
+def fetch(name: str, folder: Path, progress: FileProgress | None = None) -> tuple[dict[str, str], list[Path]]:
     """Fetch a data set into a folder. What is there from an earlier call is used.
 
     Args:
@@ -224,7 +224,7 @@ def _in_record(data: DataSet, folder: Path) -> list[Part]:
     return parts
 
 
-def _bring(part: Part, folder: Path, progress: Progress | None) -> Path:
+def _bring(part: Part, folder: Path, progress: FileProgress | None) -> Path:
     """Return a file of a data set, downloaded if it is not there, of the size and MD5 that its server states."""
     path = folder / part.name
     if path.exists():

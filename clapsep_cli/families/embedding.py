@@ -22,8 +22,6 @@ from clapsep_cli.stitch.complex_masks import ComplexMaskStream
 from clapsep_cli.stitch.masking import MaskedRecording
 from clapsep_cli.stitch.windows import Stream
 
-TEXTS_AT_ONCE = 32
-
 
 class Embedder:
     """Embeds texts and recordings with a model, each once, and makes conditions from them."""
@@ -38,9 +36,8 @@ class Embedder:
     def embed_texts(self, texts: Iterable[str]) -> None:
         """Embed `texts`, many at a time. Raises `QueryError` for one that the model does not understand."""
         new = [text for text in dict.fromkeys(texts) if text not in self.words]
-        for at in range(0, len(new), TEXTS_AT_ONCE):
-            batch = new[at : at + TEXTS_AT_ONCE]
-            self.words.update(zip(batch, self.model.text.embed(batch), strict=True))
+        if new:
+            self.words.update(zip(new, self.model.text.embed_many(new), strict=True))
 
     @torch.inference_mode()
     def condition(self, query: Query) -> Tensor:
@@ -152,7 +149,7 @@ def _embed_shot(model: Askable[object], shot: tuple[Any, int] | Excerpt, silence
         mono = _read_excerpt(shot, rate)
     if not silence and not np.any(mono):
         raise AudioError(f"{name}: is silent; a query needs a recording of the sound")
-    return _embed(model, mono)
+    return model.audio.embed(_on_device(model, mono))
 
 
 def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
@@ -164,8 +161,8 @@ def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
         raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s cannot be read: {error}") from error
 
 
-def _embed(model: Askable[object], mono: Audio) -> Tensor:
-    return model.audio.embed(torch.from_numpy(np.ascontiguousarray(mono)).to(model.device))
+def _on_device(model: Askable[object], mono: Audio) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(mono)).to(model.device)
 
 
 @torch.inference_mode()
@@ -188,6 +185,6 @@ def likeness(
     positive = wanted.targets[wanted.kept[stem]].chunk(2)[0]
     if not np.any(mono) or not positive.any():
         return None
-    audio = torch.from_numpy(np.ascontiguousarray(to_rate(mono, rate, model.audio.rate))).to(model.device)
+    audio = _on_device(model, to_rate(mono, rate, model.audio.rate))
     heard = model.audio.moments(audio) if moment else model.audio.embed(audio)[None]
     return float(torch.nn.functional.cosine_similarity(heard, positive[None]).max())

@@ -20,7 +20,6 @@ from clapsep_cli.tables import decoded
 WINDOW_SECONDS, HOP_SECONDS = 5.0, 2.5
 LIKELY = 0.5  # score from which a sound is proposed for the negative side of a query
 PROPOSED = 2  # of such sounds
-TEXTS_AT_ONCE = 32
 SAME = 0.6  # cosine of two texts from which they name one sound
 
 Scores = NDArray[np.float32]
@@ -123,9 +122,7 @@ class Listener:
     @torch.inference_mode()
     def __init__(self, model: Model, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
-        sounds = vocabulary.sounds
-        batches = (sounds[first : first + TEXTS_AT_ONCE] for first in range(0, len(sounds), TEXTS_AT_ONCE))
-        self._words = torch.cat([model.text.embed(batch) for batch in batches])
+        self._words = model.text.embed_many(vocabulary.sounds)
 
     def hear(
         self,

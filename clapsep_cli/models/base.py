@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
+from clapsep_cli.audio.samples import PEAK
 
 # Targets of a window that are masked together: more make tensors so large that the system maps their memory anew for
 # every operation (40 targets of mini on one core: 4.3 s, 2.9 s by fours).
 TARGETS_AT_ONCE = 4
+TEXTS_AT_ONCE = 32
 
 Wanted = TypeVar("Wanted")
 
@@ -143,6 +145,11 @@ class TextEncoder(nn.Module, ABC):
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed each text: float32 `[len(texts), dim]`, rows of length 1."""
 
+    def embed_many(self, texts: Sequence[str]) -> Tensor:
+        """Embed one or more texts as `embed` does, some at a time, so that memory does not grow with their number."""
+        batches = (texts[first : first + TEXTS_AT_ONCE] for first in range(0, len(texts), TEXTS_AT_ONCE))
+        return torch.cat([self.embed(batch) for batch in batches])
+
     def unknown(self, text: str) -> dict[str, str | None]:
         """Return the words of a text that are ignored, each with a known one of similar spelling. Here: none."""
         return {}
@@ -163,6 +170,14 @@ class AudioEncoder(nn.Module, ABC):
     def moments(self, audio: Tensor) -> Tensor:
         """Embed the moments of a recording, as fine as the encoder hears: float32 `[moments, dim]`. Here: the whole."""
         return self.embed(audio)[None]
+
+
+def full_scale_gain(peak: Tensor) -> Tensor:
+    """Return the gain by which a signal of that peak is scaled before a model hears it: 0.9/peak above 1, else 1.
+
+    The released code does so, the paper does not mention it.
+    """
+    return torch.where(peak > 1, PEAK / peak.clamp(min=1), 1.0)
 
 
 def condition(positive: Tensor | None, negative: Tensor | None, *, unit: bool = True) -> Tensor:

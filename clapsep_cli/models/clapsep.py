@@ -13,10 +13,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from clapsep_cli.audio.samples import PEAK
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, power, spectrum
 from clapsep_cli.models import htsat
-from clapsep_cli.models.base import MaskSeparator
+from clapsep_cli.models.base import MaskSeparator, full_scale_gain
 from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
 from clapsep_cli.models.layers import attend
 
@@ -280,8 +279,7 @@ class CLAPSep(MaskSeparator):
         With complex masks, louder ones are scaled here.
         """
         if self.turns:
-            peak = mixture.abs().amax(1, keepdim=True)
-            mixture = mixture * torch.where(peak > 1, PEAK / peak.clamp(min=1), 1.0)
+            mixture = mixture * full_scale_gain(mixture.abs().amax(1, keepdim=True))
         return Features(power(spectrum(mixture)).sqrt_(), self.encoder(self.resample(mixture)))
 
     def lower(self, dtype: torch.dtype) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
-from clapsep_cli.audio.samples import PEAK, Audio
+from clapsep_cli.audio.samples import Audio
+from clapsep_cli.models.base import full_scale_gain
 from clapsep_cli.training.loop.settings import Share, settings
 
 EQ_POINTS = 8  # control points of a random equaliser, evenly on a log scale …
@@ -48,15 +49,14 @@ def seeded(*key: int) -> torch.Generator:
 def levelled(targets: Tensor, interferers: Tensor, snr_db: Tensor) -> tuple[Tensor, Tensor]:
     """Scale targets and interferers, float32 `[batch, samples]`, to sum up to mixtures at `snr_db` (`[batch]`).
 
-    Where its peak would exceed 1, it is scaled to 0.9: the released code does so, the paper does not mention it.
+    Where its peak would exceed 1, it is scaled (see `full_scale_gain`).
     """
     wanted, others = torch.empty_like(targets), torch.empty_like(interferers)
     for row, snr in enumerate(snr_db):  # one by one, they stay in a processor's cache
         target, interferer = targets[row], interferers[row]
         ratio = (target.norm() + 1e-6) / (interferer.norm() + 1e-6)
         torch.mul(interferer, ratio * torch.pow(10, -snr / 20), out=others[row])
-        peak = torch.add(target, others[row]).abs_().max()
-        scale = torch.where(peak > 1, PEAK / peak.clamp(min=1), 1.0)
+        scale = full_scale_gain(torch.add(target, others[row]).abs_().max())
         torch.mul(target, scale, out=wanted[row])
         others[row] *= scale
     return wanted, others
