@@ -1,4 +1,4 @@
-"""Hashes files, writes them whole or not at all, and clears unfinished files of killed processes."""
+"""Hashes files, writes them completely or not at all, and removes unfinished files of killed processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from clapsep_cli.errors import ClapsepError, OutputError
 
 BLOCK_BYTES = 1 << 20  # hashed at a time
 FOREIGN_SECONDS = 86_400.0  # age from which an unfinished file of another machine counts as left behind
@@ -45,6 +47,17 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
         if claimed is not None:
             os.close(claimed)
+
+
+@contextmanager
+def writing(path: Path, error_type: type[ClapsepError] = OutputError) -> Iterator[Path]:
+    """Make the folder of `path`, and yield a temporary name as `replacing` does. Raises `error_type`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise error_type(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def digest(path: Path) -> str:

@@ -23,7 +23,7 @@ from clapsep_cli.data import read_clip, read_corpus
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError, StoppedError
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import choose_precision, load_part
-from clapsep_cli.store.whole import copy, read_tensors
+from clapsep_cli.store.tensors import copy, read_tensors
 from clapsep_cli.training.loop.sampling import Draw, MemoryPool, Sampler
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes.augment import Acoustics
@@ -327,7 +327,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_what_it_saved_before(
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clapsep_cli.store.whole.save_file", save)
+        patch.setattr("clapsep_cli.store.tensors.save_file", save)
         with pytest.raises(KeyboardInterrupt):
             run(manifest, tmp_path)
     assert all(path.suffix == ".partial" for path in saved)

@@ -40,7 +40,7 @@ def embed(
 
     from clapsep_cli.errors import OutputError
     from clapsep_cli.evaluation.evaluate import embedder_of
-    from clapsep_cli.files import replacing
+    from clapsep_cli.files import writing
     from clapsep_cli.query import Query
     from clapsep_cli.store.library import load_model
 
@@ -60,11 +60,7 @@ def embed(
         for query in asked.values():
             rows.append(embedder.positive(query)[0].float().cpu().numpy())
             bars.advance(task)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary, temporary.open("wb") as file:
-            np.savez(file, names=np.array(list(asked)), embeddings=np.stack(rows))
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    with writing(out) as temporary, temporary.open("wb") as file:
+        np.savez(file, names=np.array(list(asked)), embeddings=np.stack(rows))
     if not quiet:
         typer.echo(f"{out}: {len(rows)} embeddings of {len(rows[0])} numbers, by {loaded.name}")

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio, downmix
-from clapsep_cli.errors import OutputError
-from clapsep_cli.files import replacing
+from clapsep_cli.files import writing
 from clapsep_cli.listening.levels import Likeness
 
 FRAME_SECONDS = 0.025
@@ -226,12 +225,8 @@ def find_events(
 
 def save_events(path: Path, events: Mapping[str, Sequence[Event]], format: str, rate: int) -> None:  # noqa: A002
     """Write a file as `write_events` does, whole or not at all. Raises `OutputError`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            write_events(file, events, format, rate)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        write_events(file, events, format, rate)
 
 
 def write_events(file: TextIO, events: Mapping[str, Sequence[Event]], format: str, rate: int) -> None:  # noqa: A002

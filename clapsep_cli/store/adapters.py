@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, ExtraError
 from clapsep_cli.store.checkpoint import Model, load_part
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 
 # Of an encoder's attention alone: a bare "proj" would also match its patch embedding.
 TARGETS = r"layers\.\d+\.blocks\.\d+\.attn\.(?:qkv|proj)"
@@ -83,7 +83,7 @@ def save(path: Path, weights: Mapping[str, Tensor], base: Model, rank: int, alph
         "alpha": repr(float(alpha)),
         "settings": json.dumps(settings),
     }
-    save_whole(tensors, path, notes)
+    save_tensors(tensors, path, notes)
 
 
 def apply(model: Model, path: Path) -> None:

@@ -27,7 +27,7 @@ from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, Text
 from clapsep_cli.query import Query, check_taken, mutual
 from clapsep_cli.registry import FAMILIES
 from clapsep_cli.stitch.windows import Stream
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -378,7 +378,7 @@ def save_part(
         ModelError: where the file cannot be written.
     """
     metadata = {"family": family, "config": json.dumps(dataclasses.asdict(config)), **notes}
-    save_whole(tensors, folder / f"{part}.safetensors", metadata)
+    save_tensors(tensors, folder / f"{part}.safetensors", metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.store.checkpoint import save_part
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 
 NESTINGS = ("state_dict", "model")  # keys under which a checkpoint may hold its tensors
 

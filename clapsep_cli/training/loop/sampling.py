@@ -26,7 +26,7 @@ from clapsep_cli.audio.samples import Audio, to_rate
 from clapsep_cli.data import Corpus, read_clip
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 from clapsep_cli.training.loop.settings import Share, settings
 
 Store = Literal["auto", "memory", "disk"]
@@ -102,7 +102,7 @@ def keep(clips: Sequence[NDArray[np.int16]], path: Path, of: Mapping[str, str]) 
     ends = np.cumsum([len(clip) for clip in clips])
     tensors = {"pcm": torch.from_numpy(np.concatenate(clips)), "ends": torch.from_numpy(ends)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(tensors, path, of)
+    save_tensors(tensors, path, of)
 
 
 def read_kept(path: Path, of: Mapping[str, str]) -> list[NDArray[np.int16]] | None:

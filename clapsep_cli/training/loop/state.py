@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, RecipeError
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 from clapsep_cli.training.loop.optimisation import Muon
 from clapsep_cli.training.loop.task import Task, Weights
 
@@ -153,7 +153,7 @@ class Training:
         if latest not in order or count == 1:
             return self.weights() if latest in order else None
         kept = {at: self.path.with_name(f"best-{at + 1}.safetensors") for at in order}
-        save_whole(self.weights(), kept[latest], {})
+        save_tensors(self.weights(), kept[latest], {})
         for path in set(self.path.parent.glob("best-*.safetensors")) - {*kept.values()}:
             path.unlink()
         return mean_of([read_tensors(path) for path in kept.values() if path.exists()])
@@ -168,7 +168,7 @@ class Training:
                 tensors |= {f"optimiser.{name}.{k}": v for k, v in moments.get(index, {}).items()}
         means = {name: [kept.sums, kept.steps] for name, kept in self.means.items()}
         notes = {"step": str(self.step), "history": json.dumps(self.history), "means": json.dumps(means)}
-        save_whole(tensors, self.path, notes)
+        save_tensors(tensors, self.path, notes)
 
     def resume(self) -> None:
         """Continue from the state on disk, if there is one. Raises `CheckpointError` for the state of another task."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
 from clapsep_cli.errors import DeviceError, ExtraError, RecipeError, StoppedError
 from clapsep_cli.store.checkpoint import choose_precision
-from clapsep_cli.store.whole import read_notes
+from clapsep_cli.store.tensors import read_notes
 from clapsep_cli.training.loop import record
 from clapsep_cli.training.loop.sampling import Store, ahead
 from clapsep_cli.training.loop.settings import Seed, Workers, settings

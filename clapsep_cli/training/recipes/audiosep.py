@@ -23,7 +23,7 @@ from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
-from clapsep_cli.store.whole import copy
+from clapsep_cli.store.tensors import copy
 from clapsep_cli.training.loop.sampling import Pool, open_pool
 from clapsep_cli.training.loop.settings import Workers, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights

@@ -27,7 +27,7 @@ from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, 
 from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
 from clapsep_cli.store.library import load_model
-from clapsep_cli.store.whole import copy
+from clapsep_cli.store.tensors import copy
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.record import settings_of
 from clapsep_cli.training.loop.sampling import Pool, open_pool

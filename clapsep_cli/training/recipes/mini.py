@@ -27,7 +27,7 @@ from clapsep_cli.models.mini import Mini, MiniConfig, lay_out
 from clapsep_cli.models.mini_queries import STRETCH_SECONDS, MiniAudio, MiniText
 from clapsep_cli.registry import BUNDLED, weights_folder
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
-from clapsep_cli.store.whole import copy, read_tensors, save_whole
+from clapsep_cli.store.tensors import copy, read_tensors, save_tensors
 from clapsep_cli.tables import read_table
 from clapsep_cli.training.loop.optimisation import Trapezoid
 from clapsep_cli.training.loop.sampling import Draw, Pool, Sampler, open_pool
@@ -215,7 +215,7 @@ def heard(run: Run, pool: Pool, net: MiniAudio) -> dict[int, Tensor]:
             if number % HEARD_EVERY == 0 or number == len(among):
                 left = clock.seconds_left(number, len(among))
                 run.tell(Report("clips heard", number, len(among), {}, left))
-        save_whole(means, path, {})
+        save_tensors(means, path, {})
     run.fabric.barrier()
     return {int(name): means for name, means in read_tensors(path).items()}
 

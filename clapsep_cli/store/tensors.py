@@ -1,4 +1,4 @@
-"""Reads and writes tensors with notes, and copies files; a file is written completely or not at all."""
+"""Reads and writes files of tensors, each with notes, and copies a model's files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, ModelError
-from clapsep_cli.files import replacing
+from clapsep_cli.files import writing
 
 PIECE_BYTES = 1 << 25  # mapped at a time
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
     """Write tensors under a temporary name and rename the complete file.
 
     Args:
@@ -28,15 +28,13 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, st
     Raises:
         ModelError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
+    with writing(path, ModelError) as temporary:
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
+        try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(notes))
-            temporary.chmod(mode)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        except SafetensorError as error:
+            raise OSError(f"{error}; is the disk full?") from error
+        temporary.chmod(mode)
 
 
 def copy(file: Path, place: Path) -> None:
@@ -46,11 +44,8 @@ def copy(file: Path, place: Path) -> None:
     """
     if place.exists() and not place.samefile(file):
         return
-    try:
-        with replacing(place) as temporary:
-            shutil.copyfile(file, temporary)
-    except OSError as error:
-        raise ModelError(f"{place}: cannot be written ({error.strerror or error})") from error
+    with writing(place, ModelError) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 def read_notes(path: Path) -> dict[str, str]:
