@@ -242,17 +242,19 @@ PREFERRED, BUNDLED = "clapsep", "mini"
 
 
 def weights_folder() -> Path:
-    """Return the folder of the bundled weights: in the installed package, or at the top of a checkout."""
-    package = Path(__file__).parent
-    installed = package / "weights"
-    return installed if installed.is_dir() else package.parent / "weights"
+    """Return the folder of the bundled weights."""
+    return _bundled("weights")
 
 
 def examples_folder() -> Path:
-    """Return the folder of the example recordings, likewise."""
+    """Return the folder of the example recordings."""
+    return _bundled("examples")
+
+
+def _bundled(name: str) -> Path:
+    """Return a folder of the installed package, or of the top of a checkout."""
     package = Path(__file__).parent
-    installed = package / "examples"
-    return installed if installed.is_dir() else package.parent / "examples"
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def home() -> Path:

@@ -31,6 +31,7 @@ from clapsep_cli.families.base import load_family
 from clapsep_cli.jobs import batch
 from clapsep_cli.models.tuss import Tuss
 from clapsep_cli.store import adapters, library
+from clapsep_cli.training.recipes import audiosep, clapsep, mini, tuss  # noqa: F401  bind the real `load_model`
 
 Observed = dict[str, Any]
 LIBRARYS_OWN = {"--help", "--install-completion", "--show-completion"}  # typer's

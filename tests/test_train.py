@@ -215,7 +215,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_and_goes_on_exactly(manifes
 def test_a_run_may_be_stopped_while_it_listens(manifest: Path, tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
-    with pytest.raises(StoppedError, match="stopped; the same command goes on"):
+    with pytest.raises(StoppedError, match="stopped; the same command continues"):
         train(manifest, tmp_path, RECIPE, stop=stop)
     assert not (tmp_path / "heard.safetensors").exists()
 

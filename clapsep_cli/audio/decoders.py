@@ -145,7 +145,7 @@ class SoundFileDecoder(Decoder):
             self.report(f"ends {missing} before its header says, it is cut short")
         left = self._fed.size - self._fed.tell()
         if self._file.format == "FLAC" and left > READ_AHEAD_BYTES:
-            self.report(f"goes on behind the end that its header states, by {left} bytes")
+            self.report(f"continues after the end that its header states, by {left} bytes")
 
     def skip(self, samples: int) -> None:
         if not self.frames:  # libsndfile cannot seek in a FLAC of unknown length

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperArgument
 from typer.main import get_command
 
+from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.demo import demo
 from clapsep_cli.cli.embed import embed
 from clapsep_cli.cli.evaluate import evaluate
@@ -24,7 +25,7 @@ from clapsep_cli.cli.models import models
 from clapsep_cli.cli.results import results
 from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
-from clapsep_cli.cli.terminal import ModelDirOption, note
+from clapsep_cli.cli.terminal import note
 from clapsep_cli.cli.train import train
 from clapsep_cli.cli.ui import ui
 from clapsep_cli.errors import ClapsepError, ModelError, forwarded_warnings
@@ -136,8 +137,8 @@ def _root(
 
 @app.command()
 def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
-    _model_dir: ModelDirOption = None,
+    as_json: Annotated[bool, opt.option(opt.RUN, "--json", "Print a JSON object instead.")] = False,
+    _model_dir: opt.ModelDir = None,
 ) -> None:
     """Print the versions and the machine for a bug report; no names, no secrets."""
     from clapsep_cli.cli.environment import environment

@@ -1,7 +1,7 @@
-"""Fetches data sets of the papers that may be downloaded, checks and unpacks them, and lists their clips.
+"""Downloads data sets of the papers, checks and unpacks them, and lists their clips.
 
-No hash of these archives is known here for certain. What the server states of a file (size and MD5, by Zenodo) is
-checked; its SHA-256 is noted in `SHA256SUMS`, and another one is refused from then on.
+The hashes of these archives are not pinned. Size and MD5 are checked where the server states them (Zenodo). The SHA-256
+of the first download is kept in `SHA256SUMS`, and later downloads must have the same.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _fsd(folder: Path) -> Iterator[Path]:
 
 
 def _audiocaps(folder: Path) -> Iterator[Path]:
-    """List the clips that are in the folder, by the id of their video; all of them, while there are none."""
+    """List the clips in the folder, found by the id of their video; if there are none, list all captions."""
     captions: dict[str, dict[str, list[str]]] = {}
     for split in SPLITS:
         for _, row in read_table(folder / f"audiocaps-{split}.csv", ("youtube_id", "caption")):
@@ -140,7 +140,7 @@ OWN_COPY = {
 
 
 def data_set(name: str) -> DataSet:
-    """Return a data set by name. Raises `UsageError`, which says why another cannot be had."""
+    """Return a data set by name. Raises `UsageError`, which says why others cannot be downloaded."""
     if name in OWN_COPY:
         raise UsageError(f"{name} is not fetched: {OWN_COPY[name]}")
     if name not in DATA_SETS:

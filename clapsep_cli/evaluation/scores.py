@@ -15,9 +15,9 @@ import numpy as np
 from clapsep_cli.errors import OutputError
 from clapsep_cli.evaluation.mixtures import Mixture
 
-DECIMALS = 4  # of a figure in dB; rounded at once, so that a resumed table is that of a run in one go
+DECIMALS = 4  # of a figure in dB; rounded at once, so that a resumed run gives the same table
 METRICS = {"sdri": "SDRi", "si_sdri": "SI-SDRi", "bss_sdri": "BSS-eval SDRi"}  # columns, and their titles
-SHOT, ABSENT = "shot", "absent"  # kinds of query that have columns of their own in a list of mixtures
+SHOT, ABSENT = "shot", "absent"  # kinds of query with their own column in a list of mixtures
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def by_label(scores: Iterable[Score], query: str) -> dict[str, dict[str, float]]
 
 
 def presence(scores: Iterable[Score]) -> dict[str, float]:
-    """Measure how well the output's level tells what is in a mixture from what is not.
+    """Measure how well the output's level separates present from absent sounds.
 
     Returns the median levels in dB under a positive and under an absent text, and the area under the ROC curve (chance
     is 0.5); empty without scores of both.
@@ -88,8 +88,8 @@ COLUMNS = ("row", "source_file", "noise_file", "label", "query", *METRICS, "leve
 class ScoreFile:
     """A CSV with a line for each score, after a line with the settings of the run (`# {…}`).
 
-    It grows as `PATH.partial`, and `finish` renames it. `scores` holds what is in the file, by mixture; what a
-    killed run left of an incomplete mixture is removed.
+    It grows as `PATH.partial`, and `finish` renames it. `scores` holds the scores in the file, by mixture. Scores of an
+    incomplete mixture, left by a killed run, are removed.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class ScoreFile:
 
         Args:
             path: the CSV.
-            settings: all that the scores depend on.
+            settings: everything that the scores depend on.
             rows: the mixtures.
             kinds: the kinds of query of each mixture, in order.
 
         Raises:
-            OutputError: for a file of another run, and for a damaged one.
+            OutputError: the file is of another run, or damaged.
         """
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         stated = json.dumps(settings, ensure_ascii=False)
@@ -123,7 +123,7 @@ class ScoreFile:
             self._file.flush()
 
     def _read(self, path: Path, rows: Sequence[Mixture], kinds: Sequence[Sequence[str]]) -> int:
-        """Fill `scores` from a file. Returns how many of its bytes hold whole mixtures."""
+        """Fill `scores` from a file. Return the number of its bytes that hold complete mixtures."""
         text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
         if not text.startswith(self._head):
             if self._head.startswith(text):
@@ -186,14 +186,14 @@ def resumed(
     """Score a list, and keep the scores in a CSV.
 
     Args:
-        path: the CSV. Scores that an earlier run with the same settings left there are yielded, not computed again.
-        settings: all that the scores depend on.
+        path: the CSV. Scores of an earlier run with the same settings are read from it.
+        settings: everything that the scores depend on.
         rows: the mixtures.
         kinds: the kinds of query of each mixture, in order.
-        scored: yields the scores of each mixture, from one of a given index on.
+        scored: yields the scores of each mixture, from a given index on.
 
     Raises:
-        OutputError: where `path` holds scores of another run.
+        OutputError: `path` holds scores of another run.
     """
     with ScoreFile(path, settings, rows, kinds) as file:
         yield from list(file.scores)

@@ -1,4 +1,4 @@
-"""Names the files of the parts of a recording, and checks that they can be written."""
+"""Names the output files of a recording, and checks that they can be written."""
 
 from __future__ import annotations
 

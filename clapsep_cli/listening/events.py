@@ -1,4 +1,4 @@
-"""Finds when a target sounds: stretches in which it holds its own in the mixture and is like what was asked for."""
+"""Finds when a target sounds: stretches where it is loud enough in the mixture and similar to its query."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FRAME_SECONDS = 0.025
 SMOOTHED_FRAMES = 5  # over which energies are averaged
 CHUNK_SECONDS = 10.0  # decided at once, beside the chunk before and the one after
 HEARD_SECONDS = 10.0  # of an event, from its start, that its presence is told from
-HYSTERESIS_DB = 6.0  # an event goes on down to this below the level at which it begins
+HYSTERESIS_DB = 6.0  # an event ends this far below the level at which it begins
 LOUD_DB, SILENT_DB = -20.0, -30.0  # to the loudest frame of three chunks: where an event begins, and where it ends
 LEVEL_WEIGHT, LEAST_LEVEL_DB = 0.01, -20.0  # of an event's level relative to the mixture, in its presence
 GAP_SECONDS = 0.4  # shorter silences do not end an event

@@ -14,15 +14,15 @@ from torch import Tensor
 from clapsep_cli.errors import CheckpointError, ModelError
 from clapsep_cli.files import writing
 
-PIECE_BYTES = 1 << 25  # mapped at a time
+PIECE_BYTES = 1 << 25  # of a file, mapped at a time
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write tensors under a temporary name and rename the complete file.
+    """Write a file of tensors, completely or not at all.
 
     Args:
-        tensors: by name.
-        path: of the file; its folder is made.
+        tensors: the tensors by name.
+        path: the file; its folder is created.
         notes: the file's metadata.
 
     Raises:
@@ -40,7 +40,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, 
 def copy(file: Path, place: Path) -> None:
     """Copy `file` to `place`, unless a copy is there already. Raises `ModelError`.
 
-    A link to `file` is replaced by a copy: writing to one must not change the other.
+    A link to `file` is replaced by a copy, so that writing to one does not change the other.
     """
     if place.exists() and not place.samefile(file):
         return
@@ -49,7 +49,7 @@ def copy(file: Path, place: Path) -> None:
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """Read the notes that were written with tensors. Raises `CheckpointError`."""
+    """Read the metadata of a file of tensors. Raises `CheckpointError`."""
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
@@ -58,9 +58,9 @@ def read_notes(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a part, mapped from the file. Raises `CheckpointError`.
+    """Read all tensors of a file, memory-mapped. Raises `CheckpointError`.
 
-    Every 32 MB are a mapping of their own, so memory is freed piece by piece as tensors are converted.
+    Each 32 MB have their own mapping, so that memory is freed piece by piece while tensors are converted.
     """
     tensors: dict[str, Tensor] = {}
     mapped = PIECE_BYTES

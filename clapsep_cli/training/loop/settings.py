@@ -19,7 +19,7 @@ from typing_extensions import dataclass_transform
 
 from clapsep_cli.errors import ExtraError, RecipeError
 
-ROUNDING = 5e-3  # by which shares may miss 1, as [0.333, 0.333, 0.333] does
+ROUNDING = 5e-3  # allowed difference of a sum of shares from 1, as of [0.333, 0.333, 0.333]
 EXACT = 1e-9
 
 Settings = TypeVar("Settings")
@@ -54,10 +54,10 @@ def validated(kind: type[Settings], values: Mapping[str, object], what: str) -> 
     Args:
         kind: a class made by `settings`.
         values: new values; names are nested or dotted ("separator.lr").
-        what: what the messages call the settings.
+        what: name of the settings, for messages.
 
     Raises:
-        RecipeError: names every value that does not fit, and for each unknown name the closest known one.
+        RecipeError: lists all wrong values, and for each unknown name the closest known one.
     """
     default = kind()
     given = merged(dataclasses.asdict(default), nested(values))  # type: ignore[call-overload]
@@ -111,7 +111,7 @@ def nested(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def merged(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
-    """Join nested settings; the second override the first."""
+    """Join nested settings; those of `second` override those of `first`."""
     together = dict(first)
     for key, value in second.items():
         before = together.get(key)

@@ -16,9 +16,9 @@ from clapsep_cli.training.loop.train import Recipe
 
 @dataclass(frozen=True)
 class Preset:
-    """A named recipe: the class that holds its settings, as "module:name", and what it sets otherwise.
+    """A named recipe: the class of its settings, as "module:name", and the settings that differ from the defaults.
 
-    `registry` says of which family the models are that it makes, and can go on from.
+    `registry` lists the presets of each family.
     """
 
     recipe: str
@@ -47,7 +47,7 @@ DEFAULT = "mini"
 
 
 def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
-    """Make the recipe of a preset with settings overridden; later overrides win. Raises `RecipeError`."""
+    """Make the recipe of a preset with overridden settings; later overrides win. Raises `RecipeError`."""
     if preset not in PRESETS:
         raise RecipeError(f"no preset {preset!r}{nearest(preset, PRESETS)}: there are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
