@@ -22,6 +22,7 @@ from clapsep_cli.stitch.windows import OVERLAP_FRAMES, Stream, Windower
 
 TOP_BINS = 64  # of the mask, 14–16 kHz
 VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache
+FRAMES_AT_ONCE = 64  # likewise: nothing is held back for long
 
 
 class MaskedRecording(Stream):
@@ -46,6 +47,7 @@ class MaskedRecording(Stream):
         self.half = max(1, round(rate * N_FFT / RATE_HZ / 2))  # of the analysis window, in samples
         self.size = 2 * self.half
         self.n_fft = _smooth(self.size)
+        self.step = max(1, min(FRAMES_AT_ONCE, VALUES_AT_ONCE // (stems * channels * (self.n_fft // 2 + 1))))
         self.hann = torch.hann_window(self.size, device=device)
         self.audio = torch.zeros(channels, 0, device=device)
         self.arrived: list[Tensor] = []  # audio behind that, to be joined when it is needed
@@ -84,7 +86,8 @@ class MaskedRecording(Stream):
             return nothing
         audible = (begin + held - self.size) // self.hop + 1
         masked = math.ceil((self.mask_frame + self.mask.shape[1] - 1) / self.frames_per_hop) - self.frame
-        count = min(audible, masked)
+        # In steps that begin at fixed frames: the last bits of an FFT and of `lerp` depend on how many go in at once.
+        count = min(audible, masked) // self.step * self.step
         return self._compute(count).view(self.stems, self.channels, -1) if count > 0 else nothing
 
     def _rest(self) -> Tensor:
@@ -106,8 +109,7 @@ class MaskedRecording(Stream):
         self._join()
         if count > 0 and self.frame == 0:
             self.audio = _reflect(self.audio, self.half, 0)
-        step = max(1, VALUES_AT_ONCE // (len(self.sums) * (self.n_fft // 2 + 1)))
-        parts = [self._frames(min(step, count - done)) for done in range(0, count, step)]
+        parts = [self._frames(min(self.step, count - done)) for done in range(0, count, self.step)]
         return torch.cat([self.sums[:, :0], *parts], 1)
 
     def _join(self) -> None:
