@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Traits:
-    """Describes a family as far as that is possible without torch; `families` holds the rest.
+    """Describes a family without torch; `families` has the rest.
 
     Attributes:
         parts: its networks, each a file on disk.
         takes: the kinds of queries it takes: "text", "audio", "negatives", "prompts".
-        presets: names of the recipes that train it; the first is the one to go on from a model with.
+        presets: names of the recipes that train it; the first one trains a model further.
         tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" where there is none.
     """
 
@@ -52,7 +52,7 @@ class HubFile:
     """A file on the Hugging Face Hub to download.
 
     Its `size` in bytes, its SHA-256 in hex and a commit (`revision`) are pinned. The hash that the Hub states for that
-    commit is believed, too. `repo_type` is "model" or "space".
+    commit is accepted, too. `repo_type` is "model" or "space".
     """
 
     repo: str
@@ -91,7 +91,7 @@ class HubFile:
 
 @dataclass(frozen=True, kw_only=True)
 class WebFile:
-    """A file at an HTTPS address to download, pinned by its content alone; properties as of `HubFile`."""
+    """A file at an HTTPS address to download, pinned by its content; with the properties of `HubFile`."""
 
     url: str
     size: int
@@ -123,7 +123,7 @@ Remote = HubFile | WebFile
 
 @dataclass(frozen=True)
 class Entry:
-    """Describes a model that has a name: a bundled one (`remotes` is empty), or one converted from `remotes`."""
+    """Describes a named model: a bundled one (`remotes` is empty), or one converted from `remotes`."""
 
     name: str
     family: str

@@ -1,4 +1,4 @@
-"""Reads and writes WAV as a stream: pipes, which cannot seek, and files of more than 4 GB (RF64, EBU 3306)."""
+"""Reads and writes WAV as a stream: through pipes, which cannot seek, and above 4 GB (RF64, EBU 3306)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INFO = {  # chunk of a LIST INFO, by the name of the tag
 
 
 class WavStream(Decoder):
-    """Decodes a WAV or RF64 front to back: PCM of 8 to 32 bits, or float. Sizes of 0 or of ones mean until the end.
+    """Decodes a WAV or RF64 from its start: PCM of 8 to 32 bits, or float. A size of 0 or −1 means: to the end.
 
     Args:
         stream: what follows `start`.
