@@ -72,7 +72,7 @@ def _captions_in(row: Mapping[str, str]) -> tuple[str, ...]:
 def _read_clips(
     path: Path, labelling: Labelling, folder: Path | None = None, split: str = TRAIN
 ) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
-    """Read each row's line, clip, and whether its caption is empty; and the faults, with their lines.
+    """Read each row's line, clip, and True if its caption is empty; and the faults, with their lines.
 
     Files are relative to `folder`, by default that of the CSV; `split` is that of rows without one.
     """
@@ -251,7 +251,7 @@ def mix(target: Audio, interferer: Audio, snr_db: float = 0.0) -> tuple[Audio, A
 
     Args:
         target: float32 `[samples]`.
-        interferer: likewise, of the same length.
+        interferer: float32 `[samples]`, of the same length.
         snr_db: level of the target over the interferer, which is scaled, in dB.
 
     Returns:

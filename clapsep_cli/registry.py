@@ -17,7 +17,7 @@ class Traits:
         parts: its networks, each a file on disk.
         takes: the kinds of queries it takes: "text", "audio", "negatives", "prompts".
         presets: names of the recipes that train it; the first one trains a model further.
-        tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" where there is none.
+        tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" for none.
     """
 
     parts: tuple[str, ...]

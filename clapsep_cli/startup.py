@@ -82,7 +82,7 @@ def free_bytes(system: Path = Path("/")) -> int:
     with suppress(OSError, ValueError):
         told = re.search(r"^MemAvailable:\s+(\d+) kB", (system / "proc/meminfo").read_text(), re.M)
         known += [int(told[1]) * 1024] if told else []
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+    with suppress(OSError, ValueError):  # "max" for no limit
         group = system / "sys/fs/cgroup"
         used = int((group / "memory.current").read_text())
         known.append(int((group / "memory.max").read_text()) - used)

@@ -310,7 +310,7 @@ class AvDecoder(Decoder):
 
 
 def check_track(name: str, number: int | None, tracks: int) -> None:
-    """Raise `AudioError` if a recording of so many sound tracks has none of this number."""
+    """Raise `AudioError` if a recording with `tracks` sound tracks has no track of this number."""
     if number is not None and not 1 <= number <= tracks:
         raise AudioError(f"{name}: has {tracks} sound track{'s' * (tracks > 1)}, so no --stream {number}")
 

@@ -38,7 +38,7 @@ class WavStream(Decoder):
     """Decodes a WAV or RF64 from its start: PCM of 8 to 32 bits, or float. A size of 0 or −1 means: to the end.
 
     Args:
-        stream: what follows `start`.
+        stream: the bytes after `start`.
         name: for messages.
         lenient: take what there is of a WAV that breaks off.
         start: its first 12 bytes, which `is_wav` accepts.

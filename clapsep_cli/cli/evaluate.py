@@ -84,7 +84,9 @@ Condition = Annotated[
     ),
 ]
 Words = Annotated[bool, opt.option(opt.QUERY, "--text/--no-text", "Query with texts, alone and with recordings.")]
-Shots = Annotated[opt.Text, opt.option(opt.QUERY, "--shots K,…", "Also query with so many recordings: 1,5,10.")]
+Shots = Annotated[
+    opt.Text, opt.option(opt.QUERY, "--shots K,…", "Also query with these numbers of recordings: 1,5,10.")
+]
 ShotLists = Annotated[
     opt.Paths, opt.option(opt.QUERY, "--shots-csv CSV", "Recordings for --shots: class,file (one, or a list).")
 ]
@@ -220,7 +222,7 @@ def _each(values: Sequence[Path] | None, count: int, option: str) -> list[Path]:
 
 
 def _are_prompted(listed: Sequence[Path]) -> bool:
-    """Tell whether the lists are of prompts; all of them are, or none."""
+    """Return True if the lists are of prompts. Raises `BadParameter` if only some are."""
     from clapsep_cli.evaluation.prompted import is_prompted
 
     kinds = {is_prompted(path) for path in listed}

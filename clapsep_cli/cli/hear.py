@@ -169,7 +169,7 @@ def _draw(picture: Path, heard: Heard, sounds: list[str]) -> None:
 def _facts(
     heard: Heard, best: Sequence[tuple[str, float]], listener: Listener, least: float, picture: Path | None
 ) -> dict[str, Any]:
-    """Return what was heard, as `--json` prints it."""
+    """Return the sounds of a recording for `--json`."""
     pos, neg = listener.propose(best)
     sounds = [
         {"sound": name, "score": score, "stretches": heard.stretches(name, max(least, score / 2))}
@@ -180,7 +180,7 @@ def _facts(
 
 
 def _print(row: Mapping[str, Any]) -> None:
-    """Print what was heard in a recording, and a command to extract it."""
+    """Print the sounds of a recording, and a command to extract one."""
     lines = [f"{'standard input' if row['input'] == '-' else row['input']}: {row['seconds']:.2f} s"]
     width = max(len(one["sound"]) for one in row["sounds"])
     for one in row["sounds"]:

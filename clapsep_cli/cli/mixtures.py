@@ -39,7 +39,7 @@ Seed = Annotated[int, opt.option(DRAWN, "--seed N", "Seed of all random draws.")
 Split = Annotated[opt.Text, opt.option(opt.INPUT, "--split NAME", "Use only clips of this split of the manifest.")]
 Excluded = Annotated[opt.Text, opt.option(opt.INPUT, "--exclude-labels NAME,…", "Skip clips with any of these labels.")]
 Prefix = Annotated[
-    opt.Text, opt.option(opt.INPUT, "--prefix TEXT", 'Before labels, where there are no captions; "The sound of".')
+    opt.Text, opt.option(opt.INPUT, "--prefix TEXT", 'Text before labels without captions; by default "The sound of".')
 ]
 Listed = Annotated[Path, typer.Argument(metavar="LIST", help="A list of mixtures.")]
 Audio = Annotated[Path, opt.option(opt.INPUT, "--audio DIR", "Folder of the list's files.")]

@@ -112,14 +112,14 @@ def separate(
 ) -> None:
     """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.
 
-    The prompts should name all that is in the recording, not only what is wanted: see --only.
+    The prompts should name all sounds in the recording, not only the wanted ones: see --only.
     """
     given = locals()
     from clapsep_cli.files import is_there
     from clapsep_cli.query import Query
 
     if bool(prompts) == bool(task):
-        raise UsageError("say what is in the recording: either --prompts NAME..., or --task")
+        raise UsageError("name the sounds in the recording: either --prompts NAME..., or --task")
     names = list(TASKS[task]) if task else list(prompts or ())
     if not inputs and (swallowed := [word for word in (*names, *(only or ())) if is_there(Path(word))]):
         raise UsageError(

@@ -29,7 +29,7 @@ def ui(
 ) -> None:
     """Open a page in the browser: see a recording, mark sounds, extract, and compare by ear.
 
-    The page and all sounds stay on this machine. Ctrl-C ends it, and removes what was not downloaded.
+    The page and all sounds stay on this machine. Ctrl-C ends it, and removes results that were not downloaded.
     """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:

@@ -51,7 +51,7 @@ class DataSet:
 
     Attributes:
         terms: its licence, in words.
-        listed: writes lists of what is in a folder, and yields their paths.
+        listed: writes lists of the clips in a folder, and yields their paths.
         parts: its files, where they have addresses of their own …
         record: … or its record on Zenodo, and the names of the files in it.
         names: of these files.
@@ -161,7 +161,7 @@ def fetch(name: str, folder: Path, progress: FileProgress | None = None) -> tupl
 
     Raises:
         UsageError: for a data set that cannot be fetched.
-        DownloadError: for a file that cannot be downloaded, is not what its server states or what came before, or
+        DownloadError: for a file that cannot be downloaded, differs from what its server states or sent before, or
             would be unpacked outside of the folder.
         ManifestError: for contents that are not as expected.
         OutputError: where the folder cannot be written.
@@ -290,7 +290,7 @@ def _ensure_room(folder: Path, size: int) -> None:
 
 
 def _found(folder: Path, name: str) -> Path:
-    """Return the one file or folder of that name. Raises `ManifestError` where there is none."""
+    """Return the file or folder of that name. Raises `ManifestError` if there is none."""
     found = sorted(folder.rglob(name))
     if not found:
         raise ManifestError(f"{folder}: has no {name}; the data set has another layout than expected")

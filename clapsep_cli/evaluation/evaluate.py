@@ -39,7 +39,7 @@ DIGITS = 16  # of a hash that identifies a run
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Kinds of query to score each mixture with, and whether to compute BSS-eval.
+    """Options of an evaluation: kinds of query, and metrics.
 
     Attributes:
         sides: sides of the query that are given, of `SIDES`.
@@ -167,9 +167,9 @@ def score(
 
     Args:
         row: the mixture's row of the list.
-        mixture: float32 `[samples]`, at 32 kHz as all.
-        target: likewise.
-        estimates: likewise, by kind of query.
+        mixture: float32 `[samples]` at 32 kHz.
+        target: as `mixture`.
+        estimates: as `mixture`, by kind of query.
         bss_device: where to compute BSS-eval; if empty, it is skipped.
     """
     improved: list[float | None] = [None] * len(estimates)

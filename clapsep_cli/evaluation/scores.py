@@ -58,7 +58,7 @@ def _figures(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def by_label(scores: Iterable[Score], query: str) -> dict[str, dict[str, float]]:
-    """Summarise the scores of one kind of query by label (by caption where there is none), best SI-SDRi first."""
+    """Summarise the scores of one kind of query by label (by caption if it has none), best SI-SDRi first."""
     groups = _grouped((s for s in scores if s.query == query), lambda s: s.mixture.label or s.mixture.positive_caption)
     figures = {label: _figures(chosen) for label, chosen in groups.items()}
     return dict(sorted(figures.items(), key=lambda item: -item[1]["si_sdri"]))
@@ -129,7 +129,7 @@ class ScoreFile:
             if self._head.startswith(text):
                 return 0
             raise OutputError(f"{path}: holds scores of {self._difference(text)}; delete it, or use another --out")
-        lines = iter(text.removeprefix(self._head).split("\n")[:-1])  # what follows the last line end is empty or cut
+        lines = iter(text.removeprefix(self._head).split("\n")[:-1])  # the last piece is empty or cut
         kept = self._head
         for number, (row, queries) in enumerate(zip(rows, kinds, strict=True), 1):
             own = list(islice(lines, len(queries)))

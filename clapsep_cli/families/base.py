@@ -40,11 +40,11 @@ class Askable(Protocol[ConfigOf]):
 
     @property
     def text(self) -> TextEncoder:
-        """The text encoder. Raises `ModelError` where the family has none."""
+        """The text encoder. Raises `ModelError` if the family has none."""
 
     @property
     def audio(self) -> AudioEncoder:
-        """The audio encoder, likewise."""
+        """The audio encoder. Raises `ModelError` if the family has none."""
 
 
 class QueryEmbedder(Protocol):

@@ -40,12 +40,12 @@ class Options:
         residual: write the residual; None for yes, except to standard output.
         remove: write the residual alone.
         consistent: add the residual to the targets in equal shares, so that they add up to the mixture.
-        mutual: use the other targets as negative queries of each; None for yes.
+        mutual: use the other targets as negative queries of each target; None for yes.
         events: also write when each target sounds.
         events_format: "csv", "audacity" or "raven".
         no_audio: write the events alone.
         events_level, events_presence, events_length: what counts as an event (see `Rules`); None for the default.
-        presence: measure whether each target is there; None where `min_presence` needs it.
+        presence: measure the presence of each target; None: only if `min_presence` needs it.
         min_presence: write no target whose presence is below this.
         markers: write a marker for each recording, also locally, as runs that share recordings do (see `stores`).
         shard: process only the recordings of shard K of N, counted from 0 (see `in_shard`).

@@ -136,7 +136,7 @@ def check_outputs(
         overwrite: existing outputs will be replaced.
         skip: inputs with existing outputs will be skipped.
         stage: mirrors the stores of outputs.
-        own: tells whether this process writes the outputs of an input; those of others may exist.
+        own: returns True if this process writes the outputs of an input; those of other processes may exist.
 
     Raises:
         OutputError: two outputs are one file; an output is an input or a folder, its folder cannot be written, or it

@@ -75,7 +75,7 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options(), stage:
         jobs: from `lay_out`.
         model: the model to run them with.
         options: the same as in `lay_out`.
-        stage: likewise.
+        stage: the same as in `lay_out`.
 
     Raises:
         UsageError: an option does not suit this model.
@@ -275,7 +275,7 @@ def extract(
         progress: is called with the job, the seconds of it that are done, and their total.
 
     Returns:
-        The paths of the outputs, and what was measured.
+        The paths of the outputs, and the measurements.
 
     Raises:
         UsageError: options contradict each other, have an unknown value, or do not fit the model.

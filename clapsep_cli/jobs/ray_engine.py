@@ -38,7 +38,7 @@ CHUNK = 8  # recordings
 CHUNKS_A_WORKER, MOST_CHUNKS = 8, 10_000
 DEATHS = 3  # of workers, until a chunk is taken apart
 ANSWER_SECONDS = 60.0  # for a cluster to answer
-LOOK_SECONDS = 1.0  # between a worker's questions whether to stop
+LOOK_SECONDS = 1.0  # between two checks of a worker whether to stop
 SHOTS = ("pos_audio", "neg_audio")
 
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ class Worker:
         self, loading: Loading, options: Options, out: str | None, cluster: Cluster, folder: str, tally: Any
     ) -> None:
         with suppress(OSError):
-            os.chdir(folder)  # relative names mean what they do for the driver, where files are shared
+            os.chdir(folder)  # the driver's, to which relative names refer
         set_threads(cluster.threads)
         self.tally, self.stage, self.stop = tally, Stage(cluster.scratch), threading.Event()
         self.fault: ClapsepError | None = None

@@ -72,7 +72,7 @@ class _Candidate:
 
     first: int
     last: int
-    begins: bool = False  # whether a frame of it is loud enough for an event to begin
+    begins: bool = False  # True if one of its frames is loud enough for an event to begin
     energies: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))  # sums, of mixture and stem
     heard: list[Audio] = field(default_factory=list)  # of the stem, [samples]
 
@@ -159,7 +159,7 @@ class EventFinder:
             self._end_open()
 
     def _end_open(self) -> None:
-        """Join what was open to the candidate before it, if there is no more than a gap between the two."""
+        """End the open candidate; join it to the one before if the gap between the two is short."""
         ended, self._open = self._open, None
         if ended is None or not ended.begins:
             return

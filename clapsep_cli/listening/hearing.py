@@ -139,7 +139,7 @@ class Listener:
             rate: in Hz, as it is heard.
             expand: how many times slower that is than the recording.
             start: where the blocks begin in the recording, in seconds.
-            check: called for each window; what it raises ends it.
+            check: called for each window; its errors end the work.
         """
         starts: list[float] = []
         scores: list[Scores] = []

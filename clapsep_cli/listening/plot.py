@@ -81,7 +81,7 @@ class Picture:
 
     @property
     def seconds(self) -> float:
-        """Duration of what was added."""
+        """Duration of the audio that was added."""
         return self.samples / self.rate
 
     def _push(self, block: Audio) -> None:

@@ -66,7 +66,7 @@ class Page:
     """Serves the page of a session on 127.0.0.1.
 
     Args:
-        session: what the page shows.
+        session: the session to show.
         port: to listen on; 0 for any that is free.
 
     Raises:
@@ -254,7 +254,7 @@ def _there() -> Iterator[None]:
     try:
         yield
     except (OSError, SoundFileError) as error:
-        raise HTTPException(MISSING, "the recording, or what was kept of it, is not there any more") from error
+        raise HTTPException(MISSING, "the recording, or its copy for the page, is not there any more") from error
 
 
 def _file(path: Path, name: str | None = None) -> Response:

@@ -49,7 +49,7 @@ class Sound:
     overview: Overview | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the page shows of it."""
+        """Return its data for the page."""
         seen = {name: getattr(self.overview, name) for name in SEEN} if self.overview else {}
         return {"id": self.id, "name": self.name, "file": self.path.name, **seen}
 
@@ -69,7 +69,7 @@ class OpenRecording:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the page shows of it."""
+        """Return its data for the page."""
         own = {name: getattr(self, name) for name in ("tracks", "track", "state", "done", "error")}
         return {**self.sound.as_json(), **own}
 
@@ -95,7 +95,7 @@ class Attempt:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the page shows of it."""
+        """Return its data for the page."""
         plain = ("id", "summary", "command", "state", "done", "error", "refined", "notes")
         own = {name: getattr(self, name) for name in plain}
         parts = [{**part.as_json(), "presence": self.presence.get(part.name)} for part in self.parts]

@@ -121,7 +121,7 @@ class Model:
         if self.refined or not wanted:
             return
         if self.kind.audio is None:
-            raise ModelError(f"{self.name} takes no recordings as queries, so it cannot hear what a first pass left")
+            raise ModelError(f"{self.name} takes no recordings as queries, so it cannot refine: leave out --refine")
         self.refined = True
         self.__dict__["identity"] = f"{self.identity} refined"
         if "separator" in self.__dict__:  # read already

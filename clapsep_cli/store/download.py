@@ -90,7 +90,7 @@ def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
         if kept:
             return _checked(remote, kept, read_sums(folder).get(kept.name))
         cached = _cached(remote)
-        if cached:  # the Hub's client names what it caches after the hash that the Hub states
+        if cached:  # the Hub's client names cached files by the hash that the Hub states
             return _checked(remote, cached, cached.resolve().name, f"delete {cached}")
         stated = ask(remote)
         partial.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def _checked(remote: Remote, path: Path, stated: str | None, advice: str = "") -
     what = f"expected {remote.size} bytes with SHA-256 {stated or remote.sha256}, got {size} bytes with {sha256}"
     if not advice:
         clear(remote)
-        advice = "it was deleted, run the command again to download it anew"
+        advice = "it was deleted, run the command again to download it"
     raise DownloadError(f"{remote.where} is damaged: {what}; {advice}, {_way_out(remote)}")
 
 
@@ -229,7 +229,7 @@ def save(url: str, path: Path, size: int | None = None, progress: Progress | Non
     Args:
         url: the address.
         path: the file to write.
-        size: bytes that it must have; None for as many as the server announces.
+        size: expected size in bytes; None for the size that the server announces.
         progress: called with bytes done and bytes in all.
 
     Raises:

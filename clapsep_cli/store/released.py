@@ -23,7 +23,7 @@ NESTINGS = ("state_dict", "model")  # keys under which a checkpoint may hold its
 
 
 class Released:
-    """Returns the tensors of a released file by name and shape, and collects what is wrong with them."""
+    """Returns the tensors of a released file by name and shape, and collects errors."""
 
     def __init__(self, what: str, tensors: Mapping[str, Tensor]) -> None:
         self.what = what
@@ -98,14 +98,14 @@ def write_part(folder: Path, part: str, family: str, config: Any, tensors: Mappi
 
     Raises:
         ModelError: the file cannot be written.
-        CheckpointError: it does not hold what was written.
+        CheckpointError: the file differs from the tensors.
     """
     save_part(folder, part, family, config, tensors, **notes)
     path = folder / f"{part}.safetensors"
     written = read_tensors(path)
     wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
     if wrong:
-        raise CheckpointError(f"{path}: is not what was written ({first_few(wrong)}); is the disk sound?")
+        raise CheckpointError(f"{path}: differs from the converted tensors ({first_few(wrong)}); is the disk faulty?")
 
 
 def needed(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:

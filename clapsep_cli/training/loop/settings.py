@@ -124,7 +124,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean …?" with the known name closest to `name`, or an empty text."""
     names = list(known)
     close = difflib.get_close_matches(name, names, 1, 0.5)
-    # A misspelt last part of a dotted name, or one that was named without what it belongs to.
+    # The last part of a dotted name, misspelt in its first parts or given alone.
     close = close or [k for k in names if k.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean {close[0]!r}?" if close else ""
 

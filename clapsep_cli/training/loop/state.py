@@ -136,7 +136,7 @@ class Training:
         }
         if not all(math.isfinite(value) for values in figures.values() for value in values):
             raise RecipeError(
-                f"the loss is not finite after step {self.step} of the {self.task.name}; what was saved before is "
+                f"the loss is not finite after step {self.step} of the {self.task.name}; the state saved before is "
                 "kept; try a lower learning rate, under another --out"
             )
         for kept in self.means.values():

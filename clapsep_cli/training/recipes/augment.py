@@ -37,7 +37,7 @@ class Acoustics:
     eq_db: NonNegativeFloat = 5.0
     low_pass: Share = 0.3
     high_pass: Share = 0.2
-    room: Share = 0.25  # where there are impulse responses
+    room: Share = 0.25  # if there are impulse responses
     floor: Share = 0.5  # a noise floor of its own
 
 

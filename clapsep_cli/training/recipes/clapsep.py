@@ -42,7 +42,7 @@ from clapsep_cli.training.recipes.validation import Case, cases, improvements
 ADAPTER = "adapter.safetensors"
 TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: stripes of frames and mel bins are narrower, as in the code
 LINEAR_STD = 0.02  # of the decoder's linear weights at first
-DEEPEST_DROP = 0.1  # of what the last of the decoder's Swin blocks adds; from 0 at the first (stochastic depth)
+DEEPEST_DROP = 0.1  # rate at which the decoder's last Swin block is dropped; 0 for the first (stochastic depth)
 SPECTRUM_MOMENTUM = 0.01  # of the running statistics of the spectrum
 
 

@@ -21,7 +21,7 @@ from clapsep_cli.training.loop.settings import Share, settings
 
 AT_ONCE = 64  # texts
 
-# Which clip a query is for, and whether it names that clip (the positive) and the other one (the negative).
+# The clip that a query is for, and True if it has a positive side (this clip), a negative side (the other clip).
 KINDS = (
     *((wanted, True, True) for wanted in (0, 0, 1, 1)),
     *((wanted, positive, not positive) for positive in (True, False) for wanted in (0, 1)),
@@ -34,8 +34,8 @@ class Asked(NamedTuple):
 
     conditions: Tensor  # float32 [queries, 2 · dim]
     mixtures: Tensor  # index of the mixture each is for, int64 [queries]
-    interferer: Tensor  # whether it is for the second clip, bool [queries]
-    present: Tensor  # whether its sound is in the mixture, bool [queries]
+    interferer: Tensor  # True if it is for the second clip, bool [queries]
+    present: Tensor  # True if its sound is in the mixture, bool [queries]
 
 
 @settings
@@ -46,7 +46,7 @@ class Mixing:
     noise: NonNegativeFloat = 0.3  # length of the random vector added to an embedding
     text_only: Share = 0.7  # share of the sides that are text alone
     audio_only: Share = 0.18  # … audio alone; the rest mixes both with α ~ U(0, 1) (Eq. 3)
-    shots: PositiveInt = 3  # at most so many shots are averaged
+    shots: PositiveInt = 3  # most shots that are averaged
     absent: Share = 0.18  # share of the queries for a sound that is not in the mixture
 
 

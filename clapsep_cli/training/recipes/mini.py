@@ -43,7 +43,7 @@ from clapsep_cli.training.recipes.validation import Case, cases, improvements
 # Layers that begin and end the network, or know its queries: Muon is not for these.
 ENDS = ("stem", "norms", "query", "scale", "alike", "head", "fine")
 FEWEST_STEPS, MOST_STEPS = 200, 6000  # of the separator, unless they are set
-BATCH, FEW_CLIPS_BATCH = 8, 4  # likewise, in mixtures
+BATCH, FEW_CLIPS_BATCH = 8, 4  # mixtures of a step, unless they are set
 HEARD, HEARD_EVERY = "heard.safetensors", 50  # features of the clips; clips between two reports
 ENCODERS = ("text.safetensors", "audio.safetensors")
 
@@ -54,7 +54,7 @@ class Stage:
 
     lr: NonNegativeFloat = 1.5e-3
     steps: NonNegativeInt = 0  # by the size of the data if 0
-    batch: NonNegativeInt = 0  # mixtures of a step; likewise
+    batch: NonNegativeInt = 0  # mixtures of a step; by the size of the data if 0
     warmup: NonNegativeInt = 50
     decay: Share = 0.4  # the learning rate falls to zero over this last share of the steps
 
@@ -84,7 +84,7 @@ class MiniRecipe(Recipe):
     init: str = ""
     space: Literal["keep", "words", "fit"] = "keep"
     whitening: PositiveFloat = 0.5  # see `space.fit_sounds`; of a space that is fitted
-    ridge: PositiveFloat = 100.0  # see `space.fit_words`; likewise
+    ridge: PositiveFloat = 100.0  # see `space.fit_words`; of a space that is fitted
     paraphrases: str = ""
     rooms: str = ""
     cache: str = ""
@@ -297,7 +297,7 @@ class SeparatorTask(Task):
         lay_out(self.net)
 
     def hidden(self, name: str) -> bool:
-        """Return whether Muon trains a parameter: a matrix or kernel that is not of the first or last layer."""
+        """Return True if Muon trains a parameter: a matrix or kernel, but not of the first or last layer."""
         matrix = self.net.get_parameter(name).dim() >= 2
         return self.recipe.optimiser == "muon" and matrix and name.split(".")[0] not in ENDS
 

@@ -41,7 +41,7 @@ def choose(pool: Pool, held_out: Sequence[int], count: int) -> list[tuple[int, i
     Args:
         pool: all clips.
         held_out: indices of the clips to choose from.
-        count: at most so many mixtures.
+        count: most mixtures.
 
     Returns:
         For each mixture, the indices of the target, of an interferer of another label without a caption in common, and
@@ -73,7 +73,7 @@ def cases(
     Args:
         pool: all clips.
         held_out: indices of the clips to mix.
-        count: at most so many mixtures of each split.
+        count: most mixtures of each split.
         window: length of a mixture in samples.
         text: embeds captions, for the kinds of query "both" and "positive".
         audio: embeds another clip of the label, for the kind "shot"; on the same device.
