@@ -65,7 +65,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     ),
     ("page", [{"overview", "requests"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
-    ("evaluation", [{"mixtures"}, {"datasets", "scores"}, {"compare", "evaluate"}, {"external", "prompted", "report"}]),
+    ("evaluation", [{"mixtures"}, {"datasets", "scores"}, {"evaluate"}, {"external", "prompted", "report"}]),
     (
         "training.loop",
         [
@@ -87,9 +87,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "cli",
         [
-            {"environment", "terminal"},
-            {"options", "scoring"},
-            {"embed", "evaluate", "mixtures", "models", "results", "run", "ui"},
+            {"terminal"},
+            {"options", "score_tables"},
+            {"embed", "env", "evaluate", "mixtures", "models", "results", "run", "ui"},
             {"extract", "hear", "separate", "train"},
             {"demo"},
             {"app"},

@@ -28,14 +28,14 @@ from clapsep_cli.training.loop.sampling import Draw, MemoryPool, Sampler
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes.augment import Acoustics
 from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
-from clapsep_cli.training.recipes.mini import MiniRecipe, SeparatorTask, Stage
+from clapsep_cli.training.recipes.mini import MiniRecipe, SeparatorSettings, SeparatorTask
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 
 BUNDLED = weights_folder() / "mini"
 RECIPE = MiniRecipe(
     draw=Draw(seconds=1.0),
-    separator=Stage(steps=4, batch=2, lr=1e-3, warmup=1),
+    separator=SeparatorSettings(steps=4, batch=2, lr=1e-3, warmup=1),
     report_every=1,
     validate_every=4,
     validation_mixtures=2,
@@ -494,7 +494,7 @@ def test_training_learns(manifest: Path, tmp_path: Path) -> None:
 
     recipe = replace(
         RECIPE,
-        separator=Stage(steps=20, batch=4, lr=1e-2, warmup=5),
+        separator=SeparatorSettings(steps=20, batch=4, lr=1e-2, warmup=5),
         mixing=Mixing(text_only=1.0, absent=0.0, noise=0.0),
         draw=replace(RECIPE.draw, snr_std=0),
         acoustics=Acoustics(eq=0, low_pass=0, high_pass=0, floor=0),

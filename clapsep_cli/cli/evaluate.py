@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli import scoring
+from clapsep_cli.cli import score_tables
 from clapsep_cli.cli.terminal import load_model, notes
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from clapsep_cli.evaluation.compare import Run
     from clapsep_cli.evaluation.mixtures import EvaluationSet
     from clapsep_cli.evaluation.report import Example
-    from clapsep_cli.evaluation.scores import Score
+    from clapsep_cli.evaluation.scores import Run, Score
     from clapsep_cli.store.checkpoint import Model
 
 SCORES = "scores.csv"
@@ -182,7 +181,7 @@ def evaluate(
         from clapsep_cli.evaluation.report import write_report
 
         write_report(report, runs, heard, {"list": runs[0].listed, "date": f"{date.today():%d %B %Y}"}, dataset)
-    scoring.show(runs, json, labels, quiet)
+    score_tables.show(runs, json, labels, quiet)
 
 
 def _refuse(given: Mapping[str, Any], names: Sequence[str], why: str) -> None:
@@ -250,8 +249,8 @@ def _evaluate_prompted(lists: Mapping[Path, Path], given: Mapping[str, Any]) -> 
         model = _load(name, given)
         for path, parts in read.items():
             scored = prompted.evaluate_parts(model, parts, options)
-            found.append((path.name, model.name, scoring.collect(scored, len(parts), path.name, given["quiet"])))
-    scoring.show_parts(found, given["json"], given["quiet"])
+            found.append((path.name, model.name, score_tables.collect(scored, len(parts), path.name, given["quiet"])))
+    score_tables.show_parts(found, given["json"], given["quiet"])
 
 
 def _sets(
@@ -294,10 +293,9 @@ def _run(
         The runs, and for a report examples of the first one.
     """
     from clapsep_cli.evaluation import external
-    from clapsep_cli.evaluation.compare import Run
     from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate, provenance
     from clapsep_cli.evaluation.report import examples
-    from clapsep_cli.evaluation.scores import resumed
+    from clapsep_cli.evaluation.scores import Run, resumed
 
     out, estimates = given["out"], given["estimates"] or []
     models = given["model"] or ([] if estimates else [os.environ.get("CLAPSEP_MODEL") or None])
@@ -317,7 +315,7 @@ def _run(
         rows = sets[listed].rows
         stem = SCORES if single else re.sub(r"[^\w.-]+", "_", f"{listed}-{system}") + ".csv"
         found = resumed(out / stem, settings, rows, queries, scored) if out else scored(0)
-        runs.append(Run(listed, system, scoring.collect(found, len(rows), listed, given["quiet"]), settings))
+        runs.append(Run(listed, system, score_tables.collect(found, len(rows), listed, given["quiet"]), settings))
 
     if estimates and len(sets) > 1:
         raise typer.BadParameter("--estimates are of one list: give --mixtures once")

@@ -48,7 +48,6 @@ class PartScore:
 
     parts: Parts
     prompt: str
-    reference: Path
     snr: float
     si_snr: float
     snri: float
@@ -180,7 +179,7 @@ def _scores(parts: Parts, mixture: Audio, references: Sequence[Audio], stems: Au
             snr, si_snr = (_mean(metric, stems[ordered[at]], reference) for metric in (metrics.sdr, metrics.si_sdr))
             before = (_mean(metric, mixture, reference) for metric in (metrics.sdr, metrics.si_sdr))
             figures = (snr, si_snr, *(after - first for after, first in zip((snr, si_snr), before, strict=True)))
-            scores.append(PartScore(parts, parts.prompts[at], parts.references[at], *figures))
+            scores.append(PartScore(parts, parts.prompts[at], *figures))
     return scores
 
 

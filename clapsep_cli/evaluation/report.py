@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 from clapsep_cli import dsp
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.errors import UsageError
-from clapsep_cli.evaluation.compare import Run, differences
 from clapsep_cli.evaluation.evaluate import EvaluationOptions, embedder_of, mixer, separator_of
 from clapsep_cli.evaluation.mixtures import EvaluationSet
-from clapsep_cli.evaluation.scores import ABSENT, METRICS, Score, by_label, presence, summary
+from clapsep_cli.evaluation.scores import ABSENT, METRICS, Run, Score, by_label, differences, presence, summary
 from clapsep_cli.files import writing
 from clapsep_cli.store.checkpoint import Model
 

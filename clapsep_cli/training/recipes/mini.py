@@ -49,7 +49,7 @@ ENCODERS = ("text.safetensors", "audio.safetensors")
 
 
 @settings
-class Stage:
+class SeparatorSettings:
     """Length and learning rate of the separator's training."""
 
     lr: NonNegativeFloat = 1.5e-3
@@ -89,7 +89,7 @@ class MiniRecipe(Recipe):
     rooms: str = ""
     cache: str = ""
     draw: Draw = Draw(seconds=4.0, label_power=0.6, hard=0.1, speed=0.2, speed_share=0.5)
-    separator: Stage = Stage()
+    separator: SeparatorSettings = SeparatorSettings()
     mixing: Mixing = Mixing()
     quiet: NonNegativeFloat = 0.45  # weight of a dB of output where the target is absent
     untold: Share = 0.25  # share of the queries that reach the network only through the maps of likeness

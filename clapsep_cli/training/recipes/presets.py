@@ -22,26 +22,19 @@ class Preset:
     """
 
     recipe: str
-    about: str
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
 RECIPES = "clapsep_cli.training.recipes"
 PRESETS = {
-    "mini": Preset(f"{RECIPES}.mini:MiniRecipe", "a small model like the bundled one, on a CPU"),
-    "clapsep-hybrid": Preset(f"{RECIPES}.clapsep:ClapsepRecipe", "the paper's, queried by text, audio or both"),
-    "clapsep-text": Preset(
-        f"{RECIPES}.clapsep:ClapsepRecipe",
-        "the paper's, queried by text alone",
-        {"queries": "text"},
-    ),
-    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe", "as the released TUSS, by prompts"),
+    "mini": Preset(f"{RECIPES}.mini:MiniRecipe"),
+    "clapsep-hybrid": Preset(f"{RECIPES}.clapsep:ClapsepRecipe"),
+    "clapsep-text": Preset(f"{RECIPES}.clapsep:ClapsepRecipe", {"queries": "text"}),
+    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe"),
     "tuss-large": Preset(
-        f"{RECIPES}.tuss:TussRecipe",
-        "3.4 times the weights",
-        {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4},
+        f"{RECIPES}.tuss:TussRecipe", {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4}
     ),
-    "audiosep-base": Preset(f"{RECIPES}.audiosep:AudioSepRecipe", "as the released AudioSep, by words"),
+    "audiosep-base": Preset(f"{RECIPES}.audiosep:AudioSepRecipe"),
 }
 DEFAULT = "mini"
 
