@@ -9,7 +9,6 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -32,9 +31,7 @@ from clapsep_cli.families.base import load_family
 from clapsep_cli.jobs import batch
 from clapsep_cli.models.tuss import Tuss
 from clapsep_cli.store import adapters, library
-
-for recipe in ("audiosep", "clapsep", "mini", "tuss"):
-    import_module(f"clapsep_cli.training.recipes.{recipe}")  # with the real `load_model`, which tests replace
+from clapsep_cli.training.loop import train  # noqa: F401  imports the real `load_model`, which tests replace
 
 Observed = dict[str, Any]
 LIBRARYS_OWN = {"--help", "--install-completion", "--show-completion"}  # typer's

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
 from clapsep_cli.errors import DeviceError, ExtraError, RecipeError, StoppedError
-from clapsep_cli.store.checkpoint import choose_precision
+from clapsep_cli.store.checkpoint import Model, choose_precision
+from clapsep_cli.store.library import load_model
 from clapsep_cli.store.tensors import read_notes
 from clapsep_cli.training.loop import record
 from clapsep_cli.training.loop.sampling import Store, ahead
@@ -103,6 +104,22 @@ class Recipe(ABC):
     def needs(self) -> str:
         """Name or folder of the model to start from; empty for none."""
         return ""
+
+    def model(self, config: type, kind: str, device: torch.device = torch.device("cpu")) -> Model:
+        """Load the model to start from.
+
+        Args:
+            config: class of its configuration.
+            kind: name of such models, for messages.
+            device: where its networks compute.
+
+        Raises:
+            RecipeError: the model is of another family.
+        """
+        found = load_model(self.needs, "cpu")
+        if not isinstance(found.config, config):
+            raise RecipeError(f"{found.name} is of the family {found.family!r}; this preset trains {kind} models")
+        return Model(found.name, found.folder, device, precision="high")
 
     @property
     def labelling(self) -> Labelling:

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from clapsep_cli.data import Corpus, fit
 from clapsep_cli.dsp import RATE_HZ
-from clapsep_cli.errors import RecipeError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
-from clapsep_cli.store.library import load_model
 from clapsep_cli.store.tensors import copy
 from clapsep_cli.training.loop.sampling import Pool, open_pool
 from clapsep_cli.training.loop.settings import Workers, settings
@@ -80,13 +78,10 @@ class AudioSepRecipe(Recipe):
         return self.init or self.base
 
     def check(self, corpus: Corpus) -> None:
-        model = load_model(self.needs, "cpu")
-        if not isinstance(model.config, AudioSepConfig):
-            raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains AudioSep models")
+        self.model(AudioSepConfig, "AudioSep")
 
     def train(self, run: Run) -> None:
-        found = load_model(self.needs, "cpu")
-        model, pool = Model(found.name, found.folder, run.device, precision="high"), open_pool(run.corpus, self.store)
+        model, pool = self.model(AudioSepConfig, "AudioSep", run.device), open_pool(run.corpus, self.store)
         if run.leads:
             for name in ("text.safetensors", "tokenizer.json"):
                 copy(model.folder / name, run.folder / name)

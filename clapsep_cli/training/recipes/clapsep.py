@@ -26,7 +26,6 @@ from clapsep_cli.models.clap import ClapAudioEncoder
 from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, Features, TransformerLayer
 from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
-from clapsep_cli.store.library import load_model
 from clapsep_cli.store.tensors import copy
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.record import settings_of
@@ -106,16 +105,10 @@ class ClapsepRecipe(Recipe):
             raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
         if self.lora_only and self.phase:
             raise RecipeError("lora_only tunes nothing but the encoder: leave phase out")
-        model = self.model(torch.device("cpu"))
-        if not isinstance(model.config, CLAPSepConfig):
-            raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains CLAPSep models")
-
-    def model(self, device: torch.device) -> Model:
-        found = load_model(self.needs, "cpu")
-        return Model(found.name, found.folder, device, precision="high")
+        self.model(CLAPSepConfig, "CLAPSep")
 
     def train(self, run: Run) -> None:
-        model, pool = self.model(run.device), open_pool(run.corpus, self.store)
+        model, pool = self.model(CLAPSepConfig, "CLAPSep", run.device), open_pool(run.corpus, self.store)
         if run.leads:
             for name in ("text.safetensors", "audio.safetensors", "tokenizer.json"):
                 copy(model.folder / name, run.folder / name)

@@ -21,7 +21,6 @@ from clapsep_cli.data import TRAIN, Corpus, Labelling
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig
 from clapsep_cli.store.checkpoint import load_part, save_part
-from clapsep_cli.store.library import load_model
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.sampling import DiskPool, Pool, ahead, open_pool
 from clapsep_cli.training.loop.settings import Share, Workers, settings
@@ -81,13 +80,9 @@ class TussRecipe(Recipe):
 
     @property
     def start(self) -> TussConfig:
-        """The size and prompts of the model to start from. Raises `RecipeError` where `init` is of another family."""
-        if not self.init:
-            return self.tuss
-        model = load_model(self.init, "cpu")
-        if not isinstance(model.config, TussConfig):
-            raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains TUSS models")
-        return model.config
+        """The size and prompts of the model to start from. Raises `RecipeError` if `init` is of another family."""
+        config: TussConfig = self.model(TussConfig, "TUSS").config if self.init else self.tuss
+        return config
 
     @property
     def size(self) -> TussConfig:
@@ -136,7 +131,7 @@ class TussRecipe(Recipe):
         size, start = self.size, self.start
         if not self.init:
             return Tuss(size)
-        net: Tuss = load_part(load_model(self.init, "cpu").folder, "separator", FAMILY, start)
+        net: Tuss = load_part(self.model(TussConfig, "TUSS").folder, "separator", FAMILY, start)
         if size != start:
             tokens = torch.randn(len(size.prompts), size.width)  # of new prompts, as when training begins
             for at, prompt in enumerate(size.prompts):
