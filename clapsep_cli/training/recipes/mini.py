@@ -139,7 +139,7 @@ class MiniRecipe(Recipe):
         if self.init and (self.source / "separator.safetensors").is_file():
             config = Model(self.init, self.source, torch.device("cpu")).config
             if not isinstance(config, MiniConfig):
-                raise RecipeError(f"{self.source}: is no mini model, so mini cannot train it further")
+                raise RecipeError(f"{self.source}: is no mini model; --init of mini needs one")
             here = dict(flatten(self.mini, "mini."))
             other = {name: size for name, size in flatten(config, "mini.") if size != here[name]}
             if other:
