@@ -196,7 +196,7 @@ class Mini(base.MaskSeparator):
         keys = self.keys(maps)
         normed = [norm(each) for norm, each in zip(self.norms, maps, strict=True)]
         given = [
-            lateral(each) @ self.get_buffer(f"places{number}")
+            lateral(each).contiguous() @ self.get_buffer(f"places{number}")  # rows come last, as they are mixed
             for number, (lateral, each) in enumerate(zip(self.lateral, normed, strict=True))
         ]
         given[2:] = [given[2] + F.interpolate(given[3], scale_factor=(2.0, 1.0))]
