@@ -23,7 +23,7 @@ from recordings import noise32 as noise
 from stand_ins import Moody
 from torch import Tensor
 
-from clapsep_cli import Query, extract, separate, startup
+from clapsep_cli import Query, extract, load_model, separate, startup
 from clapsep_cli.audio.encoding import Encoding
 from clapsep_cli.errors import DeviceError, OutputError, QueryError, StoppedError, TakenError, UsageError
 from clapsep_cli.files import clear_unfinished, unfinished
@@ -274,7 +274,7 @@ def test_the_time_spent_on_recordings_adds_up_to_no_more_than_there_was(tmp_path
 
 
 class Patient(Moody):
-    """Goes on with the first window only when the second block is read, with the third when the first are written."""
+    """Goes on with the first window only when the second block is read, with the fourth when the first are written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class Patient(Moody):
 
     def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         assert len(self.batches) != 0 or self.read.acquire(timeout=20)
-        assert len(self.batches) != 2 or self.written.acquire(timeout=20)
+        assert len(self.batches) != 3 or self.written.acquire(timeout=20)
         return super().infer(windows, wanted, check)
 
 
@@ -546,6 +546,16 @@ def cores() -> Iterator[Callable[[int], None]]:
     """Pretends to have so many cores, until the test is over."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+def test_queries_on_several_cores_give_the_same_bits(cores: Callable[[int], None]) -> None:
+    mini, shot = load_model("mini", "cpu", "high"), (noise(7 * 48_000, 1)[:, 0], 48_000)
+    asked = []
+    for count in (1, 2):
+        cores(count)
+        asked.append(mini.ask([Query("dog", pos_audio=[shot])]).targets)
+        assert torch.get_num_threads() == count
+    assert torch.equal(*asked)
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])

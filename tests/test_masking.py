@@ -105,12 +105,12 @@ def test_above_16_khz_the_top_band_carries_on() -> None:
     cuts=st.lists(st.integers(1, 30_000), min_size=1, max_size=20),
     late=st.integers(0, 6),
 )
-def test_blocks_do_not_matter(rate: int, cuts: list[int], late: int) -> None:
+def test_blocks_do_not_change_a_bit(rate: int, cuts: list[int], late: int) -> None:
     audio = noise(2, 70_001)
     masks = torch.rand(1, frames(70_001, rate), 513, generator=torch.Generator().manual_seed(1))
     expected = masked(audio, rate, masks)
     assert expected.shape == (1, 2, 70_001)
-    torch.testing.assert_close(masked(audio, rate, masks, cuts, late), expected, rtol=0, atol=1e-6)
+    assert torch.equal(masked(audio, rate, masks, cuts, late), expected)
 
 
 def test_stems_share_the_mixture_and_have_masks_of_their_own() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,20 @@ def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[
         if both := set(query.pos) & set(query.neg):
             raise QueryError(f"{both.pop()!r} is asked for and left out at the same time")
     embedder = Embedder(model)
-    embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
-    return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
+    with _one_thread():
+        embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
+        return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread, as windows are: the last bits then do not depend on the number of cores."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
 
 
 def stream(separator: MaskSeparator, wanted: Conditions, rate: int, channels: int, device: torch.device) -> Stream:

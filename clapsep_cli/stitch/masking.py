@@ -21,15 +21,15 @@ from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.stitch.windows import OVERLAP_FRAMES, Stream, Windower
 
 TOP_BINS = 64  # of the mask, 14–16 kHz
-VALUES_AT_ONCE, FRAMES_AT_ONCE = 2**19, 100  # handled in one go, at most: they stay in a processor's cache
+VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache
+FRAMES_AT_ONCE = 128  # likewise: nothing is held back for long
 
 
 class MaskedRecording(Stream):
     """Masks a recording at its own rate. A separator hears windows of its downmix at 32 kHz and returns their masks.
 
     The masks of the windows are cross-faded into one mask a stem. `audio`, `mask`, `sums` and `envelope` all begin at
-    the next frame to be computed; only what is unfinished is held. Frames are computed as many at a time, however the
-    masks arrive: so the results are the same bits.
+    the next frame to be computed; only what is unfinished is held.
 
     Args:
         window: length of the separator's window, in samples at 32 kHz.
@@ -52,6 +52,7 @@ class MaskedRecording(Stream):
         self.half = max(1, round(rate * N_FFT / RATE_HZ / 2))  # of the analysis window, in samples
         self.size = 2 * self.half
         self.n_fft = _smooth(self.size)
+        self.step = max(1, min(FRAMES_AT_ONCE, VALUES_AT_ONCE // (stems * channels * (self.n_fft // 2 + 1))))
         self.hann = torch.hann_window(self.size, device=device)
         self.padded = F.pad(self.hann, (0, self.n_fft - self.size))
         self.audio = torch.zeros(channels, 0, device=device)
@@ -67,7 +68,6 @@ class MaskedRecording(Stream):
         native = _interpolate(spread, bins.clamp(max=N_FFT // 2).to(device), 1)
         # The share of each band, or bin, of the mask in each bin of the spectrum.
         self.spread = torch.where((bins > N_FFT // 2).to(device), spread[:, -TOP_BINS:].mean(1, keepdim=True), native)
-        self.step = max(1, min(FRAMES_AT_ONCE, VALUES_AT_ONCE // (len(self.sums) * len(bins))))  # frames at a time
 
     def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
         self.arrived.append(torch.from_numpy(block).to(self.device))
@@ -93,6 +93,7 @@ class MaskedRecording(Stream):
             return nothing
         audible = (begin + held - self.n_fft) // self.hop + 1
         masked = math.ceil((self.mask_frame + self.mask.shape[1] - 1) / self.frames_per_hop) - self.frame
+        # In steps that begin at fixed frames: the last bits of an FFT or a product depend on how many go in at once.
         count = min(audible, masked) // self.step * self.step
         return self._compute(count).view(self.stems, self.channels, -1) if count > 0 else nothing
 
