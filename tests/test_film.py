@@ -120,14 +120,14 @@ def test_only_the_chosen_track_is_replaced(run: Callable[..., Done], tmp_path: P
 
 
 def test_films_are_recognised_as_done_and_as_outputs(run: Callable[..., Done], tmp_path: Path) -> None:
-    for name, codec in (("film.mkv", "flac"), ("clip.mp4", "aac"), ("take.mov", "aac")):
+    for name, codec in (("film.mkv", "flac"), ("clip.mp4", "aac"), ("take.mov", "aac"), ("old.avi", "mp3")):
         make_film(tmp_path / name, codec, 2)
     assert run(".", "--remux", "--skip-existing", "--filename", "{stem}-{part}.{ext}").returncode == 0
     again = run(".", "--remux", "--skip-existing", "--filename", "{stem}-{part}.{ext}")
-    assert "3 recordings: 3 done before" in again.stdout, again.stdout + again.stderr
+    assert "4 recordings: 4 done before" in again.stdout, again.stdout + again.stderr
     (tmp_path / "clip-target.mp4").unlink()
     some = run(".", "--remux", "--skip-existing", "--filename", "{stem}-{part}.{ext}")
-    assert "1 done, 2 done before" in some.stdout
+    assert "1 done, 3 done before" in some.stdout
 
 
 def test_films_of_a_store_are_written_there(run: Callable[..., Done], tmp_path: Path) -> None:
