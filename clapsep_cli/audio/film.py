@@ -120,6 +120,8 @@ class MediaEncoder(Encoder):
         try:
             self._out: Any = av.open(stream, "w", format=muxer, options=options)
             layout = _layout(form.channels, form.speakers)
+            if codec == "aac" and "B" not in layout:  # it knows surround at the back alone, as 5.1
+                layout = layout.replace("SL+SR", "BL+BR")
             if film is None:
                 self._track: Any = self._out.add_stream(codec, rate=form.rate, layout=layout)
                 self._first = 0
