@@ -43,7 +43,7 @@ class Options:
         mutual: use the other targets as negative queries of each; None for yes.
         events: also write when each target sounds.
         events_format: "csv", "audacity" or "raven".
-        no_audio: write the events alone; windows that are unlike the query at a first look are not separated.
+        no_audio: write the events alone, from the channels' mean at the model's rate.
         events_level, events_presence, events_length: what counts as an event (see `Rules`); None for the default.
         presence: measure whether each target is there; None where `min_presence` needs it.
         min_presence: write no target whose presence is below this.
