@@ -236,7 +236,7 @@ def test_damage_in_a_flac_is_told_where_it_is(recording: Callable[..., Path]) ->
 def test_recordings_in_a_row_are_not_taken_for_the_first_alone(recording: Callable[..., Path], suffix: str) -> None:
     path = recording(suffix)
     path.write_bytes(2 * path.read_bytes())
-    assert ("in a row" if suffix != "flac" else "goes on behind the end") in refused(path)
+    assert ("in a row" if suffix != "flac" else "continues after the end") in refused(path)
 
 
 def without_note(path: Path) -> None:

@@ -34,9 +34,9 @@ from clapsep_cli.jobs import exchange, planning, ray_engine, watch
 from clapsep_cli.jobs import results as gathered
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input, expand, in_shard
+from clapsep_cli.jobs.job import Extraction, Failure, Options, Outcome, Skipped
 from clapsep_cli.jobs.planning import lay_out, plan
 from clapsep_cli.jobs.stores import Stage
-from clapsep_cli.jobs.tasks import Extraction, Failure, Options, Outcome, Skipped
 from clapsep_cli.store import library
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

@@ -16,7 +16,7 @@ from clips import write_clips
 from linear_recipe import LinearRecipe
 
 from clapsep_cli.errors import DeviceError
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 from clapsep_cli.training.loop.train import Hardware, train
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")

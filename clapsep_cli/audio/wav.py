@@ -1,4 +1,4 @@
-"""Reads and writes WAV as a stream: pipes, which cannot seek, and files of more than 4 GB (RF64, EBU 3306)."""
+"""Reads and writes WAV as a stream: through pipes, which cannot seek, and above 4 GB (RF64, EBU 3306)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ INFO = {  # chunk of a LIST INFO, by the name of the tag
 
 
 class WavStream(Decoder):
-    """Decodes a WAV or RF64 front to back: PCM of 8 to 32 bits, or float. Sizes of 0 or of ones mean until the end.
+    """Decodes a WAV or RF64 from its start: PCM of 8 to 32 bits, or float. A size of 0 or −1 means: to the end.
 
     Args:
-        stream: what follows `start`.
+        stream: the bytes after `start`.
         name: for messages.
         lenient: take what there is of a WAV that breaks off.
         start: its first 12 bytes, which `is_wav` accepts.
@@ -164,7 +164,7 @@ class WavWriter(Encoder):
     def write(self, audio: Samples) -> int:
         samples, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
         kind = "<f4" if self._bits is None else "<i2" if self._bits == 16 else "<i4"
-        interleaved = np.stack(samples.astype(kind, copy=False), 1)  # four times as fast as a copy of the transpose
+        interleaved = np.stack(list(samples.astype(kind, copy=False)), 1)  # four times as fast as a copy of the transpose
         raw = interleaved.view(np.uint8).reshape(-1, 4)[:, :3].tobytes() if self._bits == 24 else interleaved.tobytes()
         self._stream.write(raw)
         self._bytes += len(raw)

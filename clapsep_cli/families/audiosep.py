@@ -26,7 +26,7 @@ class Descriptions(Embedder):
 
 
 def descriptions(model: Askable[AudioSepConfig], queries: Sequence[Query], kept: Sequence[int]) -> Tensor:
-    """Embed those of `queries` that are `kept` (positions): float32 `[stems, dim]`, rows of length 1."""
+    """Embed the queries at the positions `kept`: float32 `[stems, dim]`, rows of length 1."""
     embedder = Descriptions(model)
     embedder.embed_texts(text for at in kept for text in queries[at].pos)
     return torch.cat([embedder.condition(queries[at]) for at in kept])

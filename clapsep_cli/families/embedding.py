@@ -100,7 +100,7 @@ def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[
     """
     for query in queries:
         if both := set(query.pos) & set(query.neg):
-            raise QueryError(f"{both.pop()!r} is asked for and left out at the same time")
+            raise QueryError(f"{both.pop()!r} is both a positive and a negative query")
     embedder = Embedder(model)
     with _one_thread():
         embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
@@ -127,7 +127,7 @@ def stream(separator: MaskSeparator, wanted: Conditions, rate: int, channels: in
 
 
 def _key(shot: Shot) -> Hashable:
-    """Identify a shot. Targets that are negative queries of one another hold the very same arrays."""
+    """Identify a shot. Targets that are negative queries of one another share the same arrays."""
     return id(shot) if isinstance(shot, tuple) else shot
 
 
@@ -187,11 +187,11 @@ def likeness(
 
     Args:
         model: a model with an audio encoder.
-        wanted: what it was asked for.
+        wanted: its conditions.
         stem: number of the stem.
         rate: sample rate of the recording in Hz.
         mono: the recording, float32 `[samples]`.
-        moment: compare its most alike moment, where the encoder hears moments.
+        moment: compare the most alike moment, if the encoder embeds moments; else the whole.
 
     Returns:
         The cosine of the two in the query space; None for silence, and where the query is negative alone.

@@ -1,4 +1,4 @@
-"""Defines the family TUSS: a set of prompts, processed jointly, of which some become stems."""
+"""Defines the family TUSS: processes a set of prompts jointly; some of them become stems."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from clapsep_cli.stitch.stems import StemStream
 
 
 def prompts(model: Askable[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
-    """Make a set of prompts from all that queries name, on their positive sides and, once each, on their negative ones.
+    """Make a set of prompts from the positive texts of queries, and from each different negative one.
 
-    A set of a single prompt, which no model was trained on, is made complete by the first task in which it occurs.
+    No model was trained on a single prompt: it is completed by the other prompts of the first task that has it.
 
     Args:
         model: a TUSS.
@@ -42,7 +42,7 @@ def stream(separator: Tuss, wanted: Prompted, rate: int, channels: int, device: 
 
 
 def untrained_sets(model: Askable[TussConfig], queries: Sequence[Query]) -> list[str]:
-    """Return why the released models know no mixture of what `queries` name. Raises `QueryError` as `prompts` does."""
+    """Return reasons why the released models were not trained on these prompts. Raises `QueryError` as `prompts`."""
     indices(_set(queries), model.config.prompts)
     return [f"the released models were not trained on {reason}" for reason in untrained(_set(queries))]
 

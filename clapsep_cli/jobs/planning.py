@@ -18,11 +18,11 @@ from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.exchange import blocking, done_before
 from clapsep_cli.jobs.inputs import Input, in_shard
+from clapsep_cli.jobs.job import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
 from clapsep_cli.jobs.requests import Requests
 from clapsep_cli.jobs.resume import signature
 from clapsep_cli.jobs.stores import Stage
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.listening.events import FORMATS as EVENT_FORMATS
 from clapsep_cli.listening.plot import check_installed
 from clapsep_cli.query import RESIDUAL, Query, check_targets
@@ -34,7 +34,7 @@ DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "remux", "c
 
 @dataclass(frozen=True)
 class Todo:
-    """Jobs to run, jobs that an earlier run did, and recordings that cannot be processed."""
+    """Jobs to run, jobs already done, and recordings that cannot be processed."""
 
     jobs: list[Job]
     done: list[Job]
@@ -75,10 +75,10 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options(), stage:
         jobs: from `lay_out`.
         model: the model to run them with.
         options: the same as in `lay_out`.
-        stage: likewise.
+        stage: the same as in `lay_out`.
 
     Raises:
-        UsageError: this model cannot do what an option asks for.
+        UsageError: an option does not suit this model.
     """
     for option, given in (("--presence", options.presence), ("--min-presence", options.min_presence is not None)):
         if given and not model.tells_likeness:
@@ -275,7 +275,7 @@ def extract(
         progress: is called with the job, the seconds of it that are done, and their total.
 
     Returns:
-        The paths of the outputs, and what was measured.
+        The paths of the outputs, and the measurements.
 
     Raises:
         UsageError: options contradict each other, have an unknown value, or do not fit the model.

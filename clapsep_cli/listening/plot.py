@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.errors import ExtraError, OutputError
-from clapsep_cli.files import replacing
+from clapsep_cli.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ class Picture:
 
     @property
     def seconds(self) -> float:
-        """Duration of what was added."""
+        """Duration of the audio that was added."""
         return self.samples / self.rate
 
     def _push(self, block: Audio) -> None:
@@ -125,12 +125,8 @@ class Picture:
 
     def save(self, path: Path, title: str, marks: Marks = MappingProxyType({})) -> None:
         """Write the picture as a PNG (see `png`), whole or not at all. Raises `OutputError`."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_bytes(self.png(title, marks))
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with writing(path) as temporary:
+            temporary.write_bytes(self.png(title, marks))
 
     def png(self, title: str, marks: Marks = MappingProxyType({})) -> bytes:
         """Draw the picture as a PNG, with a `title`, and `marks` as bars above the parts they belong to."""
@@ -193,19 +189,15 @@ def save_scores(path: Path, names: Sequence[str], edges: Sequence[float], scores
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, style.context("default"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-            figure = Figure(figsize=(11, 1.3 + 0.28 * len(names)), dpi=120, layout="constrained")
-            axis = figure.subplots()
-            mesh = axis.pcolormesh(edges, np.arange(len(names) + 1), scores, cmap="magma", vmin=0, vmax=1)
-            axis.set_yticks(np.arange(len(names)) + 0.5, [_printable(name) for name in names], fontfamily=_fonts())
-            axis.set(xlabel="s", ylim=(len(names), 0))
-            figure.colorbar(mesh, label="score", pad=0.012)
-            figure.savefig(temporary, format="png", metadata={"Software": "clapsep"})
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with writing(path) as temporary, style.context("default"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure = Figure(figsize=(11, 1.3 + 0.28 * len(names)), dpi=120, layout="constrained")
+        axis = figure.subplots()
+        mesh = axis.pcolormesh(edges, np.arange(len(names) + 1), scores, cmap="magma", vmin=0, vmax=1)
+        axis.set_yticks(np.arange(len(names)) + 0.5, [_printable(name) for name in names], fontfamily=_fonts())
+        axis.set(xlabel="s", ylim=(len(names), 0))
+        figure.colorbar(mesh, label="score", pad=0.012)
+        figure.savefig(temporary, format="png", metadata={"Software": "clapsep"})
 
 
 def _printable(text: str) -> str:

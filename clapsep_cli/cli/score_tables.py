@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from clapsep_cli.evaluation.compare import Run
     from clapsep_cli.evaluation.prompted import PartScore
+    from clapsep_cli.evaluation.scores import Run
 
 PIPE_COLUMNS = 200
 S = TypeVar("S")
@@ -46,8 +46,7 @@ def show(runs: Sequence[Run], as_json: bool, labels: bool, quiet: bool) -> None:
 def _print_json(runs: Sequence[Run]) -> None:
     from dataclasses import asdict
 
-    from clapsep_cli.evaluation.compare import differences
-    from clapsep_cli.evaluation.scores import by_label, presence
+    from clapsep_cli.evaluation.scores import by_label, differences, presence
 
     whole = [
         {
@@ -103,8 +102,7 @@ def _print_table(runs: Sequence[Run]) -> None:
 def _print_differences(runs: Sequence[Run]) -> None:
     from rich.table import Table
 
-    from clapsep_cli.evaluation.compare import differences
-    from clapsep_cli.evaluation.scores import METRICS
+    from clapsep_cli.evaluation.scores import METRICS, differences
 
     found = list(differences(runs))
     if not found:
