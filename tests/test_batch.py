@@ -274,7 +274,7 @@ def test_the_time_spent_on_recordings_adds_up_to_no_more_than_there_was(tmp_path
 
 
 class Patient(Moody):
-    """Goes on with the first window only when the second block is read, with the fourth when the first are written."""
+    """Goes on with the first window only when the second block is read, with the fifth when the first are written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class Patient(Moody):
 
     def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
         assert len(self.batches) != 0 or self.read.acquire(timeout=20)
-        assert len(self.batches) != 3 or self.written.acquire(timeout=20)
+        assert len(self.batches) != 4 or self.written.acquire(timeout=20)
         return super().infer(windows, wanted, check)
 
 

@@ -175,7 +175,7 @@ class SoundFileEncoder(Encoder):
             samples = samples[np.argsort(OGG_ORDER[len(samples)])]
         try:
             for at in range(0, samples.shape[1], PIECE):
-                self._file.write(np.ascontiguousarray(samples[:, at : at + PIECE].T))
+                self._file.write(np.stack(list(samples[:, at : at + PIECE]), 1))
         except (soundfile.SoundFileError, AssertionError) as error:
             self._stream.check()
             raise OSError(reason(error)) from error

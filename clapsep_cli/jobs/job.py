@@ -44,7 +44,7 @@ class Options:
         mutual: use the other targets as negative queries of each target; None for yes.
         events: also write when each target sounds.
         events_format: "csv", "audacity" or "raven".
-        no_audio: write the events alone.
+        no_audio: write only the events, from the channels' mean at the model's rate.
         events_level, events_presence, events_length: what counts as an event (see `Rules`); None for the default.
         presence: measure the presence of each target; None: only if `min_presence` needs it.
         min_presence: write no target whose presence is below this.
