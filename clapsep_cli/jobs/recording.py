@@ -37,7 +37,7 @@ WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a thread's last block
 class Draft:
     """Keeps audio blocks in an unnamed file until it is known which parts to write.
 
-    The file is in `folder`, by default the system's for temporary files. Blocks are `[..., samples]`, of any float type.
+    The file is in `folder`, by default the system's. Blocks are `[..., samples]`, of any float type.
     """
 
     def __init__(self, folder: Path | None) -> None:
