@@ -71,7 +71,7 @@ def _several(name: str, given: Any, known: Callable[[object], bool], what: str) 
     several = (given,) if single else tuple(given)
     for one in several:
         if not known(one):
-            raise QueryError(f"{name}: is {what}, or a list of such, not {_brief(one)}")
+            raise QueryError(f"{name}: is {what}, or a list of them, not {_brief(one)}")
     return several
 
 
@@ -177,7 +177,7 @@ def check_targets(targets: object) -> Mapping[str, Query]:
         raise QueryError("no target: give a query, or one for each name")
     if len(targets) > MAX_TARGETS:
         raise QueryError(
-            f"{len(targets)} targets: one run separates at most {MAX_TARGETS}; share them out over several"
+            f"{len(targets)} targets: one run separates at most {MAX_TARGETS}; split them over several runs"
         )
     return targets
 
@@ -229,7 +229,7 @@ def parse_time(text: str) -> float:
         raise QueryError(f"{text!r} is not a time: give seconds (83.5), m:s (1:23.5) or h:m:s (1:02:03)")
     hours, minutes, seconds = match["h"], match["m"], float(match["s"])
     if (minutes is not None and seconds >= 60) or (hours is not None and int(minutes) >= 60):
-        raise QueryError(f"{text!r} is not a time: what follows a colon lies below 60")
+        raise QueryError(f"{text!r} is not a time: minutes and seconds after a colon must be below 60")
     return int(hours or 0) * 3600.0 + int(minutes or 0) * 60.0 + seconds
 
 

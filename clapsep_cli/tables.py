@@ -83,7 +83,7 @@ def check_faults(path: Path, faults: Sequence[str]) -> None:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV, whole or not at all, and its folder if there is none. Raises `OutputError`."""
+    """Write a CSV, completely or not at all, and its folder if there is none. Raises `OutputError`."""
     with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)

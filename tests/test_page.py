@@ -785,7 +785,7 @@ def test_what_is_missing_is_named(clapsep: Clapsep, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("clapsep_cli.cli.ui.find_spec", lambda name: None if name == "uvicorn" else found(name))
     done = clapsep("ui", cwd=tmp_path)
     assert done.returncode == 3
-    assert 'takes uvicorn too: pip install "clapsep[ui]"' in done.stderr
+    assert 'needs uvicorn: pip install "clapsep[ui]"' in done.stderr
 
 
 def test_the_address_is_opened_and_printed(

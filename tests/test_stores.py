@@ -474,7 +474,7 @@ def test_a_model_comes_from_a_store(
         ("memory://lab/rec", 1, "no recording is in this folder; -r looks below it"),
         ("a.wav -o https://example.com/out", 2, "https://example.com/out/_clapsep: can only be read"),
         ("s3://AKIA:secret@lab/a.wav", 2, "leave credentials to the environment"),
-        ("a.wav --scratch scratch", 2, "--scratch is the folder for what URLs name"),
+        ("a.wav --scratch scratch", 2, "--scratch is for copies of the files at URLs"),
     ],
 )
 def test_wrong_urls_end_in_one_line(

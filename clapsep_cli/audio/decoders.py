@@ -78,7 +78,7 @@ class SoundFileDecoder(Decoder):
         file: the file, which stays open if this raises.
         name: for messages.
         suffix: of the file's name, in lower case, with its dot.
-        lenient: take what there is of a damaged file.
+        lenient: read a damaged file as far as possible.
 
     Raises `UnknownFormatError` for a file of another format, `AudioError` for a damaged one.
     """
@@ -183,7 +183,7 @@ class AvDecoder(Decoder):
     Args:
         file: the file, which stays open if this raises.
         name: for messages.
-        lenient: take what there is of a damaged file.
+        lenient: read a damaged file as far as possible.
         stream: number of the sound track, from 1; None for the first, which `notes` then mention if there are more.
 
     Raises `AudioError` for a file that is no recording, is damaged, or has no such track.
@@ -224,7 +224,7 @@ class AvDecoder(Decoder):
         track, whole = self._choose(number), self._container.duration
         codec: AudioCodecContext | None = track.codec_context
         if codec is None or codec.format is None:
-            raise AudioError(f"{self.name}: cannot be read as audio (its sound is of no known kind)")
+            raise AudioError(f"{self.name}: cannot be read as audio (unknown codec)")
         if not self.lenient:
             codec.options = {"err_detect": STRICT}
         found = {**track.metadata, **self._container.metadata}

@@ -60,8 +60,8 @@ class Decoder(ABC):
     def report(self, damage: str) -> None:
         """Raise `AudioError` for `damage`, or note it if the decoder is lenient."""
         if not self.lenient:
-            raise AudioError(f"{self.name}: {damage}; --lenient takes what there is")
-        self.notes.append(f"{self.name}: {damage}; took what there is")
+            raise AudioError(f"{self.name}: {damage}; --lenient reads the rest")
+        self.notes.append(f"{self.name}: {damage}; the rest was read")
 
     @abstractmethod
     def read(self, samples: int) -> Samples:
@@ -194,14 +194,19 @@ def downmix(audio: Audio) -> Audio:
     return np.asarray(audio[int(energies.argmax())], np.float32)
 
 
+def check_expand(expand: float) -> None:
+    """Raise `UsageError` unless `expand` is 1 or more."""
+    if not 1 <= expand < math.inf:
+        raise UsageError(f"--expand is {expand:g}: give how many times slower to hear, 10 for bats")
+
+
 def slowed(rate: int, expand: float, name: str) -> int:
     """Return the rate in Hz at which a recording plays `expand` times slower, and its pitch is as much lower.
 
     Raises `AudioError` if the rate is too low for that, `UsageError` if `expand` is below 1. `name`: of the recording,
     for messages.
     """
-    if not 1 <= expand < math.inf:
-        raise UsageError(f"--expand is {expand:g}: give how many times slower to hear, 10 for bats")
+    check_expand(expand)
     slow = round(rate / expand)
     if slow < LOWEST_HZ:
         most = rate // LOWEST_HZ

@@ -40,7 +40,7 @@ class WavStream(Decoder):
     Args:
         stream: the bytes after `start`.
         name: for messages.
-        lenient: take what there is of a WAV that breaks off.
+        lenient: read a truncated WAV as far as possible.
         start: its first 12 bytes, which `is_wav` accepts.
 
     Raises `AudioError` for a damaged header, and for samples of another kind.
@@ -76,7 +76,7 @@ class WavStream(Decoder):
 
     def _set_format(self, layout: bytes, size: int) -> None:
         if len(layout) < 16:
-            raise AudioError(f"{self.name}: says too little about its format; the WAV is damaged")
+            raise AudioError(f"{self.name}: its format chunk is too short; the WAV is damaged")
         code, self.channels, self.rate, _, self._frame, _ = struct.unpack("<HHIIHH", layout[:16])
         if code == EXTENSIBLE and len(layout) >= 26:
             self.speakers, code = struct.unpack("<IH", layout[20:26])
@@ -84,7 +84,7 @@ class WavStream(Decoder):
         if (code, width) not in {(PCM, 1), (PCM, 2), (PCM, 3), (PCM, 4), (FLOAT, 4), (FLOAT, 8)}:
             raise AudioError(f"{self.name}: a WAV of format {code} with {8 * width} bits; a pipe carries PCM or float")
         if self._frame != width * self.channels:
-            raise AudioError(f"{self.name}: contradicts itself about the size of a sample; the WAV is damaged")
+            raise AudioError(f"{self.name}: states inconsistent sample sizes; the WAV is damaged")
         self._float, self._width = code == FLOAT, width
         self.bits = None if self._float else max(16, 8 * width)
         self.frames = 0 if size in UNFINISHED else size // self._frame

@@ -77,7 +77,7 @@ def verify(name: Name, _model_dir: opt.ModelDir = None) -> None:
     from clapsep_cli.store.library import verify as verify_model
 
     for path in verify_model(name):
-        typer.echo(f"{path}: sound")
+        typer.echo(f"{path}: intact")
 
 
 @models.command()

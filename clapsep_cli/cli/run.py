@@ -94,7 +94,7 @@ def run_requests(requests: Requests, options: Options, setup: Setup, stage: Stag
 
 def _check_scratch(setup: Setup, stage: Stage) -> None:
     if setup.scratch is not None and stage.root is None:
-        raise UsageError("--scratch is the folder for what URLs name, and there is none: leave it out")
+        raise UsageError("--scratch is for copies of the files at URLs, and there is no URL: leave it out")
 
 
 def watch_folder(
@@ -122,7 +122,7 @@ def watch_folder(
 
     _check_scratch(setup, stage)
     if setup.cluster:
-        raise UsageError("--engine ray takes recordings that are there: use it without --watch")
+        raise UsageError("--engine ray needs a fixed list of recordings: use it without --watch")
     set_threads(setup.threads)
     options = replace(options, skip_existing=True)
     lay_out([(Input(folder / "any.wav", Path("any.wav")), targets)], options, stage)  # before a model is loaded

@@ -93,8 +93,8 @@ def _print_table(runs: Sequence[Run]) -> None:
         if found := presence(run.scores):
             typer.echo(
                 f"{f'{run.listed}, {run.system}: ' if several else ''}"
-                f"level of the output: {found['present_level']:.1f} dB for sounds that are there, "
-                f"{found['absent_level']:.1f} dB for sounds that are not (medians); area under the ROC curve "
+                f"level of the output: {found['present_level']:.1f} dB for present sounds, "
+                f"{found['absent_level']:.1f} dB for absent sounds (medians); area under the ROC curve "
                 f"{found['roc_area']:.3f}"
             )
 

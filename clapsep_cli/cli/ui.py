@@ -33,7 +33,7 @@ def ui(
     """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise ExtraError(f'clapsep ui takes {" and ".join(missing)} too: pip install "clapsep[ui]"')
+        raise ExtraError(f'clapsep ui needs {" and ".join(missing)}: pip install "clapsep[ui]"')
     if stream is not None and mix is None:
         raise UsageError("--stream chooses a sound track of MIX: name that, too, or choose on the page")
     from clapsep_cli.page.server import Page

@@ -23,7 +23,7 @@ ConfigOf = TypeVar("ConfigOf", covariant=True)
 Network = TypeVar("Network", bound=Separator[Any])
 
 
-class Askable(Protocol[ConfigOf]):
+class ModelLike(Protocol[ConfigOf]):
     """Interface of a model for the functions of its family. `store.checkpoint.Model` implements it."""
 
     @property
@@ -93,11 +93,11 @@ class Family(Generic[Config, Network, Wanted]):
     separator: Callable[[Config], Network]
     text: Callable[[Config, Tokenizer], TextEncoder] | None = None
     audio: Callable[[Config], AudioEncoder] | None = None
-    ask: Callable[[Askable[Config], Sequence[Query], Sequence[int]], Wanted]
+    ask: Callable[[ModelLike[Config], Sequence[Query], Sequence[int]], Wanted]
     stream: Callable[[Network, Wanted, int, int, torch.device], Stream]
-    doubts: Callable[[Askable[Config], Sequence[Query]], list[str]] | None = None
-    likeness: Callable[[Askable[Config], Wanted, int, int, Audio, bool], float | None] | None = None
-    embedder: Callable[[Askable[Config], bool], QueryEmbedder] | None = None
+    doubts: Callable[[ModelLike[Config], Sequence[Query]], list[str]] | None = None
+    likeness: Callable[[ModelLike[Config], Wanted, int, int, Audio, bool], float | None] | None = None
+    embedder: Callable[[ModelLike[Config], bool], QueryEmbedder] | None = None
     mutual: bool = True
     window_bytes: int
     near_in_bfloat16: bool = False

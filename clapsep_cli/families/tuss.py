@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from clapsep_cli.errors import QueryError
-from clapsep_cli.families.base import Askable, Family
+from clapsep_cli.families.base import Family, ModelLike
 from clapsep_cli.models.prompts import TASKS, indices, untrained
 from clapsep_cli.models.tuss import Prompted, Tuss, TussConfig
 from clapsep_cli.query import Query
 from clapsep_cli.stitch.stems import StemStream
 
 
-def prompts(model: Askable[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
+def prompts(model: ModelLike[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
     """Make a set of prompts from the positive texts of queries, and from each different negative one.
 
     No model was trained on a single prompt: it is completed by the other prompts of the first task that has it.
@@ -41,7 +41,7 @@ def stream(separator: Tuss, wanted: Prompted, rate: int, channels: int, device: 
     return StemStream(separator.window, kept, rate, separator.rate, channels, device, separator.overlap)
 
 
-def untrained_sets(model: Askable[TussConfig], queries: Sequence[Query]) -> list[str]:
+def untrained_sets(model: ModelLike[TussConfig], queries: Sequence[Query]) -> list[str]:
     """Return reasons why the released models were not trained on these prompts. Raises `QueryError` as `prompts`."""
     indices(_set(queries), model.config.prompts)
     return [f"the released models were not trained on {reason}" for reason in untrained(_set(queries))]

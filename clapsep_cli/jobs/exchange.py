@@ -18,7 +18,7 @@ from typing import Any
 from clapsep_cli.errors import AudioError, OutputError, TakenError
 from clapsep_cli.jobs.job import Extraction, Job
 from clapsep_cli.jobs.outputs import MARKS
-from clapsep_cli.jobs.resume import absent_of, finished, in_the_way, marked_name
+from clapsep_cli.jobs.resume import absent_of, finished, first_conflict, marked_name
 from clapsep_cli.jobs.stores import Stage
 
 AHEAD, UPLOADING = 4, 2  # recordings
@@ -73,7 +73,7 @@ def blocking(job: Job, stage: Stage) -> Path | None:
     there = [path for path in job.outputs.values() if stage.is_there(path)]
     if not there:  # the others are made after the outputs
         return next((path for path in job.extras.values() if stage.is_there(path)), None)
-    return in_the_way(there, job.key) if job.key else next(iter(there), None)
+    return first_conflict(there, job.key) if job.key else next(iter(there), None)
 
 
 def _others(job: Job, stage: Stage) -> list[Path]:

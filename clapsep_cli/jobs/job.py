@@ -14,6 +14,7 @@ from clapsep_cli.jobs.resume import marker_path
 from clapsep_cli.jobs.stores import Stage, is_url
 from clapsep_cli.listening.events import Event, Rules
 from clapsep_cli.query import RESIDUAL, Query
+from clapsep_cli.store import library
 
 if TYPE_CHECKING:
     from clapsep_cli.store.checkpoint import Model
@@ -105,10 +106,6 @@ class Options:
         return [*self.chosen(targets), *([RESIDUAL] if wanted else [])]
 
 
-def _nothing(*_: object) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Loading:
     """Options for the model of a run, named as those of the commands; `model` and `adapter` may be URLs."""
@@ -120,7 +117,7 @@ class Loading:
     refine: bool = False
 
     def load(
-        self, stage: Stage, say: Callable[[str], None] = _nothing, progress: Callable[..., None] = _nothing
+        self, stage: Stage, say: Callable[[str], None] = library.ignore, progress: Callable[..., None] = library.ignore
     ) -> Model:
         """Load the model with its adapter.
 
@@ -132,10 +129,8 @@ class Loading:
         Raises:
             ModelError: there is no such model.
         """
-        from clapsep_cli.store.library import load_model
-
         name = str(stage.fetch(stage.path(self.model))) if self.model and is_url(self.model) else self.model
-        model = load_model(name, self.device, self.precision, say=say, progress=progress)
+        model = library.load_model(name, self.device, self.precision, say=say, progress=progress)
         if self.adapter:
             from clapsep_cli.store.adapters import apply
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import get_args
 
 from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.film import Film
+from clapsep_cli.audio.samples import check_expand
 from clapsep_cli.audio.sources import STDIN, recordings
 from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
@@ -117,8 +118,7 @@ def _check(asked: Requests, options: Options) -> None:
         check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
-    if not 1 <= options.expand < inf:
-        raise UsageError(f"--expand is {options.expand:g}: give how many times slower to hear, 10 for bats")
+    check_expand(options.expand)
     if options.min_presence is not None and not isfinite(options.min_presence):
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
     if options.presence is False and options.min_presence is not None:

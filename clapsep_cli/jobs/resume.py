@@ -93,7 +93,7 @@ def finished(paths: Iterable[Path], key: str) -> bool:
     return all(is_there(path) and _key_of(path) == key for path in paths)
 
 
-def in_the_way(paths: Iterable[Path], key: str) -> Path | None:
+def first_conflict(paths: Iterable[Path], key: str) -> Path | None:
     """Return the first of `paths` that exists but was not written for `key`; only `--overwrite` replaces it."""
     return next((path for path in paths if is_there(path) and _key_of(path) != key), None)
 

@@ -265,7 +265,7 @@ class Stage:
                 store.get_file(name, str(temporary))
                 size, due = temporary.stat().st_size, self._known[path].size
                 if due and size != due:
-                    raise AudioError(f"{self.shown(str(path))}: {size} of {due} bytes came; try again")
+                    raise AudioError(f"{self.shown(str(path))}: received {size} of {due} bytes; try again")
         return path
 
     def drop(self, path: Path) -> None:

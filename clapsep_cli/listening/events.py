@@ -224,7 +224,7 @@ def find_events(
 
 
 def save_events(path: Path, events: Mapping[str, Sequence[Event]], format: str, rate: int) -> None:  # noqa: A002
-    """Write a file as `write_events` does, whole or not at all. Raises `OutputError`."""
+    """Write a file as `write_events` does, completely or not at all. Raises `OutputError`."""
     with writing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         write_events(file, events, format, rate)
 

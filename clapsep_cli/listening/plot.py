@@ -42,7 +42,7 @@ def check_installed() -> None:
     """Raise `ExtraError` if librosa or matplotlib is not installed; does not import them, which takes a second."""
     missing = " and ".join(name for name in ("librosa", "matplotlib") if find_spec(name) is None)
     if missing:
-        raise ExtraError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
+        raise ExtraError(f'--plot needs {missing}: pip install "clapsep[plot]"')
 
 
 class Picture:
@@ -124,7 +124,7 @@ class Picture:
         return np.stack([*self._columns, *([self._banded()] if self._frames else [])], 2)
 
     def save(self, path: Path, title: str, marks: Marks = MappingProxyType({})) -> None:
-        """Write the picture as a PNG (see `png`), whole or not at all. Raises `OutputError`."""
+        """Write the picture as a PNG (see `png`), completely or not at all. Raises `OutputError`."""
         with writing(path) as temporary:
             temporary.write_bytes(self.png(title, marks))
 
@@ -175,7 +175,7 @@ class Picture:
 
 
 def save_scores(path: Path, names: Sequence[str], edges: Sequence[float], scores: Audio) -> None:
-    """Draw scores over time, a row for each name, as a PNG, whole or not at all.
+    """Draw scores over time, a row for each name, as a PNG, completely or not at all.
 
     Args:
         path: of the picture.

@@ -75,7 +75,7 @@ class Request(_Read):
             place = ".".join(map(str, fault["loc"]))
             raise UsageError(f"the request cannot be read: {': '.join(filter(None, (place, fault['msg'])))}") from error
         if any(key not in shots for side in (*request.targets, request.leave) for key in side.shots):
-            raise UsageError("an example is not there any more: add it again")
+            raise UsageError("an example no longer exists: add it again")
         sizes = [len(side.texts) + len(side.shots) + len(side.spans) for side in request.targets]
         if not request.single and set(sizes) != {1}:
             raise UsageError("a target with a name is one text, one example or one stretch")

@@ -245,7 +245,7 @@ def _known() -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise HTTPException(MISSING, "this is not there any more") from error
+        raise HTTPException(MISSING, "this no longer exists") from error
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def _there() -> Iterator[None]:
     try:
         yield
     except (OSError, SoundFileError) as error:
-        raise HTTPException(MISSING, "the recording, or its copy for the page, is not there any more") from error
+        raise HTTPException(MISSING, "the recording, or its copy for the page, no longer exists") from error
 
 
 def _file(path: Path, name: str | None = None) -> Response:

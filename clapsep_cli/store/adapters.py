@@ -40,7 +40,7 @@ def inject(encoder: nn.Module, rank: int, alpha: float) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
-        raise ExtraError(f"LoRA takes {error.name} too: pip install 'clapsep[train]'") from error
+        raise ExtraError(f"LoRA needs {error.name}: pip install 'clapsep[train]'") from error
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS), encoder)  # type: ignore[arg-type]
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.endswith(_BASE + "bias"))

@@ -323,6 +323,8 @@ def choose_device(name: str) -> torch.device:
         )
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
     except RuntimeError as error:
         raise DeviceError(f"no device {name!r}: use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda":
@@ -331,8 +333,6 @@ def choose_device(name: str) -> torch.device:
             raise DeviceError(f"device {name!r} is not there: PyTorch sees {count} CUDA devices; use -d auto or -d cpu")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device 'mps' is not there: PyTorch sees no Apple GPU; use -d auto or -d cpu")
-    elif device.type not in ("cpu", "mps"):
-        raise DeviceError(f"no device {name!r}: use auto, cpu, cuda, cuda:N or mps")
     return device
 
 

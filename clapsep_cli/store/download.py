@@ -59,7 +59,7 @@ def lock(name: str, say: Say | None = None) -> Iterator[None]:
             held.acquire(timeout=0)
         except Timeout:
             if say:
-                say(f"waiting for another clapsep, which is at work on {name}")
+                say(f"waiting for another clapsep process that installs {name}")
             held.acquire()
     except OSError as error:
         raise DownloadError(_disk(home(), error)) from error

@@ -31,8 +31,8 @@ FileProgress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 _Sources = Mapping[str, Mapping[str, str]]  # by file name: its `sha256`, and the `source` of that
 
 
-def _nothing(*_: object) -> None:
-    pass
+def ignore(*_: object) -> None:
+    """Do nothing, as a callback."""
 
 
 def _warn(line: str) -> None:
@@ -93,8 +93,8 @@ def install(
     name: str,
     files: Sequence[Path] = (),
     keep_original: bool = False,
-    say: Say = _nothing,
-    progress: FileProgress = _nothing,
+    say: Say = ignore,
+    progress: FileProgress = ignore,
     instead: str = "",
 ) -> Path:
     """Install a model: download its files, or take the given ones, and convert them.
@@ -226,7 +226,7 @@ def _check_sums(folder: Path, needed: Sequence[str], advice: str) -> list[Path]:
     return [folder / name for name in sums]
 
 
-def remove(name: str, say: Say = _nothing) -> list[Path]:
+def remove(name: str, say: Say = ignore) -> list[Path]:
     """Delete all versions of a model, converted, downloaded or unfinished; return the deleted files and folders.
 
     Files in the Hub's cache stay. Raises `ModelError` for a bundled model, and one that is not installed.
@@ -246,7 +246,7 @@ def remove(name: str, say: Say = _nothing) -> list[Path]:
         except OSError as error:
             raise ModelError(f"{error.filename or home()}: cannot be deleted ({error.strerror or error})") from error
     if not removed:
-        raise ModelError(f"there is nothing of {name} here: clapsep models list shows what there is")
+        raise ModelError(f"there is nothing of {name} here: clapsep models list shows all models")
     return removed
 
 
@@ -256,7 +256,7 @@ def load_model(
     precision: str = "auto",
     *,
     say: Say | None = None,
-    progress: FileProgress = _nothing,
+    progress: FileProgress = ignore,
 ) -> Model:
     """Load a model.
 
@@ -275,7 +275,7 @@ def load_model(
     """
     from clapsep_cli.store.checkpoint import Model, choose_device, native_bfloat16
 
-    chosen, warn, say = choose_device(device), say or _warn, say or _nothing
+    chosen, warn, say = choose_device(device), say or _warn, say or ignore
     if precision == "fast" and not native_bfloat16(chosen):
         warn(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
     if model is None:

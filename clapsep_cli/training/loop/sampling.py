@@ -75,7 +75,7 @@ class Pool(ABC):
             other = self.clips[drawn]
             if other.label != clip.label and not set(other.captions) & set(clip.captions):
                 return drawn
-        raise ManifestError(f"{clip.path}: hardly a clip in the manifest sounds unlike it")
+        raise ManifestError(f"{clip.path}: too few clips in the manifest have another label and other captions")
 
 
 class MemoryPool(Pool):

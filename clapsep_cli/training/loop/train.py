@@ -106,15 +106,9 @@ class Recipe(ABC):
         return ""
 
     def model(self, config: type, kind: str, device: torch.device = torch.device("cpu")) -> Model:
-        """Load the model to start from.
+        """Load the model to start from, in float32. Raises `RecipeError` if its configuration is no `config`.
 
-        Args:
-            config: class of its configuration.
-            kind: name of such models, for messages.
-            device: where its networks compute.
-
-        Raises:
-            RecipeError: the model is of another family.
+        `kind`: name of models with a `config`, for messages.
         """
         found = load_model(self.needs, "cpu")
         if not isinstance(found.config, config):
@@ -362,12 +356,12 @@ def train(
         for package in ("lightning_fabric", "tensorboard"):  # the logger needs the latter
             import_module(package)
     except ModuleNotFoundError as error:
-        raise ExtraError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
+        raise ExtraError(f"training needs {error.name}: pip install 'clapsep[train]'") from error
     corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling, audio, held_out)
     recipe = recipe.suited(corpus)
     recipe.check(corpus)
     record.check(out, recipe, corpus)
-    asked = next(name for name in (hardware.precision, recipe.precision) if name)
+    asked = hardware.precision or recipe.precision
     before = record.precision(out) if asked == "auto" else ""
     fabric, precision = _fabric(hardware, before or asked)
     run = Run(fabric, out, corpus, listen, stop or threading.Event())
@@ -400,5 +394,5 @@ def _fabric(hardware: Hardware, precision: str) -> tuple[Fabric, str]:
         fabric = build(precision=PRECISIONS[precision])
         fabric.launch()
     except (ValueError, RuntimeError) as error:  # Fabric reports missing devices so
-        raise DeviceError(f"cannot train there: {' '.join(str(error).split())}") from error
+        raise DeviceError(f"cannot train on these devices: {' '.join(str(error).split())}") from error
     return fabric, precision

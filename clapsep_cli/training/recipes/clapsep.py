@@ -102,9 +102,9 @@ class ClapsepRecipe(Recipe):
 
     def check(self, corpus: Corpus) -> None:
         if self.lora_only and not (self.init and self.encoder == "lora"):
-            raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
+            raise RecipeError("lora_only tunes an existing separator: set init, and encoder lora")
         if self.lora_only and self.phase:
-            raise RecipeError("lora_only tunes nothing but the encoder: leave phase out")
+            raise RecipeError("lora_only tunes only the encoder: leave phase out")
         self.model(CLAPSepConfig, "CLAPSep")
 
     def train(self, run: Run) -> None:

@@ -29,7 +29,7 @@ KINDS = (
 ABSENT_WITH_NEGATIVE = 0.4  # share of the queries for absent sounds that also have a negative
 
 
-class Asked(NamedTuple):
+class DrawnQueries(NamedTuple):
     """Queries of a step's mixtures."""
 
     conditions: Tensor  # float32 [queries, 2 · dim]
@@ -124,7 +124,7 @@ class Queries:
 
     def draw(
         self, sampler: Sampler, pairs: Sequence[Sequence[int]], generators: Sequence[np.random.Generator]
-    ) -> Asked:
+    ) -> DrawnQueries:
         """Draw `mixing.queries` queries of each mixture, half of them with both sides, as many for either clip.
 
         Args:
@@ -148,4 +148,4 @@ class Queries:
                 )
                 rows.append((condition(*sides), mixture, wanted == 1, third is None))
         conditions, *others = zip(*rows, strict=True)
-        return Asked(torch.cat(conditions), *(torch.tensor(column) for column in others))
+        return DrawnQueries(torch.cat(conditions), *(torch.tensor(column) for column in others))

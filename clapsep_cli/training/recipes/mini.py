@@ -35,7 +35,7 @@ from clapsep_cli.training.loop.settings import Share, flatten, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import ESTIMATE, Clock, Recipe, Report, Run
 from clapsep_cli.training.recipes.augment import Acoustics, elsewhere, levelled, room_spectra, seeded
-from clapsep_cli.training.recipes.conditions import Asked, Mixing, Queries, Texts
+from clapsep_cli.training.recipes.conditions import DrawnQueries, Mixing, Queries, Texts
 from clapsep_cli.training.recipes.objective import BandStatistics, separation_loss, statistics
 from clapsep_cli.training.recipes.space import balanced, fit_sounds, fit_words
 from clapsep_cli.training.recipes.validation import Case, cases, improvements
@@ -139,7 +139,7 @@ class MiniRecipe(Recipe):
         if self.init and (self.source / "separator.safetensors").is_file():
             config = Model(self.init, self.source, torch.device("cpu")).config
             if not isinstance(config, MiniConfig):
-                raise RecipeError(f"{self.source}: is no mini model, so mini cannot train it further")
+                raise RecipeError(f"{self.source}: is no mini model; --init of mini needs one")
             here = dict(flatten(self.mini, "mini."))
             other = {name: size for name, size in flatten(config, "mini.") if size != here[name]}
             if other:
@@ -263,7 +263,7 @@ class Prepared(NamedTuple):
 
     levels: Tensor
     maps: list[Tensor]
-    asked: Asked
+    asked: DrawnQueries
     told: Tensor  # see `Mini.band_mask`
     statistics: BandStatistics
 
@@ -314,7 +314,7 @@ class SeparatorTask(Task):
         of = statistics(targets, others, self.net.bands, self.net.spread)
         levels = self.net.levels(of.bands, of.mixture / of.bands.shape[1])
         maps = self.net.trunk(self.net.trunk.hear(targets + others))
-        queries, count = Asked(*asked), self.queries.mixing.queries
+        queries, count = DrawnQueries(*asked), self.queries.mixing.queries
         drawn_told = [torch.rand(count, 1, generator=seeded(self.recipe.seed, 2, step, row)) for row in rows]
         told = (torch.cat(drawn_told) >= self.recipe.untold).float().to(levels.device)
         return Prepared(levels, maps, queries, told, of.by_two().ask(queries.mixtures, queries.interferer))
