@@ -164,7 +164,7 @@ class WavWriter(Encoder):
     def write(self, audio: Samples) -> int:
         samples, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
         kind = "<f4" if self._bits is None else "<i2" if self._bits == 16 else "<i4"
-        interleaved = np.stack(list(samples.astype(kind, copy=False)), 1)  # four times as fast as copying the transpose
+        interleaved = np.stack(list(samples.astype(kind, copy=False)), 1)  # faster than to copy the transpose
         raw = interleaved.view(np.uint8).reshape(-1, 4)[:, :3].tobytes() if self._bits == 24 else interleaved.tobytes()
         self._stream.write(raw)
         self._bytes += len(raw)
