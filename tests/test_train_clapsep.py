@@ -442,8 +442,8 @@ def test_without_clips_to_validate_on_the_loss_is_watched(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r, tiny: replace(r, lora_only=True), "it takes init, and encoder lora"),
-        (lambda r, tiny: replace(r, init=r.base, lora_only=True, encoder="frozen"), "it takes init, and encoder lora"),
+        (lambda r, tiny: replace(r, lora_only=True), "set init, and encoder lora"),
+        (lambda r, tiny: replace(r, init=r.base, lora_only=True, encoder="frozen"), "set init, and encoder lora"),
         (lambda r, tiny: replace(r, valence=(0.5, 0.5, 0.5)), "should add up to 1"),
         (lambda r, tiny: replace(r, speeds=()), "at least 1 item"),
         (lambda r, tiny: replace(r, base=str(tiny)), "family 'mini'; this preset trains CLAPSep models"),
