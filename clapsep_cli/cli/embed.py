@@ -19,7 +19,7 @@ from clapsep_cli.cli.terminal import (
 
 
 def embed(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Recordings.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Recordings, folders.")] = None,
     texts: Annotated[list[str] | None, typer.Option("--text", metavar="TEXT", help="A text; repeatable.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.npz", help="The file to write.")] = Path(
         "embeddings.npz"
@@ -32,12 +32,13 @@ def embed(
 ) -> None:
     """Write embeddings of recordings and texts, for search, clustering and plots: `names` and `embeddings`.
 
-    Rows are unit vectors in one space, so products are cosines. NumPy reads the file: np.load("embeddings.npz")
+    A folder stands for all recordings in it. Rows are unit vectors in one space, so products are cosines. NumPy reads the file: np.load("embeddings.npz")
     """
     if not files and not texts:
         raise typer.BadParameter("nothing to embed: name recordings, or texts with --text")
     import numpy as np
 
+    from clapsep_cli.audio.sources import recordings
     from clapsep_cli.errors import OutputError
     from clapsep_cli.evaluation.evaluate import embedder_of
     from clapsep_cli.files import replacing
@@ -49,7 +50,7 @@ def embed(
     with downloads(quiet) as shown:
         loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
     asked = {
-        **{str(file): Query(pos_audio=file) for file in files or ()},
+        **{str(file): Query(pos_audio=file) for given in files or () for file in recordings(given)},
         **{text: Query(text) for text in texts or ()},
     }
     loaded.check_taken(asked.values())
