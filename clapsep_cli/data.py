@@ -193,7 +193,7 @@ def read_corpus(
         faults.append((1, f"{few}; it takes {'one' if labelling.alone else 'two'}"))
     if faults:
         listed = "".join(f"\n  {place(line)}: {fault}" for line, fault in sorted(faults))
-        raise ManifestError(f"{path}: {len(faults)} faults{listed}")
+        raise ManifestError(f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}{listed}")
     clips = tuple(clip for _, clip, _ in rows)
     seconds, rates = zip(*((found[0], found[1]) for found in inspected if not isinstance(found, str)), strict=True)
     return Corpus(path, clips, seconds, rates, _digest(clips, audio or path.parent, seconds))

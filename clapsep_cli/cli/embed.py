@@ -32,7 +32,8 @@ def embed(
 ) -> None:
     """Write embeddings of recordings and texts, for search, clustering and plots: `names` and `embeddings`.
 
-    A folder stands for all recordings in it. Rows are unit vectors in one space, so products are cosines. NumPy reads the file: np.load("embeddings.npz")
+    A folder stands for the recordings in it. Rows are unit vectors in one space, so products are cosines. NumPy reads
+    the file: np.load("embeddings.npz")
     """
     if not files and not texts:
         raise typer.BadParameter("nothing to embed: name recordings, or texts with --text")
