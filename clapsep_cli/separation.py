@@ -159,7 +159,10 @@ class Passage:
         self._stream: Stream = model.stream(wanted, rate, channels)
         self._waiting: list[Samples] = [np.zeros((channels, 0), np.float32)]  # mixture whose stems are still to come
         heard = model.separator.rate
-        self._resampler = soxr.ResampleStream(rate, heard, channels, "float32", "HQ") if rate != heard else None
+        # One for each channel: those of soxr for several want samples interleaved, and take a fifth longer.
+        self._resamplers = [
+            soxr.ResampleStream(rate, heard, 1, "float32", "HQ") for _ in range(channels if rate != heard else 0)
+        ]
 
     def hear(self, block: Samples, last: bool = False) -> Audio:
         """Resample the next block to the separator's rate; another thread may do so while this one pushes and pulls.
@@ -172,10 +175,10 @@ class Passage:
             What the resampler can tell by now, float32 `[channels, samples heard]`.
         """
         block = block.astype(np.float32, copy=False)
-        if self._resampler is None:
+        if not self._resamplers:
             return block
-        heard = self._resampler.resample_chunk(np.ascontiguousarray(block.T), last=last)
-        return np.asarray(heard.reshape(-1, len(block)).T, np.float32)
+        heard = [ear.resample_chunk(row, last=last) for ear, row in zip(self._resamplers, block, strict=True)]
+        return np.stack(heard)
 
     def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:
         """Take in a block and what is heard of it; return the windows to be separated, in their order."""

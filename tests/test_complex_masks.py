@@ -97,12 +97,12 @@ def test_windows_start_on_the_grid_and_end_with_the_recording() -> None:
 
 
 @pytest.mark.parametrize("rate", [22_050, 32_000, 44_100])
-def test_blocks_do_not_matter(rate: int) -> None:
+def test_blocks_do_not_change_a_bit(rate: int) -> None:
     model, audio = separator(), stereo(90_001, rate)
     expected = separated(model, audio, rate)
     assert expected.shape == audio.shape
     for cuts in ([1], [700, 701, 40_000], list(range(5000, 90_001, 5000))):
-        np.testing.assert_allclose(separated(model, audio, rate, cuts), expected, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(separated(model, audio, rate, cuts), expected)
 
 
 @pytest.mark.parametrize("rate", [44_100, 48_000, 96_000])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from clapsep_cli import dsp
 from clapsep_cli.dsp import HOP
+from clapsep_cli.models.mini import band_matrix
 from clapsep_cli.stitch.masking import MaskedRecording
 
 CPU = torch.device("cpu")
@@ -30,13 +31,20 @@ def frames(samples: int, rate: int) -> int:
     return math.ceil(samples * 100 / rate) + 1
 
 
-def masked(audio: Tensor, rate: int, masks: Tensor, cuts: Sequence[int] = (), late: int = 0) -> Tensor:
+def masked(
+    audio: Tensor,
+    rate: int,
+    masks: Tensor,
+    cuts: Sequence[int] = (),
+    late: int = 0,
+    spread: Tensor | None = None,
+) -> Tensor:
     """`audio` (`[channels, samples]`) under `masks` (`[stems, frames, 513]`), of which each window gets its part.
 
     The audio arrives in blocks of the sizes `cuts`, the masks of a window when `late` others wait.
     """
     samples = audio.shape[1]
-    stream, out, fed = MaskedRecording(WINDOW, len(masks), rate, len(audio), CPU), [], 0
+    stream, out, fed = MaskedRecording(WINDOW, len(masks), rate, len(audio), CPU, spread), [], 0
     heard = np.zeros((len(audio), round(samples * 32_000 / rate)), np.float32)
     masks = F.pad(masks, (0, 0, 0, WINDOW // HOP), mode="replicate")
     for block in [*_cut(audio, cuts), audio[:, :0]]:
@@ -105,12 +113,20 @@ def test_above_16_khz_the_top_band_carries_on() -> None:
     cuts=st.lists(st.integers(1, 30_000), min_size=1, max_size=20),
     late=st.integers(0, 6),
 )
-def test_blocks_do_not_matter(rate: int, cuts: list[int], late: int) -> None:
+def test_blocks_do_not_change_a_bit(rate: int, cuts: list[int], late: int) -> None:
     audio = noise(2, 70_001)
     masks = torch.rand(1, frames(70_001, rate), 513, generator=torch.Generator().manual_seed(1))
     expected = masked(audio, rate, masks)
     assert expected.shape == (1, 2, 70_001)
-    torch.testing.assert_close(masked(audio, rate, masks, cuts, late), expected, rtol=0, atol=1e-6)
+    assert torch.equal(masked(audio, rate, masks, cuts, late), expected)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_mask_of_bands_is_the_mask_of_bins_that_it_spreads_to(rate: int) -> None:
+    spread = band_matrix(64, 16)
+    audio, bands = noise(2, 3 * rate), torch.rand(1, frames(3 * rate, rate), 64)
+    expected = masked(audio, rate, bands @ spread)
+    torch.testing.assert_close(masked(audio, rate, bands, spread=spread), expected, rtol=0, atol=1e-6)
 
 
 def test_stems_share_the_mixture_and_have_masks_of_their_own() -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from clapsep_cli import Query, dsp, extract, load_model, separate
 from clapsep_cli.errors import ModelError, QueryError
 from clapsep_cli.families.base import load_family
-from clapsep_cli.jobs.tasks import Options
+from clapsep_cli.jobs.job import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models import trunk
 from clapsep_cli.models.base import MaskSeparator, condition
@@ -126,9 +126,9 @@ def test_masks_lie_between_0_and_1_whatever_the_batch() -> None:
     net = Mini(TINY_MINI).eval()
     mixtures, wanted = 0.1 * torch.randn(2, net.window), condition(torch.randn(2, TINY_MINI.dim), None)
     with torch.no_grad():
-        both = net.mask(net.encode(mixtures), wanted)
-        alone = net.mask(net.encode(mixtures[1:]), wanted[1:])
-        shared = net.mask(net.encode(mixtures), wanted[1:])
+        both = net.spectral(net.mask(net.encode(mixtures), wanted))
+        alone = net.spectral(net.mask(net.encode(mixtures[1:]), wanted[1:]))
+        shared = net.spectral(net.mask(net.encode(mixtures), wanted[1:]))
     assert both.shape == (2, net.window // 320 + 1, 513)
     assert both.min() >= 0
     assert both.max() <= 1
@@ -178,15 +178,15 @@ def test_a_second_pass_leaves_what_sounds_like_what_the_first_one_left(query: Qu
     windows = torch.from_numpy(np.resize(mixture, (2, model.separator.window)))
     wanted, once = model.ask([query]), model.identity
     first = model.infer(list(windows), wanted)[:, 0]
-    left = dsp.waveform(dsp.spectrum(windows) * (1 - first), windows.shape[1])
+    separator = model.separator
+    assert isinstance(separator, Mini)
+    left = dsp.masked(dsp.spectrum(windows), 1 - separator.spectral(first), windows.shape[1])
     texts = {side: model.text.embed(words) for side, words in (("pos", query.pos), ("neg", query.neg)) if words}
     asked = []
     for one in left:
         heard = model.audio.embed(one)[None]
         negative = torch.nn.functional.normalize(texts["neg"] + heard) if "neg" in texts else heard
         asked.append(condition(texts.get("pos"), negative))
-    separator = model.separator
-    assert isinstance(separator, Mini)
     second = separator.mask(separator.encode(windows), torch.cat(asked))
     level = 10 * torch.log10((windows - left).square().sum(1) / windows.square().sum(1))
     share = ((level + 12) / 6).clamp(0, 1)[:, None, None] / 2  # none where the first pass found nothing

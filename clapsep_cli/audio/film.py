@@ -1,4 +1,4 @@
-"""Encodes through PyAV what libsndfile does not write: m4a, and films with a sound track replaced."""
+"""Encodes by PyAV the formats that libsndfile does not write: m4a, and films with a new sound track."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MISSING = 'writing this takes PyAV: pip install "clapsep[av]"'
 
 @dataclass(frozen=True)
 class Film:
-    """The film at `path`, of which the sound track number `track`, from 1, is replaced."""
+    """The film at `path`, whose sound track number `track`, from 1, is replaced."""
 
     path: Path
     track: int = 1
@@ -90,16 +90,16 @@ class Film:
 
 
 class MediaEncoder(Encoder):
-    """Encodes sound as a file of its own or into the copy of a film: pictures, subtitles, chapters, other tracks.
+    """Encodes sound, alone or into a copy of a film with its pictures, subtitles, chapters and other tracks.
 
     Args:
-        stream: what to write to, empty; it can be sought.
+        stream: empty and seekable, to write to.
         muxer: libavformat's name of the container.
         codec: libavcodec's name of the encoder.
         form: of the audio; `bits` is the depth of lossless codecs.
         film: to copy; None for sound alone.
 
-    Raises `OutputError` where this cannot be encoded.
+    Raises `OutputError` if this cannot be encoded.
     """
 
     def __init__(

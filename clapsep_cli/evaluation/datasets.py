@@ -1,7 +1,7 @@
-"""Fetches data sets of the papers that may be downloaded, checks and unpacks them, and lists their clips.
+"""Downloads data sets of the papers, checks and unpacks them, and lists their clips.
 
-What the server states of a file (size and MD5, by Zenodo) is checked, and its SHA-256 where others published it; it is
-noted in `SHA256SUMS`, and another one is refused from then on.
+The size and MD5 that the server states (Zenodo) are checked, and the SHA-256 where others published it. The SHA-256 of
+the first download is kept in `SHA256SUMS`, and later downloads must have the same.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DataSet:
 
     Attributes:
         terms: its licence, in words.
-        listed: writes lists of what is in a folder, and yields their paths.
+        listed: writes lists of the clips in a folder, and yields their paths.
         parts: its files, where they have addresses of their own …
         record: … or its record on Zenodo, and the names of the files in it.
         names: of these files.
@@ -87,7 +87,7 @@ def _fsd(folder: Path) -> Iterator[Path]:
 
 
 def _audiocaps(folder: Path) -> Iterator[Path]:
-    """List the clips that are in the folder, by the id of their video; all of them, while there are none."""
+    """List the clips in the folder, found by the id of their video; if there are none, list all captions."""
     captions: dict[str, dict[str, list[str]]] = {}
     for split in SPLITS:
         for _, row in read_table(folder / f"audiocaps-{split}.csv", ("youtube_id", "caption")):
@@ -150,7 +150,7 @@ OWN_COPY = {
 
 
 def data_set(name: str) -> DataSet:
-    """Return a data set by name. Raises `UsageError`, which says why another cannot be had."""
+    """Return a data set by name. Raises `UsageError`, which says why others cannot be downloaded."""
     if name in OWN_COPY:
         raise UsageError(f"{name} is not fetched: {OWN_COPY[name]}")
     if name not in DATA_SETS:
@@ -171,7 +171,7 @@ def fetch(name: str, folder: Path, progress: FileProgress | None = None) -> tupl
 
     Raises:
         UsageError: for a data set that cannot be fetched.
-        DownloadError: for a file that cannot be downloaded, is not what its server states or what came before, or
+        DownloadError: for a file that cannot be downloaded, differs from what its server states or sent before, or
             would be unpacked outside of the folder.
         ManifestError: for contents that are not as expected.
         OutputError: where the folder cannot be written.
@@ -307,7 +307,7 @@ def _ensure_room(folder: Path, size: int) -> None:
 
 
 def _found(folder: Path, name: str) -> Path:
-    """Return the one file or folder of that name. Raises `ManifestError` where there is none."""
+    """Return the file or folder of that name. Raises `ManifestError` if there is none."""
     found = sorted(folder.rglob(name))
     if not found:
         raise ManifestError(f"{folder}: has no {name}; the data set has another layout than expected")

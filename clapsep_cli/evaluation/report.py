@@ -24,12 +24,11 @@ from numpy.typing import NDArray
 
 from clapsep_cli import dsp
 from clapsep_cli.audio.samples import Audio
-from clapsep_cli.errors import OutputError, UsageError
-from clapsep_cli.evaluation.compare import Run, differences
+from clapsep_cli.errors import UsageError
 from clapsep_cli.evaluation.evaluate import EvaluationOptions, embedder_of, mixer, separator_of
 from clapsep_cli.evaluation.mixtures import EvaluationSet
-from clapsep_cli.evaluation.scores import ABSENT, METRICS, Score, by_label, presence, summary
-from clapsep_cli.files import replacing
+from clapsep_cli.evaluation.scores import ABSENT, METRICS, Run, Score, by_label, differences, presence, summary
+from clapsep_cli.files import writing
 from clapsep_cli.store.checkpoint import Model
 
 MOST_LABELS = 100  # that are all shown; of more, the best and the worst
@@ -265,13 +264,8 @@ def write_report(
     Raises:
         OutputError: if the file cannot be written.
     """
-    text = render(runs, examples, source, dataset)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with writing(path) as temporary:
+        temporary.write_text(render(runs, examples, source, dataset), encoding="utf-8")
 
 
 PAGE = Environment(

@@ -21,7 +21,7 @@ from clapsep_cli.audio.film import Film
 from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
-from clapsep_cli.jobs.tasks import Extraction, Job, Options
+from clapsep_cli.jobs.job import Extraction, Job, Options
 from clapsep_cli.listening.events import Event, EventFinder, save_events
 from clapsep_cli.listening.levels import Likeness, Meter, Presence
 from clapsep_cli.listening.plot import Marks, Picture
@@ -30,6 +30,7 @@ from clapsep_cli.separation import BLOCK_SECONDS, Passage, as_heard
 from clapsep_cli.store.checkpoint import Model
 from clapsep_cli.version import __version__
 
+VALUES_AT_ONCE = 2**16  # samples rounded, measured and written in one go: they stay in a processor's cache
 WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a thread's last block when closing
 
 
@@ -213,16 +214,21 @@ class Recording:
         for finder, stem in zip(self._finders.values(), stems, strict=False):
             finder.add(heard, stem.astype(np.float32, copy=False))
         self._meters[MIXTURE].add(heard)
-        # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
-        rounded = np.stack([on_grid(stem, self.encoding.bits) for stem in stems])
         if self._draft is not None:
-            self._draft.write(np.concatenate([mixture[None], rounded]))
+            self._draft.write(np.concatenate([mixture[None], stems]))
         else:
-            self._write(mixture, rounded, ())
+            self._write(mixture, stems, ())
 
     def _write(self, mixture: Samples, stems: Samples, absent: Collection[str]) -> None:
         """Write `stems` and the residual; stems that are `absent` stay in the residual."""
-        parts = {name: stem for name, stem in zip(self.job.kept, stems, strict=True) if name not in absent}
+        size = max(1, VALUES_AT_ONCE // len(mixture))
+        for at in range(0, mixture.shape[1], size):
+            self._write_piece(mixture[:, at : at + size], stems[:, :, at : at + size], absent)
+
+    def _write_piece(self, mixture: Samples, stems: Samples, absent: Collection[str]) -> None:
+        # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
+        bits, named = self.encoding.bits, zip(self.job.kept, stems, strict=True)
+        parts = {name: on_grid(stem, bits) for name, stem in named if name not in absent}
         parts[RESIDUAL] = mixture - sum(parts.values())
         written = {part: parts[part] for part in self.job.outputs if part not in absent}
         shown = {part: audio.astype(np.float32, copy=False) for part, audio in written.items()}
@@ -296,9 +302,9 @@ class Recording:
         return {**found, MIXTURE: hidden}
 
     def _write_draft(self, draft: Draft, absent: Collection[str]) -> None:
-        for mixture, *stems in draft.read():
+        for block in draft.read():
             self._check()
-            self._write(mixture, np.stack(stems), absent)
+            self._write(block[0], block[1:], absent)
 
     def _likeness(self, stem: int) -> Likeness:
         return partial(self.model.likeness, self.wanted, stem, self.heard_rate)

@@ -86,6 +86,15 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
 
     turns = False
 
+    @property
+    def spread(self) -> Tensor | None:
+        """The share of each band of a mask in each bin, float32 `[bands, 513]`; None where masks are of bins."""
+        return None
+
+    def spectral(self, mask: Tensor) -> Tensor:
+        """Spread a mask over the 513 bins."""
+        return mask if self.spread is None else mask @ self.spread
+
     @abstractmethod
     def encode(self, mixture: Tensor) -> Any:
         """Compute the features of mixtures, float32 `[batch, window]` at `rate` Hz, that no query changes."""
@@ -100,17 +109,18 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
                 it serves all of the other.
 
         Returns:
-            Masks in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`; or complex64, of such moduli.
+            Masks in [0, 1], float32 `[batch, window // 320 + 1 frames, 513 bins]`, or fewer bands where there is a
+            `spread`; or complex64, of such moduli.
         """
 
     def estimate(self, mixtures: Tensor, conditions: Iterable[Tensor]) -> Iterator[Tensor]:
         """Mask `mixtures`, which are encoded once, under each of `conditions`."""
         features, spectrum = self.encode(mixtures), dsp.spectrum(mixtures)
         for wanted in conditions:
-            yield dsp.masked(spectrum, self.mask(features, wanted), mixtures.shape[1])
+            yield dsp.masked(spectrum, self.spectral(self.mask(features, wanted)), mixtures.shape[1])
 
     def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
-        """Return masks of the targets that are kept, `[batch, stems, frames, 513]`.
+        """Return masks of the targets that are kept, `[batch, stems, frames, 513]`; of a single target as of `mask`.
 
         The encoder runs once a window; a window that is too short is heard with silence behind it.
 
@@ -130,7 +140,7 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
         total: Tensor | None = None
         for first in range(0, len(wanted.targets), TARGETS_AT_ONCE):
             check()
-            masks = self.mask(features, wanted.targets[first : first + TARGETS_AT_ONCE])
+            masks = self.spectral(self.mask(features, wanted.targets[first : first + TARGETS_AT_ONCE]))
             sizes = (masks.abs() if self.turns else masks).sum(0)
             total = sizes if total is None else total.add_(sizes)
             kept |= {at: mask for at, mask in enumerate(masks, first) if at in wanted.kept}

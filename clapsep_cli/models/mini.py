@@ -136,9 +136,9 @@ class Mini(base.MaskSeparator):
         self.rate = dsp.RATE_HZ
         self.window = config.seconds * dsp.RATE_HZ
         spread = band_matrix(config.bands, config.linear_bands)
-        self.register_buffer("spread", spread, persistent=False)  # of bands over the bins of their mask
+        self.register_buffer("shares", spread, persistent=False)  # of bands in the bins of their mask
         self.register_buffer("bands", spread / spread.sum(1, keepdim=True), persistent=False)  # bins in each band
-        self.spread: Tensor
+        self.shares: Tensor
         self.bands: Tensor
         self.trunk = trunk.Trunk()
         channels = tuple(trunk.MAPS.values())
@@ -165,6 +165,10 @@ class Mini(base.MaskSeparator):
         )
         self.dtype = torch.float32  # in which it computes
         self.register_load_state_dict_post_hook(lay_out)  # type: ignore[no-untyped-call]
+
+    @property
+    def spread(self) -> Tensor:
+        return self.shares
 
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -196,7 +200,7 @@ class Mini(base.MaskSeparator):
         keys = self.keys(maps)
         normed = [norm(each) for norm, each in zip(self.norms, maps, strict=True)]
         given = [
-            lateral(each) @ self.get_buffer(f"places{number}")
+            lateral(each).contiguous() @ self.get_buffer(f"places{number}")  # rows come last, as they are mixed
             for number, (lateral, each) in enumerate(zip(self.lateral, normed, strict=True))
         ]
         given[2:] = [given[2] + F.interpolate(given[3], scale_factor=(2.0, 1.0))]
@@ -213,7 +217,7 @@ class Mini(base.MaskSeparator):
         with torch.autocast(condition.device.type, self.dtype, enabled=self.dtype != torch.float32):
             mask = self.band_mask(features, condition.expand(count, -1)).float()
         mask = F.interpolate(mask.transpose(1, 2), scale_factor=2, mode="linear").transpose(1, 2)
-        return mask[:, :frames] @ self.spread
+        return mask[:, :frames]
 
     def band_mask(self, features: Features, condition: Tensor, told: Tensor | None = None) -> Tensor:
         """Compute masks of bands.

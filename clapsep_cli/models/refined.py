@@ -30,6 +30,10 @@ class Refined(base.MaskSeparator):
         self.rate, self.window, self.turns = separator.rate, separator.window, separator.turns
         self.resample = dsp.Resampler(separator.rate, audio.rate) if separator.rate != audio.rate else None
 
+    @property
+    def spread(self) -> Tensor | None:
+        return self.separator.spread
+
     def lower(self, dtype: torch.dtype) -> None:
         self.separator.lower(dtype)
 
@@ -39,7 +43,7 @@ class Refined(base.MaskSeparator):
     def mask(self, features: tuple[Tensor, Any], condition: Tensor) -> Tensor:
         mixture, encoded = features
         first = self.separator.mask(encoded, condition)
-        left = dsp.masked(dsp.spectrum(mixture), 1 - first, mixture.shape[1])
+        left = dsp.masked(dsp.spectrum(mixture), 1 - self.spectral(first), mixture.shape[1])
         energy, found = mixture.square().sum(1), (mixture - left).square().sum(1)
         level = 10 * torch.log10((found / energy.clamp(min=1e-12)).clamp(min=1e-12))
         share = ((level - ABSENT_DB) / (PRESENT_DB - ABSENT_DB)).clamp(0, 1) / 2

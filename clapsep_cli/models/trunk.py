@@ -54,7 +54,8 @@ class Trunk(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(1, 32, 3, stride=2)]
         before = 32
         for number, channels in enumerate(CHANNELS):
-            layers.append(nn.Conv2d(before, before, 3, stride=2 if number in HALVING else 1, groups=before))
+            stride, padding = (2, 0) if number in HALVING else (1, 1)
+            layers.append(nn.Conv2d(before, before, 3, stride=stride, padding=padding, groups=before))
             layers.append(nn.Conv2d(before, channels, 1))
             before = channels
         self.layers = nn.ModuleList(layers)
@@ -90,11 +91,12 @@ class Trunk(nn.Module):
         Returns:
             For each of `STRIDES`, float32 `[batch, channels, frames / stride, MELS / stride]`, not negative.
         """
-        x, maps = bands.contiguous(memory_format=torch.channels_last), []
+        x, maps = bands, []
         for number, layer in enumerate(self.layers):
-            if layer.kernel_size == (3, 3):  # as TensorFlow pads: where it halves, at the end alone
-                x = F.pad(x, (0, 1, 0, 1) if layer.stride == (2, 2) else (1, 1, 1, 1))
-            x = F.relu_(layer(x))
+            if layer.stride == (2, 2):  # as TensorFlow pads: where it halves, at the end alone
+                x = F.pad(x, (0, 1, 0, 1))
+            # Of one channel, layouts are the same: the first layer's result has to be told that channels come last.
+            x = F.relu_(layer(x)).contiguous(memory_format=torch.channels_last)
             if number % 2 == 0 and number // 2 - 1 in MAPS:
                 maps.append(x)
         return maps

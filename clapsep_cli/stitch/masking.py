@@ -22,6 +22,7 @@ from clapsep_cli.stitch.windows import OVERLAP_FRAMES, Stream, Windower
 
 TOP_BINS = 64  # of the mask, 14–16 kHz
 VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache
+FRAMES_AT_ONCE = 100  # likewise: nothing is held back for long
 
 
 class MaskedRecording(Stream):
@@ -36,20 +37,27 @@ class MaskedRecording(Stream):
         rate: sample rate of the recording in Hz.
         channels: number of channels of the recording.
         device: where masks are applied.
+        spread: where the separator returns masks of fewer bands: the share of each band in each of the 513 bins,
+            float32 `[bands, 513]`.
     """
 
-    def __init__(self, window: int, stems: int, rate: int, channels: int, device: torch.device) -> None:
+    def __init__(
+        self, window: int, stems: int, rate: int, channels: int, device: torch.device, spread: Tensor | None = None
+    ) -> None:
         super().__init__(Windower(window, channels), device)
         self.stems, self.channels, self.rate = stems, channels, rate
-        self.track = MaskTrack(stems, N_FFT // 2 + 1, device)
+        spread = torch.eye(N_FFT // 2 + 1, device=device) if spread is None else spread
+        self.track = MaskTrack(stems, len(spread), device)
         self.hop = max(1, round(rate * HOP / RATE_HZ))
         self.half = max(1, round(rate * N_FFT / RATE_HZ / 2))  # of the analysis window, in samples
         self.size = 2 * self.half
         self.n_fft = _smooth(self.size)
+        self.step = max(1, min(FRAMES_AT_ONCE, VALUES_AT_ONCE // (stems * channels * (self.n_fft // 2 + 1))))
         self.hann = torch.hann_window(self.size, device=device)
+        self.padded = F.pad(self.hann, (0, self.n_fft - self.size))
         self.audio = torch.zeros(channels, 0, device=device)
         self.arrived: list[Tensor] = []  # audio behind that, to be joined when it is needed
-        self.mask = torch.zeros(stems, 0, N_FFT // 2 + 1, device=device)
+        self.mask = torch.zeros(stems, 0, len(spread), device=device)
         self.sums = torch.zeros(stems * channels, self.size - self.hop, device=device)  # overlap-add, to be added to
         self.envelope = torch.zeros(self.size - self.hop, device=device)  # sum of squared windows, likewise
         self.frame = 0  # the next one to be computed
@@ -57,8 +65,9 @@ class MaskedRecording(Stream):
         self.frames_per_hop = self.hop / rate * RATE_HZ / HOP  # of the mask: 1 at rates that are a multiple of 100
         self.mask_frame = 0  # the first one held
         bins = torch.arange(self.n_fft // 2 + 1, dtype=torch.float64) * (rate / self.n_fft / (RATE_HZ / N_FFT))
-        self.bins = bins.clamp(max=N_FFT // 2).to(device)
-        self.above = (bins > N_FFT // 2).to(device)
+        native = _interpolate(spread, bins.clamp(max=N_FFT // 2).to(device), 1)
+        # The share of each band, or bin, of the mask in each bin of the spectrum.
+        self.spread = torch.where((bins > N_FFT // 2).to(device), spread[:, -TOP_BINS:].mean(1, keepdim=True), native)
 
     def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
         self.arrived.append(torch.from_numpy(block).to(self.device))
@@ -69,7 +78,7 @@ class MaskedRecording(Stream):
         return [torch.from_numpy(window).to(self.device) for window in windows]
 
     def accept(self, result: Tensor) -> None:
-        """`result`: the masks of a window, float32 `[stems, frames, 513 bins]`."""
+        """`result`: the masks of a window, float32 `[stems, frames, bins or bands]`."""
         self.mask = torch.cat([self.mask, self.track.add(self.starts.pop(0) // HOP, result)], 1)
 
     def pull(self) -> Tensor:
@@ -82,9 +91,10 @@ class MaskedRecording(Stream):
         begin = self.half if self.frame == 0 else 0  # still to be reflected
         if held <= begin:
             return nothing
-        audible = (begin + held - self.size) // self.hop + 1
+        audible = (begin + held - self.n_fft) // self.hop + 1
         masked = math.ceil((self.mask_frame + self.mask.shape[1] - 1) / self.frames_per_hop) - self.frame
-        count = min(audible, masked)
+        # In steps that begin at fixed frames: the last bits of an FFT or a product depend on how many go in at once.
+        count = min(audible, masked) // self.step * self.step
         return self._compute(count).view(self.stems, self.channels, -1) if count > 0 else nothing
 
     def _rest(self) -> Tensor:
@@ -97,6 +107,7 @@ class MaskedRecording(Stream):
         padded = self.samples + padding
         last = math.ceil(padded / self.hop)
         self.audio = _reflect(self.audio, 0, last * self.hop + self.half - padded)
+        self.audio = F.pad(self.audio, (0, self.n_fft - self.size))
         before = max(self.pulled, 0)
         rest = torch.cat([self._compute(last + 1 - self.frame), self.sums / self.envelope.clamp(min=1e-8)], 1)
         return rest[:, : self.samples - before].view(self.stems, self.channels, -1)
@@ -106,8 +117,7 @@ class MaskedRecording(Stream):
         self._join()
         if count > 0 and self.frame == 0:
             self.audio = _reflect(self.audio, self.half, 0)
-        step = max(1, VALUES_AT_ONCE // (len(self.sums) * (self.n_fft // 2 + 1)))
-        parts = [self._frames(min(step, count - done)) for done in range(0, count, step)]
+        parts = [self._frames(min(self.step, count - done)) for done in range(0, count, self.step)]
         return torch.cat([self.sums[:, :0], *parts], 1)
 
     def _join(self) -> None:
@@ -115,11 +125,15 @@ class MaskedRecording(Stream):
             self.audio, self.arrived = torch.cat([self.audio, *self.arrived], 1), []
 
     def _frames(self, count: int) -> Tensor:
-        span = (count - 1) * self.hop + self.size
-        frames = self.audio[:, :span].unfold(1, self.size, self.hop) * self.hann
-        spectra = (torch.fft.rfft(frames, self.n_fft) * self._mask(count)[:, None]).flatten(0, 1)
-        pieces = torch.fft.irfft(spectra, self.n_fft)[..., : self.size] * self.hann
-        sums, envelope = self._overlap_add(pieces), self._overlap_add(self.hann.square().expand(1, count, -1))[0]
+        span = (count - 1) * self.hop + self.n_fft
+        spectra = torch.fft.rfft(self.audio[:, :span].unfold(1, self.n_fft, self.hop) * self.padded)
+        mask = self._mask(count)[:, None]
+        masked = spectra.new_empty(self.stems, *spectra.shape)
+        # A product of complex and real numbers would first make the real ones complex.
+        torch.mul(spectra.real, mask, out=masked.real)
+        torch.mul(spectra.imag, mask, out=masked.imag)
+        pieces = torch.fft.irfft(masked.flatten(0, 1), self.n_fft)[..., : self.size]
+        sums, envelope = self._overlap_add(pieces), self._overlap_add(self.hann.expand(1, count, -1))[0]
         sums[:, : self.sums.shape[1]] += self.sums
         envelope[: len(self.envelope)] += self.envelope
         done = count * self.hop
@@ -130,13 +144,14 @@ class MaskedRecording(Stream):
         return sums[:, skipped:done] / envelope[skipped:done]
 
     def _overlap_add(self, pieces: Tensor) -> Tensor:
-        """`[channels, frames, size]` to `[channels, (frames − 1) · hop + size]`."""
+        """Window `pieces` and add them up: `[channels, frames, size]` to `[channels, (frames − 1) · hop + size]`."""
         channels, frames, size = pieces.shape
         hops = -(-size // self.hop)  # that a frame lasts
         added = pieces.new_zeros(channels, frames + hops - 1, self.hop)
         for at in range(hops):
-            part = pieces[..., at * self.hop : (at + 1) * self.hop]
-            added[:, at : at + frames, : part.shape[2]] += part
+            within = slice(at * self.hop, (at + 1) * self.hop)
+            part = pieces[..., within]
+            added[:, at : at + frames, : part.shape[2]].addcmul_(part, self.hann[within])
         return added.flatten(1)[:, : (frames - 1) * self.hop + size]
 
     def _mask(self, count: int) -> Tensor:
@@ -146,14 +161,13 @@ class MaskedRecording(Stream):
         mask = _interpolate(self.mask, at[:count].clamp(max=held - 1).to(self.mask.device), 1)
         past = min(int(at[count]), held - 1)
         self.mask, self.mask_frame = self.mask[:, past:], self.mask_frame + past
-        native = _interpolate(mask, self.bins, 2)
-        return torch.where(self.above, mask[..., -TOP_BINS:].mean(-1, keepdim=True), native)
+        return mask @ self.spread
 
 
 class MaskTrack:
     """Cross-fades the masks of overlapping windows into one. Weights rise and fall linearly over the overlap.
 
-    Masks are `[stems, frames, bins]`. Only frames that a later window can still change are held.
+    Masks are `[stems, frames, bins or bands]`. Only frames that a later window can still change are held.
     """
 
     def __init__(self, stems: int, bins: int, device: torch.device) -> None:
