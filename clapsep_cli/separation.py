@@ -45,11 +45,11 @@ class Separation:
 
     Args:
         stems: float32, of the mixture's shape.
-        residual: likewise.
+        residual: float32, of the mixture's shape.
         rate: sample rate in Hz.
         queries: description of each stem's query.
         likenesses: by stem, how alike a recording of that rate is to its query; empty where the model cannot tell.
-        expand: how many times slower the model heard it.
+        expand: how many times slower the model heard the recording.
     """
 
     stems: dict[str, Audio]
@@ -144,9 +144,9 @@ class Separation:
 
 
 class Passage:
-    """A recording on its way through a model: blocks go in, windows come out, and with their results the stems.
+    """A recording on its way through a model: takes in blocks and results of windows, returns windows and stems.
 
-    What is held at any time does not grow with the recording, and the stems do not depend on the blocks.
+    Its memory does not grow with the recording, and the stems do not depend on the size of the blocks.
 
     Args:
         model: the model that separates.
@@ -169,10 +169,10 @@ class Passage:
 
         Args:
             block: the next stretch of the recording, `[channels, samples]`.
-            last: whether the recording ends with it.
+            last: True if the recording ends with it.
 
         Returns:
-            What the resampler can tell by now, float32 `[channels, samples heard]`.
+            The resampled audio that is ready, float32 `[channels, samples heard]`.
         """
         block = block.astype(np.float32, copy=False)
         if not self._resamplers:
@@ -181,7 +181,7 @@ class Passage:
         return np.stack(heard)
 
     def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:
-        """Take in a block and what is heard of it; return the windows to be separated, in their order."""
+        """Take in a block, and what `hear` returned for it; return the windows to be separated, in order."""
         self._waiting.append(block)
         return self._stream.push(block.astype(np.float32, copy=False), heard, last)
 
@@ -246,7 +246,7 @@ class Workers:
         torch.set_num_threads(self._cores)
 
     def submit(self, window: Tensor, wanted: Any, check: Callable[[], None] = go_on) -> Future[tuple[Tensor, float]]:
-        """Have a window separated.
+        """Start to separate a window.
 
         Args:
             window: float32 `[samples]`.
@@ -282,7 +282,7 @@ def stream(
         seconds: its duration; 0 if unknown.
 
     Yields:
-        Pairs of mixture, `[channels, samples]`, and stems, `[stems, channels, samples]`, that join to the whole.
+        Pairs of mixture, `[channels, samples]`, and stems, `[stems, channels, samples]`, one after the other.
     """
     passage, coming = Passage(model, wanted, rate, channels), deque[Future[tuple[Tensor, float]]]()
     with Workers(model, windows_in(model, seconds)) as workers:
@@ -298,7 +298,7 @@ def stream(
 
 
 def windows_in(model: Model, seconds: float) -> int:
-    """Return how many windows a recording of so many seconds takes at least; 0 if they are not known."""
+    """Return the least number of windows of a recording of `seconds`; 0 if the length is unknown."""
     return math.ceil(seconds * model.separator.rate / model.separator.window)
 
 
@@ -318,14 +318,13 @@ def separate(
         rate: sample rate in Hz, a whole number.
         query: what to extract, or several by name.
         model: from `load_model`.
-        mutual: whether the other targets are negative queries of each.
+        mutual: use the other targets as negative queries of each target.
         expand: how many times slower the model hears the audio, and recordings of queries, for sounds above hearing.
         progress: is called with the seconds that are done, and their total.
 
     Raises:
         AudioError: for an empty recording, another shape, samples that are not finite numbers, and unusable shots.
-        QueryError: for a query that the model cannot understand. Where it does but may go wrong, as with a word that it
-            does not know, there is a warning.
+        QueryError: for a query that the model cannot understand. If only a word is unknown, there is a warning.
     """
     mixture, rate = from_array(audio, rate, "audio")
     if not isinstance(model, Model):

@@ -386,7 +386,7 @@ def test_models_commands(served: HubServer, home: Path, clapsep: Clapsep, tmp_pa
     assert "not here" in listed.stdout
     rows = json.loads(clapsep("models", "list", "--json", cwd=tmp_path).stdout)
     assert {row["name"]: row["here"] for row in rows} == {name: name == "mini" for name in MODELS}
-    assert clapsep("models", "verify", "mini", cwd=tmp_path).stdout.count("sound") == 4
+    assert clapsep("models", "verify", "mini", cwd=tmp_path).stdout.count(": intact") == 4
     assert clapsep("models", "path", "clapsep", cwd=tmp_path).returncode == 3
     got = clapsep("models", "download", "clapsep", cwd=tmp_path)
     assert got.returncode == 0
@@ -394,7 +394,7 @@ def test_models_commands(served: HubServer, home: Path, clapsep: Clapsep, tmp_pa
     folder = Path(got.stdout.strip())
     assert folder.is_dir()
     assert clapsep("models", "path", "clapsep", cwd=tmp_path).stdout.strip() == str(folder)
-    assert "sound" in clapsep("models", "verify", "clapsep", cwd=tmp_path).stdout
+    assert ": intact" in clapsep("models", "verify", "clapsep", cwd=tmp_path).stdout
     elsewhere = clapsep("models", "path", "clapsep", "--model-dir", tmp_path / "other", cwd=tmp_path)
     assert elsewhere.returncode == 3
     removed = clapsep("models", "rm", "clapsep", "--model-dir", home, cwd=tmp_path).stdout

@@ -9,6 +9,7 @@ import typer
 
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.terminal import load_model, progress_bars
+from clapsep_cli.errors import UsageError
 
 Files = Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Recordings, folders.")]
 Words = Annotated[opt.Texts, opt.option(opt.INPUT, "--text TEXT", "A text; repeatable.")]
@@ -31,7 +32,7 @@ def embed(
     the file: np.load("embeddings.npz")
     """
     if not files and not texts:
-        raise typer.BadParameter("nothing to embed: name recordings, or texts with --text")
+        raise UsageError("nothing to embed: name recordings, or texts with --text")
     import numpy as np
 
     from clapsep_cli.audio.sources import recordings

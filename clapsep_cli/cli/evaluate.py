@@ -10,11 +10,10 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli import score_tables
 from clapsep_cli.cli.terminal import load_model, notes
+from clapsep_cli.errors import UsageError
 from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
@@ -148,13 +147,13 @@ def evaluate(
     """
     given = locals()
     if bool(shots) != bool(shots_csv):
-        raise typer.BadParameter("--shots and --shots-csv go together: give the number of recordings, and their list")
+        raise UsageError("--shots and --shots-csv go together: give the number of recordings, and their list")
     if not shots:
         _refuse(given, ("shots_audio", "shot_seconds"), "add --shots and --shots-csv")
     if not report:
         _refuse(given, ("overwrite", "dataset"), "it is for a report: add --report FILE.html")
     if not text and not shots:
-        raise typer.BadParameter("--no-text needs audio queries: add --shots and --shots-csv")
+        raise UsageError("--no-text needs audio queries: add --shots and --shots-csv")
     kinds = {
         "sides": _sides(queries) if queries else None,
         "text": text,
@@ -185,18 +184,18 @@ def evaluate(
 
 
 def _refuse(given: Mapping[str, Any], names: Sequence[str], why: str) -> None:
-    """Raise `BadParameter` for the first of the options `names` that is given; `why` it has no effect."""
+    """Raise `UsageError` for the first of the options `names` that is given; `why` it has no effect."""
     for name in names:
         default = signature(evaluate).parameters[name].default
         if (given[name] or None) != (default or None):  # an empty list is none
-            raise typer.BadParameter(f"--{'no-' if default is True else ''}{name.replace('_', '-')}: {why}")
+            raise UsageError(f"--{'no-' if default is True else ''}{name.replace('_', '-')}: {why}")
 
 
 def _sides(text: str) -> tuple[str, ...]:
     short = {name: side for side, name in SIDES.items()}  # accept the long names of the tables, too
     chosen = {short.get(part.strip(), part.strip()) for part in text.split(",")}
     if not chosen <= set(SIDES):
-        raise typer.BadParameter(f"{text!r}: name one or more of {', '.join(SIDES)}, separated by commas")
+        raise UsageError(f"{text!r}: name one or more of {', '.join(SIDES)}, separated by commas")
     return tuple(name for side, name in SIDES.items() if side in chosen)
 
 
@@ -207,7 +206,7 @@ def _numbers(text: str | None, what: str, whole: bool) -> tuple[float, ...]:
     except ValueError:
         numbers = {0}
     if not all(0 < number < MOST for number in numbers):
-        raise typer.BadParameter(f"{text!r}: give numbers of {what}, separated by commas: 1,5,10")
+        raise UsageError(f"{text!r}: give numbers of {what}, separated by commas: 1,5,10")
     return tuple(sorted(numbers))
 
 
@@ -216,17 +215,17 @@ def _each(values: Sequence[Path] | None, count: int, option: str) -> list[Path]:
     if not values:
         return []
     if len(values) not in (1, count):
-        raise typer.BadParameter(f"{option}: give it once, or once for each --mixtures, in their order")
+        raise UsageError(f"{option}: give it once, or once for each --mixtures, in their order")
     return list(values) * (count if len(values) == 1 else 1)
 
 
 def _are_prompted(listed: Sequence[Path]) -> bool:
-    """Return True if the lists are of prompts. Raises `BadParameter` if only some are."""
+    """Return True if the lists are of prompts. Raises `UsageError` if only some are."""
     from clapsep_cli.evaluation.prompted import is_prompted
 
     kinds = {is_prompted(path) for path in listed}
     if len(kinds) > 1:
-        raise typer.BadParameter("lists of prompts and lists of queries cannot be scored together")
+        raise UsageError("lists of prompts and lists of queries cannot be scored together")
     return kinds.pop()
 
 
@@ -242,7 +241,7 @@ def _evaluate_prompted(lists: Mapping[Path, Path], given: Mapping[str, Any]) -> 
     try:
         length = segment if segment in (None, prompted.WHOLE) else float(segment)
     except ValueError:
-        raise typer.BadParameter(f"--segment {segment}: give seconds, or {prompted.WHOLE}") from None
+        raise UsageError(f"--segment {segment}: give seconds, or {prompted.WHOLE}") from None
     options, found = prompted.PromptOptions(given["single_prompt"], length, given["shift"]), []
     read = {path: prompted.read_parts(path, folder) for path, folder in lists.items()}
     for name in given["model"] or [os.environ.get("CLAPSEP_MODEL") or PROMPTED]:
@@ -274,7 +273,7 @@ def _sets(
             notes(quiet)(f"{path}: skipped {skipped} of {len(every.rows)} mixtures, their recordings are missing")
         name = path.name if names.count(path.name) == 1 else path.as_posix()
         if name in sets:
-            raise typer.BadParameter(f"--mixtures {path} is given twice")
+            raise UsageError(f"--mixtures {path} is given twice")
         sets[name] = data
     return sets
 
@@ -311,14 +310,14 @@ def _run(
         scored: Callable[[int], Iterator[list[Score]]],
     ) -> None:
         if any((run.listed, run.system) == (listed, system) for run in runs):
-            raise typer.BadParameter(f"two systems are called {system!r}: give folders of different names")
+            raise UsageError(f"two systems are called {system!r}: give folders of different names")
         rows = sets[listed].rows
         stem = SCORES if single else re.sub(r"[^\w.-]+", "_", f"{listed}-{system}") + ".csv"
         found = resumed(out / stem, settings, rows, queries, scored) if out else scored(0)
         runs.append(Run(listed, system, score_tables.collect(found, len(rows), listed, given["quiet"]), settings))
 
     if estimates and len(sets) > 1:
-        raise typer.BadParameter("--estimates are of one list: give --mixtures once")
+        raise UsageError("--estimates are of one list: give --mixtures once")
     first, side = next(iter(sets.values())), (kinds["sides"] or ("both",))[0]
     outside = [(path, external.provenance_of(path, first, side, kinds["bss"])) for path in estimates]
     for name in models:

@@ -12,6 +12,7 @@ from clapsep_cli import startup
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import stoppable
 from clapsep_cli.cli.terminal import load_model
+from clapsep_cli.errors import UsageError
 from clapsep_cli.registry import FAMILIES, MODELS
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def train(
     Example: clapsep train mine.csv --init clapsep --lora-only
     """
     if (manifest is None) == (manifest_option is None):
-        raise typer.BadParameter("name one manifest: clapsep train MANIFEST.csv")
+        raise UsageError("name one manifest: clapsep train MANIFEST.csv")
     listed = manifest or manifest_option
     assert listed is not None
     flags = {

@@ -177,7 +177,7 @@ class _Opened(ExitStack):
 
     def _fail(self, job: Job, error: ClapsepError | OSError) -> None:
         if isinstance(error, (StoppedError, ModelError, DeviceError)):
-            raise error  # all other recordings would fail likewise
+            raise error  # all other recordings would fail in the same way
         self.exchange.release(job)
         if isinstance(error, TakenError) and self._is_done_meanwhile(job):
             self.ended.append(Skipped(job))
@@ -241,7 +241,7 @@ class _Opened(ExitStack):
             recording.passage.accept(result)
 
     def deliver(self, progress: JobProgress) -> Iterator[Outcome]:
-        """Write what is final, and yield the recordings that are done or failed."""
+        """Write the finished audio, and yield the recordings that are done or failed."""
         for recording in list(self.recordings):
             try:
                 if recording.deliver():
@@ -261,7 +261,7 @@ class _Opened(ExitStack):
             yield self.ended.pop(0)
 
     def settle(self, most: int) -> Iterator[Outcome]:
-        """Yield the recordings that are committed; wait until at most so many are being committed."""
+        """Yield the recordings that are committed; wait until at most `most` commits are pending."""
         while self.committing and (len(self.committing) > most or self.committing[0][1].done()):
             job, future = self.committing.popleft()
             try:

@@ -145,49 +145,33 @@ def _check(asked: Requests, options: Options) -> None:
                 raise AudioError(f"{path}: no such file")
 
 
-def _first(given: Mapping[str, bool]) -> str | None:
-    """Return the first option that is given."""
-    return next((name for name, one in given.items() if one), None)
+def _given(options: Options, *names: str) -> str | None:
+    """Return the first of these options that differs from its default, as on the command line."""
+    changed = (name for name in names if getattr(options, name) != getattr(Options, name))
+    return next((f"--{name.replace('_', '-')}" for name in changed), None)
 
 
 def _check_remux(asked: Requests, options: Options) -> None:
-    idle = {
-        "--format": options.format != "wav",
-        "--subtype": options.subtype is not None,
-        "--no-audio": options.no_audio,
-        "--start": options.start > 0,
-        "--end": options.end is not None,
-        "-o -": options.out == STDOUT,
-        "- (standard input)": any(item.path == STDIN for item, _ in asked),
-    }
-    if options.remux and (name := _first(idle)):
+    if not options.remux:
+        return
+    stdin = "- (standard input)" if any(item.path == STDIN for item, _ in asked) else None
+    stdout = "-o -" if options.out == STDOUT else None
+    if name := _given(options, "format", "subtype", "no_audio", "start", "end") or stdout or stdin:
         raise UsageError(f"--remux writes whole films, of their own format: use it without {name}")
 
 
 def _check_events(options: Options) -> None:
     if options.events_format not in EVENT_FORMATS:
         raise UsageError(f"there is no --events-format {options.events_format!r}; there are {', '.join(EVENT_FORMATS)}")
-    given = {
-        "--events-format": options.events_format != "csv",
-        "--events-level": options.events_level is not None,
-        "--events-presence": options.events_presence is not None,
-        "--events-length": options.events_length is not None,
-        "--no-audio": options.no_audio,
-    }
-    if not options.events and (name := _first(given)):
-        raise UsageError(f"{name} is about events: use it with --events")
-    bounds = (options.events_level, options.events_presence, options.events_length)
-    if any(not isfinite(bound) for bound in bounds if bound is not None) or (options.events_length or 0) < 0:
+    rules = ("events_level", "events_presence", "events_length")
+    about = _given(options, "events_format", *rules, "no_audio")
+    if about and not options.events:
+        raise UsageError(f"{about} is about events: use it with --events")
+    bounds = [bound for rule in rules if (bound := getattr(options, rule)) is not None]
+    if not all(map(isfinite, bounds)) or (options.events_length or 0) < 0:
         raise UsageError("--events-level, --events-presence and --events-length are numbers; the last is not below 0")
-    idle = {
-        "--format": options.format != "wav",
-        "--subtype": options.subtype is not None,
-        "--clip": options.clip != "warn",
-        "--residual": options.residual is True,
-        "--remove": options.remove,
-        "-o -": options.out == STDOUT,
-    }
-    if options.no_audio and (name := _first(idle)):
+    others = "--residual" if options.residual else "-o -" if options.out == STDOUT else None
+    if options.no_audio and (name := _given(options, "format", "subtype", "clip", "remove") or others):
         raise UsageError(f"--no-audio writes no audio, so {name} has no effect: leave it out")
 
 
@@ -199,14 +183,7 @@ def _check_stdout(asked: Requests, options: Options) -> None:
         raise UsageError(f"-o - writes one part to standard output, not {', '.join(parts)}; use another -o")
     if options.format != "wav":
         raise UsageError(f"standard output carries WAV alone, not {options.format}; use another -o")
-    idle = {
-        "--plot": options.plot,
-        "--events": options.events,
-        "--filename": options.filename is not None,
-        "--skip-existing": options.skip_existing,
-        "--overwrite": options.overwrite,
-    }
-    if name := _first(idle):
+    if name := _given(options, "plot", "events", "filename", "skip_existing", "overwrite"):
         raise UsageError(f"-o - makes no files, so {name} has no effect: leave it out, or use another -o")
 
 

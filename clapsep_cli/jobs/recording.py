@@ -35,9 +35,9 @@ WRITING_SECONDS, READING_SECONDS = 5.0, 0.5  # to wait for a thread's last block
 
 
 class Draft:
-    """Keeps audio blocks in a nameless file until it is known which parts to write.
+    """Keeps audio blocks in an unnamed file until it is known which parts to write.
 
-    It lies in `folder`, by default the system's. Blocks are `[..., samples]`, of any float type.
+    The file is in `folder`, by default the system's. Blocks are `[..., samples]`, of any float type.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -145,7 +145,7 @@ class Recording:
             )
         )
         self._blocks, channels = source.blocks(BLOCK_SECONDS), source.channels
-        if options.no_audio:  # then nothing is worked on but what the model hears
+        if options.no_audio:  # only the model's input is processed
             self._blocks, channels = as_heard(self._blocks, self.heard_rate, self.model.separator.rate), 1
             self.heard_rate = min(self.heard_rate, self.model.separator.rate)
         self._block_rate = round(self.heard_rate * options.expand)
@@ -295,7 +295,7 @@ class Recording:
         return result
 
     def _marks(self) -> Marks:
-        """Return the events of each target, or of all on the mixture where no target is drawn."""
+        """Return the events to draw: those of each target, or on the mixture if the target is not drawn."""
         found = {name: [(one.start, one.end) for one in several] for name, several in self._events.items()}
         drawn = self._picture.names if self._picture else []
         hidden = [mark for name, marks in found.items() if name not in drawn for mark in marks]
