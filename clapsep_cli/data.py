@@ -161,9 +161,13 @@ def read_corpus(
             or unknown labels, empty captions, and too few clips or labels to train on.
     """
     rows, faults = _read_clips(path, labelling, audio)
+    last = max((line for line, *_ in rows), default=1)
+
+    def place(line: int) -> str:  # the lines of `held_out` count on from those of the first
+        return f"line {line}" if line <= last else f"{held_out}, line {line - last}"
+
     if held_out:
         check_faults(held_out, [f"line {line}: {fault}" for line, fault in _read_clips(held_out, labelling, audio)[1]])
-        last = max((line for line, *_ in rows), default=1)  # its lines count on from those of the first
         further, _ = _read_clips(held_out, labelling, audio, VALIDATION)
         rows += [(last + line, replace(clip, split=VALIDATION), uncaptioned) for line, clip, uncaptioned in further]
     labelled = any(name in row for _, row in read_table(path, ())[:1] for name in labelling.columns)
@@ -180,7 +184,7 @@ def read_corpus(
         if uncaptioned:
             faults.append((line, "the caption is empty"))
         if first.setdefault(clip.path, line) != line:
-            faults.append((line, f"{clip.path} is on line {first[clip.path]} already"))
+            faults.append((line, f"{clip.path} is on {place(first[clip.path])} already"))
         if labelled and clip.split == TRAIN and 0 < trained[clip.label] < min_clips:
             few = f"the label {clip.label!r} has too few clips to train on, {trained[clip.label]}"
             faults.append((line, f"{few}; it takes {min_clips}, unless set min_clips={trained[clip.label]}"))
@@ -188,8 +192,8 @@ def read_corpus(
         few = f"there are clips of {len(trained)} labels in the split {TRAIN!r}"
         faults.append((1, f"{few}; it takes {'one' if labelling.alone else 'two'}"))
     if faults:
-        listed = "".join(f"\n  line {line}: {fault}" for line, fault in sorted(faults))
-        raise ManifestError(f"{path}: {len(faults)} faults{listed}")
+        listed = "".join(f"\n  {place(line)}: {fault}" for line, fault in sorted(faults))
+        raise ManifestError(f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}{listed}")
     clips = tuple(clip for _, clip, _ in rows)
     seconds, rates = zip(*((found[0], found[1]) for found in inspected if not isinstance(found, str)), strict=True)
     return Corpus(path, clips, seconds, rates, _digest(clips, audio or path.parent, seconds))

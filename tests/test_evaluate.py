@@ -533,6 +533,10 @@ def test_embeddings_are_those_of_queries(
     again = clapsep(*asked, "-o", "e.npz", cwd=tmp_path)
     assert (again.returncode, "exists already" in again.stderr) == (1, True)
     assert clapsep("embed", cwd=tmp_path).returncode == 2
+    assert clapsep("embed", folder / "dog", "--model", tiny_folder, "-o", "all.npz", cwd=tmp_path).returncode == 0
+    with np.load(tmp_path / "all.npz") as found:
+        assert found["names"].tolist() == sorted(map(str, (folder / "dog").iterdir())), "a row for each recording"
+        np.testing.assert_allclose(found["embeddings"][0], embeddings[0], atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,9 @@ def test_all_that_is_wrong_with_a_manifest_is_listed_at_once(tmp_path: Path) -> 
     for fault, (line, what) in zip(faults, expected, strict=True):
         assert fault.startswith(f"  line {line}: ")
         assert what in fault
+    (tmp_path / "val.csv").write_text("file,label\ndog0.wav,dog\n")
+    with pytest.raises(ManifestError, match=r"val\.csv, line 2: .*dog0\.wav is on line 2 already"):
+        read_corpus(whole, held_out=tmp_path / "val.csv")
     one = tmp_path / "one.csv"
     one.write_text("file,label\ndog0.wav,dog\ndog1.wav,dog\n")
     with pytest.raises(ManifestError, match="clips of 1 labels in the split 'train'; it takes two"):

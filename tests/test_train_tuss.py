@@ -391,6 +391,8 @@ def test_a_new_prompt_joins_those_of_a_model_and_a_specialist_keeps_few(manifest
     assert {frozenset(("piano", "speech")), frozenset(("piano", "sfx"))} < pairs
     assert frozenset(("piano",)) not in pairs
     assert drawn(PromptMixing(counts=(2,), never=(("sfx", "piano"),))) == pairs - {frozenset(("piano", "sfx"))}
+    with pytest.raises(RecipeError, match="prompts: there are no clips of piano to train on"):
+        train(manifest, tmp_path / "none", more, audio=manifest.parent)
     few = tmp_path / "few.csv"
     few.write_text("\n".join(line for line in manifest.read_text().splitlines() if "musicbg" not in line))
     train(few, tmp_path / "special", replace(still, prompts=("speech", "sfx")), audio=manifest.parent)

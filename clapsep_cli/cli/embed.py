@@ -11,7 +11,7 @@ from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.terminal import load_model, progress_bars
 from clapsep_cli.errors import UsageError
 
-Files = Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Recordings.")]
+Files = Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Recordings, folders.")]
 Words = Annotated[opt.Texts, opt.option(opt.INPUT, "--text TEXT", "A text; repeatable.")]
 Out = Annotated[Path, opt.option(opt.OUTPUT, "--out -o FILE.npz", "The file to write.")]
 
@@ -28,12 +28,14 @@ def embed(
 ) -> None:
     """Write embeddings of recordings and texts, for search, clustering and plots: `names` and `embeddings`.
 
-    Rows are unit vectors in one space, so products are cosines. NumPy reads the file: np.load("embeddings.npz")
+    A folder stands for the recordings in it. Rows are unit vectors in one space, so products are cosines. NumPy reads
+    the file: np.load("embeddings.npz")
     """
     if not files and not texts:
         raise UsageError("nothing to embed: name recordings, or texts with --text")
     import numpy as np
 
+    from clapsep_cli.audio.sources import recordings
     from clapsep_cli.evaluation.evaluate import embedder_of
     from clapsep_cli.files import writing
     from clapsep_cli.query import Query
@@ -41,7 +43,7 @@ def embed(
     opt.check_free(out, overwrite, ", or -o for another file")
     loaded = load_model(model, device, "high", quiet)
     asked = {
-        **{str(file): Query(pos_audio=file) for file in files or ()},
+        **{str(file): Query(pos_audio=file) for given in files or () for file in recordings(given)},
         **{text: Query(text) for text in texts or ()},
     }
     loaded.check_taken(asked.values())

@@ -103,7 +103,10 @@ class TussRecipe(Recipe):
             known = ", ".join(self.size.prompts)
             raise RecipeError(f"mixing.never: no prompt {', '.join(sorted(unknown))}; there are: {known}")
         pool = DiskPool(corpus, rate=None)
-        self.mixers(pool, corpus)
+        supply = self.mixers(pool, corpus)[0].supply
+        learned = {*self.start.prompts} if self.init else set[str]()
+        if untold := [prompt for prompt in self.prompts if prompt not in learned and not supply[prompt]]:
+            raise RecipeError(f"prompts: there are no clips of {', '.join(untold)} to train on")
         check_audible(pool)
 
     def mixers(self, pool: Pool, corpus: Corpus) -> tuple[PromptMixer, dict[str, PromptMixer | ListedMixtures]]:
