@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-# Real Ray on this machine, with workers, nodes and drivers that are killed. Up to three minutes.
+# Real Ray on this machine, with workers, nodes and drivers that are killed. Two to three minutes.
 test-ray: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -q -m ray tests/test_ray.py

@@ -13,8 +13,8 @@ from clapsep_cli.version import __version__
 
 if TYPE_CHECKING:
     from clapsep_cli.errors import ClapsepError
+    from clapsep_cli.jobs.job import Options
     from clapsep_cli.jobs.planning import extract
-    from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query
     from clapsep_cli.separation import Separation, separate
     from clapsep_cli.store.checkpoint import Model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {  # imported when first used: the command's --help must not wait for torch
     "ClapsepError": "errors",
     "Model": "store.checkpoint",
-    "Options": "jobs.tasks",
+    "Options": "jobs.job",
     "Query": "query",
     "Separation": "separation",
     "extract": "jobs.planning",

@@ -23,8 +23,8 @@ from clapsep_cli.tables import check_faults, read_table
 
 TRAIN, VALIDATION = "train", "validation"  # splits: the one to train on, and that of a manifest to validate on
 SINGLE_CAPTION = re.compile(r"caption(_\d+)?")  # columns of one caption each, as in AudioCaps
-STREAMED = ("OGG", "MP3")  # have no length in a header: a cut file looks whole, only shorter
-EDGE = 1024  # samples to decode at either end of a clip, to see that it is whole
+STREAMED = ("OGG", "MP3")  # without a length in the header: a cut file only looks shorter
+EDGE = 1024  # samples to decode at either end of a clip, to check that it is complete
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _captions_in(row: Mapping[str, str]) -> tuple[str, ...]:
 def _read_clips(
     path: Path, labelling: Labelling, folder: Path | None = None, split: str = TRAIN
 ) -> tuple[list[tuple[int, Clip, bool]], list[tuple[int, str]]]:
-    """Read each row's line, clip, and whether its caption is empty; and the faults, with their lines.
+    """Read each row's line, clip, and True if its caption is empty; and the faults, with their lines.
 
     Files are relative to `folder`, by default that of the CSV; `split` is that of rows without one.
     """
@@ -115,7 +115,7 @@ class Corpus:
         clips: its clips.
         seconds: length of each clip, by its header.
         rates: sample rate of each clip in Hz.
-        digest: hash of all that training depends on; it does not depend on the folder of the files.
+        digest: hash of everything that training depends on; the folder of the files does not count.
     """
 
     manifest: Path
@@ -157,8 +157,8 @@ def read_corpus(
         held_out: a further manifest, of clips to validate on.
 
     Raises:
-        ManifestError: lists, by line, all that is to be corrected: files that are missing, empty, listed twice or
-            cannot be decoded, empty or unknown labels, empty captions, and too few clips or labels to train on.
+        ManifestError: lists all errors by line: files that are missing, empty, listed twice or cannot be decoded, empty
+            or unknown labels, empty captions, and too few clips or labels to train on.
     """
     rows, faults = _read_clips(path, labelling, audio)
     if held_out:
@@ -196,7 +196,7 @@ def read_corpus(
 
 
 def _inspect(path: Path) -> tuple[float, int] | str:
-    """Return seconds and rate of a recording, or its fault. Its ends are decoded, which shows a file cut short."""
+    """Return seconds and rate of a recording, or its fault. Both ends are decoded, to find files that are cut short."""
     try:
         with soundfile.SoundFile(path) as file:
             if not file.frames:
@@ -251,7 +251,7 @@ def mix(target: Audio, interferer: Audio, snr_db: float = 0.0) -> tuple[Audio, A
 
     Args:
         target: float32 `[samples]`.
-        interferer: likewise, of the same length.
+        interferer: float32 `[samples]`, of the same length.
         snr_db: level of the target over the interferer, which is scaled, in dB.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Defines the errors that users see, as one tree; `cli` catches the root and prints one line."""
+"""Defines the errors that users see. `cli` catches their base class and prints one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TakenError(OutputError):
 
 
 class DeviceError(ClapsepError):
-    """The requested device is not there."""
+    """The requested device is missing."""
 
     exit_code = 3
 
@@ -51,7 +51,7 @@ class ExtraError(ClapsepError):
 
 
 class ModelError(ClapsepError):
-    """A model is unknown or its files are not there."""
+    """A model is unknown or its files are missing."""
 
     exit_code = 3
 
@@ -71,7 +71,7 @@ class RecipeError(ClapsepError):
 
 
 class ManifestError(ClapsepError):
-    """A manifest cannot be used as it is."""
+    """A manifest has errors."""
 
 
 class ClapsepWarning(UserWarning):
@@ -80,7 +80,7 @@ class ClapsepWarning(UserWarning):
 
 @contextmanager
 def forwarded_warnings(say: Callable[[str], None]) -> Iterator[None]:
-    """Call `say` with each different `ClapsepWarning` that is raised within, instead of showing it."""
+    """Call `say` with each different `ClapsepWarning` inside this context, instead of showing it."""
     with warnings.catch_warnings():
         others, said = warnings.showwarning, set[str]()
 

@@ -1,4 +1,4 @@
-"""Hashes files, writes them whole or not at all, and clears unfinished files of killed processes."""
+"""Hashes files, writes them completely or not at all, and removes unfinished files of killed processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from clapsep_cli.errors import ClapsepError, OutputError
+
 BLOCK_BYTES = 1 << 20  # hashed at a time
-FOREIGN_SECONDS = 86_400.0  # age from which an unfinished file of another machine counts as left behind
+FOREIGN_SECONDS = 86_400.0  # age at which an unfinished file of another machine counts as abandoned
 _NAME = re.compile(r"\.(.+)\.([0-9a-f]{6})-[0-9a-f]{8}\.partial")
 
 
@@ -24,16 +26,16 @@ def _host() -> str:
 
 
 def unfinished(path: Path) -> Path:
-    """Return a name for a file until it is whole; open it exclusively.
+    """Return a temporary name for a file until it is complete; open it exclusively.
 
-    It names this machine, and is random, as containers share process ids.
+    It contains a hash of the machine's name, and random digits, as process ids are not unique among containers.
     """
     return path.with_name(f".{path.name}.{_host()}-{uuid.uuid4().hex[:8]}.partial")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write a file under. It becomes `path`; after an error, nothing is left of it."""
+    """Yield a temporary file to write. It is renamed to `path`, or removed after an error."""
     temporary = unfinished(path)
     with temporary.open("xb") as stream:
         claimed = claim(stream)
@@ -47,6 +49,17 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(claimed)
 
 
+@contextmanager
+def writing(path: Path, error_type: type[ClapsepError] = OutputError) -> Iterator[Path]:
+    """Make the folder of `path`, and yield a temporary name as `replacing` does. Raises `error_type`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise error_type(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file in hex, read in blocks."""
     sha256 = hashlib.sha256()
@@ -57,9 +70,9 @@ def digest(path: Path) -> str:
 
 
 def claim(stream: BinaryIO) -> int | None:
-    """Lock a file, so that no process takes it for one left behind, and return a handle to close later.
+    """Lock a file, so that no process takes it for an abandoned one. Return a handle to close later.
 
-    Returns None where the system or the file's place knows no locks.
+    Returns None if the system or the file system has no locks.
     """
     handle = os.dup(stream.fileno())
     if _lock(handle):
@@ -69,9 +82,9 @@ def claim(stream: BinaryIO) -> int | None:
 
 
 def clear_unfinished(paths: Iterable[Path]) -> None:
-    """Remove the unfinished files that killed processes left of `paths`.
+    """Remove unfinished files for `paths` that killed processes left.
 
-    Locks may not reach other machines, so what they wrote is left alone for a day after its last change.
+    Locks may not work across machines, so files of other machines are kept for a day after their last change.
     """
     names: dict[Path, set[str]] = defaultdict(set)
     for path in paths:
@@ -89,13 +102,13 @@ def clear_unfinished(paths: Iterable[Path]) -> None:
 
 
 def is_claimed(path: Path) -> bool:
-    """Return True if a process claims a file, or if that cannot be known."""
+    """Return True if a process holds the lock of a file, or if that is unknown."""
     with path.open("rb+") as stream:
         return not _lock(stream.fileno())
 
 
 def _lock(handle: int) -> bool:
-    """Lock a file; return False if another process claims it."""
+    """Lock a file; return False if another process holds its lock."""
     try:
         import fcntl
 
@@ -115,6 +128,6 @@ def is_there(path: Path) -> bool:
 
 
 def path_in(folder: Path, text: str) -> Path:
-    """Return the path `text` relative to `folder`; a backslash separates names, unless a file has it in its name."""
+    """Return the path `text` relative to `folder`; a backslash is a separator unless such a file exists."""
     path = folder / text
     return path if "\\" not in text or is_there(path) else folder / text.replace("\\", "/")

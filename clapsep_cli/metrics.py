@@ -1,7 +1,7 @@
 """Separation metrics of the paper (arXiv 2402.17455, Eq. 15 and 16), and BSS-eval as its code reports it.
 
 They are computed in float64 and limited to ±100 dB. `training.recipes.objective` has the same equations as losses: in
-float32, with gradients, and with a floor in energy, so that training does not chase examples that are solved already.
+float32, with gradients, and with a floor in energy, which limits the weight of examples that are already separated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Defines queries: texts and recordings of sounds to keep and to leave, and stretches of time as people type them."""
+"""Defines queries: texts, recordings and spans of sounds to keep and to leave. Parses times and spans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from clapsep_cli.errors import QueryError
 
 DEFAULT_ALPHA = 0.5
-MAX_TARGETS = 64  # of a run: each takes memory (about 15 MB), and up to two of the files that a process may open
+MAX_TARGETS = 64  # of a run: each takes about 15 MB of memory, and up to two open files
 MIXTURE, TARGET, RESIDUAL = "mixture", "target", "residual"  # as a recording and its parts are called
 
 Span = tuple[float, float]  # a stretch of the mixture, from and to, in seconds
@@ -66,12 +66,12 @@ def _brief(value: object) -> str:
 
 
 def _several(name: str, given: Any, known: Callable[[object], bool], what: str) -> tuple[Any, ...]:
-    """Make a tuple of one value or several. Raises `QueryError` for a value that is not `known`, i.e. not `what`."""
+    """Make a tuple of one value or several. Raises `QueryError` for one that `known` refuses; `what` names the type."""
     single = known(given) or not isinstance(given, Iterable) or hasattr(given, "shape")
     several = (given,) if single else tuple(given)
     for one in several:
         if not known(one):
-            raise QueryError(f"{name}: is {what}, or a list of such, not {_brief(one)}")
+            raise QueryError(f"{name}: is {what}, or a list of them, not {_brief(one)}")
     return several
 
 
@@ -79,12 +79,12 @@ def _several(name: str, given: Any, known: Callable[[object], bool], what: str) 
 class Query:
     """A query: texts, audio shots and stretches of the mixture itself, for the positive and the negative side.
 
-    Several texts of a side are averaged, and so are several shots, spans included; where a side has both, its embedding
-    is `alpha` · audio + (1 − `alpha`) · text (paper, Eq. 3). At least one side must be given. A single text, shot or
-    span may be given as it is, without a list around it.
+    Several texts of a side are averaged, and so are several shots, spans included. If a side has both, its embedding is
+    `alpha` · audio + (1 − `alpha`) · text (paper, Eq. 3). Give at least one side. A single text, shot or span needs no
+    list.
 
-    Raises `QueryError` for an empty text, an `alpha` outside [0, 1], an empty span, no query at all, and for what is
-    neither a text, a shot nor a span.
+    Raises `QueryError` for an empty text, an `alpha` outside [0, 1], an empty span, no query at all, and for values
+    that are neither a text, a shot nor a span.
     """
 
     pos: tuple[str, ...]
@@ -167,7 +167,7 @@ def _name(shot: Shot) -> str:
 def check_targets(targets: object) -> Mapping[str, Query]:
     """Return the targets of a run by name: `targets` itself, or a single query as "target".
 
-    Raises `QueryError` for none, for more than `MAX_TARGETS`, and for what is no query.
+    Raises `QueryError` for none, for more than `MAX_TARGETS`, and for values that are no query.
     """
     if isinstance(targets, Query):
         return {TARGET: targets}
@@ -177,7 +177,7 @@ def check_targets(targets: object) -> Mapping[str, Query]:
         raise QueryError("no target: give a query, or one for each name")
     if len(targets) > MAX_TARGETS:
         raise QueryError(
-            f"{len(targets)} targets: one run separates at most {MAX_TARGETS}; share them out over several"
+            f"{len(targets)} targets: one run separates at most {MAX_TARGETS}; split them over several runs"
         )
     return targets
 
@@ -229,7 +229,7 @@ def parse_time(text: str) -> float:
         raise QueryError(f"{text!r} is not a time: give seconds (83.5), m:s (1:23.5) or h:m:s (1:02:03)")
     hours, minutes, seconds = match["h"], match["m"], float(match["s"])
     if (minutes is not None and seconds >= 60) or (hours is not None and int(minutes) >= 60):
-        raise QueryError(f"{text!r} is not a time: what follows a colon lies below 60")
+        raise QueryError(f"{text!r} is not a time: minutes and seconds after a colon must be below 60")
     return int(hours or 0) * 3600.0 + int(minutes or 0) * 60.0 + seconds
 
 

@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Traits:
-    """Describes a family as far as that is possible without torch; `families` holds the rest.
+    """Describes a family without torch; `families` has the rest.
 
     Attributes:
         parts: its networks, each a file on disk.
         takes: the kinds of queries it takes: "text", "audio", "negatives", "prompts".
-        presets: names of the recipes that train it; the first is the one to go on from a model with.
-        tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" where there is none.
+        presets: names of the recipes that train it; the first one trains a model further.
+        tokenizer: file of the released text encoder's tokenizer, below the bundled weights; "" for none.
     """
 
     parts: tuple[str, ...]
@@ -52,7 +52,7 @@ class HubFile:
     """A file on the Hugging Face Hub to download.
 
     Its `size` in bytes, its SHA-256 in hex and a commit (`revision`) are pinned. The hash that the Hub states for that
-    commit is believed, too. `repo_type` is "model" or "space".
+    commit is accepted, too. `repo_type` is "model" or "space".
     """
 
     repo: str
@@ -91,7 +91,7 @@ class HubFile:
 
 @dataclass(frozen=True, kw_only=True)
 class WebFile:
-    """A file at an HTTPS address to download, pinned by its content alone; properties as of `HubFile`."""
+    """A file at an HTTPS address to download, pinned by its content; with the properties of `HubFile`."""
 
     url: str
     size: int
@@ -123,7 +123,7 @@ Remote = HubFile | WebFile
 
 @dataclass(frozen=True)
 class Entry:
-    """Describes a model that has a name: a bundled one (`remotes` is empty), or one converted from `remotes`."""
+    """Describes a named model: a bundled one (`remotes` is empty), or one converted from `remotes`."""
 
     name: str
     family: str
@@ -242,17 +242,19 @@ PREFERRED, BUNDLED = "clapsep", "mini"
 
 
 def weights_folder() -> Path:
-    """Return the folder of the bundled weights: in the installed package, or at the top of a checkout."""
-    package = Path(__file__).parent
-    installed = package / "weights"
-    return installed if installed.is_dir() else package.parent / "weights"
+    """Return the folder of the bundled weights."""
+    return _bundled("weights")
 
 
 def examples_folder() -> Path:
-    """Return the folder of the example recordings, likewise."""
+    """Return the folder of the example recordings."""
+    return _bundled("examples")
+
+
+def _bundled(name: str) -> Path:
+    """Return a folder of the installed package, or of the top of a checkout."""
     package = Path(__file__).parent
-    installed = package / "examples"
-    return installed if installed.is_dir() else package.parent / "examples"
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def home() -> Path:

@@ -1,4 +1,4 @@
-"""Sets up the process: its standard streams, threads before torch is imported, and memory; tells what is free of it."""
+"""Sets up the process: standard streams, threads before torch is imported, and memory."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-# Of a waiting OpenMP thread, before it sleeps. On two cores as fast as the default (300,000) when the machine is free;
-# with another process on one of them, the default makes everything 3 to 8 times slower, and this 2 times.
+# Spins of a waiting OpenMP thread before it sleeps. On two free cores as fast as the default (300,000). If another
+# process uses one of the cores, the default makes everything 3 to 8 times slower, and this only 2 times.
 SPINS = 3000
 
 # Of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = 2**31 - 1
 
-UNKNOWN_BYTES = 2**33  # assumed where the system does not tell
+UNKNOWN_BYTES = 2**33  # free memory that is assumed if the system does not report it
 
 
 def prepare() -> None:
-    """Choose how threads wait for each other, unless the user's environment says."""
+    """Set how long threads wait for each other, unless the user's environment does."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-    # NumPy only measures levels. With a thread on each core it waits beside the model's workers: ten minutes of stereo
-    # took 13 s in place of 10 on two cores, and a third more processor time.
+    # NumPy only measures levels. Its threads, one on each core, would wait beside the model's workers: ten minutes of
+    # stereo took 13 s instead of 10 on two cores, and a third more processor time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def replace_closed_streams() -> io.StringIO | None:
-    """Give standard streams that are closed (`>&-`) a stand-in, so that no file that is opened gets their number.
+    """Replace closed standard streams (`>&-`), so that no opened file gets their number.
 
     Returns:
-        What stands in for stdout, if that is closed: it holds what could not be printed.
+        The replacement of stdout if it is closed; it holds the output that could not be printed.
     """
     for number in (0, 1, 2):
         try:
@@ -51,8 +51,8 @@ def replace_closed_streams() -> io.StringIO | None:
 
 
 def set_threads(count: int | None) -> None:
-    """Import torch and compute with so many threads; by default with as many as there are cores for this process."""
-    gc.disable()  # importing makes no garbage, and looking for it takes a twelfth of that time
+    """Import torch, and set its number of threads; by default that is the number of cores of this process."""
+    gc.disable()  # importing makes no garbage, and searching for it takes a twelfth of the time
     try:
         import torch
     finally:
@@ -63,9 +63,9 @@ def set_threads(count: int | None) -> None:
 
 
 def keep_memory() -> None:
-    """Keep what is freed for the next step of training, which needs just as much: a step takes a tenth less on a CPU.
+    """Keep freed memory for the next step of training, which needs as much: saves a tenth of a step on a CPU.
 
-    Otherwise glibc gives large pieces back to the system, and each step waits for them to be mapped and cleared anew.
+    By default glibc returns large blocks to the system, and each step waits until they are mapped and cleared again.
     """
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
@@ -74,7 +74,7 @@ def keep_memory() -> None:
 
 
 def free_bytes(system: Path = Path("/")) -> int:
-    """Return the memory that is left to this process, within its container's limit, in bytes.
+    """Return the free memory of this process, within its container's limit, in bytes.
 
     Args:
         system: where the system's `proc` and `sys` are mounted.
@@ -83,7 +83,7 @@ def free_bytes(system: Path = Path("/")) -> int:
     with suppress(OSError, ValueError):
         told = re.search(r"^MemAvailable:\s+(\d+) kB", (system / "proc/meminfo").read_text(), re.M)
         known += [int(told[1]) * 1024] if told else []
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+    with suppress(OSError, ValueError):  # "max" for no limit
         group = system / "sys/fs/cgroup"
         used = int((group / "memory.current").read_text())
         known.append(int((group / "memory.max").read_text()) - used)

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from clapsep_cli.errors import ManifestError, OutputError
-from clapsep_cli.files import replacing
+from clapsep_cli.errors import ManifestError
+from clapsep_cli.files import writing
 
 MAX_FAULTS_SHOWN = 10
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -83,12 +83,8 @@ def check_faults(path: Path, faults: Sequence[str]) -> None:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV, whole or not at all, and its folder if there is none. Raises `OutputError`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    """Write a CSV, completely or not at all, and its folder if there is none. Raises `OutputError`."""
+    with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)

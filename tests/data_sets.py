@@ -7,9 +7,10 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from zipfile import ZipFile, ZipInfo
 
+import pytest
 import soundfile
 from hub_server import HubServer
 from recordings import noise
@@ -74,13 +75,16 @@ def fsd() -> dict[str, bytes]:
     return {f"FSDKaggle2018.{name}.zip": zipped(content) for name, content in files.items()}
 
 
-def serve_data_sets(server: HubServer, scratch: Path) -> None:
-    """Serve all of them at their addresses' paths."""
+def serve_data_sets(server: HubServer, patch: pytest.MonkeyPatch) -> None:
+    """Serve all of them at their addresses' paths, with the SHA-256 of the stand-in where one is known."""
     (github,) = DATA_SETS["esc50"].parts
     server.add_plain(github.url.removeprefix("https://github.com"), esc50())
     serve_record(server, DATA_SETS["fsdkaggle2018"].record, fsd())
     songs = {f"test/A - Song/{stem}.wav": sound(60 + n) for n, stem in enumerate(("mixture", *STEMS))}
-    serve_record(server, DATA_SETS["musdb18-hq"].record, {"musdb18hq.zip": zipped(songs)})
+    musdb, archive = DATA_SETS["musdb18-hq"], zipped(songs)
+    serve_record(server, musdb.record, {"musdb18hq.zip": archive})
+    sha256 = {"musdb18hq.zip": hashlib.sha256(archive).hexdigest()}
+    patch.setitem(DATA_SETS, "musdb18-hq", replace(musdb, sha256=sha256))
     for part, first in zip(DATA_SETS["audiocaps"].parts, (0, 9, 2), strict=True):
         videos = VIDEOS[first : first + 2]
         rows = [(n, video, 30, f"Sound {video}; and {n}") for n, video in enumerate((*videos, *videos[:1]))]

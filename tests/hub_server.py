@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import re
 import socket
 import struct
@@ -23,6 +24,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 RESOLVE = re.compile(r"/(?P<type>spaces/|datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+API = re.compile(
+    r"/api/(?P<type>models|spaces|datasets)/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/main(/(?P<path>.*))?)?"
+)
 PREFIXES = {"model": "", "space": "spaces/", "dataset": "datasets/"}
 BLOCK = 16 * 1024
 
@@ -138,6 +142,32 @@ class HubServer:
                 return file, key[2]
         return None
 
+    def told(self, target: str) -> Any:
+        """What the Hub's API tells of a repository's revision `main`, or of a folder in it; None for others."""
+        url = urlsplit(target)
+        match = API.fullmatch(unquote(url.path))
+        if match is None:
+            return None
+        asked = PREFIXES[match["type"].removesuffix("s")], match["repo"], "main"
+        files = {key[3]: file for key, file in self._files.items() if key[:3] == asked}
+        if not files:
+            return None
+        if match["what"] != "tree":
+            return {"id": match["repo"], "sha": "0" * 40, "siblings": []}
+        folder, deep = match["path"] or "", "recursive=true" in url.query.lower()
+        entries = {}
+        for path, file in files.items():
+            name = path.removeprefix(f"{folder}/") if folder else path
+            if name == path and folder:
+                continue
+            first, *rest = name.split("/")
+            if rest and not deep:
+                below = f"{folder}/{first}".lstrip("/")
+                entries[below] = {"type": "directory", "path": below, "oid": "0" * 40}
+            else:
+                entries[path] = {"type": "file", "path": path, "size": len(file.data), "oid": file.sha256[:40]}
+        return list(entries.values())
+
 
 class _Http(ThreadingHTTPServer):
     daemon_threads = False  # joined when the server closes: no thread outlives a test
@@ -165,6 +195,11 @@ class _Handler(BaseHTTPRequestHandler):
         plain = self.hub.plain(self.path)
         if plain:
             self._answer_plain(plain, body)
+            return
+        if body and (told := self.hub.told(self.path)) is not None:
+            answer = json.dumps(told).encode()
+            self._head(200, {"Content-Length": str(len(answer)), "Content-Type": "application/json"})
+            self.wfile.write(answer)
             return
         if not self.path.startswith("/lfs/") and not RESOLVE.fullmatch(self.path):
             self.hub.asides.append(self.path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.data import Corpus
-from clapsep_cli.store.whole import save_whole
+from clapsep_cli.store.tensors import save_tensors
 from clapsep_cli.training.loop.optimisation import Trapezoid
 from clapsep_cli.training.loop.sampling import Draw, MemoryPool, Sampler
 from clapsep_cli.training.loop.settings import settings
@@ -57,7 +57,7 @@ class LinearTask(Task):
         return {"loss": waveform_loss(self.net(mixtures.view(len(mixtures), -1, 80)).flatten(1), targets)}
 
     def write(self, weights: Weights) -> None:
-        save_whole(weights, self.folder / "linear.safetensors", {})
+        save_tensors(weights, self.folder / "linear.safetensors", {})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from clapsep_cli.models.layers import FEWEST_COLUMNS, WIDE, Kernel
 from clapsep_cli.models.resunet import ShiftedNorm
 from clapsep_cli.store import convert_audiosep as convert_audiosep_module
 from clapsep_cli.store.convert_audiosep import CLAP, SEPARATOR, convert, convert_audiosep
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="takes ../shared/golden")
 

@@ -30,8 +30,8 @@ from clapsep_cli.files import clear_unfinished, unfinished
 from clapsep_cli.jobs import recording
 from clapsep_cli.jobs.batch import MAX_OPEN, run
 from clapsep_cli.jobs.inputs import Input
+from clapsep_cli.jobs.job import Extraction, Failure, Job, Options
 from clapsep_cli.jobs.planning import Todo, lay_out, plan
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, Options
 from clapsep_cli.models.base import TARGETS_AT_ONCE, Conditions, go_on
 from clapsep_cli.separation import Workers
 from clapsep_cli.store.checkpoint import Model
@@ -200,7 +200,7 @@ def test_one_that_fails_fails_alone(tmp_path: Path) -> None:
     failed = {outcome.mixture.name: str(outcome.error) for outcome in done if isinstance(outcome, Failure)}
     assert set(failed) == {"none.wav", "nan.wav", "cut.wav", "asks.wav"}
     assert "sample 50000" in failed["nan.wav"]
-    assert "asked for and left out" in failed["asks.wav"]
+    assert "both a positive and a negative query" in failed["asks.wav"]
     assert sorted(contents(tmp_path / "out")) == sorted(
         f"good{n}.{part}.wav" for n in range(3) for part in ("target", "residual")
     )
@@ -208,7 +208,7 @@ def test_one_that_fails_fails_alone(tmp_path: Path) -> None:
 
 def test_shared_queries_that_cannot_be_used_end_the_run_at_once(tmp_path: Path) -> None:
     items = [(record(tmp_path, f"{n}.wav"), Query("bark", "bark")) for n in range(3)]
-    with pytest.raises(QueryError, match="asked for and left out"):
+    with pytest.raises(QueryError, match="both a positive and a negative query"):
         outcomes(items, Stub(Moody()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

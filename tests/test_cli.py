@@ -322,7 +322,7 @@ def test_pictures_are_refused_before_anything_is_done(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused = clapsep("extract", mix, "--pos", "dog", "--plot", cwd=mix.parent)
     assert refused.returncode == 3
-    assert refused.stderr == 'clapsep: --plot takes matplotlib too: pip install "clapsep[plot]"\n'
+    assert refused.stderr == 'clapsep: --plot needs matplotlib: pip install "clapsep[plot]"\n'
     assert list(mix.parent.iterdir()) == [mix]
 
 

@@ -19,7 +19,7 @@ from clapsep_cli.models.base import condition
 from clapsep_cli.store.checkpoint import Model, read_metadata
 from clapsep_cli.store.convert_clapsep import convert, convert_clapsep
 from clapsep_cli.store.released import read_checkpoint
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 
 
 def test_released_nesting_to_a_model_that_runs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile, ZipInfo
 
 import pytest
@@ -24,9 +25,9 @@ from clapsep_cli.tables import read_table
 
 
 @pytest.fixture
-def server(served: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+def server(served: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     monkeypatch.setattr(download, "PAUSES_S", (0.0,))
-    serve_data_sets(served, tmp_path)
+    serve_data_sets(served, monkeypatch)
     return served
 
 
@@ -84,7 +85,7 @@ def test_stems_and_captions_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"checksum": f"md5:{'0' * 32}"}, "is not what its server states: expected"),
+        ({"checksum": f"md5:{'0' * 32}"}, "is not what is stated of it: expected MD5"),
         ({"size": 5}, "longer than the 5 bytes"),
         ({"size": 10**12}, r"needed|ended after|could not be downloaded"),
         ({"checksum": "sha1:0"}, "does not state"),
@@ -98,6 +99,28 @@ def test_what_its_server_states_otherwise_is_refused(
     with pytest.raises((DownloadError, OutputError), match=said):
         fetch("fsdkaggle2018", tmp_path / "fsd")
     assert not list((tmp_path / "fsd").iterdir())
+
+
+def test_a_known_archive_is_read_once_and_another_refused(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sha256,) = DATA_SETS["musdb18-hq"].sha256.values()
+    reads: list[str] = []
+    monkeypatch.setattr(Path, "open", _noting(Path.open, reads))
+    assert fetch("musdb18-hq", tmp_path / "musdb")[0] == {"musdb18hq.zip": sha256}
+    assert len([name for name in reads if "musdb18hq.zip" in name]) == 1
+    serve_record(server, DATA_SETS["musdb18-hq"].record, {"musdb18hq.zip": zipped({"other": b"x"})})
+    with pytest.raises(DownloadError, match=f"is not what is stated of it: expected SHA-256 {sha256}, got"):
+        fetch("musdb18-hq", tmp_path / "other")
+
+
+def _noting(call: Callable[..., Any], reads: list[str]) -> Callable[..., Any]:
+    def opened(path: Path, mode: str = "r", *rest: Any, **settings: Any) -> Any:
+        if "r" in mode:
+            reads.append(str(path))
+        return call(path, mode, *rest, **settings)
+
+    return opened
 
 
 def _link(packed: ZipFile) -> None:

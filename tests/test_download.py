@@ -276,7 +276,7 @@ def test_a_lock_waits_and_says_so() -> None:
     assert process.stdout
     process.stdout.readline()
     with download.lock("x", said.append):
-        assert said == ["waiting for another clapsep, which is at work on x"]
+        assert said == ["waiting for another clapsep process that installs x"]
     process.communicate()
 
 

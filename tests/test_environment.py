@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import clapsep_cli
-from clapsep_cli.cli.environment import environment
+from clapsep_cli.cli.env import environment
 from clapsep_cli.store import library
 
 

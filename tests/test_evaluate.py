@@ -24,7 +24,7 @@ from clapsep_cli.data import Clip
 from clapsep_cli.errors import AudioError, ClapsepError, ManifestError, OutputError
 from clapsep_cli.evaluation import evaluate as module
 from clapsep_cli.evaluation import prompted as prompts
-from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_into
+from clapsep_cli.evaluation.evaluate import EvaluationOptions, evaluate, provenance
 from clapsep_cli.evaluation.mixtures import (
     EvaluationSet,
     Mixture,
@@ -38,7 +38,7 @@ from clapsep_cli.evaluation.mixtures import (
     write_mixtures,
 )
 from clapsep_cli.evaluation.prompted import read_parts
-from clapsep_cli.evaluation.scores import Score, by_label, presence, summary
+from clapsep_cli.evaluation.scores import Score, by_label, presence, resumed, summary
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.query import Excerpt
 from clapsep_cli.store.checkpoint import Model, save_part
@@ -245,7 +245,11 @@ def test_a_list_may_name_a_silent_shot_and_one_caption_twice(half: Model, folder
 def test_a_killed_run_goes_on_to_the_same_bytes(half: Model, folder: Path, rows: list[Mixture], tmp_path: Path) -> None:
     def run(path: Path, options: EvaluationOptions = EvaluationOptions(), stop: int = 99) -> list[Score]:
         found = []
-        for n, scores in enumerate(evaluate_into(path, half, EvaluationSet(rows, folder), options)):
+        data = EvaluationSet(rows, folder)
+        kinds = [list(options.queries(row, data)) for row in rows]
+        settings = provenance(half, data, options)
+        kept = resumed(path, settings, rows, kinds, lambda start: evaluate(half, data, options, start))
+        for n, scores in enumerate(kept):
             found += scores
             if n + 1 == stop:
                 break

@@ -97,11 +97,11 @@ def test_what_is_damaged_is_taken_leniently_with_a_warning(stub: Callable[..., D
     mix.write_bytes(whole[: len(whole) - RATE])
     done = stub("mix.wav", "--pos", "dog")
     assert done.returncode == 1
-    assert "--lenient takes what there is" in done.stderr
+    assert "--lenient reads the rest" in done.stderr
     assert names(mix.parent) == ["mix.wav"]
     done = stub("mix.wav", "--pos", "dog", "--lenient", "--json")
     assert done.returncode == 0
-    assert "the last 0.25 s are missing; took what there is" in done.stderr
+    assert "the last 0.25 s are missing; the rest was read" in done.stderr
     assert "the last 0.25 s are missing" in json.loads(done.stdout)["notes"][0]
     assert len(read(mix.with_name("mix.target.wav"))) == 2.75 * RATE
     for more in ([], ["--lenient"]):  # what is sound does not depend on it

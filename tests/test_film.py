@@ -111,6 +111,18 @@ def test_a_lossy_track_keeps_its_length_and_place(
     assert packets(tmp_path / f"film.residual{Path(name).suffix}", "video") == packets(tmp_path / name, "video")
 
 
+def test_surround_at_the_sides_stays_surround_in_m4a(run: Callable[..., Done], tmp_path: Path) -> None:
+    make_film(tmp_path / "film.mkv", "ac3", 6)
+    with av.open(str(tmp_path / "film.mkv")) as film:
+        assert film.streams.audio[0].layout.name == "5.1(side)"
+    assert run("film.mkv", "-f", "m4a", "--no-residual").returncode == 0
+    with av.open(str(tmp_path / "film.target.m4a")) as part:
+        assert part.streams.audio[0].layout.name == "5.1"
+    before, after = (sound(tmp_path / name)[:, 20_000:100_000] for name in ("film.mkv", "film.target.m4a"))
+    for channel in (0, 1, 2, 4, 5):  # the one for low frequencies is cut off
+        assert int(np.argmax(np.abs(before @ after[channel]))) == channel
+
+
 def test_only_the_chosen_track_is_replaced(run: Callable[..., Done], tmp_path: Path) -> None:
     make_film(tmp_path / "film.mkv", "flac", 2, further=1)
     assert run("film.mkv", "--remux", "--stream", "2", "--no-residual").returncode == 0
@@ -120,14 +132,14 @@ def test_only_the_chosen_track_is_replaced(run: Callable[..., Done], tmp_path: P
 
 
 def test_films_are_recognised_as_done_and_as_outputs(run: Callable[..., Done], tmp_path: Path) -> None:
-    for name, codec in (("film.mkv", "flac"), ("clip.mp4", "aac"), ("take.mov", "aac")):
+    for name, codec in (("film.mkv", "flac"), ("clip.mp4", "aac"), ("take.mov", "aac"), ("old.avi", "mp3")):
         make_film(tmp_path / name, codec, 2)
     assert run(".", "--remux", "--skip-existing", "--filename", "{stem}-{part}.{ext}").returncode == 0
     again = run(".", "--remux", "--skip-existing", "--filename", "{stem}-{part}.{ext}")
-    assert "3 recordings: 3 done before" in again.stdout, again.stdout + again.stderr
+    assert "4 recordings: 4 done before" in again.stdout, again.stdout + again.stderr
     (tmp_path / "clip-target.mp4").unlink()
     some = run(".", "--remux", "--skip-existing", "--filename", "{stem}-{part}.{ext}")
-    assert "1 done, 2 done before" in some.stdout
+    assert "1 done, 3 done before" in some.stdout
 
 
 def test_films_of_a_store_are_written_there(run: Callable[..., Done], tmp_path: Path) -> None:

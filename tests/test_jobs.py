@@ -29,7 +29,7 @@ from clapsep_cli.jobs import resume
 from clapsep_cli.jobs.inputs import STDIN, Input, expand
 from clapsep_cli.jobs.outputs import NAME_BYTES, QUERY_BYTES, check_outputs, output_paths, safe_name
 from clapsep_cli.jobs.requests import parse_target, parse_targets, read_requests
-from clapsep_cli.jobs.resume import finished, in_the_way, signature
+from clapsep_cli.jobs.resume import finished, first_conflict, signature
 from clapsep_cli.query import Query, parse_span, parse_time
 
 CELLS = [*'*[@-",;\n\r\\é', "**", "..", "file", "pos", "neg", "query_audio", "a.wav"]
@@ -558,7 +558,7 @@ def test_finished_means_all_of_it_for_the_same_key(tree: Callable[..., None], mo
         return finished(map(Path, paths), key)
 
     def obstacle(*paths: str) -> Path | None:
-        return in_the_way(map(Path, paths), key)
+        return first_conflict(map(Path, paths), key)
 
     assert done("a", "b")
     for path in ("c", "d", "e", "bad"):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "clapsep_cli"
 # Rooms from the ground up: a module imports from rooms listed before its own, and within its own room from sets listed
 # before its own. "" is the package's own folder; what lies on the ground there is open to all.
 ROOMS: list[tuple[str, list[set[str]]]] = [
-    ("", [{"dsp", "errors", "files", "metrics", "registry", "startup", "version"}, {"query", "tables"}]),
+    ("", [{"dsp", "errors", "metrics", "registry", "startup", "version"}, {"files"}, {"query", "tables"}]),
     (
         "audio",
         [
@@ -39,7 +39,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "store",
         [
-            {"download", "whole"},
+            {"download", "tensors"},
             {"checkpoint"},
             {"adapters", "released"},
             {"convert_clapsep", "convert_tuss", "library"},
@@ -55,7 +55,7 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"inputs"},
             {"outputs"},
             {"resume"},
-            {"tasks"},
+            {"job"},
             {"exchange"},
             {"recording", "requests"},
             {"batch", "results", "watch"},
@@ -63,9 +63,9 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
             {"ray_engine"},
         ],
     ),
-    ("page", [{"overview", "wishes"}, {"session"}, {"server"}]),
+    ("page", [{"overview", "requests"}, {"session"}, {"server"}]),
     ("", [{"data"}]),
-    ("evaluation", [{"mixtures"}, {"datasets", "scores"}, {"compare", "evaluate"}, {"external", "prompted", "report"}]),
+    ("evaluation", [{"mixtures"}, {"datasets", "scores"}, {"evaluate"}, {"external", "prompted", "report"}]),
     (
         "training.loop",
         [
@@ -87,10 +87,10 @@ ROOMS: list[tuple[str, list[set[str]]]] = [
     (
         "cli",
         [
-            {"environment", "terminal"},
-            {"embed", "mixtures", "models", "options", "scoring"},
-            {"results", "run", "ui"},
-            {"evaluate", "extract", "hear", "separate", "train"},
+            {"terminal"},
+            {"options", "score_tables"},
+            {"embed", "env", "evaluate", "mixtures", "models", "results", "run", "ui"},
+            {"extract", "hear", "separate", "train"},
             {"demo"},
             {"app"},
         ],

@@ -35,7 +35,7 @@ from clapsep_cli.registry import MODELS, HubFile, WebFile
 from clapsep_cli.store import checkpoint, download, library
 from clapsep_cli.store.checkpoint import CachedTexts, Model, load_part, read_metadata, save_part
 from clapsep_cli.store.download import amount
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 
 LICENCE = "LAION-CLAP CC0; the separator's weights state none (its code: MIT)"
 

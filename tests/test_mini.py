@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from clapsep_cli import Query, dsp, extract, load_model, separate
 from clapsep_cli.errors import ModelError, QueryError
 from clapsep_cli.families.base import load_family
-from clapsep_cli.jobs.tasks import Options
+from clapsep_cli.jobs.job import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models import trunk
 from clapsep_cli.models.base import MaskSeparator, condition

@@ -93,7 +93,7 @@ def test_the_way_of_a_model_from_a_plain_address(
     assert clapsep("models", "path", "alone", cwd=tmp_path).stdout == f"{folder}\n"
     kept = home / "downloads" / entry.remotes[0].sha256[:12] / "model.pth"
     sound = clapsep("models", "verify", "alone", cwd=tmp_path)
-    assert sound.stdout == f"{folder / 'separator.safetensors'}: sound\n{kept}: sound\n"
+    assert sound.stdout == f"{folder / 'separator.safetensors'}: intact\n{kept}: intact\n"
     kept.write_bytes(kept.read_bytes()[:-1] + b"?")
     damaged = clapsep("models", "verify", "alone", cwd=tmp_path)
     assert damaged.returncode == 3
@@ -138,7 +138,7 @@ def test_rm_takes_what_a_broken_download_left(server: HubServer, clapsep: Clapse
     assert below(tmp_path / "home") == set()
     again = clapsep("models", "rm", "alone", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (3, "")
-    assert again.stderr == "clapsep: there is nothing of alone here: clapsep models list shows what there is\n"
+    assert again.stderr == "clapsep: there is nothing of alone here: clapsep models list shows all models\n"
 
 
 class Evil:

@@ -31,6 +31,7 @@ from clapsep_cli.families.base import load_family
 from clapsep_cli.jobs import batch
 from clapsep_cli.models.tuss import Tuss
 from clapsep_cli.store import adapters, library
+from clapsep_cli.training.loop import train  # noqa: F401  imports the real `load_model`, which tests replace
 
 Observed = dict[str, Any]
 LIBRARYS_OWN = {"--help", "--install-completion", "--show-completion"}  # typer's

@@ -41,9 +41,9 @@ from clapsep_cli.errors import ClapsepError, ClapsepWarning, OutputError, QueryE
 from clapsep_cli.jobs import batch
 from clapsep_cli.page import session as sessions
 from clapsep_cli.page.overview import BANDS, look
+from clapsep_cli.page.requests import Request, command_line, presence_in_words
 from clapsep_cli.page.server import Page
 from clapsep_cli.page.session import Session
-from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
 from clapsep_cli.store import library
 
 ROOT = Path(__file__).parents[1]
@@ -101,8 +101,8 @@ class Running:
     def opened(self) -> Any:
         return self.until(lambda state: state["recording"]["state"] != "working")["recording"]
 
-    def extract(self, wish: dict[str, Any]) -> Answer:
-        return self.ask("POST", "/api/attempts", json.dumps({"model": self.session.chosen, **wish}))
+    def extract(self, request: dict[str, Any]) -> Answer:
+        return self.ask("POST", "/api/attempts", json.dumps({"model": self.session.chosen, **request}))
 
     def attempt(self) -> Any:
         """The last attempt once it has ended."""
@@ -392,11 +392,11 @@ def test_a_model_that_takes_words_alone_says_so(audiosep_folder: Path, mix: Path
         server.ask("POST", "/api/recording", mix.read_bytes(), **{"X-Name": "mix.wav"})
         server.opened()
         assert {"name": str(audiosep_folder), "here": True, "takes": ["text"]} in server.state["models"]
-        for wish, said in (
+        for request, said in (
             (DOG, "takes no negative queries"),
             ({"targets": [{"name": "target", "texts": ["dog"], "spans": [[0, 0.2]]}]}, "takes no recordings"),
         ):
-            refused = server.extract(wish)
+            refused = server.extract(request)
             assert (refused.status, said in refused.json["error"]) == (400, True)
         assert not server.state["attempts"], "nothing was begun"
         assert server.extract({"targets": DOG["targets"]}).status == 200
@@ -509,7 +509,7 @@ def test_a_lossy_recording_gives_parts_of_its_own_format(running: Running, tmp_p
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "asked",
     [
         "no JSON",
         "[" * 100_000,
@@ -541,8 +541,8 @@ def test_a_lossy_recording_gives_parts_of_its_own_format(running: Running, tmp_p
         {**DOG, "model": "/etc"},
     ],
 )
-def test_what_cannot_be_asked_is_told_in_a_line(wish: Any, ready: Running) -> None:
-    told = {"model": ready.session.chosen, **wish} if isinstance(wish, dict) else wish
+def test_what_cannot_be_asked_is_told_in_a_line(asked: Any, ready: Running) -> None:
+    told = {"model": ready.session.chosen, **asked} if isinstance(asked, dict) else asked
     refused = ready.ask("POST", "/api/attempts", told if isinstance(told, str) else json.dumps(told))
     assert refused.status == 400
     assert 10 < len(refused.json["error"]) < 200
@@ -666,17 +666,17 @@ SAME: list[tuple[list[Any], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("targets", "leave", "command"), SAME)
 def test_the_command_line_says_the_same(targets: Any, leave: Any, command: str) -> None:
-    wish = Wish.read(json.dumps({"model": "mini", "targets": targets, "leave": leave}), SHOTS)
-    made = command_line(wish, SHOTS, "mix.wav", "wav", "auto")
+    request = Request.read(json.dumps({"model": "mini", "targets": targets, "leave": leave}), SHOTS)
+    made = command_line(request, SHOTS, "mix.wav", "wav", "auto")
     assert made == f"clapsep extract mix.wav {command} --model mini"
 
 
 def test_odd_names_of_recordings_in_the_command_line() -> None:
-    wish = Wish.read(json.dumps({"model": "mini", **DOG}), {})
+    request = Request.read(json.dumps({"model": "mini", **DOG}), {})
     for given, shown in (("-", "./-"), ("--x.wav", "./--x.wav"), ("@a.wav", "./@a.wav"), ("a b.flac", "a b.flac")):
-        assert shlex.split(command_line(wish, {}, given, "flac", "cpu"))[2] == shown
+        assert shlex.split(command_line(request, {}, given, "flac", "cpu"))[2] == shown
     with pytest.raises(QueryError):
-        Wish.read(json.dumps({"model": "mini", "targets": [{"name": "target"}]}), {})
+        Request.read(json.dumps({"model": "mini", "targets": [{"name": "target"}]}), {})
 
 
 def test_presence_in_words() -> None:
@@ -785,7 +785,7 @@ def test_what_is_missing_is_named(clapsep: Clapsep, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("clapsep_cli.cli.ui.find_spec", lambda name: None if name == "uvicorn" else found(name))
     done = clapsep("ui", cwd=tmp_path)
     assert done.returncode == 3
-    assert 'takes uvicorn too: pip install "clapsep[ui]"' in done.stderr
+    assert 'needs uvicorn: pip install "clapsep[ui]"' in done.stderr
 
 
 def test_the_address_is_opened_and_printed(
@@ -815,4 +815,4 @@ def test_static_files_name_nothing_outside() -> None:
 
 def test_errors_are_of_the_one_tree() -> None:
     with pytest.raises(ClapsepError):
-        Wish.read('{"model": "mini"}', {})
+        Request.read('{"model": "mini"}', {})

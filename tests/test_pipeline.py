@@ -19,7 +19,7 @@ from stand_ins import Moody
 
 from clapsep_cli import Query, extract, load_model, separate
 from clapsep_cli.errors import AudioError, CheckpointError, DeviceError, ModelError, OutputError, QueryError, UsageError
-from clapsep_cli.jobs.tasks import Options
+from clapsep_cli.jobs.job import Options
 from clapsep_cli.models.base import Conditions
 from clapsep_cli.separation import stream
 from clapsep_cli.store.checkpoint import Model

@@ -159,5 +159,5 @@ def test_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
     check_installed()
     monkeypatch.setitem(sys.modules, "librosa", None)
-    with pytest.raises(ExtraError, match=r'takes librosa too: pip install "clapsep\[plot\]"'):
+    with pytest.raises(ExtraError, match=r'needs librosa: pip install "clapsep\[plot\]"'):
         check_installed()

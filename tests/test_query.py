@@ -52,7 +52,7 @@ def test_spans_become_stretches_of_the_mixture_on_their_own_sides() -> None:
         ({"pos": "dog", "neg": ["rain", ""]}, "a text of --neg is empty"),
         ({"pos": "dog", "alpha": 1.01}, "--alpha is 1.01"),
         ({"neg_spans": [(2.0, 2.0)]}, "--neg-span 2-2: ends before it begins"),
-        ({"pos": 3}, "pos: is a text, or a list of such, not 3"),
+        ({"pos": 3}, "pos: is a text, or a list of them, not 3"),
         ({"pos": None}, "pos: is a text"),
         (
             {"pos_audio": np.zeros(9)},

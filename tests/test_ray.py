@@ -107,37 +107,30 @@ def workers(parent: int) -> list[Any]:
     return [one for one in below if "MapWorker" in "".join(one.cmdline()[:1])]
 
 
-def test_a_killed_driver_is_run_again(place: Path) -> None:
-    process = command(place, "again", "--engine", "ray", "--workers", "2")
-    until(lambda: written(place, "again") >= COUNT // 2, process)
-    process.kill()
-    process.wait()
-    before = written(place, "again")
-    began = time.monotonic()
-    assert command(place, "again", "--engine", "ray", "--workers", "2").wait(WAIT) == 0
-    after = statuses(place, "again")
-    note(place, f"driver killed after {before}, again: {dict(after)}", time.monotonic() - began)
-    assert after.total() == COUNT
-    assert after["skipped"] >= COUNT // 2 - 2
-    same(place, "again")
-
-
-def test_a_bad_file_fails_alone_and_sigterm_stops(place: Path) -> None:
+def test_a_stopped_and_a_killed_driver_are_run_again_and_a_bad_file_fails_alone(place: Path) -> None:
+    line = "again", "--engine", "ray", "--workers"
     (place / "rec" / "bad.wav").write_bytes(b"RIFF")
     try:
-        process = command(place, "bad", "--engine", "ray", "--workers", "1")
-        until(lambda: written(place, "bad") >= 2, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(WAIT) == 130
-        first = written(place, "bad")
-        assert not [name for name in names(place / "bad") if name.endswith(".partial")]
-        assert command(place, "bad", "--engine", "ray", "--workers", "2").wait(WAIT) == 1
+        stopped = command(place, *line, "1")
+        until(lambda: written(place, "again") >= 2, stopped)
+        stopped.send_signal(signal.SIGTERM)
+        assert stopped.wait(WAIT) == 130
+        assert not [name for name in names(place / "again") if name.endswith(".partial")]
+        killed = command(place, *line, "2")
+        until(lambda: written(place, "again") >= COUNT // 2, killed)
+        killed.kill()
+        killed.wait()
+        before, began = written(place, "again"), time.monotonic()
+        assert command(place, *line, "2").wait(WAIT) == 1
     finally:
         (place / "rec" / "bad.wav").unlink()
-    assert statuses(place, "bad")["failed"] == 1
-    assert statuses(place, "bad")["skipped"] == first
-    assert "rec/bad.wav: " in (place / "bad.err").read_text()
-    same(place, "bad")
+    after = statuses(place, "again")
+    note(place, f"driver killed after {before}, again: {dict(after)}", time.monotonic() - began)
+    assert after.total() == COUNT + 1
+    assert after["failed"] == 1
+    assert after["skipped"] >= COUNT // 2 - 2
+    assert "rec/bad.wav: " in (place / "again.err").read_text()
+    same(place, "again")
 
 
 def test_a_killed_worker_and_a_killed_node_cost_their_chunks_alone(place: Path, cluster: Any) -> None:

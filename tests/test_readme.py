@@ -180,9 +180,8 @@ def test_every_shell_line_runs(section: str, place: Path, clapsep: Clapsep) -> N
 RECIPES = (ROOT / "RECIPES.md").read_text()
 
 
-def write_archives(place: Path, server: HubServer) -> None:
-    """Small stand-ins of what the recipes begin with, in the layouts of the data sets; archives are served."""
-    serve_data_sets(server, place)
+def write_archives(place: Path) -> None:
+    """Small stand-ins of what the recipes begin with, in the layouts of the data sets."""
 
     def sound(name: str, seed: int, seconds: float = 0.5) -> None:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +200,8 @@ def write_archives(place: Path, server: HubServer) -> None:
 def test_every_recipe_runs_on_stand_ins(
     place: Path, clapsep: Clapsep, served: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_archives(place, served)
+    serve_data_sets(served, monkeypatch)
+    write_archives(place)
     lines = [
         line for block in blocks(RECIPES) for line in ([block.text] if block.language == "python" else block.commands)
     ]

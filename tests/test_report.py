@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clapsep_cli.errors import UsageError
-from clapsep_cli.evaluation.compare import Run, differences
 from clapsep_cli.evaluation.mixtures import Mixture
 from clapsep_cli.evaluation.report import (
     FREQUENCIES,
@@ -35,7 +34,7 @@ from clapsep_cli.evaluation.report import (
     violins,
     write_report,
 )
-from clapsep_cli.evaluation.scores import Score, summary
+from clapsep_cli.evaluation.scores import Run, Score, differences, summary
 
 RNG = np.random.default_rng(0)
 ROWS = [Mixture(f"{n}.wav", "a <dog> & co", "rain.wav", "rain", f"label_{n % 3}", "", "a car") for n in range(12)]

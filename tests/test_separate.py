@@ -23,7 +23,7 @@ from clapsep_cli import Query, extract, load_model
 from clapsep_cli.cli.separate import parts, repeated
 from clapsep_cli.errors import UsageError
 from clapsep_cli.families import tuss
-from clapsep_cli.jobs.tasks import Options
+from clapsep_cli.jobs.job import Options
 from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.models.tuss import Prompted, Tuss

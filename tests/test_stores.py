@@ -25,6 +25,7 @@ import fsspec
 import pytest
 import soundfile
 from conftest import Clapsep, Done, Stub
+from hub_server import HubServer
 from recordings import names, noise
 from stand_ins import Moody
 
@@ -33,9 +34,9 @@ from clapsep_cli.jobs import exchange, planning, ray_engine, watch
 from clapsep_cli.jobs import results as gathered
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input, expand, in_shard
+from clapsep_cli.jobs.job import Extraction, Failure, Options, Outcome, Skipped
 from clapsep_cli.jobs.planning import lay_out, plan
 from clapsep_cli.jobs.stores import Stage
-from clapsep_cli.jobs.tasks import Extraction, Failure, Options, Outcome, Skipped
 from clapsep_cli.store import library
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -429,6 +430,27 @@ def test_recordings_and_queries_come_from_the_web(
     assert (gone.returncode, f"{web}/rec/gone.wav: no such file" in gone.stderr) == (1, True)
 
 
+def test_recordings_come_from_the_hub(
+    stub: Callable[..., Done], recordings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as hub:
+        for name in recordings:
+            hub.add_file("lab/rec", "dataset", "main", f"in/{name}", (tmp_path / "rec" / name).read_bytes())
+        client = {"endpoint": hub.url, "token": False, "skip_instance_cache": True}
+        monkeypatch.setitem(fsspec.config.conf, "hf", client)
+        line = ("-r", "hf://datasets/lab/rec/in", "--query-audio", "hf://datasets/lab/rec/in/a.wav", "-o", "out")
+        first, again = (stub(*line, "--json", "--skip-existing") for _ in range(2))
+        gone = stub("hf://datasets/lab/rec/in/gone.wav", "--pos", "dog", "-o", "out")
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+    assert {json.loads(row)["status"] for row in again.stdout.splitlines()} == {"skipped"}
+    assert stub("-r", "rec", "--query-audio", "rec/a.wav", "-o", "plain").returncode == 0
+    assert names(tmp_path / "plain")
+    for name in names(tmp_path / "plain"):
+        theirs, own = (soundfile.read(tmp_path / folder / name)[0] for folder in ("out", "plain"))
+        assert theirs.tobytes() == own.tobytes()
+    assert (gone.returncode, gone.stderr.count("\n")) == (1, 1), gone.stderr
+
+
 def test_a_model_comes_from_a_store(
     clapsep: Clapsep, memory: Any, recordings: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -452,7 +474,7 @@ def test_a_model_comes_from_a_store(
         ("memory://lab/rec", 1, "no recording is in this folder; -r looks below it"),
         ("a.wav -o https://example.com/out", 2, "https://example.com/out/_clapsep: can only be read"),
         ("s3://AKIA:secret@lab/a.wav", 2, "leave credentials to the environment"),
-        ("a.wav --scratch scratch", 2, "--scratch is the folder for what URLs name"),
+        ("a.wav --scratch scratch", 2, "--scratch is for copies of the files at URLs"),
     ],
 )
 def test_wrong_urls_end_in_one_line(

@@ -23,19 +23,19 @@ from clapsep_cli.data import read_clip, read_corpus
 from clapsep_cli.errors import CheckpointError, ModelError, RecipeError, StoppedError
 from clapsep_cli.registry import weights_folder
 from clapsep_cli.store.checkpoint import choose_precision, load_part
-from clapsep_cli.store.whole import copy, read_tensors
+from clapsep_cli.store.tensors import copy, read_tensors
 from clapsep_cli.training.loop.sampling import Draw, MemoryPool, Sampler
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes.augment import Acoustics
 from clapsep_cli.training.recipes.conditions import Mixing, Queries, Texts
-from clapsep_cli.training.recipes.mini import MiniRecipe, SeparatorTask, Stage
+from clapsep_cli.training.recipes.mini import MiniRecipe, SeparatorSettings, SeparatorTask
 
 fabric = pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
 
 BUNDLED = weights_folder() / "mini"
 RECIPE = MiniRecipe(
     draw=Draw(seconds=1.0),
-    separator=Stage(steps=4, batch=2, lr=1e-3, warmup=1),
+    separator=SeparatorSettings(steps=4, batch=2, lr=1e-3, warmup=1),
     report_every=1,
     validate_every=4,
     validation_mixtures=2,
@@ -215,7 +215,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_and_goes_on_exactly(manifes
 def test_a_run_may_be_stopped_while_it_listens(manifest: Path, tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
-    with pytest.raises(StoppedError, match="stopped; the same command goes on"):
+    with pytest.raises(StoppedError, match="stopped; the same command continues"):
         train(manifest, tmp_path, RECIPE, stop=stop)
     assert not (tmp_path / "heard.safetensors").exists()
 
@@ -327,7 +327,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_what_it_saved_before(
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clapsep_cli.store.whole.save_file", save)
+        patch.setattr("clapsep_cli.store.tensors.save_file", save)
         with pytest.raises(KeyboardInterrupt):
             run(manifest, tmp_path)
     assert all(path.suffix == ".partial" for path in saved)
@@ -494,7 +494,7 @@ def test_training_learns(manifest: Path, tmp_path: Path) -> None:
 
     recipe = replace(
         RECIPE,
-        separator=Stage(steps=20, batch=4, lr=1e-2, warmup=5),
+        separator=SeparatorSettings(steps=20, batch=4, lr=1e-2, warmup=5),
         mixing=Mixing(text_only=1.0, absent=0.0, noise=0.0),
         draw=replace(RECIPE.draw, snr_std=0),
         acoustics=Acoustics(eq=0, low_pass=0, high_pass=0, floor=0),

@@ -24,7 +24,7 @@ from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, read_config, read_metadata, save_part
 from clapsep_cli.store.convert_clapsep import convert_clapsep
 from clapsep_cli.store.library import write_tokenizer
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 from clapsep_cli.training.loop.train import Report, Run, train
 from clapsep_cli.training.recipes.clapsep import ClapsepRecipe, ClapsepTask, build
 

@@ -16,7 +16,7 @@ from clips import write_clips
 from linear_recipe import LinearRecipe
 
 from clapsep_cli.errors import DeviceError
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 from clapsep_cli.training.loop.train import Hardware, train
 
 pytest.importorskip("lightning_fabric", reason="training takes the packages of clapsep[train]")
@@ -63,6 +63,6 @@ def test_a_batch_may_be_shared_by_devices_or_computed_in_parts(tmp_path: Path) -
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
     manifest = write_clips(tmp_path)
     for hardware in (Hardware("tpu-of-mine"), Hardware("cpu", "many"), Hardware("cpu", "0")):
-        with pytest.raises(DeviceError, match="cannot train there"):
+        with pytest.raises(DeviceError, match="cannot train on these devices"):
             train(manifest, tmp_path / "out", LinearRecipe(), hardware=hardware)
     assert not (tmp_path / "out").exists()

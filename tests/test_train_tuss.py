@@ -22,7 +22,7 @@ from clapsep_cli.errors import CheckpointError, ManifestError, RecipeError
 from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss
 from clapsep_cli.store.checkpoint import read_metadata, save_part
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.sampling import DiskPool, MemoryPool, open_pool
 from clapsep_cli.training.loop.state import mean_of

@@ -34,7 +34,7 @@ from clapsep_cli.models.locoformer import rotations
 from clapsep_cli.models.prompts import PROMPTS
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig, spectrum, waveform
 from clapsep_cli.store.convert_tuss import convert, convert_tuss
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 
 
 @pytest.fixture(autouse=True)

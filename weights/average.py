@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from clapsep_cli.errors import ModelError
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 
 ENCODERS = ("text.safetensors", "audio.safetensors", "tokenizer.json")
 SEPARATOR = "separator.safetensors"
@@ -25,7 +25,7 @@ def main(first: Path, second: Path, share: float, out: Path) -> None:
     earlier, later = read_tensors(first / SEPARATOR), read_tensors(second / SEPARATOR)
     joined = {name: earlier[name].float().lerp(each.float(), share).to(each.dtype) for name, each in later.items()}
     out.mkdir(parents=True, exist_ok=True)
-    save_whole(joined, out / SEPARATOR, read_notes(second / SEPARATOR))
+    save_tensors(joined, out / SEPARATOR, read_notes(second / SEPARATOR))
     for name in ENCODERS:
         shutil.copyfile(second / name, out / name)
 

@@ -1,7 +1,7 @@
 """Finds damage that decoders miss: libsndfile decodes a truncated file without a warning.
 
-Frames of an MP3 are counted: without the length that some encoders write in front, libsndfile guesses it from the first
-frames; with a wrong one, it stops there.
+The frames of an MP3 are counted. If its encoder wrote no length, libsndfile guesses it from the first frames; if the
+length is wrong, libsndfile stops there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CHAIN = 3  # number of frames in a row that is no chance
 
 
 class Fed:
-    """Presents bytes of a file to libraries in C: `front`, then `spans`. Keeps errors, which cannot pass through C."""
+    """File object for libraries in C: `front`, then `spans` of a file. Keeps errors, which cannot pass through C."""
 
     def __init__(self, file: BinaryIO, spans: Sequence[tuple[int, int]] | None = None, front: bytes = b"") -> None:
         self._file, self._front, self._at = file, front, 0
@@ -99,7 +99,7 @@ def tags_end(file: BinaryIO) -> int:
 
 
 def check_samples(opened: SoundFile, first: int, file: BinaryIO, report: Report) -> None:
-    """Report a file that holds less sound than its header states, or something else behind it.
+    """Report a file with less sound than its header states, or with other data after the sound.
 
     Formats that state no length pass.
 
@@ -133,7 +133,7 @@ def check_samples(opened: SoundFile, first: int, file: BinaryIO, report: Report)
 
 
 def _logged(log: str, names: str) -> tuple[int, int] | None:
-    """Return the size in bytes that libsndfile logged by one of these names, and the one that it should be."""
+    """Return the size in bytes that libsndfile logged under one of these names, and the expected size."""
     found = re.findall(rf"^ *(?:{names}) *: (\d+)(?: \(should be (\d+)\))?$", log, re.MULTILINE)
     return max(((int(stated), int(held or stated)) for stated, held in found), default=None)
 
@@ -210,7 +210,7 @@ def _ogg_pages(file: BinaryIO, at: int, size: int) -> Iterator[OggPage]:
 
 
 def _astray(file: BinaryIO, at: int) -> Iterator[OggPage]:
-    """Yield a damaged page if more pages follow the bytes at `at`, which are none; skip a tag or padding."""
+    """Yield a damaged page if more pages follow the bytes at `at`, which are no page; skip a tag or padding."""
     file.seek(at)
     tail = b""
     while block := file.read(2**20):
@@ -256,7 +256,7 @@ def read_frame(head: bytes) -> MpegFrame | None:
 
 @dataclass(frozen=True)
 class MpegStream:
-    """The frames of a file: their places, their number, and the note in front of them."""
+    """The frames of an MP3: their positions, their number, and the header that states it."""
 
     spans: list[tuple[int, int]]  # bytes of sound, from and to; several where something else lies between
     note: bytes  # a frame without sound before them that states their number
@@ -344,7 +344,7 @@ def _chains(file: BinaryIO, at: int, size: int) -> bool:
 
 
 def _read_note(content: bytes) -> tuple[int | None, bool]:
-    """Return the frames that a Xing, Info or VBRI note counts, and whether there is a note."""
+    """Return the number of frames that a Xing, Info or VBRI header states, and True if there is such a header."""
     for word in (b"Xing", b"Info"):
         if (at := content.find(word, 0, 64)) > 0:
             flags, frames = struct.unpack(">II", content[at + 4 : at + 12].ljust(8, b"\0"))
@@ -376,7 +376,7 @@ def _zeros(file: BinaryIO, at: int, end: int) -> bool:
 
 
 def note_length(stream: MpegStream, size: int) -> bytes:
-    """Make a frame that states the true length of `stream`, whose sound has `size` bytes, to go before it."""
+    """Make a header frame that states the true length of `stream`, whose sound has `size` bytes."""
     head = bytearray(stream.head)
     head[1] |= 1  # no checksum follows
     head[2] = (head[2] & 0x0D) | 0xA0  # of a bit rate whose frames have room for a note

@@ -1,4 +1,4 @@
-"""Decodes through libsndfile, and through PyAV what that does not read: m4a, mp4, mkv, wma and many more."""
+"""Decodes by libsndfile, and by PyAV the formats that it does not read: m4a, mp4, mkv, wma and many more."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class SoundFileDecoder(Decoder):
         file: the file, which stays open if this raises.
         name: for messages.
         suffix: of the file's name, in lower case, with its dot.
-        lenient: take what there is of a damaged file.
+        lenient: read a damaged file as far as possible.
 
     Raises `UnknownFormatError` for a file of another format, `AudioError` for a damaged one.
     """
@@ -145,7 +145,7 @@ class SoundFileDecoder(Decoder):
             self.report(f"ends {missing} before its header says, it is cut short")
         left = self._fed.size - self._fed.tell()
         if self._file.format == "FLAC" and left > READ_AHEAD_BYTES:
-            self.report(f"goes on behind the end that its header states, by {left} bytes")
+            self.report(f"continues after the end that its header states, by {left} bytes")
 
     def skip(self, samples: int) -> None:
         if not self.frames:  # libsndfile cannot seek in a FLAC of unknown length
@@ -183,7 +183,7 @@ class AvDecoder(Decoder):
     Args:
         file: the file, which stays open if this raises.
         name: for messages.
-        lenient: take what there is of a damaged file.
+        lenient: read a damaged file as far as possible.
         stream: number of the sound track, from 1; None for the first, which `notes` then mention if there are more.
 
     Raises `AudioError` for a file that is no recording, is damaged, or has no such track.
@@ -212,7 +212,7 @@ class AvDecoder(Decoder):
             raise
 
     def _check_avi(self, file: BinaryIO) -> None:
-        """Report an AVI that is shorter than its header states: libavformat then believes the file."""
+        """Report an AVI that is shorter than its header states, which libavformat accepts."""
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         head = file.read(12)
@@ -224,7 +224,7 @@ class AvDecoder(Decoder):
         track, whole = self._choose(number), self._container.duration
         codec: AudioCodecContext | None = track.codec_context
         if codec is None or codec.format is None:
-            raise AudioError(f"{self.name}: cannot be read as audio (its sound is of no known kind)")
+            raise AudioError(f"{self.name}: cannot be read as audio (unknown codec)")
         if not self.lenient:
             codec.options = {"err_detect": STRICT}
         found = {**track.metadata, **self._container.metadata}
@@ -310,7 +310,7 @@ class AvDecoder(Decoder):
 
 
 def check_track(name: str, number: int | None, tracks: int) -> None:
-    """Raise `AudioError` if a recording of so many sound tracks has none of this number."""
+    """Raise `AudioError` if a recording with `tracks` sound tracks has no track of this number."""
     if number is not None and not 1 <= number <= tracks:
         raise AudioError(f"{name}: has {tracks} sound track{'s' * (tracks > 1)}, so no --stream {number}")
 
@@ -326,9 +326,9 @@ def _cause(error: Exception) -> str:
 
 
 def _stated(container: str, tags: Mapping[str, str], own: float | None, whole: float | None) -> float | None:
-    """Return how many seconds of sound a file states: its stream, that stream's tag in a Matroska, or the container.
+    """Return the length in seconds that a file states: of its stream, in a tag of Matroska, or of its container.
 
-    None where it does not say so: libavformat then guesses from the bit rate.
+    None if it states none: libavformat then guesses from the bit rate.
     """
     if container.split(",")[0] not in STATING:
         return None
@@ -339,7 +339,7 @@ def _stated(container: str, tags: Mapping[str, str], own: float | None, whole: f
 
 
 def _bits(codec: AudioCodecContext) -> int | None:
-    """Return the depth that an output needs for what this codec decodes; libavcodec hands on 24 bits as 32."""
+    """Return the PCM depth that an output needs for this codec; libavcodec decodes 24 bits to 32."""
     if not codec.name.startswith(LOSSLESS):
         return None
     extra = codec.extradata or b""

@@ -36,12 +36,12 @@ ID3 = {
 
 @dataclass(frozen=True)
 class Format:
-    """A format of outputs. `depths` are the PCM depths it can hold, None for float; lossy ones hold none."""
+    """A format of outputs. `depths`: the PCM depths it can hold, None for float; empty for lossy formats."""
 
     depths: tuple[int | None, ...]
     major: str = ""  # libsndfile's names
     codec: str = ""
-    level: float = 0.0  # of compression: 0 best, 1 smallest
+    level: float = 0.0  # of compression: 0 for the best quality, 1 for the smallest file
 
 
 FORMATS = {
@@ -56,14 +56,14 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """A format of outputs: a key of `FORMATS`, also the extension, and the PCM depth, None for float and lossy."""
+    """The encoding of outputs: a key of `FORMATS`, also the suffix, and the PCM depth, None for float and lossy."""
 
     format: str = "wav"
     bits: int | None = None
 
     @property
     def lossy(self) -> bool:
-        """True for formats that do not return exactly the samples that were written."""
+        """True for formats that change samples."""
         return not FORMATS[self.format].depths
 
     def describe(self) -> str:
@@ -82,8 +82,8 @@ def choose_encoding(
 
     Args:
         format: a key of `FORMATS`.
-        subtype: a key of `SUBTYPES`; None for the recording's own depth. Float and lossy recordings then give float, or
-            24 bit where the format holds integers alone.
+        subtype: a key of `SUBTYPES`; None for the recording's own depth: for float and lossy recordings float, or 24
+            bit if the format has no float.
         rate: of the recording in Hz.
         channels: of the recording.
         bits: depth of the recording; None for float and lossy.
@@ -115,7 +115,7 @@ def choose_encoding(
 
 
 def encoding_of(film: Film, bits: int | None) -> Encoding:
-    """Choose the depth of a film's new sound track: `bits` of the recording, where the track holds samples exactly."""
+    """Choose the encoding of a film's new sound track: with `bits` of the recording if the track is lossless."""
     return Encoding("wav", bits or 24) if film.lossless else Encoding("m4a")
 
 
@@ -175,7 +175,7 @@ class SoundFileEncoder(Encoder):
             samples = samples[np.argsort(OGG_ORDER[len(samples)])]
         try:
             for at in range(0, samples.shape[1], PIECE):
-                self._file.write(np.stack(samples[:, at : at + PIECE], 1))
+                self._file.write(np.stack(list(samples[:, at : at + PIECE]), 1))
         except (soundfile.SoundFileError, AssertionError) as error:
             self._stream.check()
             raise OSError(reason(error)) from error
@@ -191,7 +191,7 @@ class SoundFileEncoder(Encoder):
 
 
 class _Rest:
-    """Presents a stream from its present position on to libsndfile. Keeps errors, which cannot pass through C."""
+    """File object for libsndfile: a stream from its current position. Keeps errors, which cannot pass through C."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._start = stream, stream.tell()

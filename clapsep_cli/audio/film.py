@@ -1,4 +1,4 @@
-"""Encodes through PyAV what libsndfile does not write: m4a, and films with a sound track replaced."""
+"""Encodes by PyAV the formats that libsndfile does not write: m4a, and films with a new sound track."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ LAYOUTS = ("", "mono", "stereo", "3.0", "4.0", "5.0", "5.1", "6.1", "7.1")  # by
 CHANNEL_BIT_RATE = 96_000  # of lossy codecs
 LOSSLESS = ("flac", "alac", "pcm_")
 LEAST_AV = 18  # for films: 14 and 15 set no chapters, 16 and 17 shift AAC and take no dispositions as they give them
+SOFTWARE = {"mp4": "encoding_tool", "ipod": "encoding_tool", "avi": "encoded_by"}  # as it is stored
 MISSING = 'writing this takes PyAV: pip install "clapsep[av]"'
 
 
 @dataclass(frozen=True)
 class Film:
-    """The film at `path`, of which the sound track number `track`, from 1, is replaced."""
+    """The film at `path`, whose sound track number `track`, from 1, is replaced."""
 
     path: Path
     track: int = 1
@@ -89,16 +90,16 @@ class Film:
 
 
 class MediaEncoder(Encoder):
-    """Encodes sound as a file of its own or into the copy of a film: pictures, subtitles, chapters, other tracks.
+    """Encodes sound, alone or into a copy of a film with its pictures, subtitles, chapters and other tracks.
 
     Args:
-        stream: what to write to, empty; it can be sought.
+        stream: empty and seekable, to write to.
         muxer: libavformat's name of the container.
         codec: libavcodec's name of the encoder.
         form: of the audio; `bits` is the depth of lossless codecs.
         film: to copy; None for sound alone.
 
-    Raises `OutputError` where this cannot be encoded.
+    Raises `OutputError` if this cannot be encoded.
     """
 
     def __init__(
@@ -119,12 +120,14 @@ class MediaEncoder(Encoder):
         try:
             self._out: Any = av.open(stream, "w", format=muxer, options=options)
             layout = _layout(form.channels, form.speakers)
+            if codec == "aac" and "B" not in layout:  # it knows surround at the back alone, as 5.1
+                layout = layout.replace("SL+SR", "BL+BR")
             if film is None:
                 self._track: Any = self._out.add_stream(codec, rate=form.rate, layout=layout)
                 self._first = 0
             else:
                 self._begin(film, codec, layout)
-            known = {"tracknumber": "track", "software": "encoding_tool" if muxer in ("mp4", "ipod") else "software"}
+            known = {"tracknumber": "track", "software": SOFTWARE.get(muxer, "software")}
             self._out.metadata.update({known.get(name, name): text for name, text in form.tags.items()})
             context = self._track.codec_context
             able = [kind.name for kind in context.codec.audio_formats or ()]
@@ -226,7 +229,8 @@ def read_software(path: Path) -> str:
             told = {name.lower(): text for name, text in file.metadata.items()}
     except (av.FFmpegError, OSError, ValueError):
         return ""
-    return told.get("software") or told.get("encoder", "")
+    name = "encoded_by" if path.suffix.lower() == ".avi" else "software"
+    return told.get(name) or told.get("encoder", "")
 
 
 def _layout(channels: int, speakers: int | None) -> str:

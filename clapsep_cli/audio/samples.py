@@ -1,4 +1,4 @@
-"""Defines samples as arrays, the interfaces of decoders and encoders, and what is computed from samples alone."""
+"""Defines arrays of samples, the interfaces of decoders and encoders, and functions of samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clapsep_cli.errors import AudioError, UsageError
 Audio = NDArray[np.float32]
 Samples = NDArray[np.floating[Any]]  # float64 holds 32-bit integers exactly, float32 those of 24 bits
 
-LARGEST = 2.0**50  # 301 dB over full scale; squares of such samples can still be added up in float32
+LARGEST = 2.0**50  # 301 dB over full scale; float32 can still hold the sum of squares
 PEAK = 0.9  # to which a signal over full scale is scaled before a model hears it, as the released code does
 MAX_CHANNELS = 32
 LOWEST_HZ = 8_000  # lowest rate of a recording
@@ -32,16 +32,16 @@ class Decoder(ABC):
     """Decodes a recording from its first sample to its last.
 
     Attributes:
-        name: what messages call the recording.
+        name: name of the recording in messages.
         lenient: report damage in `notes` and continue, instead of raising `AudioError`.
         notes: the damage so far, one line each.
         rate: in Hz.
         channels: their number.
-        frames: the length in samples as far as it is known in advance, else 0. `exact` if it is so to the sample.
-        bits: the depth that an output needs to hold the samples: 16, 24 or 32; None for float and lossy.
+        frames: length in samples, 0 if unknown; `exact` is False if it is approximate.
+        bits: PCM depth that an output needs to hold the samples: 16, 24 or 32; None for float and lossy.
         speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines; None if the recording states none.
         tags: by libsndfile's names.
-        tracks: what is known of each sound track of a film, in words; none where there can be but one.
+        tracks: description of each sound track of a film; empty for formats with a single one.
     """
 
     rate: int
@@ -60,15 +60,15 @@ class Decoder(ABC):
     def report(self, damage: str) -> None:
         """Raise `AudioError` for `damage`, or note it if the decoder is lenient."""
         if not self.lenient:
-            raise AudioError(f"{self.name}: {damage}; --lenient takes what there is")
-        self.notes.append(f"{self.name}: {damage}; took what there is")
+            raise AudioError(f"{self.name}: {damage}; --lenient reads the rest")
+        self.notes.append(f"{self.name}: {damage}; the rest was read")
 
     @abstractmethod
     def read(self, samples: int) -> Samples:
-        """Read up to `samples` as `[channels, samples]`: fewer before the end, none at it.
+        """Read up to `samples` as `[channels, samples]`: fewer near the end, none at the end.
 
-        Returns float64 where `bits` is 32, else float32. Raises `AudioError` where the recording is damaged or ends
-        too early.
+        Returns float64 if `bits` is 32, else float32. Raises `AudioError` if the recording is damaged or ends too
+        early.
         """
 
     def skip(self, samples: int) -> None:
@@ -101,15 +101,15 @@ class Form:
 
 
 class Encoder(ABC):
-    """Writes samples into a stream, which stays open. `OSError` is passed on, also what a library would swallow."""
+    """Writes samples into a stream, and leaves it open. Raises every `OSError`, also those that libraries hide."""
 
     @abstractmethod
     def write(self, audio: Samples) -> int:
-        """Append `[channels, samples]`, rounded to the format's steps; returns how many had to be clipped."""
+        """Append `[channels, samples]`, rounded to the format's steps; return the number of clipped samples."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what is still held, and complete the header."""
+        """Write buffered samples, and complete the header."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -139,11 +139,11 @@ def check_finite(audio: Samples, name: str, rate: int, offset: int = 0) -> None:
 
 
 def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
-    """Convert and check samples that a caller gave.
+    """Convert and check an array of samples.
 
     Args:
-        audio: `[samples]` or `[channels, samples]`, NumPy or torch, of real numbers. Integers are taken as PCM of their
-            width: full scale is ±1 for floats, −32768 to 32767 for int16.
+        audio: `[samples]` or `[channels, samples]`, NumPy or torch, real numbers. Full scale is ±1 for floats, and that
+            of the type for integers: −32768 to 32767 for int16.
         rate: sample rate in Hz, a whole number.
         name: the name in messages, e.g. "audio".
 
@@ -183,9 +183,9 @@ def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
 
 
 def downmix(audio: Audio) -> Audio:
-    """Mix channels to what a model hears: float32 `[channels, samples]` to their mean, float32 `[samples]`.
+    """Mix channels to mono, as a model hears them: float32 `[channels, samples]` to their mean, float32 `[samples]`.
 
-    Where the channels cancel (one has its polarity reversed, say), take the loudest channel instead.
+    If the channels cancel, as with reversed polarity, return the loudest channel instead.
     """
     mean = audio.mean(0)
     energies = np.square(audio).sum(1)
@@ -194,14 +194,19 @@ def downmix(audio: Audio) -> Audio:
     return np.asarray(audio[int(energies.argmax())], np.float32)
 
 
-def slowed(rate: int, expand: float, name: str) -> int:
-    """Return the rate in Hz at which a recording is heard `expand` times slower: below hearing what was above.
-
-    Raises `AudioError` if the rate is too low for that, `UsageError` if `expand` is below 1; `name` stands for the
-    recording.
-    """
+def check_expand(expand: float) -> None:
+    """Raise `UsageError` unless `expand` is 1 or more."""
     if not 1 <= expand < math.inf:
         raise UsageError(f"--expand is {expand:g}: give how many times slower to hear, 10 for bats")
+
+
+def slowed(rate: int, expand: float, name: str) -> int:
+    """Return the rate in Hz at which a recording plays `expand` times slower, and its pitch is as much lower.
+
+    Raises `AudioError` if the rate is too low for that, `UsageError` if `expand` is below 1. `name`: of the recording,
+    for messages.
+    """
+    check_expand(expand)
     slow = round(rate / expand)
     if slow < LOWEST_HZ:
         most = rate // LOWEST_HZ

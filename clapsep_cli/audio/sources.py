@@ -43,13 +43,12 @@ class Source:
         stream: number of the sound track, from 1; None for the first, which `notes` then mention if there are more.
 
     Attributes:
-        name: what messages call the recording.
+        name: name of the recording in messages.
         rate: in Hz.
         channels: their number.
-        frames: length in samples of the part to be read as far as it is known in advance: to the sample for what
-            libsndfile reads, within 0.1 s for what PyAV does; 0 if it is not.
-        bits: the depth that an output needs: 16, 24 or 32; None for float and lossy.
-        speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines, None if the recording states none.
+        frames: length in samples of the part to be read: exact for libsndfile, within 0.1 s for PyAV; 0 if unknown.
+        bits: PCM depth that an output needs: 16, 24 or 32; None for float and lossy.
+        speakers: the mask of speaker positions that WAVEFORMATEXTENSIBLE defines; None if the recording states none.
         tags: by libsndfile's names.
         tracks: description of each sound track of a film; none for formats with a single one.
 
@@ -96,7 +95,7 @@ class Source:
         self.frames = max(0, decoder.frames - self._first) if self._wanted is None else self._wanted
 
     def _check_part(self, frames: int) -> None:
-        """Raise `AudioError` if a recording of `frames` has no such part."""
+        """Raise `AudioError` if a recording of `frames` samples ends before the part to be read."""
         last = 0 if self._wanted is None else self._first + self._wanted
         for name, limit, at in (("start", self._start, self._first + 1), ("end", self._end, last)):
             if frames < at:
@@ -161,7 +160,7 @@ def _stdin(name: str) -> BinaryIO:
 
 
 def _open_pipe(pipe: BinaryIO, name: str, lenient: bool, stream: int | None) -> Decoder:
-    """Read a WAV as it comes; copy anything else to a temporary file first, as its decoders have to seek."""
+    """Decode a WAV as it arrives; copy other formats to a temporary file first, as their decoders have to seek."""
     try:
         start = pipe.read(12)
         if not start:
@@ -184,7 +183,7 @@ def _open_pipe(pipe: BinaryIO, name: str, lenient: bool, stream: int | None) -> 
 
 
 def _open_file(file: BinaryIO, name: str, suffix: str, lenient: bool, stream: int | None) -> Decoder:
-    """Decode `file`, which is closed with the decoder, or if there is none."""
+    """Decode `file`. The decoder closes it; so does an error here."""
     try:
         try:
             decoder = decoders.SoundFileDecoder(file, name, suffix, lenient)
@@ -238,9 +237,9 @@ def read_mono(
 
 
 def recordings(path: Path) -> list[Path]:
-    """Return `path` itself, or all recordings directly in it that can be decoded here if it is a folder.
+    """Return `path` itself, or, for a folder, all recordings in it that can be decoded here.
 
-    Raises `AudioError` if there are none.
+    Raises `AudioError` for a folder without recordings.
     """
     if not path.is_dir():
         return [path]

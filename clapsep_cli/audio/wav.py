@@ -1,4 +1,4 @@
-"""Reads and writes WAV as a stream: pipes, which cannot seek, and files of more than 4 GB (RF64, EBU 3306)."""
+"""Reads and writes WAV as a stream: through pipes, which cannot seek, and above 4 GB (RF64, EBU 3306)."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ INFO = {  # chunk of a LIST INFO, by the name of the tag
 
 
 class WavStream(Decoder):
-    """Decodes a WAV or RF64 front to back: PCM of 8 to 32 bits, or float. Sizes of 0 or of ones mean until the end.
+    """Decodes a WAV or RF64 from its start: PCM of 8 to 32 bits, or float. A size of 0 or −1 means: to the end.
 
     Args:
-        stream: what follows `start`.
+        stream: the bytes after `start`.
         name: for messages.
-        lenient: take what there is of a WAV that breaks off.
+        lenient: read a truncated WAV as far as possible.
         start: its first 12 bytes, which `is_wav` accepts.
 
     Raises `AudioError` for a damaged header, and for samples of another kind.
@@ -76,7 +76,7 @@ class WavStream(Decoder):
 
     def _set_format(self, layout: bytes, size: int) -> None:
         if len(layout) < 16:
-            raise AudioError(f"{self.name}: says too little about its format; the WAV is damaged")
+            raise AudioError(f"{self.name}: its format chunk is too short; the WAV is damaged")
         code, self.channels, self.rate, _, self._frame, _ = struct.unpack("<HHIIHH", layout[:16])
         if code == EXTENSIBLE and len(layout) >= 26:
             self.speakers, code = struct.unpack("<IH", layout[20:26])
@@ -84,7 +84,7 @@ class WavStream(Decoder):
         if (code, width) not in {(PCM, 1), (PCM, 2), (PCM, 3), (PCM, 4), (FLOAT, 4), (FLOAT, 8)}:
             raise AudioError(f"{self.name}: a WAV of format {code} with {8 * width} bits; a pipe carries PCM or float")
         if self._frame != width * self.channels:
-            raise AudioError(f"{self.name}: contradicts itself about the size of a sample; the WAV is damaged")
+            raise AudioError(f"{self.name}: states inconsistent sample sizes; the WAV is damaged")
         self._float, self._width = code == FLOAT, width
         self.bits = None if self._float else max(16, 8 * width)
         self.frames = 0 if size in UNFINISHED else size // self._frame
@@ -164,7 +164,7 @@ class WavWriter(Encoder):
     def write(self, audio: Samples) -> int:
         samples, clipped = (audio, 0) if self._bits is None else quantise(audio, self._bits)
         kind = "<f4" if self._bits is None else "<i2" if self._bits == 16 else "<i4"
-        interleaved = np.stack(samples.astype(kind, copy=False), 1)  # four times as fast as a copy of the transpose
+        interleaved = np.stack(list(samples.astype(kind, copy=False)), 1)  # faster than to copy the transpose
         raw = interleaved.view(np.uint8).reshape(-1, 4)[:, :3].tobytes() if self._bits == 24 else interleaved.tobytes()
         self._stream.write(raw)
         self._bytes += len(raw)

@@ -31,7 +31,7 @@ CONVERTED_AT_ONCE = 2**18  # samples scaled at a time
 LIBSNDFILE = re.compile(r" \(libsndfile-[^)]*\)$")  # libsndfile adds it to the software tag
 
 Clipping = Literal["warn", "rescale", "error"]  # what to do about samples over full scale
-_FOLDERS = Lock()  # so that no folder is made for one output while the failure of another removes it
+_FOLDERS = Lock()  # prevents that a failed output removes a folder that another one creates
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Part:
         return clipped
 
     def finish(self) -> None:
-        """Make the temporary file whole."""
+        """Complete the temporary file."""
         with _reported(self.name, "writing failed"):
             self._encoder.finish()
             if self.temporary is not None:
@@ -118,8 +118,8 @@ class Part:
 class Outputs:
     """Writes the parts of one recording side by side.
 
-    Use it as a context manager and end with `commit`; without that nothing remains, not even new folders. Samples
-    change by the rounding to the encoding's steps, and by `clip` alone.
+    Use it as a context manager, and call `commit` at the end; without it nothing remains, not even new folders. Samples
+    change only by rounding to the encoding's steps, and by `clip`.
 
     Args:
         paths: of the files, by part; `-` is a WAV to stdout.
@@ -127,13 +127,13 @@ class Outputs:
         channels: their number.
         encoding: the format and depth of all parts.
         clip: for samples over full scale, unless the encoding is float: "warn" clips and counts them, "error" raises
-            `OutputError`, "rescale" applies to all parts the one gain with which the loudest sample fits. For this they
-            are kept in nameless files until `commit`.
-        tags: by libsndfile's names, stored where the format has a place for them.
-        software: stored likewise, see `read_software`.
+            `OutputError`, "rescale" applies one gain to all parts, so that the loudest sample fits; until `commit` the
+            samples are then kept in unnamed files.
+        tags: by libsndfile's names, stored if the format has a place for them.
+        software: tag to be read by `read_software`.
         overwrite: replace existing files.
         speakers: mask of speaker positions that outputs get; None for the usual ones.
-        film: to write again with each part as a sound track; None for sound alone.
+        film: the film to copy with each part as its sound track; None for sound alone.
 
     Raises:
         OutputError: an output exists and `overwrite` is not set, or it cannot be written.
@@ -223,7 +223,7 @@ class Outputs:
         self._done += max(audio.shape[1] for audio in parts.values())
 
     def drop(self, part: str) -> None:
-        """Discard a part: it gets no file."""
+        """Discard a part: no file is written for it."""
         self._parts.pop(part).discard()
         if part in self._drafts:
             self._drafts.pop(part).close()
@@ -249,7 +249,7 @@ class Outputs:
         return Written({part: writer.clipped for part, writer in self._parts.items()}, gain)
 
     def _gain(self) -> float:
-        """Return the gain with which the loudest sample of all parts fits the encoding; 1 if it does anyway."""
+        """Return the gain with which the loudest sample of all parts fits the encoding; 1 if none is too loud."""
         bits, (least, most) = self._form.bits, self._range
         if bits is None:
             return 1 / max(1.0, -least, most)
@@ -277,7 +277,7 @@ class Outputs:
 
 
 def read_software(path: Path) -> str:
-    """Return the `software` that an output was written with; "" for a file that has none, or is no recording."""
+    """Return the `software` tag of a file; "" for a file without one, and one that is no recording."""
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             return LIBSNDFILE.sub("", file.software)

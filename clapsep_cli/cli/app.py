@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from typer.main import get_command
 
 from clapsep_cli.cli.demo import demo
 from clapsep_cli.cli.embed import embed
+from clapsep_cli.cli.env import env
 from clapsep_cli.cli.evaluate import evaluate
 from clapsep_cli.cli.extract import extract
 from clapsep_cli.cli.hear import hear
@@ -24,7 +24,7 @@ from clapsep_cli.cli.models import models
 from clapsep_cli.cli.results import results
 from clapsep_cli.cli.run import FAILED
 from clapsep_cli.cli.separate import ListCommand, separate
-from clapsep_cli.cli.terminal import ModelDirOption, note
+from clapsep_cli.cli.terminal import note
 from clapsep_cli.cli.train import train
 from clapsep_cli.cli.ui import ui
 from clapsep_cli.errors import ClapsepError, ModelError, forwarded_warnings
@@ -52,6 +52,7 @@ app.command()(demo)
 app.command()(train)
 app.command()(evaluate)
 app.command()(embed)
+app.command()(env)
 app.add_typer(mixtures, name="mixtures")
 app.add_typer(models, name="models")
 
@@ -132,15 +133,3 @@ def _root(
         Path.cwd()
     except OSError as error:  # relative names would be undefined, and torch would end the process
         raise ClapsepError("the current folder was deleted; cd into another one") from error
-
-
-@app.command()
-def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
-    _model_dir: ModelDirOption = None,
-) -> None:
-    """Print the versions and the machine for a bug report; no names, no secrets."""
-    from clapsep_cli.cli.environment import environment
-
-    facts = environment()
-    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(f"{k:22} {v}" for k, v in facts.items()))

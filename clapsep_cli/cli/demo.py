@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.extract import extract
 
-OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write the recordings.")]
+Out = Annotated[Path, opt.option(opt.OUTPUT, "--out -o DIR", "Folder of the recordings.")]
 
 
-def demo(out: OutOption = Path("clapsep-demo")) -> None:
+def demo(out: Out = Path("clapsep-demo")) -> None:
     """Extract a dog from the rain with the bundled model, and measure the result against the clean dog."""
     import shutil
 

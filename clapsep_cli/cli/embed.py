@@ -7,28 +7,23 @@ from typing import Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import (
-    DeviceOption,
-    ModelDirOption,
-    ModelOption,
-    QuietOption,
-    downloads,
-    notes,
-    progress_bars,
-)
+from clapsep_cli.cli import options as opt
+from clapsep_cli.cli.terminal import load_model, progress_bars
+
+Files = Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Recordings.")]
+Words = Annotated[opt.Texts, opt.option(opt.INPUT, "--text TEXT", "A text; repeatable.")]
+Out = Annotated[Path, opt.option(opt.OUTPUT, "--out -o FILE.npz", "The file to write.")]
 
 
 def embed(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="Recordings.")] = None,
-    texts: Annotated[list[str] | None, typer.Option("--text", metavar="TEXT", help="A text; repeatable.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.npz", help="The file to write.")] = Path(
-        "embeddings.npz"
-    ),
-    model: ModelOption = None,
-    device: DeviceOption = "auto",
-    _model_dir: ModelDirOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    quiet: QuietOption = False,
+    files: Files = None,
+    texts: Words = None,
+    out: Out = Path("embeddings.npz"),
+    model: opt.Model = None,
+    device: opt.Device = "auto",
+    _model_dir: opt.ModelDir = None,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write embeddings of recordings and texts, for search, clustering and plots: `names` and `embeddings`.
 
@@ -38,16 +33,12 @@ def embed(
         raise typer.BadParameter("nothing to embed: name recordings, or texts with --text")
     import numpy as np
 
-    from clapsep_cli.errors import OutputError
     from clapsep_cli.evaluation.evaluate import embedder_of
-    from clapsep_cli.files import replacing
+    from clapsep_cli.files import writing
     from clapsep_cli.query import Query
-    from clapsep_cli.store.library import load_model
 
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; use --overwrite to replace it, or -o for another file")
-    with downloads(quiet) as shown:
-        loaded = load_model(model, device, "high", say=notes(quiet), progress=shown)
+    opt.check_free(out, overwrite, ", or -o for another file")
+    loaded = load_model(model, device, "high", quiet)
     asked = {
         **{str(file): Query(pos_audio=file) for file in files or ()},
         **{text: Query(text) for text in texts or ()},
@@ -60,11 +51,7 @@ def embed(
         for query in asked.values():
             rows.append(embedder.positive(query)[0].float().cpu().numpy())
             bars.advance(task)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary, temporary.open("wb") as file:
-            np.savez(file, names=np.array(list(asked)), embeddings=np.stack(rows))
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    with writing(out) as temporary, temporary.open("wb") as file:
+        np.savez(file, names=np.array(list(asked)), embeddings=np.stack(rows))
     if not quiet:
         typer.echo(f"{out}: {len(rows)} embeddings of {len(rows[0])} numbers, by {loaded.name}")

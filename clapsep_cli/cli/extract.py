@@ -7,55 +7,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import carry_out, find_recordings, keep_on
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, option
+from clapsep_cli.cli.run import find_recordings, run_requests, watch_folder
 from clapsep_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from clapsep_cli.jobs.job import Options
     from clapsep_cli.jobs.requests import Requests
     from clapsep_cli.jobs.stores import Stage
-    from clapsep_cli.jobs.tasks import Options
     from clapsep_cli.query import Query, Span
 
-QUERY = "Queries"  # heading in --help
-
-
-Pos = Annotated[opt.Texts, option(QUERY, "--pos TEXT", "The sound to keep, in words; repeat to average.")]
-Neg = Annotated[opt.Texts, option(QUERY, "--neg TEXT", "The sound to leave out, in words; repeat to average.")]
+Pos = Annotated[opt.Texts, opt.option(opt.QUERY, "--pos TEXT", "The sound to keep, in words; repeat to average.")]
+Neg = Annotated[opt.Texts, opt.option(opt.QUERY, "--neg TEXT", "The sound to leave out, in words; repeat to average.")]
 QueryAudio = Annotated[
-    opt.Texts, option(QUERY, "--query-audio FILE|DIR", "Recordings that sound like the sound to keep.")
+    opt.Texts, opt.option(opt.QUERY, "--query-audio FILE|DIR", "Recordings that sound like the sound to keep.")
 ]
 NegAudio = Annotated[
-    opt.Texts, option(QUERY, "--neg-audio FILE|DIR", "Recordings that sound like the sound to leave out.")
+    opt.Texts, opt.option(opt.QUERY, "--neg-audio FILE|DIR", "Recordings that sound like the sound to leave out.")
 ]
 PosSpan = Annotated[
-    opt.Texts, option(QUERY, "--pos-span FROM-TO", "A part of the recording that has the sound to keep.")
+    opt.Texts, opt.option(opt.QUERY, "--pos-span FROM-TO", "A part of the recording that has the sound to keep.")
 ]
 NegSpan = Annotated[
-    opt.Texts, option(QUERY, "--neg-span FROM-TO", "A part of the recording that has the sound to leave out.")
+    opt.Texts, opt.option(opt.QUERY, "--neg-span FROM-TO", "A part of the recording that has the sound to leave out.")
 ]
-Alpha = Annotated[opt.Number, option(QUERY, "--alpha X", "Weight of audio beside text of the same side, 0 to 1 (0.5).")]
+Alpha = Annotated[
+    opt.Number, opt.option(opt.QUERY, "--alpha X", "Weight of audio beside text of the same side, 0 to 1 (0.5).")
+]
 Targets = Annotated[
     opt.Texts,
-    option(QUERY, "--target NAME=QUERY", "One of several targets: a text, a recording, or a part of MIX, FROM-TO."),
+    opt.option(
+        opt.QUERY, "--target NAME=QUERY", "One of several targets: a text, a recording, or a part of MIX, FROM-TO."
+    ),
 ]
 Mutual = Annotated[
-    bool | None, option(QUERY, "--mutual/--no-mutual", "Use the other targets as negative queries for each target.")
+    bool | None,
+    opt.option(opt.QUERY, "--mutual/--no-mutual", "Use the other targets as negative queries for each target."),
 ]
 Manifest = Annotated[
-    opt.Text, option(QUERY, "--manifest CSV", "Recordings with queries: file, pos, neg, query_audio, neg_audio.")
+    opt.Text,
+    opt.option(opt.QUERY, "--manifest CSV", "Recordings with queries: file, pos, neg, query_audio, neg_audio."),
 ]
 Presence = Annotated[
     bool | None,
-    option(QUERY, "--presence/--no-presence", "Print how likely the target is present; the default with --json."),
+    opt.option(
+        opt.QUERY, "--presence/--no-presence", "Print how likely the target is present; the default with --json."
+    ),
 ]
 MinPresence = Annotated[
-    opt.Number, option(QUERY, "--min-presence X", "Write nothing if the presence is below this; try 0.")
+    opt.Number, opt.option(opt.QUERY, "--min-presence X", "Write nothing if the presence is below this; try 0.")
 ]
-Residual = Annotated[bool | None, option(opt.OUTPUT, "--residual/--no-residual", "Also write the rest.")]
-Remove = Annotated[bool, option(opt.OUTPUT, "--remove", "Write only the rest, without the target.")]
+Residual = Annotated[bool | None, opt.option(opt.OUTPUT, "--residual/--no-residual", "Also write the rest.")]
+Remove = Annotated[bool, opt.option(opt.OUTPUT, "--remove", "Write only the rest, without the target.")]
 Watch = Annotated[
-    Path | None, option(opt.INPUT, "--watch DIR", "Process recordings as they arrive in this folder, until Ctrl-C.")
+    Path | None, opt.option(opt.INPUT, "--watch DIR", "Process recordings as they arrive in this folder, until Ctrl-C.")
 ]
 
 
@@ -104,18 +108,18 @@ def extract(
     workers: opt.Workers = None,
     gpus_per_worker: opt.GpusPerWorker = None,
     insecure: opt.Insecure = False,
-    model: ModelOption = None,
+    model: opt.Model = None,
     adapter: opt.Adapter = None,
-    device: DeviceOption = "auto",
+    device: opt.Device = "auto",
     precision: opt.Precision = "auto",
     refine: opt.Refine = False,
-    _model_dir: ModelDirOption = None,
+    _model_dir: opt.ModelDir = None,
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = 0,
     jobs: opt.Jobs = 2,
     json: opt.Json = False,
     progress: opt.Progress = "auto",
-    quiet: QuietOption = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write what matches the query to MIX.target.wav and the rest to MIX.residual.wav.
 
@@ -124,18 +128,7 @@ def extract(
     given = locals()  # all options by name
     from clapsep_cli.query import DEFAULT_ALPHA, parse_span
 
-    if target and (pos or query_audio or pos_span or manifest):
-        raise UsageError(
-            "--target names the sound to keep: use it without --pos, --query-audio, --pos-span, --manifest"
-        )
-    if manifest and (inputs or recursive):
-        extra = "recordings" if inputs else "--recursive"
-        raise UsageError(f"{manifest} names the recordings: give either a manifest or {extra}")
-    if watch and (inputs or manifest or str(out) == "-"):
-        extra = "recordings" if inputs else "--manifest" if manifest else "-o -"
-        raise UsageError(f"--watch names the folder of the recordings, and writes files: use it without {extra}")
-    if mutual is not None and len(target or ()) < 2:
-        raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
+    _check(given)
     sides: dict[str, Any] = {
         "pos": pos or (),
         "neg": neg or (),
@@ -148,15 +141,32 @@ def extract(
         options = opt.options_of(given, stage)
         for side, shots in (("pos_audio", query_audio), ("neg_audio", neg_audio)):
             sides[side] = [stage.fetch(stage.path(str(shot))) for shot in shots or ()]
-        asked = _asked(given, sides, options, stage)
-        if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in asked):
+        requests = _requests(given, sides, options, stage)
+        if alpha is not None and not any(_has_both(targets, mutual is not False) for _, targets in requests):
             raise UsageError("--alpha weighs audio against text of the same side, and no side has both: leave it out")
         if watch:
-            keep_on(watch, recursive, asked[0][1], options, setup, stage)
-        carry_out(asked, options, setup, stage)
+            watch_folder(watch, recursive, requests[0][1], options, setup, stage)
+        run_requests(requests, options, setup, stage)
 
 
-def _asked(given: Mapping[str, Any], sides: dict[str, Any], options: Options, stage: Stage) -> Requests:
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for options that contradict each other."""
+    target, manifest, inputs = given["target"], given["manifest"], given["inputs"]
+    if target and (given["pos"] or given["query_audio"] or given["pos_span"] or manifest):
+        raise UsageError(
+            "--target names the sound to keep: use it without --pos, --query-audio, --pos-span, --manifest"
+        )
+    if manifest and (inputs or given["recursive"]):
+        extra = "recordings" if inputs else "--recursive"
+        raise UsageError(f"{manifest} names the recordings: give either a manifest or {extra}")
+    if given["watch"] and (inputs or manifest or given["out"] == "-"):
+        extra = "recordings" if inputs else "--manifest" if manifest else "-o -"
+        raise UsageError(f"--watch names the folder of the recordings, and writes files: use it without {extra}")
+    if given["mutual"] is not None and len(target or ()) < 2:
+        raise UsageError("--mutual and --no-mutual are about several targets: give --target twice or more")
+
+
+def _requests(given: Mapping[str, Any], sides: dict[str, Any], options: Options, stage: Stage) -> Requests:
     """Return the recordings with their queries, by the arguments of the command and the two sides of a query."""
     from clapsep_cli.jobs.inputs import Input
     from clapsep_cli.jobs.requests import read_requests

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +13,8 @@ import typer
 
 from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import FAILED, find_recordings, load, stoppable
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, echo, note, notes, option
-from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError
+from clapsep_cli.cli.terminal import echo, note, notes
+from clapsep_cli.errors import ClapsepError, StoppedError, UsageError
 from clapsep_cli.query import parse_time
 from clapsep_cli.startup import set_threads
 
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 
 PANEL = "Sounds"  # heading in --help
 SHOWN_STRETCHES = 6
+BLOCK_SECONDS = 5.0  # of audio read at a time
 
 Vocabulary = Annotated[
-    Path | None, option(PANEL, "--vocabulary FILE", "File of sounds to listen for, in words, one per line.")
+    Path | None, opt.option(PANEL, "--vocabulary FILE", "File of sounds to listen for, in words, one per line.")
 ]
-Top = Annotated[int, option(PANEL, "--top N", "Number of sounds to list at most.", min=1, max=1000)]
-MinScore = Annotated[float, option(PANEL, "--min-score X", "List only sounds with this score or more.", min=0, max=1)]
-Plot = Annotated[bool, option(opt.OUTPUT, "--plot", "Also write the scores as a picture, {stem}.sounds.png.")]
+Top = Annotated[int, opt.option(PANEL, "--top N", "Number of sounds to list at most.", min=1, max=1000)]
+MinScore = Annotated[
+    float, opt.option(PANEL, "--min-score X", "List only sounds with this score or more.", min=0, max=1)
+]
+Plot = Annotated[bool, opt.option(opt.OUTPUT, "--plot", "Also write the scores as a picture, {stem}.sounds.png.")]
 
 
 def hear(
@@ -47,21 +50,20 @@ def hear(
     expand: opt.Expand = 1.0,
     plot: Plot = False,
     overwrite: opt.Overwrite = False,
-    model: ModelOption = None,
+    model: opt.Model = None,
     adapter: opt.Adapter = None,
-    device: DeviceOption = "auto",
-    _model_dir: ModelDirOption = None,
+    device: opt.Device = "auto",
+    _model_dir: opt.ModelDir = None,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
-    quiet: QuietOption = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """List what likely sounds in recordings and when, and propose what to extract.
 
     Scores are 0 to 1: of sounds to which mini gives 0.7, about seven of ten are there.
     """
-    from clapsep_cli.audio.samples import slowed
-    from clapsep_cli.audio.sources import Source
-    from clapsep_cli.jobs.tasks import Loading
+    given = locals()
+    from clapsep_cli.jobs.job import Loading
     from clapsep_cli.listening.hearing import Listener, vocabulary_of
 
     part = parse_time(start) if start else 0.0, parse_time(end) if end else None
@@ -83,13 +85,7 @@ def hear(
             check()
             row: dict[str, Any] = {"input": str(item.path)}
             try:
-                if item.fault:
-                    raise item.fault
-                with Source(stage.fetch(item.path, keep=False), *part, lenient, stream) as source:
-                    rate = slowed(source.rate, expand, source.name)
-                    heard = listener.hear(source.blocks(5.0), rate, expand, part[0], check)
-                for line in source.notes:
-                    notes(quiet)(line)
+                heard = _listen(item, part, given, listener, stage, check)
             except StoppedError:
                 raise
             except ClapsepError as error:
@@ -112,6 +108,40 @@ def hear(
         raise typer.Exit(FAILED)
 
 
+def _listen(
+    item: Input,
+    part: tuple[float, float | None],
+    given: Mapping[str, Any],
+    listener: Listener,
+    stage: Stage,
+    check: Callable[[], None],
+) -> Heard:
+    """Score the sounds of a recording.
+
+    Args:
+        item: the recording.
+        part: where to begin and end, in seconds; None for the recording's end.
+        given: the arguments of the command.
+        listener: scores the sounds.
+        stage: mirrors the stores of URLs.
+        check: raises where the user wants to stop.
+
+    Raises:
+        AudioError: the recording cannot be read.
+    """
+    from clapsep_cli.audio.samples import slowed
+    from clapsep_cli.audio.sources import Source
+
+    if item.fault:
+        raise item.fault
+    with Source(stage.fetch(item.path, keep=False), *part, given["lenient"], given["stream"]) as source:
+        rate = slowed(source.rate, given["expand"], source.name)
+        heard = listener.hear(source.blocks(BLOCK_SECONDS), rate, given["expand"], part[0], check)
+    for line in source.notes:
+        notes(given["quiet"])(line)
+    return heard
+
+
 def _pictures(found: Sequence[Input], overwrite: bool, stage: Stage) -> dict[Path, Path]:
     """Return the path of the picture of each recording. Raises `UsageError`, `OutputError` where it cannot be there."""
     from clapsep_cli.audio.sources import STDIN
@@ -123,8 +153,7 @@ def _pictures(found: Sequence[Input], overwrite: bool, stage: Stage) -> dict[Pat
         if path == STDIN or stage.holds(path):
             name = "- (standard input)" if path == STDIN else stage.shown(str(path))
             raise UsageError(f"--plot writes a picture beside the recording: use it without {name}")
-        if picture.exists() and not overwrite:
-            raise OutputError(f"{picture}: exists already; use --overwrite to replace it")
+        opt.check_free(picture, overwrite)
     return pictures
 
 
@@ -140,7 +169,7 @@ def _draw(picture: Path, heard: Heard, sounds: list[str]) -> None:
 def _facts(
     heard: Heard, best: Sequence[tuple[str, float]], listener: Listener, least: float, picture: Path | None
 ) -> dict[str, Any]:
-    """Return what was heard, as `--json` prints it."""
+    """Return the sounds of a recording for `--json`."""
     pos, neg = listener.propose(best)
     sounds = [
         {"sound": name, "score": score, "stretches": heard.stretches(name, max(least, score / 2))}
@@ -151,7 +180,7 @@ def _facts(
 
 
 def _print(row: Mapping[str, Any]) -> None:
-    """Print what was heard in a recording, and a command to extract it."""
+    """Print the sounds of a recording, and a command to extract one."""
     lines = [f"{'standard input' if row['input'] == '-' else row['input']}: {row['seconds']:.2f} s"]
     width = max(len(one["sound"]) for one in row["sounds"])
     for one in row["sounds"]:

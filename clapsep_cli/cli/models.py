@@ -8,21 +8,25 @@ from typing import Annotated
 
 import typer
 
-from clapsep_cli.cli.terminal import ModelDirOption, QuietOption, among, downloads, note, notes
+from clapsep_cli.cli import options as opt
+from clapsep_cli.cli.terminal import downloads, note, notes
 from clapsep_cli.registry import MODELS
 
 models = typer.Typer(no_args_is_help=True, help="List, download, convert, check and remove models.")
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", autocompletion=among(*MODELS), help="A name from `clapsep models list`.")
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", autocompletion=opt.completing(list(MODELS)), help="A name from `clapsep models list`."
+    ),
 ]
-KeepOption = Annotated[bool, typer.Option("--keep-original", help="Keep the downloaded files after conversion.")]
+Keep = Annotated[bool, opt.option(opt.RUN, "--keep-original", "Keep the downloaded files after conversion.")]
 
 
 @models.command("list")
 def list_models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")] = False,
-    _model_dir: ModelDirOption = None,
+    as_json: Annotated[bool, opt.option(opt.RUN, "--json", "Print a JSON array instead.")] = False,
+    _model_dir: opt.ModelDir = None,
 ) -> None:
     """List all models, with the folder of those that are installed."""
     from clapsep_cli.store.download import amount
@@ -39,7 +43,7 @@ def list_models(
 
 @models.command()
 def download(
-    name: NameArgument, keep_original: KeepOption = False, quiet: QuietOption = False, _model_dir: ModelDirOption = None
+    name: Name, keep_original: Keep = False, quiet: opt.Quiet = False, _model_dir: opt.ModelDir = None
 ) -> None:
     """Download a model's pinned files, check and convert them."""
     from clapsep_cli.store.library import install
@@ -52,11 +56,11 @@ def download(
 
 @models.command()
 def convert(
-    name: NameArgument,
-    files: Annotated[list[Path], typer.Option("--from", metavar="FILE...", help="The released files.")],
+    name: Name,
+    files: Annotated[list[Path], opt.option(opt.INPUT, "--from FILE...", "The released files.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
-    quiet: QuietOption = False,
-    _model_dir: ModelDirOption = None,
+    quiet: opt.Quiet = False,
+    _model_dir: opt.ModelDir = None,
 ) -> None:
     """Convert released files that were downloaded elsewhere, for machines without a network."""
     from clapsep_cli.store.library import install
@@ -68,16 +72,16 @@ def convert(
 
 
 @models.command()
-def verify(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+def verify(name: Name, _model_dir: opt.ModelDir = None) -> None:
     """Check the hashes of a model's files, and of downloads that were kept."""
     from clapsep_cli.store.library import verify as verify_model
 
     for path in verify_model(name):
-        typer.echo(f"{path}: sound")
+        typer.echo(f"{path}: intact")
 
 
 @models.command()
-def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+def path(name: Name, _model_dir: opt.ModelDir = None) -> None:
     """Print the folder of an installed model."""
     from clapsep_cli.store.library import path_of
 
@@ -85,7 +89,7 @@ def path(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
 
 
 @models.command("rm")
-def remove(name: NameArgument, _model_dir: ModelDirOption = None) -> None:
+def remove(name: Name, _model_dir: opt.ModelDir = None) -> None:
     """Delete a model, with everything left of its download and conversion."""
     from clapsep_cli.store.library import remove as remove_model
 

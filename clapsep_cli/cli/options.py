@@ -1,9 +1,11 @@
-"""The options that `extract` and `separate` share."""
+"""Declares the options that several commands share, and checks them."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clapsep_cli.cli.terminal import MODEL, PROGRESS, RUN, name_by, option
-from clapsep_cli.errors import UsageError
+from clapsep_cli.cli.terminal import name_by
+from clapsep_cli.errors import ClapsepWarning, OutputError, UsageError
+from clapsep_cli.registry import MODELS
 
 if TYPE_CHECKING:
+    from clapsep_cli.jobs.job import Cluster, Loading, Options
     from clapsep_cli.jobs.stores import Stage
-    from clapsep_cli.jobs.tasks import Loading, Options
 
-INPUT, OUTPUT, BEYOND = "Recordings", "Outputs", "Beyond one machine"  # headings in --help, like MODEL and RUN
+# Headings in --help.
+INPUT, QUERY, OUTPUT, MODEL, RUN, BEYOND = "Recordings", "Queries", "Outputs", "Model", "Run", "Beyond one machine"
 COUNT = {"min": 1, "max": 1024}  # bounds of most numbers
 
 # Values that shells complete.
@@ -26,14 +30,76 @@ CLIPS = ("warn", "rescale", "error")
 FORMATS = ("wav", "flac", "ogg", "opus", "mp3", "m4a")
 SUBTYPES = ("pcm16", "pcm24", "float")
 EVENTS = ("csv", "audacity", "raven")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "high", "fast")
+PROGRESS = ("auto", "json", "none")
 ENGINES = ("local", "ray")
 OF_RAY = ("address", "workers", "gpus_per_worker", "insecure")  # options for --engine ray alone
 
 # Types of options that may be left out.
 Text = str | None
 Texts = list[str] | None
+Paths = list[Path] | None
 Number = float | None
+
+
+def option(
+    panel: str, spec: str, text: str, known: Sequence[str] = (), *, closed: bool = False, **settings: Any
+) -> Any:
+    """Declare an option.
+
+    Args:
+        panel: heading of --help under which it is listed.
+        spec: its names and the placeholder of its value, e.g. `--out -o DIR`.
+        text: its help.
+        known: values that shells complete.
+        closed: refuse other values than the `known` ones.
+        **settings: more of `typer.Option`.
+    """
+    names = [word for word in spec.split() if word.startswith("-")]
+    value = spec.rpartition(" ")[2]
+    metavar = None if value in names else value
+    if closed:
+        settings["callback"] = one_of(names[0], known)
+    completion = completing(known) if known else None
+    return typer.Option(
+        *names, metavar=metavar, help=text, rich_help_panel=panel, autocompletion=completion, **settings
+    )
+
+
+def completing(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a function that completes a value to those of `known`."""
+
+    def matches(incomplete: str) -> list[str]:
+        return [name for name in known if name.startswith(incomplete)]
+
+    return matches
+
+
+def one_of(name: str, known: Sequence[str]) -> Callable[[Text], Text]:
+    """Return a function that raises `UsageError` for a value of option `name` that is not `known`."""
+
+    def check(value: Text) -> Text:
+        if value is not None and value not in known:
+            raise UsageError(f"there is no {name} {value!r}; there are {', '.join(known)}")
+        return value
+
+    return check
+
+
+def _silence(quiet: bool) -> bool:
+    """Ignore the library's warnings from now on if `quiet`."""
+    if quiet:
+        warnings.simplefilter("ignore", ClapsepWarning)
+    return quiet
+
+
+def _use_home(folder: Path | None) -> Path | None:
+    """Keep models in `folder` from now on."""
+    if folder is not None:
+        os.environ["CLAPSEP_HOME"] = str(folder)
+    return folder
+
 
 Inputs = Annotated[
     Texts, typer.Argument(metavar="MIX...", help="Recordings, folders, patterns, @list.txt, URLs; or - for stdin.")
@@ -84,6 +150,29 @@ SkipExisting = Annotated[
     bool, option(OUTPUT, "--skip-existing", "Skip recordings already processed with the same settings.")
 ]
 
+Model = Annotated[
+    Text,
+    option(
+        MODEL,
+        "--model NAME|PATH",
+        "A model by name or folder; by default the best available.",
+        list(MODELS),
+        envvar="CLAPSEP_MODEL",
+    ),
+]
+ModelDir = Annotated[
+    Path | None,
+    option(
+        MODEL,
+        "--model-dir DIR",
+        "Folder of the models; like the variable CLAPSEP_HOME.",
+        callback=_use_home,
+        expose_value=False,
+    ),
+]
+Device = Annotated[
+    str, option(MODEL, "--device -d NAME", "auto, cpu, cuda, cuda:N or mps.", DEVICES, envvar="CLAPSEP_DEVICE")
+]
 Adapter = Annotated[
     Text, option(MODEL, "--adapter FILE", "An adapter for the model, from `clapsep train --lora-only`.")
 ]
@@ -107,14 +196,16 @@ BatchSize = Annotated[
 Jobs = Annotated[int, option(RUN, "--jobs -j N", "Threads that read and write files.", min=1, max=64)]
 Json = Annotated[bool, option(RUN, "--json", "Print a JSON object for each recording on stdout.")]
 Progress = Annotated[
-    str, option(RUN, "--progress HOW", "auto (bars on a terminal), json (lines on stderr) or none.", PROGRESS)
+    str,
+    option(RUN, "--progress HOW", "auto (bars on a terminal), json (lines on stderr) or none.", PROGRESS, closed=True),
 ]
+Quiet = Annotated[bool, option(RUN, "--quiet -q", "Print nothing but errors.", callback=_silence)]
 
 Shard = Annotated[
     Text, option(BEYOND, "--shard K/N", "Process only shard K of N, counted from 0; names decide the shard.")
 ]
 Scratch = Annotated[Path | None, option(BEYOND, "--scratch DIR", "Folder for copies of the files at URLs.")]
-Engine = Annotated[str, option(BEYOND, "--engine NAME", "local, or ray for many machines.", ENGINES)]
+Engine = Annotated[str, option(BEYOND, "--engine NAME", "local, or ray for many machines.", ENGINES, closed=True)]
 Address = Annotated[
     Text, option(BEYOND, "--address ADDR", "Ray cluster: auto or HOST:PORT; by default a new one on this machine.")
 ]
@@ -130,16 +221,15 @@ Insecure = Annotated[bool, option(BEYOND, "--insecure", "Connect to a Ray cluste
 
 @dataclass(frozen=True)
 class Setup:
-    """Options for the model, the machines and the messages of a run, named as those of the commands."""
+    """Options for the model, the machines and the messages of a run, named as those of the commands.
+
+    `cluster`: where Ray runs it; None for this machine, without Ray.
+    """
 
     loading: Loading
+    cluster: Cluster | None
     threads: int | None
     scratch: Path | None
-    engine: str
-    address: str | None
-    workers: int | None
-    gpus_per_worker: float | None
-    insecure: bool
     json: bool
     progress: str
     quiet: bool
@@ -168,7 +258,7 @@ def options_of(given: Mapping[str, Any], stage: Stage) -> Options:
 
     Raises `QueryError` for an invalid time, `UsageError` for an invalid shard or URL.
     """
-    from clapsep_cli.jobs.tasks import Options
+    from clapsep_cli.jobs.job import Options
     from clapsep_cli.query import parse_time
 
     times = {name: None if given[name] is None else parse_time(given[name]) for name in ("start", "end")}
@@ -188,14 +278,18 @@ def _chosen(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def setup_of(given: Mapping[str, Any]) -> Setup:
-    """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for a value that is not known."""
-    from clapsep_cli.jobs.tasks import Loading
+    """Make a `Setup` from the arguments of a command, by name. Raises `UsageError` for an option of another engine."""
+    from clapsep_cli.jobs.job import Cluster, Loading
 
-    if given["progress"] not in PROGRESS:
-        raise UsageError(f"there is no --progress {given['progress']!r}; there are {', '.join(PROGRESS)}")
-    if given["engine"] not in ENGINES:
-        raise UsageError(f"there is no --engine {given['engine']!r}; there are {', '.join(ENGINES)}")
-    for name in OF_RAY:
-        if given["engine"] != "ray" and given[name]:
-            raise UsageError(f"--{name.replace('_', '-')} is for --engine ray: use them together")
-    return Setup(loading=Loading(**_chosen(Loading, given)), **_chosen(Setup, given))
+    cluster = None
+    if given["engine"] == "ray":
+        cluster = Cluster(**_chosen(Cluster, {**given, "threads": given["threads"] or 1}))
+    elif name := next((name for name in OF_RAY if given[name]), None):
+        raise UsageError(f"--{name.replace('_', '-')} is for --engine ray: use them together")
+    return Setup(loading=Loading(**_chosen(Loading, given)), cluster=cluster, **_chosen(Setup, given))
+
+
+def check_free(path: Path, overwrite: bool, instead: str = "") -> None:
+    """Raise `OutputError` if a file exists that is not to be replaced; `instead` is another way out."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; use --overwrite to replace it{instead}")

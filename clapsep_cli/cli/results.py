@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from clapsep_cli.cli.options import staging
-from clapsep_cli.cli.terminal import QuietOption, among, notes
+from clapsep_cli.cli import options as opt
+from clapsep_cli.cli.terminal import notes
 from clapsep_cli.errors import UsageError
 
 FORMATS = ("jsonl", "parquet", "csv")
@@ -17,10 +17,9 @@ FORMATS = ("jsonl", "parquet", "csv")
 def results(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder or URL of the runs.")],
     format: Annotated[  # noqa: A002
-        str,
-        typer.Option("--format", "-f", metavar="NAME", autocompletion=among(*FORMATS), help="jsonl, parquet or csv."),
+        str, opt.option(opt.OUTPUT, "--format -f NAME", "jsonl, parquet or csv.", FORMATS, closed=True)
     ] = "jsonl",
-    quiet: QuietOption = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Print a row for each recording: its status, levels, presence and files. Redirect it to a file.
 
@@ -28,10 +27,8 @@ def results(
     """
     from clapsep_cli.jobs.results import rows, write
 
-    if format not in FORMATS:
-        raise UsageError(f"there is no --format {format!r}; there are {', '.join(FORMATS)}")
     if format == "parquet" and sys.stdout.isatty():
         raise UsageError("--format parquet is not for a terminal; redirect it to a file")
-    with staging(None) as stage:
+    with opt.staging(None) as stage:
         count = write(rows(stage.path(out), stage), format, sys.stdout)
     notes(quiet)(f"{count} recordings")

@@ -29,20 +29,20 @@ from clapsep_cli.startup import set_threads
 
 if TYPE_CHECKING:
     from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.job import Cluster, Job, Loading, Options, Outcome
     from clapsep_cli.jobs.planning import Todo
     from clapsep_cli.jobs.requests import Requests
     from clapsep_cli.jobs.stores import Stage
-    from clapsep_cli.jobs.tasks import Job, Loading, Options, Outcome
     from clapsep_cli.query import Query
     from clapsep_cli.store.checkpoint import Model
 
 FAILED = 1  # exit code if a recording or an output failed; usage errors exit with 2
-STATUSES = {"done": "done", "absent": "without what was asked for", "skipped": "done before", "failed": "failed"}
+STATUSES = {"done": "done", "absent": "without the target", "skipped": "done before", "failed": "failed"}
 HEADER_LETTERS = 160  # letters of the queries in the first line, at most
 
 
 def find_recordings(inputs: Sequence[str], recursive: bool, out: Path | None, stage: Stage) -> list[Input]:
-    """Find the recordings that the arguments of a command name, without outputs of earlier runs (see `expand`)."""
+    """Find the recordings that the arguments name, without outputs of earlier runs (see `expand`)."""
     from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import expand
 
@@ -55,18 +55,18 @@ def _is_stdout(out: Path | None) -> bool:
     return str(out) == "-"
 
 
-def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> None:
+def run_requests(requests: Requests, options: Options, setup: Setup, stage: Stage) -> None:
     """Separate the recordings and print the results.
 
     Args:
-        asked: recordings, each with its targets by name.
+        requests: recordings, each with its targets by name.
         options: how they are read and written.
         setup: the model, the device and the messages.
         stage: mirrors the stores of URLs.
 
     Raises:
         typer.Exit: a recording failed.
-        ClapsepError: nothing can be done.
+        ClapsepError: no recording can be separated.
     """
     if _is_stdout(options.out) and setup.json:
         raise UsageError("-o - leaves stdout to the audio: use it without --json")
@@ -75,15 +75,18 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
     from clapsep_cli.jobs.planning import lay_out
     from clapsep_cli.query import check_taken
 
-    jobs = lay_out(asked, options, stage)  # before a model is loaded, perhaps downloaded
+    jobs = lay_out(requests, options, stage)  # before a model is loaded, perhaps downloaded
     lines = _Lines(setup, len(jobs), sys.stderr if _is_stdout(options.out) else sys.stdout)
     if options.shard is not None and not jobs:
-        lines.say(f"no recordings in shard {options.shard[0]}/{options.shard[1]} of {len(asked)}")
+        lines.say(f"no recordings in shard {options.shard[0]}/{options.shard[1]} of {len(requests)}")
         return
-    _, *others = sets = _sets(jobs)
+    _, *others = sets = _different_targets(jobs)
     if (name := setup.loading.model) in MODELS and not others:
         check_taken(sets[0].values(), MODELS[name].takes, name)
-    (_work_on_ray if setup.engine == "ray" else _work)(jobs, options, setup, stage, lines)
+    if setup.cluster:
+        _run_on_cluster(jobs, options, setup, setup.cluster, stage, lines)
+    else:
+        _run_here(jobs, options, setup, stage, lines)
     lines.end()
     if lines.failures:
         raise typer.Exit(FAILED)
@@ -91,10 +94,10 @@ def carry_out(asked: Requests, options: Options, setup: Setup, stage: Stage) -> 
 
 def _check_scratch(setup: Setup, stage: Stage) -> None:
     if setup.scratch is not None and stage.root is None:
-        raise UsageError("--scratch is the folder for what URLs name, and there is none: leave it out")
+        raise UsageError("--scratch is for copies of the files at URLs, and there is no URL: leave it out")
 
 
-def keep_on(
+def watch_folder(
     folder: Path, recursive: bool, targets: Mapping[str, Query], options: Options, setup: Setup, stage: Stage
 ) -> NoReturn:
     """Separate recordings as they arrive in a folder, until the user stops it.
@@ -109,21 +112,21 @@ def keep_on(
 
     Raises:
         StoppedError: the user stopped it.
-        ClapsepError: nothing can be done.
+        ClapsepError: no recording can be separated.
     """
     from clapsep_cli.audio.writers import is_output
     from clapsep_cli.jobs.inputs import Input
+    from clapsep_cli.jobs.job import Failure, row_of
     from clapsep_cli.jobs.planning import lay_out, plan
-    from clapsep_cli.jobs.tasks import Failure, row_of
     from clapsep_cli.jobs.watch import arrivals
 
     _check_scratch(setup, stage)
-    if setup.engine == "ray":
-        raise UsageError("--engine ray takes recordings that are there: use it without --watch")
+    if setup.cluster:
+        raise UsageError("--engine ray needs a fixed list of recordings: use it without --watch")
     set_threads(setup.threads)
     options = replace(options, skip_existing=True)
     lay_out([(Input(folder / "any.wav", Path("any.wav")), targets)], options, stage)  # before a model is loaded
-    model, options = _prepared(options, setup, stage)
+    model, options = _load_model(options, setup, stage)
     _warn_of_doubts(model, [targets])
     notes(setup.quiet)(f"watching {folder}; Ctrl-C ends it")
     with stoppable(setup.quiet) as stop:
@@ -149,24 +152,24 @@ def load(loading: Loading, stage: Stage, quiet: bool) -> Model:
         return loading.load(stage, notes(quiet), shown)
 
 
-def _prepared(options: Options, setup: Setup, stage: Stage) -> tuple[Model, Options]:
-    """Load the model, and measure the presence for `--json` if it can."""
+def _load_model(options: Options, setup: Setup, stage: Stage) -> tuple[Model, Options]:
+    """Load the model; return it, and the options with `presence` set for `--json` where the model can measure it."""
     model = load(setup.loading, stage, setup.quiet)
     if options.presence is None:
         options = replace(options, presence=setup.json and model.tells_likeness)
     return model, options
 
 
-def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
+def _run_here(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
     """Plan and run the jobs in this process."""
     from clapsep_cli.jobs.planning import plan
 
-    model, options = _prepared(options, setup, stage)
+    model, options = _load_model(options, setup, stage)
     todo = plan(jobs, model, options, stage)
     if todo.jobs or not todo.done:  # networks are read only if they are needed
-        _warn_of_doubts(model, _sets(jobs))
+        _warn_of_doubts(model, _different_targets(jobs))
     if todo.jobs:
-        lines.begin(_sets(jobs), model)
+        lines.begin(_different_targets(jobs), model)
     with stoppable(setup.quiet) as stop:
         _process(todo, model, options, setup, stage, lines, stop)
 
@@ -174,15 +177,15 @@ def _work(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lin
 def _process(
     todo: Todo, model: Model, options: Options, setup: Setup, stage: Stage, lines: _Lines, stop: threading.Event
 ) -> None:
-    """Run what is to do, and print all results."""
+    """Run the planned jobs, and print all results."""
     from clapsep_cli.jobs.batch import run
-    from clapsep_cli.jobs.tasks import Failure, Skipped, row_of
+    from clapsep_cli.jobs.job import Failure, Skipped, row_of
 
     known: list[Outcome] = [*map(Skipped, todo.done), *todo.blocked]
     for outcome in known:
         lines.show(row_of(outcome, model))
     with (
-        lines.ended_if_stopped(),
+        lines.summary_if_stopped(),
         Reporter(setup.progress, setup.quiet, len(todo.jobs)) as reporter,
         closing(run(todo.jobs, model, options, reporter.update, stop, stage)) as outcomes,
     ):
@@ -191,19 +194,19 @@ def _process(
             lines.show(row_of(outcome, model))
 
 
-def _work_on_ray(jobs: Sequence[Job], options: Options, setup: Setup, stage: Stage, lines: _Lines) -> None:
-    """Have workers of a cluster plan and run the jobs."""
-    from clapsep_cli.jobs.ray_engine import Cluster, run_on_ray
+def _run_on_cluster(
+    jobs: Sequence[Job], options: Options, setup: Setup, cluster: Cluster, stage: Stage, lines: _Lines
+) -> None:
+    """Plan and run the jobs in the workers of a cluster."""
+    from clapsep_cli.jobs.ray_engine import run_on_ray
 
     if _is_stdout(options.out) or any(str(job.input.path) == "-" for job in jobs):
         raise UsageError("--engine ray reads and writes files: name them, or leave it out")
     if options.presence is None:
         options = replace(options, presence=setup.json)  # where the model can measure it
-    gpus, threads = setup.gpus_per_worker or 0.0, setup.threads or 1
-    cluster = Cluster(setup.address, setup.workers, gpus, threads, setup.insecure, setup.scratch)
     with (
         _without_prints() as lines.stream,
-        lines.ended_if_stopped(),
+        lines.summary_if_stopped(),
         stoppable(setup.quiet) as stop,
         Reporter(setup.progress, setup.quiet, len(jobs)) as reporter,
         closing(run_on_ray(jobs, options, setup.loading, cluster, stage, stop)) as rows,
@@ -216,7 +219,7 @@ def _work_on_ray(jobs: Sequence[Job], options: Options, setup: Setup, stage: Sta
 
 @contextmanager
 def _without_prints() -> Iterator[TextIO]:
-    """Yield stdout for our lines alone: what a library prints there, also from C, goes to stderr."""
+    """Yield a stream to stdout, and send to stderr all that libraries print on stdout, also from C."""
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as own:
         try:
@@ -227,13 +230,13 @@ def _without_prints() -> Iterator[TextIO]:
             os.dup2(own.fileno(), 1)
 
 
-def _sets(jobs: Sequence[Job]) -> list[Mapping[str, Query]]:
+def _different_targets(jobs: Sequence[Job]) -> list[Mapping[str, Query]]:
     """Return the different sets of targets."""
     return list({id(job.targets): job.targets for job in jobs}.values())
 
 
 def _warn_of_doubts(model: Model, sets: Sequence[Mapping[str, Query]]) -> None:
-    """Warn where results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
+    """Warn if results may be poor. Raises `QueryError` if all recordings share a query that cannot be used."""
     for targets in sets:
         try:
             for doubt in model.doubts(list(targets.values())):
@@ -305,7 +308,7 @@ class _Lines:
             note(row["error"])
         elif status == "skipped":
             if not self.json and self.count < 2:  # for several, only their number is printed
-                without = "" if row["outputs"] or row.get("events_file") else ", without what was asked for"
+                without = "" if row["outputs"] or row.get("events_file") else ", without the target"
                 self._print(f"{row['input']}: done before{without}")
         else:
             self._warn(row)
@@ -343,8 +346,8 @@ class _Lines:
             self._print(f"  {part:{width}}  {_named(path, 'output')}")
 
     @contextmanager
-    def ended_if_stopped(self) -> Iterator[None]:
-        """Print the summary where the user stops the run."""
+    def summary_if_stopped(self) -> Iterator[None]:
+        """Print the summary if the user stops the run."""
         try:
             yield
         except (StoppedError, KeyboardInterrupt):
@@ -352,7 +355,7 @@ class _Lines:
             raise
 
     def end(self) -> None:
-        """Print a summary of several recordings, with the reasons of those that failed; once."""
+        """Print the summary of several recordings, with the errors; only once."""
         if self.count < 2 or self.over:
             return
         self.over = True

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from typer.core import TyperCommand
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.run import carry_out, find_recordings
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, QuietOption, option
+from clapsep_cli.cli.run import find_recordings, run_requests
 from clapsep_cli.errors import DownloadError, UsageError
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.registry import BUNDLED
@@ -23,20 +22,21 @@ DEFAULT = "tuss-medium"
 
 Prompts = Annotated[
     opt.Texts,
-    option(PANEL, "--prompts NAME...", "All sounds in the recording; repeat a prompt for equal sounds.", PROMPTS),
+    opt.option(PANEL, "--prompts NAME...", "All sounds in the recording; repeat a prompt for equal sounds.", PROMPTS),
 ]
 Task = Annotated[
     opt.Text,
-    option(
+    opt.option(
         PANEL,
         "--task TASK",
         "Prompts by task: speech-enhancement, speech-separation, sound-events, music or cinematic.",
         list(TASKS),
+        closed=True,
     ),
 ]
-Only = Annotated[opt.Texts, option(PANEL, "--only NAME...", "Write only these of the parts.", PROMPTS)]
-Residual = Annotated[bool, option(opt.OUTPUT, "--residual", "Also write the rest.")]
-Consistent = Annotated[bool, option(opt.OUTPUT, "--consistent", "Add the rest to the parts, so that they add up.")]
+Only = Annotated[opt.Texts, opt.option(PANEL, "--only NAME...", "Write only these of the parts.", PROMPTS)]
+Residual = Annotated[bool, opt.option(opt.OUTPUT, "--residual", "Also write the rest.")]
+Consistent = Annotated[bool, opt.option(opt.OUTPUT, "--consistent", "Add the rest to the parts, so that they add up.")]
 
 
 class ListCommand(TyperCommand):
@@ -97,31 +97,29 @@ def separate(
     workers: opt.Workers = None,
     gpus_per_worker: opt.GpusPerWorker = None,
     insecure: opt.Insecure = False,
-    model: ModelOption = None,
+    model: opt.Model = None,
     adapter: opt.Adapter = None,
-    device: DeviceOption = "auto",
+    device: opt.Device = "auto",
     precision: opt.Precision = "auto",
     refine: opt.Refine = False,
-    _model_dir: ModelDirOption = None,
+    _model_dir: opt.ModelDir = None,
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = 0,
     jobs: opt.Jobs = 2,
     json: opt.Json = False,
     progress: opt.Progress = "auto",
-    quiet: QuietOption = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Separate into MIX.NAME.wav for each prompt; the second equal prompt into MIX.NAME-2.wav, and so on.
 
-    The prompts should name all that is in the recording, not only what is wanted: see --only.
+    The prompts should name all sounds in the recording, not only the wanted ones: see --only.
     """
     given = locals()
     from clapsep_cli.files import is_there
     from clapsep_cli.query import Query
 
     if bool(prompts) == bool(task):
-        raise UsageError("say what is in the recording: either --prompts NAME..., or --task")
-    if task and task not in TASKS:
-        raise UsageError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
+        raise UsageError("name the sounds in the recording: either --prompts NAME..., or --task")
     names = list(TASKS[task]) if task else list(prompts or ())
     if not inputs and (swallowed := [word for word in (*names, *(only or ())) if is_there(Path(word))]):
         raise UsageError(
@@ -137,8 +135,8 @@ def separate(
     try:
         with opt.staging(scratch) as stage:
             options = opt.options_of({**given, "only": chosen}, stage)
-            asked = [(item, targets) for item in find_recordings(inputs or [], recursive, options.out, stage)]
-            carry_out(asked, options, setup, stage)
+            requests = [(item, targets) for item in find_recordings(inputs or [], recursive, options.out, stage)]
+            run_requests(requests, options, setup, stage)
     except DownloadError as error:
         if model:
             raise

@@ -1,102 +1,25 @@
-"""Options of several commands, and notes and progress on stderr."""
+"""Prints lines, notes and progress."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from clapsep_cli.errors import ClapsepWarning
-from clapsep_cli.registry import MODELS
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from rich.progress import Progress, TaskID
 
-    from clapsep_cli.jobs.tasks import Job
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
-
-def among(*names: str) -> Callable[[str], list[str]]:
-    """Return the completion of an option that takes one of `names`."""
-
-    def matches(incomplete: str) -> list[str]:
-        return [name for name in names if name.startswith(incomplete)]
-
-    return matches
-
-
-def option(panel: str, spec: str, text: str, known: Sequence[str] = (), **settings: Any) -> Any:
-    """Declare an option.
-
-    Args:
-        panel: heading of --help under which it is listed.
-        spec: its names and the placeholder of its value, e.g. `--out -o DIR`.
-        text: its help.
-        known: values that shells complete.
-        **settings: more of `typer.Option`.
-    """
-    names = [word for word in spec.split() if word.startswith("-")]
-    value = spec.rpartition(" ")[2]
-    metavar = None if value in names else value
-    completion = among(*known) if known else None
-    return typer.Option(
-        *names, metavar=metavar, help=text, rich_help_panel=panel, autocompletion=completion, **settings
-    )
-
-
-def _silence(quiet: bool) -> bool:
-    """Ignore the library's warnings from now on if `quiet`."""
-    if quiet:
-        warnings.simplefilter("ignore", ClapsepWarning)
-    return quiet
-
-
-def _use_home(folder: Path | None) -> Path | None:
-    """Keep models in `folder` from now on."""
-    if folder is not None:
-        os.environ["CLAPSEP_HOME"] = str(folder)
-    return folder
-
-
-MODEL, RUN = "Model", "Run"  # headings in --help
-
-ModelOption = Annotated[
-    str | None,
-    option(
-        MODEL,
-        "--model NAME|PATH",
-        "A model by name or folder; by default the best available.",
-        list(MODELS),
-        envvar="CLAPSEP_MODEL",
-    ),
-]
-DeviceOption = Annotated[
-    str, option(MODEL, "--device -d NAME", "auto, cpu, cuda, cuda:N or mps.", DEVICES, envvar="CLAPSEP_DEVICE")
-]
-ModelDirOption = Annotated[
-    Path | None,
-    option(
-        MODEL,
-        "--model-dir DIR",
-        "Folder of the models; like the variable CLAPSEP_HOME.",
-        callback=_use_home,
-        expose_value=False,
-    ),
-]
-QuietOption = Annotated[bool, option(RUN, "--quiet -q", "Print nothing but errors.", callback=_silence)]
+    from clapsep_cli.jobs.job import Job
+    from clapsep_cli.store.checkpoint import Model
 
 LINE_LETTERS = 1000  # longest line of a note
-PROGRESS = ("auto", "json", "none")
 NAME_LETTERS = 40  # of a recording's name beside its bar
 
 
@@ -168,11 +91,19 @@ def downloads(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
+def load_model(name: str | Path | None, device: str, precision: str, quiet: bool) -> Model:
+    """Load a model, and show notes and progress of a download."""
+    from clapsep_cli.store import library
+
+    with downloads(quiet) as shown:
+        return library.load_model(name, device, precision, say=notes(quiet), progress=shown)
+
+
 class Reporter:
     """Shows the progress of a run on stderr: bars for each recording and for all, or lines of JSON.
 
     Args:
-        how: one of `PROGRESS`; "auto" shows bars on a terminal.
+        how: "auto" for bars on a terminal, "json" or "none".
         quiet: show nothing.
         count: number of recordings.
     """

@@ -1,4 +1,4 @@
-"""`clapsep train`: makes settings from options, trains, and prints the progress."""
+"""`clapsep train`: trains a model, and prints the progress."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clapsep_cli import startup
+from clapsep_cli.cli import options as opt
 from clapsep_cli.cli.run import stoppable
-from clapsep_cli.cli.terminal import DEVICES, ModelDirOption, QuietOption, among, downloads, notes
+from clapsep_cli.cli.terminal import load_model
 from clapsep_cli.registry import FAMILIES, MODELS
 
 if TYPE_CHECKING:
@@ -20,131 +21,115 @@ if TYPE_CHECKING:
 
 PRESETS = [preset for traits in FAMILIES.values() for preset in traits.presets]
 
-ManifestArgument = Annotated[
+DATA, SETTINGS = "Clips", "Settings"  # headings in --help, with MODEL and RUN
+
+Manifest = Annotated[
     Path | None,
     typer.Argument(
         metavar="[MANIFEST.csv]",
         help="Clips: file,label[,captions,split]; clapsep: also file_name,caption; tuss: file,prompt[,split].",
     ),
 ]
-ManifestOption = Annotated[Path | None, typer.Option("--manifest", metavar="CSV", help="The same, as an option.")]
-AudioOption = Annotated[
-    Path | None, typer.Option("--audio", metavar="DIR", help="Folder of the clips; by default that of the manifest.")
+ManifestOption = Annotated[Path | None, opt.option(DATA, "--manifest CSV", "The manifest, as an option.")]
+Audio = Annotated[Path | None, opt.option(DATA, "--audio DIR", "Folder of the clips; by default that of the manifest.")]
+Val = Annotated[
+    Path | None, opt.option(DATA, "--val CSV", "Clips to validate on; by default those of the splits other than train.")
 ]
-ValOption = Annotated[
-    Path | None, typer.Option("--val", metavar="CSV", help="Clips to validate on; else those of splits but train.")
+Paraphrases = Annotated[
+    opt.Text, opt.option(DATA, "--paraphrases CSV", "mini: more captions by label: label,captions.")
 ]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", "-o", metavar="DIR", help="Where the model and the run's state go; runs/MANIFEST if not given."
+Out = Annotated[
+    Path | None, opt.option(opt.MODEL, "--out -o DIR", "Folder of the model and the run's state; runs/MANIFEST.")
+]
+Preset = Annotated[
+    opt.Text,
+    opt.option(
+        opt.MODEL,
+        "--preset NAME",
+        f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}; by default mini, or the one that fits --init.",
+        PRESETS,
     ),
 ]
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        metavar="NAME",
-        autocompletion=among(*PRESETS),
-        help=f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}; mini, or as --init says.",
+Init = Annotated[
+    opt.Text,
+    opt.option(opt.MODEL, "--init NAME|PATH", "A model to train further; by default from scratch.", list(MODELS)),
+]
+LoraOnly = Annotated[
+    bool, opt.option(opt.MODEL, "--lora-only", "With --init: train a small adapter, and nothing else of the model.")
+]
+Encoder = Annotated[
+    opt.Text,
+    opt.option(
+        opt.MODEL,
+        "--encoder HOW",
+        "clapsep: the separator's encoder: lora, frozen, scratch or none.",
+        ("lora", "frozen", "scratch", "none"),
     ),
 ]
-InitOption = Annotated[
-    str | None,
-    typer.Option(
-        "--init",
-        metavar="NAME|PATH",
-        autocompletion=among(*MODELS),
-        help="A model to go on from, rather than from scratch.",
+Encoders = Annotated[
+    opt.Text,
+    opt.option(opt.MODEL, "--encoders DIR", "mini: folder of the query encoders; by default the bundled ones."),
+]
+Space = Annotated[
+    opt.Text,
+    opt.option(
+        opt.MODEL,
+        "--space HOW",
+        "mini: keep the encoders, or fit their words or all of them to your clips: keep, words or fit.",
+        ("keep", "words", "fit"),
     ),
 ]
-LoraOnlyOption = Annotated[
-    bool, typer.Option("--lora-only", help="With --init: tune a small adapter, and nothing else of the model.")
+Config = Annotated[
+    Path | None, opt.option(SETTINGS, "--config FILE", "Settings that differ from the preset's: .toml or .yaml.")
 ]
-EncoderOption = Annotated[
-    str | None,
-    typer.Option(
-        "--encoder",
-        metavar="HOW",
-        autocompletion=among("lora", "frozen", "scratch", "none"),
-        help="The separator's: lora, frozen, scratch or none.",
-    ),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings that differ from the preset's: .toml or .yaml."),
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One such setting, e.g. batch=16; repeatable.")
-]
-EncodersOption = Annotated[
-    str | None,
-    typer.Option("--encoders", metavar="DIR", help="mini: folder of the query encoders; the bundled ones by default."),
-]
-SpaceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--space",
-        metavar="HOW",
-        autocompletion=among("keep", "words", "fit"),
-        help="mini: keep the encoders, or fit their words, or all, to your clips (words, fit); keep.",
-    ),
-]
-ParaphrasesOption = Annotated[
-    str | None, typer.Option("--paraphrases", metavar="CSV", help="mini: further captions by label: label,captions.")
-]
-StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="mini: steps of the separator.")]
-EpochsOption = Annotated[
+Set = Annotated[opt.Texts, opt.option(SETTINGS, "--set KEY=VALUE", "One such setting, e.g. batch=16; repeatable.")]
+Steps = Annotated[int | None, opt.option(SETTINGS, "--steps N", "mini: steps of the separator.", min=1)]
+Epochs = Annotated[
     int | None,
-    typer.Option(
-        "--epochs",
-        metavar="N",
+    opt.option(
+        SETTINGS,
+        "--epochs N",
+        "clapsep: in each, every clip is a target once; tuss, audiosep: of epoch_steps steps.",
         min=1,
-        help="clapsep: in each, every clip is a target once; tuss, audiosep: of epoch_steps.",
     ),
 ]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Everything drawn at random follows from it; 0.")
+Seed = Annotated[int | None, opt.option(SETTINGS, "--seed N", "Seed of all random draws; 0.")]
+Accelerator = Annotated[str, opt.option(opt.RUN, "--accelerator NAME", "auto, cpu, cuda or mps.", opt.DEVICES)]
+Devices = Annotated[str, opt.option(opt.RUN, "--devices N|auto", "Number of devices on each machine.")]
+Nodes = Annotated[
+    int, opt.option(opt.RUN, "--nodes N", "Number of machines; start this on each, by torchrun or SLURM.", min=1)
 ]
-AcceleratorOption = Annotated[
-    str,
-    typer.Option("--accelerator", metavar="NAME", autocompletion=among(*DEVICES), help="auto, cpu, cuda or mps."),
-]
-DevicesOption = Annotated[str, typer.Option("--devices", metavar="N|auto", help="How many of them, on each machine.")]
-NodesOption = Annotated[
-    int, typer.Option("--nodes", metavar="N", min=1, help="Machines; start this on each, by torchrun or SLURM.")
-]
-PrecisionOption = Annotated[
-    str, typer.Option("--precision", metavar="NAME", help="bf16-mixed or 32-true; by default bf16-mixed where native.")
+Precision = Annotated[
+    str, opt.option(opt.RUN, "--precision NAME", "bf16-mixed or 32-true; by default bf16-mixed where native.")
 ]
 
 
 def train(
-    manifest: ManifestArgument = None,
+    manifest: Manifest = None,
     manifest_option: ManifestOption = None,
-    audio: AudioOption = None,
-    val: ValOption = None,
-    out: OutOption = None,
-    preset: PresetOption = None,
-    init: InitOption = None,
-    lora_only: LoraOnlyOption = False,
-    encoder: EncoderOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    encoders: EncodersOption = None,
-    space: SpaceOption = None,
-    paraphrases: ParaphrasesOption = None,
-    steps: StepsOption = None,
-    epochs: EpochsOption = None,
-    seed: SeedOption = None,
-    accelerator: AcceleratorOption = "auto",
-    devices: DevicesOption = "1",
-    nodes: NodesOption = 1,
-    precision: PrecisionOption = "",
-    _model_dir: ModelDirOption = None,
-    quiet: QuietOption = False,
+    audio: Audio = None,
+    val: Val = None,
+    out: Out = None,
+    preset: Preset = None,
+    init: Init = None,
+    lora_only: LoraOnly = False,
+    encoder: Encoder = None,
+    config: Config = None,
+    settings: Set = None,
+    encoders: Encoders = None,
+    space: Space = None,
+    paraphrases: Paraphrases = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "1",
+    nodes: Nodes = 1,
+    precision: Precision = "",
+    _model_dir: opt.ModelDir = None,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Train a model, or tune one for your own sounds. Stopped, it goes on where it was when called again.
+    """Train a model, or tune one for your own sounds. After a stop, the same command continues the run.
 
     Example: clapsep train mine.csv --init clapsep --lora-only
     """
@@ -171,8 +156,9 @@ def train(
     startup.keep_memory()
     folder = out or Path("runs") / listed.stem
     hardware = Hardware(accelerator, devices, nodes, precision)
+    listen = (lambda report: None) if quiet else _print
     with stoppable(quiet, "stopping after this step; its state is saved") as stop:
-        leads = train_model(listed, folder, recipe, _ignore if quiet else _print, hardware, stop, audio, val)
+        leads = train_model(listed, folder, recipe, listen, hardware, stop, audio, val)
     if leads and not quiet:
         typer.echo(f"done: {recipe.use.format(folder=folder)}")
         for adapter in sorted(folder.glob("adapter.safetensors")):
@@ -190,19 +176,15 @@ def _recipe(
     quiet: bool,
 ) -> Recipe:
     """Return the preset with all overrides. Downloads the model that it starts from."""
-    from clapsep_cli.store.library import load_model
     from clapsep_cli.training.loop.settings import parse_setting, read_settings
     from clapsep_cli.training.recipes import presets
 
-    with downloads(quiet) as shown:
-        if preset is None:
-            preset = presets.DEFAULT
-            if init:
-                preset = presets.preset_of(load_model(init, "cpu", say=notes(quiet), progress=shown).family, init)
-        overrides = [read_settings(config)] if config else []
-        recipe = presets.build(preset, *overrides, *map(parse_setting, settings), given)
-        if recipe.needs:
-            load_model(recipe.needs, "cpu", say=notes(quiet), progress=shown)
+    if preset is None:
+        preset = presets.preset_of(load_model(init, "cpu", "auto", quiet).family, init) if init else presets.DEFAULT
+    overrides = [read_settings(config)] if config else []
+    recipe = presets.build(preset, *overrides, *map(parse_setting, settings), given)
+    if recipe.needs:
+        load_model(recipe.needs, "cpu", "auto", quiet)
     return recipe
 
 
@@ -224,7 +206,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
-
-
-def _ignore(report: Report) -> None:
-    pass

@@ -12,28 +12,28 @@ from typing import Annotated
 import typer
 
 from clapsep_cli.cli import options as opt
-from clapsep_cli.cli.terminal import DeviceOption, ModelDirOption, ModelOption, downloads, note
+from clapsep_cli.cli.terminal import downloads, note
 from clapsep_cli.errors import ExtraError, UsageError
 
 
 def ui(
     mix: Annotated[Path | None, typer.Argument(metavar="[MIX]", help="A recording to open at once.")] = None,
     stream: opt.Stream = None,
-    model: ModelOption = None,
-    device: DeviceOption = "auto",
+    model: opt.Model = None,
+    device: opt.Device = "auto",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, metavar="N", help="To listen on; 0 takes any free one.")
+        int, opt.option(opt.RUN, "--port N", "Port to listen on; 0 takes any free one.", min=0, max=65535)
     ] = 0,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
-    _model_dir: ModelDirOption = None,
+    no_browser: Annotated[bool, opt.option(opt.RUN, "--no-browser", "Only print the address.")] = False,
+    _model_dir: opt.ModelDir = None,
 ) -> None:
     """Open a page in the browser: see a recording, mark sounds, extract, and compare by ear.
 
-    The page and all sounds stay on this machine. Ctrl-C ends it, and removes what was not downloaded.
+    The page and all sounds stay on this machine. Ctrl-C ends it, and removes results that were not downloaded.
     """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise ExtraError(f'clapsep ui takes {" and ".join(missing)} too: pip install "clapsep[ui]"')
+        raise ExtraError(f'clapsep ui needs {" and ".join(missing)}: pip install "clapsep[ui]"')
     if stream is not None and mix is None:
         raise UsageError("--stream chooses a sound track of MIX: name that, too, or choose on the page")
     from clapsep_cli.page.server import Page

@@ -1,7 +1,7 @@
-"""Fetches data sets of the papers that may be downloaded, checks and unpacks them, and lists their clips.
+"""Downloads data sets of the papers, checks and unpacks them, and lists their clips.
 
-No hash of these archives is known here for certain. What the server states of a file (size and MD5, by Zenodo) is
-checked; its SHA-256 is noted in `SHA256SUMS`, and another one is refused from then on.
+The size and MD5 that the server states (Zenodo) are checked, and the SHA-256 where others published it. The SHA-256 of
+the first download is kept in `SHA256SUMS`, and later downloads must have the same.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
@@ -37,12 +37,13 @@ VIDEO = re.compile(r"Y?([\w-]{11})(_|$)")  # names of AudioCaps' clips: the vide
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a data set, with its size in bytes and MD5 in hex where its server states them."""
+    """A file of a data set, with its size in bytes and MD5 in hex where its server states them, and a known SHA-256."""
 
     name: str
     url: str
     size: int | None = None
     md5: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class DataSet:
 
     Attributes:
         terms: its licence, in words.
-        listed: writes lists of what is in a folder, and yields their paths.
+        listed: writes lists of the clips in a folder, and yields their paths.
         parts: its files, where they have addresses of their own …
         record: … or its record on Zenodo, and the names of the files in it.
         names: of these files.
+        sha256: of some of these, by name.
     """
 
     terms: str
@@ -62,6 +64,7 @@ class DataSet:
     parts: tuple[Part, ...] = ()
     record: int = 0
     names: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def _esc50(folder: Path) -> Iterator[Path]:
@@ -84,7 +87,7 @@ def _fsd(folder: Path) -> Iterator[Path]:
 
 
 def _audiocaps(folder: Path) -> Iterator[Path]:
-    """List the clips that are in the folder, by the id of their video; all of them, while there are none."""
+    """List the clips in the folder, found by the id of their video; if there are none, list all captions."""
     captions: dict[str, dict[str, list[str]]] = {}
     for split in SPLITS:
         for _, row in read_table(folder / f"audiocaps-{split}.csv", ("youtube_id", "caption")):
@@ -128,7 +131,14 @@ DATA_SETS = {
         _audiocaps,
         tuple(Part(f"audiocaps-{split}.csv", AUDIOCAPS.format(split)) for split in SPLITS),
     ),
-    "musdb18-hq": DataSet("for research and teaching only", _musdb, record=3338373, names=("musdb18hq.zip",)),
+    "musdb18-hq": DataSet(
+        "for research and teaching only",
+        _musdb,
+        record=3338373,
+        names=("musdb18hq.zip",),
+        # As torchaudio.datasets.MUSDB_HQ checks it.
+        sha256={"musdb18hq.zip": "baac80d0483c61d74b2e5f3be75fa557eec52898339e6aa45c1fa48833c5d21d"},
+    ),
 }
 # Why others cannot be fetched, and what to do.
 ON_YOUTUBE = "its sound is on YouTube, whose terms do not let us fetch it; bring your own copy"
@@ -140,7 +150,7 @@ OWN_COPY = {
 
 
 def data_set(name: str) -> DataSet:
-    """Return a data set by name. Raises `UsageError`, which says why another cannot be had."""
+    """Return a data set by name. Raises `UsageError`, which says why others cannot be downloaded."""
     if name in OWN_COPY:
         raise UsageError(f"{name} is not fetched: {OWN_COPY[name]}")
     if name not in DATA_SETS:
@@ -161,7 +171,7 @@ def fetch(name: str, folder: Path, progress: FileProgress | None = None) -> tupl
 
     Raises:
         UsageError: for a data set that cannot be fetched.
-        DownloadError: for a file that cannot be downloaded, is not what its server states or what came before, or
+        DownloadError: for a file that cannot be downloaded, differs from what its server states or sent before, or
             would be unpacked outside of the folder.
         ManifestError: for contents that are not as expected.
         OutputError: where the folder cannot be written.
@@ -172,11 +182,10 @@ def fetch(name: str, folder: Path, progress: FileProgress | None = None) -> tupl
         before = download.read_sums(folder) if (folder / download.SUMS).exists() else {}
         sums = {}
         for part in _stated(data, folder):
-            path = _bring(part, folder, progress)
-            sums[part.name] = download.digest(path)
+            sums[part.name] = _bring(part, folder, progress)
             if before.get(part.name, sums[part.name]) != sums[part.name]:
                 raise DownloadError(
-                    f"{path}: has SHA-256 {sums[part.name]}, and had {before[part.name]} before: delete "
+                    f"{folder / part.name}: has SHA-256 {sums[part.name]}, and had {before[part.name]} before: delete "
                     f"{folder / download.SUMS} to accept it"
                 )
         download.write_sums(folder, before | sums)
@@ -198,7 +207,7 @@ def _stated(data: DataSet, folder: Path) -> Sequence[Part]:
         return _in_record(data, folder)
     except DownloadError:
         if all((folder / name).is_file() for name in data.names):
-            return [Part(name, "") for name in data.names]
+            return [Part(name, "", sha256=data.sha256.get(name, "")) for name in data.names]
         raise
 
 
@@ -216,7 +225,8 @@ def _in_record(data: DataSet, folder: Path) -> list[Part]:
             kind, _, md5 = files[name]["checksum"].partition(":")
             if kind != "md5":
                 raise ValueError(kind)
-            parts.append(Part(name, str(files[name]["links"]["self"]), int(files[name]["size"]), md5))
+            url, size, sha256 = files[name]["links"]["self"], files[name]["size"], data.sha256.get(name, "")
+            parts.append(Part(name, str(url), int(size), md5, sha256))
     except (ValueError, KeyError, TypeError) as error:
         raise DownloadError(
             f"{url}: does not state {', '.join(data.names)}; the record may be restricted: log in there, {way_out}"
@@ -224,12 +234,11 @@ def _in_record(data: DataSet, folder: Path) -> list[Part]:
     return parts
 
 
-def _bring(part: Part, folder: Path, progress: FileProgress | None) -> Path:
-    """Return a file of a data set, downloaded if it is not there, of the size and MD5 that its server states."""
+def _bring(part: Part, folder: Path, progress: FileProgress | None) -> str:
+    """Download a file of a data set if it is not there; return its SHA-256, of what was checked."""
     path = folder / part.name
     if path.exists():
-        _check(part, path, path)
-        return path
+        return _checked(part, path, path)
     _ensure_room(folder, part.size or 0)
 
     def told(done: int, total: int) -> None:
@@ -239,21 +248,29 @@ def _bring(part: Part, folder: Path, progress: FileProgress | None) -> Path:
     with replacing(path) as temporary:
         way_out = f"or fetch {part.name} elsewhere and save it as {path}"
         download.attempts(part.url, folder, way_out, lambda: download.save(part.url, temporary, part.size, told))
-        _check(part, temporary, path)
-    return path
+        return _checked(part, temporary, path)
 
 
-def _check(part: Part, file: Path, path: Path) -> None:
-    """Raise `DownloadError` for a `file` that is not what its server states of `path`."""
-    size, md5 = file.stat().st_size, hashlib.md5(usedforsecurity=False)
+def _checked(part: Part, file: Path, path: Path) -> str:
+    """Return the SHA-256 of a `file`, read once; raise `DownloadError` if it is not what is stated of `path`."""
+    size, md5, sha256 = file.stat().st_size, hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with file.open("rb") as stream:
-        while part.md5 and (block := stream.read(BLOCK_BYTES)):
-            md5.update(block)
-    if part.size not in (None, size) or part.md5 not in ("", md5.hexdigest()):
+        while block := stream.read(BLOCK_BYTES):
+            sha256.update(block)
+            if part.md5:
+                md5.update(block)
+    stated = {
+        "bytes": part.size or size,
+        "MD5": part.md5 or md5.hexdigest(),
+        "SHA-256": part.sha256 or sha256.hexdigest(),
+    }
+    found = {"bytes": size, "MD5": md5.hexdigest(), "SHA-256": sha256.hexdigest()}
+    if wrong := next((kind for kind in stated if found[kind] != stated[kind]), None):
         raise DownloadError(
-            f"{path}: is not what its server states: expected {part.size} bytes with MD5 {part.md5}, got {size} with "
-            f"{md5.hexdigest()}; delete it if it is there, and try again"
+            f"{path}: is not what is stated of it: expected {wrong} {stated[wrong]}, got {found[wrong]}; delete it if "
+            "it is there, and try again"
         )
+    return sha256.hexdigest()
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -290,7 +307,7 @@ def _ensure_room(folder: Path, size: int) -> None:
 
 
 def _found(folder: Path, name: str) -> Path:
-    """Return the one file or folder of that name. Raises `ManifestError` where there is none."""
+    """Return the file or folder of that name. Raises `ManifestError` if there is none."""
     found = sorted(folder.rglob(name))
     if not found:
         raise ManifestError(f"{folder}: has no {name}; the data set has another layout than expected")

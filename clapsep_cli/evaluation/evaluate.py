@@ -1,4 +1,4 @@
-"""Evaluation by the paper's protocol (IV-A2): pairs of clips mixed at 0 dB, 10 s at 32 kHz, scored by improvement."""
+"""Evaluates models by the paper's protocol (IV-A2): improvements on pairs of clips, mixed at 0 dB, 10 s at 32 kHz."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clapsep_cli.data import fit, mix, read_clip
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import DeviceError, ExtraError, ManifestError, ModelError, UsageError
 from clapsep_cli.evaluation.mixtures import EvaluationSet, Mixture
-from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score, resumed
+from clapsep_cli.evaluation.scores import ABSENT, DECIMALS, SHOT, Score
 from clapsep_cli.families.base import QueryEmbedder
 from clapsep_cli.metrics import bss_sdr, sdr, si_sdr
 from clapsep_cli.models.base import ConditionedSeparator
@@ -34,19 +34,19 @@ LOWEST_DB = -100.0
 BATCH = {"cpu": 1, "cuda": 64}
 SIDES = ("both", "positive", "negative")
 CONDITIONS = ("unit", "raw")
-DIGITS = 16  # of a hash, to tell runs apart
+DIGITS = 16  # of a hash that identifies a run
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Kinds of query to score each mixture with, and whether to compute BSS-eval.
+    """Options of an evaluation: kinds of query, and metrics.
 
     Attributes:
-        sides: the sides of the query to name, of `SIDES`.
+        sides: sides of the query that are given, of `SIDES`.
         text: query by captions.
-        shots: also query by so many recordings of a side: by them alone and, with `text`, by both, averaged (α = 0.5).
+        shots: also query by these numbers of recordings: by them alone and, with `text`, by both, averaged (α = 0.5).
         bss: also compute BSS-eval SDRi.
-        listed: also query by the recording that a mixture lists, and nothing else.
+        listed: also query by the recording in the mixture's row, alone.
         shot_seconds: cut shots to each of these lengths in turn; by default they are used whole.
         condition: "unit" scales the joined condition to length 1, as the released inference does; "raw" does not, as
             the released test step.
@@ -121,7 +121,7 @@ def _first(path: Path, seconds: float) -> Shot:
 
 
 def kind(side: str, words: bool, count: int, seconds: float = 0) -> str:
-    """Name a kind of query: "both", "both 5 shots", "both text+5 shots", "both 1 shot of 2 s"."""
+    """Return the name of a kind of query: "both", "both 5 shots", "both text+5 shots", "both 1 shot of 2 s"."""
     shots = f"{count} shot{'s' if count > 1 else ''}" + (f" of {seconds:g} s" if seconds else "")
     return side if not count else f"{side} text+{shots}" if words else f"{side} {shots}"
 
@@ -133,12 +133,12 @@ def separator_of(model: Model) -> ConditionedSeparator[Any]:
 
 
 def embedder_of(model: Model, condition: str = CONDITIONS[0]) -> QueryEmbedder:
-    """Return what embeds the queries of such a model; silent shots are accepted. Raises `ModelError` for another.
+    """Return the embedder of such a model's queries; it accepts silent shots. Raises `ModelError` for another model.
 
-    `condition`: of `CONDITIONS`.
+    `condition`: one of `CONDITIONS`.
     """
     if model.kind.embedder is None:
-        raise ModelError(f"{model.name} is asked for all sounds at once: evaluate is for models that extract one")
+        raise ModelError(f"{model.name} separates all sounds at once: evaluate is for models that extract one")
     embedder: QueryEmbedder = model.kind.embedder(model, True)
     embedder.unit = condition == "unit"
     return embedder
@@ -167,9 +167,9 @@ def score(
 
     Args:
         row: the mixture's row of the list.
-        mixture: float32 `[samples]`, at 32 kHz as all.
-        target: likewise.
-        estimates: likewise, by kind of query.
+        mixture: float32 `[samples]` at 32 kHz.
+        target: as `mixture`.
+        estimates: as `mixture`, by kind of query.
         bss_device: where to compute BSS-eval; if empty, it is skipped.
     """
     improved: list[float | None] = [None] * len(estimates)
@@ -198,17 +198,17 @@ def evaluate(
         data: the mixtures and recordings to query with.
         options: kinds of query; by default texts of all sides that the model takes, together and alone.
         start: index of the first mixture to score.
-        batch_size: mixtures that are separated at once, fewer where memory is short; 0 for as many as suit the device.
+        batch_size: mixtures in one batch, fewer if memory is short; 0 chooses by the device.
 
     Yields:
         The scores of each mixture, one for each kind of query.
 
     Raises:
         QueryError: before the first mixture, for a text that the model does not understand.
-        ManifestError: before the first mixture, where there is no query at all; later, for a clip that cannot be read.
-        ExtraError: where BSS-eval is asked for and torchmetrics is not installed.
-        ModelError: for a model that is asked for all sounds at once.
-        DeviceError: where the device lacks the memory for one mixture.
+        ManifestError: before the first mixture, if there is no query at all; later, for a clip that cannot be read.
+        ExtraError: BSS-eval is on, and torchmetrics is not installed.
+        ModelError: for a model that separates all sounds at once.
+        DeviceError: the device lacks the memory for one mixture.
     """
     options = options or EvaluationOptions.suited(model)
     if options.bss and find_spec("torchmetrics") is None:
@@ -221,12 +221,12 @@ def evaluate(
     embedder.embed_texts(text for queries in asked for query in queries.values() for text in (*query.pos, *query.neg))
     size = batch_size or BATCH.get(model.device.type, 1)
     bss_device = "cpu" if model.device.type == "mps" else str(model.device)  # MPS has no float64
-    at = start - start % size  # so that a run that goes on has the batches of a run in one go
+    at = start - start % size  # a resumed run has the same batches as an uninterrupted one
     while at < len(data.rows):
         batch, rows = asked[at : at + size], data.rows[at : at + size]
         pairs = [mixed(row) for row in rows]
         kinds = list(dict.fromkeys(name for queries in batch for name in queries))
-        # A row that lacks a kind of query passes through the network with another, whose estimate is dropped.
+        # A row that lacks a kind of query gets another query, and the estimate is dropped.
         wanted = [torch.cat([embedder.condition(queries.get(name, anything)) for queries in batch]) for name in kinds]
         heard = torch.from_numpy(np.stack([mixture for mixture, _ in pairs])).to(model.device)
         try:
@@ -243,15 +243,8 @@ def evaluate(
         at += len(batch)
 
 
-def evaluate_into(path: Path, model: Model, data: EvaluationSet, options: EvaluationOptions) -> Iterator[list[Score]]:
-    """Evaluate as `evaluate` does, and keep the scores in the CSV `path`, as `scores.resumed` does."""
-    kinds = [list(options.queries(row, data)) for row in data.rows]
-    settings = provenance(model, data, options)
-    return resumed(path, settings, data.rows, kinds, lambda start: evaluate(model, data, options, start))
-
-
 def provenance(model: Model, data: EvaluationSet, options: EvaluationOptions) -> dict[str, object]:
-    """State all that scores depend on: versions, device, model with a hash of its weights, recordings and options."""
+    """Return everything that scores depend on: versions, device, model and hash of its weights, recordings, options."""
     return {
         "clapsep": __version__,
         "torch": torch.__version__,

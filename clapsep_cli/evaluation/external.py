@@ -1,4 +1,4 @@
-"""Scores other systems: writes mixtures as WAVs, and reads the WAVs that any program made of them."""
+"""Scores other programs: writes mixtures as WAVs, and reads the WAVs that a program separated from them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from clapsep_cli.version import __version__
 
 RENDERED = "rendered.csv"
 PARTS = ("mixture", "target", "interferer")  # folders of the WAVs
-LONGEST_GAP = 0.5  # seconds by which an estimate may be shorter than its mixture: frames that a program drops
+LONGEST_GAP = 0.5  # seconds by which an estimate may be shorter than its mixture, as programs drop frames
 
 
 def name_of(number: int) -> str:
-    """Name the files of a mixture, counted from 1."""
+    """Return the file name of a mixture, counted from 1."""
     return f"{number:05}.wav"
 
 
 def is_rendered(out: Path) -> bool:
-    """Tell whether a folder holds rendered mixtures, or some of them."""
+    """Return True if a folder holds any rendered mixtures."""
     return (out / RENDERED).exists() or any(path for part in PARTS for path in (out / part).glob("*"))
 
 
@@ -40,14 +40,14 @@ def render(data: EvaluationSet, out: Path) -> Iterator[str]:
 
     Args:
         data: the mixtures.
-        out: the folder; the CSV comes last, so that a folder with one is whole.
+        out: the folder. The CSV is written last, so a folder with one is complete.
 
     Yields:
         The name of each mixture's files.
 
     Raises:
         ManifestError: for a clip that cannot be read.
-        OutputError: where a file cannot be written.
+        OutputError: a file cannot be written.
     """
     mixed, lines = mixer(data.folder), []
     for number, row in enumerate(data.rows, 1):
@@ -68,7 +68,7 @@ def render(data: EvaluationSet, out: Path) -> Iterator[str]:
 def estimates_of(folder: Path, count: int) -> list[Path]:
     """Find the estimates of `count` mixtures in a folder: `00001.wav` and so on, or in another format.
 
-    Raises `ManifestError` where some are missing.
+    Raises `ManifestError` if some are missing.
     """
     found = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES}
     names = [Path(name_of(number)).stem for number in range(1, count + 1)]
@@ -89,7 +89,7 @@ def score_estimates(
     Args:
         folder: the estimates, of any rate and number of channels, named as the mixtures.
         data: the mixtures.
-        query: the kind of query that the program was asked by, as it stands in tables.
+        query: the kind of query that the program used, for tables.
         bss: also compute BSS-eval SDRi.
         start: index of the first mixture to score.
 
@@ -112,7 +112,7 @@ def score_estimates(
 
 
 def provenance_of(folder: Path, data: EvaluationSet, query: str, bss: bool) -> dict[str, object]:
-    """State all that the scores of estimates depend on."""
+    """Return everything that the scores of estimates depend on."""
     sizes = [(path.name, path.stat().st_size) for path in estimates_of(folder, len(data.rows))]
     return {
         "clapsep": __version__,

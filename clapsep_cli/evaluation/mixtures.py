@@ -1,4 +1,4 @@
-"""Lists of mixtures to evaluate on: reads those released with the paper, and makes others by its rule (IV-A2)."""
+"""Reads lists of mixtures to evaluate on, also those released with the paper, and makes lists by its rule (IV-A2)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def read_shots(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def located(shots: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """Name shots that lie in one of `folders` by their whole paths; the others stay as they are."""
+    """Replace the names of shots that are in one of `folders` by their absolute paths."""
 
     def find(file: str) -> str:
         return next((str((folder / file).resolve()) for folder in folders if (folder / file).is_file()), file)
@@ -118,7 +118,7 @@ def check_files(data: EvaluationSet, skip: bool = False) -> EvaluationSet:
         The mixtures and shots whose recordings are all there.
 
     Raises:
-        ManifestError: for missing files without `skip`, and where no mixture is left.
+        ManifestError: files are missing and `skip` is False, or no mixture is left.
     """
     named = dict.fromkeys(file for row in data.rows for file in row.files)
     named |= dict.fromkeys(file for files in data.shots.values() for file in files)
@@ -153,16 +153,15 @@ def labelled_clips(
 
     Args:
         source: a manifest, or a folder with a sub-folder for each label.
-        split: take only clips of this split of the manifest.
+        split: only clips of this split of the manifest; None for all.
         prefix: text before a label, which makes the caption of a clip that has none of its own.
-        excluded: skip clips with any of these labels.
+        excluded: labels whose clips are skipped.
 
     Returns:
         The clips, and the folder their files are in.
 
     Raises:
-        ManifestError: for a manifest that cannot be used, for an excluded label that no clip has, and where there are
-            no clips.
+        ManifestError: the manifest cannot be used, no clip has an excluded label, or there are no clips.
     """
     clips, root = _clips_in(source, split, prefix)
     left_out = set(excluded)
@@ -236,20 +235,20 @@ def make_mixtures(
 ) -> list[Mixture]:
     """Mix each clip with interferers of other labels, drawn evenly.
 
-    Labels that share a caption, or one of several sounds ("dog;rain" and "dog"), are never mixed. Each mixture also
-    names one shot, and the caption of a sound that is not in it, where there are any.
+    Labels that share a caption or a sound ("dog;rain" and "dog") are never mixed. Each mixture also has a shot and the
+    caption of an absent sound, if there are any.
 
     Args:
         clips: the targets and interferers.
         root: folder that files are relative to.
         seed: of all draws.
-        per_label: at most so many targets of a label; all by default.
+        per_label: most targets of a label; by default all clips.
         per_clip: mixtures of each target, with different interferers.
-        shots: clips to take the shot from, by label; by default another clip of the label.
-        interferers: draw so many clips first, and interferers from these alone; by default from all.
+        shots: clips for the shots, by label; by default another clip of the label.
+        interferers: number of clips that all interferers are drawn from; by default all clips.
 
     Raises:
-        ManifestError: where a label has nothing to be mixed with.
+        ManifestError: a label has no clip to be mixed with.
     """
     rng = np.random.default_rng(seed)
     groups = _by_label(clips)
@@ -295,7 +294,7 @@ def make_mixtures(
 
 
 def file_name(clip: Clip, root: Path) -> str:
-    """Name a clip in a list: relative to `root` if it is below it, with slashes on every system."""
+    """Return a clip's name in a list: relative to `root` if it is below it, with slashes on every system."""
     return (clip.path.relative_to(root) if clip.path.is_relative_to(root) else clip.path.absolute()).as_posix()
 
 
@@ -305,12 +304,12 @@ def write_mixtures(path: Path, rows: Sequence[Mixture]) -> None:
 
 
 def write_shots(path: Path, shots: Mapping[str, Sequence[Clip]], clips: Iterable[Clip], root: Path) -> None:
-    """Write shots by caption, as the released lists do: a mixture has no label for its interferer.
+    """Write shots by caption, as in the released lists, as interferers have no label.
 
     Args:
         path: the CSV.
         shots: clips by label. Labels that share a caption share their shots.
-        clips: all clips, which have the captions of the labels.
+        clips: all clips, for the captions of the labels.
         root: folder that files are relative to.
 
     Raises:

@@ -37,7 +37,7 @@ class Parts:
 
     @property
     def task(self) -> str:
-        """The task that the prompts are the set of; empty if none."""
+        """The task with exactly these prompts; empty for none."""
         named = Counter(self.prompts)
         return next((name for name, prompts in TASKS.items() if Counter(prompts) == named), "")
 
@@ -48,7 +48,6 @@ class PartScore:
 
     parts: Parts
     prompt: str
-    reference: Path
     snr: float
     si_snr: float
     snri: float
@@ -60,9 +59,9 @@ class PromptOptions:
     """Options of separating mixtures by prompts.
 
     Attributes:
-        single: ask for one part at a time, and for nothing else.
-        segment: length in seconds of what is separated at once; `WHOLE` for all of a recording; None as the model does.
-        shift: seconds from one segment to the next, half a segment at least; None as the model does.
+        single: separate one part at a time, without the other prompts.
+        segment: length of a segment in seconds; `WHOLE` for the whole recording; None for the model's own.
+        shift: seconds from one segment to the next, at least half a segment; None for the model's own.
     """
 
     single: bool = False
@@ -71,7 +70,7 @@ class PromptOptions:
 
 
 def is_prompted(path: Path) -> bool:
-    """Tell by its columns whether a list is one of prompts. Raises `ManifestError`."""
+    """Return True if the columns of a list are those of a list of prompts. Raises `ManifestError`."""
     rows = read_table(path, ())
     return bool(rows) and "prompt" in rows[0][1]
 
@@ -79,7 +78,7 @@ def is_prompted(path: Path) -> bool:
 def read_parts(path: Path, folder: Path) -> list[Parts]:
     """Read a CSV with a row for each part: `mixture,prompt,reference`, files relative to `folder`.
 
-    Raises `ManifestError` that names empty cells and missing files by line.
+    Raises `ManifestError` that lists empty cells and missing files by line.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     faults = []
@@ -110,7 +109,7 @@ def evaluate_parts(
 
     Raises:
         ModelError: for a model that takes no prompts.
-        UsageError: for a segment or shift that cannot be.
+        UsageError: for an impossible segment or shift.
         QueryError: before the first mixture, for a prompt that the model does not know.
         ManifestError: for recordings of a mixture that differ in rate, channels or length, or cannot be read.
     """
@@ -180,7 +179,7 @@ def _scores(parts: Parts, mixture: Audio, references: Sequence[Audio], stems: Au
             snr, si_snr = (_mean(metric, stems[ordered[at]], reference) for metric in (metrics.sdr, metrics.si_sdr))
             before = (_mean(metric, mixture, reference) for metric in (metrics.sdr, metrics.si_sdr))
             figures = (snr, si_snr, *(after - first for after, first in zip((snr, si_snr), before, strict=True)))
-            scores.append(PartScore(parts, parts.prompts[at], parts.references[at], *figures))
+            scores.append(PartScore(parts, parts.prompts[at], *figures))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""Scores of an evaluation: their statistics, and a CSV from which a stopped run continues."""
+"""Scores of an evaluation: their statistics, comparisons of runs, and a CSV from which a stopped run continues."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clapsep_cli.errors import OutputError
 from clapsep_cli.evaluation.mixtures import Mixture
 
-DECIMALS = 4  # of a figure in dB; rounded at once, so that a resumed table is that of a run in one go
+DECIMALS = 4  # of a figure in dB; rounded at once, so that a resumed run gives the same table
 METRICS = {"sdri": "SDRi", "si_sdri": "SI-SDRi", "bss_sdri": "BSS-eval SDRi"}  # columns, and their titles
-SHOT, ABSENT = "shot", "absent"  # kinds of query that have columns of their own in a list of mixtures
+RESAMPLES, INTERVAL = 2000, (2.5, 97.5)  # of the bootstrap, and its percentiles
+SHOT, ABSENT = "shot", "absent"  # kinds of query with their own column in a list of mixtures
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ def _figures(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def by_label(scores: Iterable[Score], query: str) -> dict[str, dict[str, float]]:
-    """Summarise the scores of one kind of query by label (by caption where there is none), best SI-SDRi first."""
+    """Summarise the scores of one kind of query by label (by caption if it has none), best SI-SDRi first."""
     groups = _grouped((s for s in scores if s.query == query), lambda s: s.mixture.label or s.mixture.positive_caption)
     figures = {label: _figures(chosen) for label, chosen in groups.items()}
     return dict(sorted(figures.items(), key=lambda item: -item[1]["si_sdri"]))
 
 
 def presence(scores: Iterable[Score]) -> dict[str, float]:
-    """Measure how well the output's level tells what is in a mixture from what is not.
+    """Measure how well the output's level separates present from absent sounds.
 
     Returns the median levels in dB under a positive and under an absent text, and the area under the ROC curve (chance
     is 0.5); empty without scores of both.
@@ -82,14 +85,79 @@ def presence(scores: Iterable[Score]) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Run:
+    """Scores of a system on a list of mixtures, and the `settings` that they depend on."""
+
+    listed: str
+    system: str
+    scores: Sequence[Score]
+    settings: Mapping[str, object]
+
+    @cached_property
+    def table(self) -> dict[str, dict[str, float]]:
+        """The summary by kind of query."""
+        return summary(self.scores)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences of a metric in dB, system less base, over the mixtures that both were scored on.
+
+    Attributes:
+        low: lower end of its 95 % interval, by bootstrap.
+        high: upper end.
+        worse: share of the mixtures that the system leaves worse than the base does.
+    """
+
+    listed: str
+    system: str
+    base: str
+    query: str
+    metric: str
+    mixtures: int
+    mean: float
+    low: float
+    high: float
+    worse: float
+
+
+def differences(runs: Sequence[Run]) -> Iterator[Difference]:
+    """Compare each system with the first one of its list, under each kind of query that both were asked by."""
+    for listed in dict.fromkeys(run.listed for run in runs):
+        base, *others = (run for run in runs if run.listed == listed)
+        for run in others:
+            for query in (query for query in run.table if query in base.table and query != ABSENT):
+                for metric in METRICS:
+                    first, second = _values(base, query, metric), _values(run, query, metric)
+                    shared = [second[mixture] - first[mixture] for mixture in second if mixture in first]
+                    if shared:
+                        paired = np.array(shared)
+                        low, high = interval(paired)
+                        figures = (float(paired.mean()), low, high, float((paired < 0).mean()))
+                        yield Difference(listed, run.system, base.system, query, metric, len(paired), *figures)
+
+
+def _values(run: Run, query: str, metric: str) -> dict[object, float]:
+    return {s.mixture: x for s in run.scores if s.query == query and (x := getattr(s, metric)) is not None}
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Estimate the 95 % interval of the mean of `values` by the percentile bootstrap; the same at every call."""
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, INTERVAL).tolist()
+    return low, high
+
+
 COLUMNS = ("row", "source_file", "noise_file", "label", "query", *METRICS, "level")
 
 
 class ScoreFile:
     """A CSV with a line for each score, after a line with the settings of the run (`# {…}`).
 
-    It grows as `PATH.partial`, and `finish` renames it. `scores` holds what is in the file, by mixture; what a
-    killed run left of an incomplete mixture is removed.
+    It grows as `PATH.partial`, and `finish` renames it. `scores` holds the scores in the file, by mixture. Scores of an
+    incomplete mixture, left by a killed run, are removed.
     """
 
     def __init__(
@@ -99,12 +167,12 @@ class ScoreFile:
 
         Args:
             path: the CSV.
-            settings: all that the scores depend on.
+            settings: everything that the scores depend on.
             rows: the mixtures.
             kinds: the kinds of query of each mixture, in order.
 
         Raises:
-            OutputError: for a file of another run, and for a damaged one.
+            OutputError: the file is of another run, or damaged.
         """
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         stated = json.dumps(settings, ensure_ascii=False)
@@ -123,13 +191,13 @@ class ScoreFile:
             self._file.flush()
 
     def _read(self, path: Path, rows: Sequence[Mixture], kinds: Sequence[Sequence[str]]) -> int:
-        """Fill `scores` from a file. Returns how many of its bytes hold whole mixtures."""
+        """Fill `scores` from a file. Return the number of its bytes that hold complete mixtures."""
         text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
         if not text.startswith(self._head):
             if self._head.startswith(text):
                 return 0
             raise OutputError(f"{path}: holds scores of {self._difference(text)}; delete it, or use another --out")
-        lines = iter(text.removeprefix(self._head).split("\n")[:-1])  # what follows the last line end is empty or cut
+        lines = iter(text.removeprefix(self._head).split("\n")[:-1])  # the last piece is empty or cut
         kept = self._head
         for number, (row, queries) in enumerate(zip(rows, kinds, strict=True), 1):
             own = list(islice(lines, len(queries)))
@@ -186,14 +254,14 @@ def resumed(
     """Score a list, and keep the scores in a CSV.
 
     Args:
-        path: the CSV. Scores that an earlier run with the same settings left there are yielded, not computed again.
-        settings: all that the scores depend on.
+        path: the CSV. Scores of an earlier run with the same settings are read from it.
+        settings: everything that the scores depend on.
         rows: the mixtures.
         kinds: the kinds of query of each mixture, in order.
-        scored: yields the scores of each mixture, from one of a given index on.
+        scored: yields the scores of each mixture, from a given index on.
 
     Raises:
-        OutputError: where `path` holds scores of another run.
+        OutputError: `path` holds scores of another run.
     """
     with ScoreFile(path, settings, rows, kinds) as file:
         yield from list(file.scores)

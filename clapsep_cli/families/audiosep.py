@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clapsep_cli.families.base import Askable, Family
+from clapsep_cli.families.base import Family, ModelLike
 from clapsep_cli.families.embedding import Embedder
 from clapsep_cli.models.audiosep import N_FFT, AudioSep, AudioSepConfig
 from clapsep_cli.models.clap import ClapTextEncoder
@@ -25,8 +25,8 @@ class Descriptions(Embedder):
         return F.normalize(positive)
 
 
-def descriptions(model: Askable[AudioSepConfig], queries: Sequence[Query], kept: Sequence[int]) -> Tensor:
-    """Embed those of `queries` that are `kept` (positions): float32 `[stems, dim]`, rows of length 1."""
+def descriptions(model: ModelLike[AudioSepConfig], queries: Sequence[Query], kept: Sequence[int]) -> Tensor:
+    """Embed the queries at the positions `kept`: float32 `[stems, dim]`, rows of length 1."""
     embedder = Descriptions(model)
     embedder.embed_texts(text for at in kept for text in queries[at].pos)
     return torch.cat([embedder.condition(queries[at]) for at in kept])

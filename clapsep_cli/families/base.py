@@ -1,4 +1,4 @@
-"""Defines what a family of models is: its networks, how queries ask them, and how their results join."""
+"""Defines a family of models: its networks, the input made from queries, and the stream that joins the results."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ConfigOf = TypeVar("ConfigOf", covariant=True)
 Network = TypeVar("Network", bound=Separator[Any])
 
 
-class Askable(Protocol[ConfigOf]):
-    """A model as a family's functions see it. `store.checkpoint.Model` is one."""
+class ModelLike(Protocol[ConfigOf]):
+    """Interface of a model for the functions of its family. `store.checkpoint.Model` implements it."""
 
     @property
     def name(self) -> str:
@@ -40,11 +40,11 @@ class Askable(Protocol[ConfigOf]):
 
     @property
     def text(self) -> TextEncoder:
-        """The text encoder. Raises `ModelError` where the family has none."""
+        """The text encoder. Raises `ModelError` if the family has none."""
 
     @property
     def audio(self) -> AudioEncoder:
-        """The audio encoder, likewise."""
+        """The audio encoder. Raises `ModelError` if the family has none."""
 
 
 class QueryEmbedder(Protocol):
@@ -67,37 +67,37 @@ class QueryEmbedder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Family(Generic[Config, Network, Wanted]):
-    """Describes the networks of a family, how queries ask them and how their results join.
+    """Describes a family: its networks and the functions that use them.
 
     Attributes:
         config: makes the configuration from the values that a model's files hold.
         separator: makes the separator from the configuration.
-        text: makes the text encoder from the configuration and a tokenizer; None where there is none.
-        audio: makes the audio encoder from the configuration; None where there is none.
-        ask: takes a model, queries, and which of them (by position) become stems; returns what the separator is asked
-            for. Raises `QueryError` or `AudioError` for a query that cannot be used.
-        stream: takes the separator, what it is asked for, a recording's rate in Hz, its number of channels and a
-            device; returns the stream that joins the separator's results.
-        doubts: takes a model and queries; returns a line for each reason why they may go wrong.
-        likeness: takes a model, what it is asked for, the number of a stem, a rate in Hz, a recording of that (float32
-            `[samples]`), and whether its most alike moment counts, not the whole; returns how alike the two are, a
-            cosine, or None where that cannot be told.
-        embedder: takes a model, and whether silent recordings are accepted; returns what embeds queries of single
-            targets. None where targets are only separated together.
-        mutual: whether targets become negative queries of one another, unless the user forbids it.
-        window_bytes: what a window of the released size takes in memory while it is separated on one thread, in bytes.
-        near_in_bfloat16: whether bfloat16 is within 40 dB or more of float32, so that it is used unasked.
+        text: makes the text encoder from the configuration and a tokenizer; None if the family has none.
+        audio: makes the audio encoder from the configuration; None if the family has none.
+        ask: takes a model, queries, and the positions of those that become stems; returns `wanted`, the separator's
+            input. Raises `QueryError` or `AudioError` for a query that cannot be used.
+        stream: takes the separator, `wanted`, a recording's rate in Hz, its number of channels and a device; returns
+            the stream that joins the separator's results.
+        doubts: takes a model and queries; returns a line for each reason why results may be poor.
+        likeness: takes a model, `wanted`, the number of a stem, a rate in Hz, a recording at that rate (float32
+            `[samples]`), and True to compare its most alike moment, not the whole; returns the cosine of recording and
+            query, or None if it is unknown.
+        embedder: takes a model, and True to accept silent recordings; returns the embedder of single targets' queries.
+            None if targets are only separated together.
+        mutual: True if targets become negative queries of one another by default.
+        window_bytes: memory in bytes to separate a window on one thread, at the released size.
+        near_in_bfloat16: True if bfloat16 is within 40 dB or more of float32, so that `auto` may choose it.
     """
 
     config: Callable[..., Config]
     separator: Callable[[Config], Network]
     text: Callable[[Config, Tokenizer], TextEncoder] | None = None
     audio: Callable[[Config], AudioEncoder] | None = None
-    ask: Callable[[Askable[Config], Sequence[Query], Sequence[int]], Wanted]
+    ask: Callable[[ModelLike[Config], Sequence[Query], Sequence[int]], Wanted]
     stream: Callable[[Network, Wanted, int, int, torch.device], Stream]
-    doubts: Callable[[Askable[Config], Sequence[Query]], list[str]] | None = None
-    likeness: Callable[[Askable[Config], Wanted, int, int, Audio, bool], float | None] | None = None
-    embedder: Callable[[Askable[Config], bool], QueryEmbedder] | None = None
+    doubts: Callable[[ModelLike[Config], Sequence[Query]], list[str]] | None = None
+    likeness: Callable[[ModelLike[Config], Wanted, int, int, Audio, bool], float | None] | None = None
+    embedder: Callable[[ModelLike[Config], bool], QueryEmbedder] | None = None
     mutual: bool = True
     window_bytes: int
     near_in_bfloat16: bool = False

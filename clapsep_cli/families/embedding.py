@@ -16,7 +16,7 @@ from clapsep_cli.audio.samples import Audio, downmix, from_array, to_rate
 from clapsep_cli.audio.sources import read_mono, recordings
 from clapsep_cli.dsp import HOP, N_FFT
 from clapsep_cli.errors import AudioError, QueryError
-from clapsep_cli.families.base import Askable
+from clapsep_cli.families.base import ModelLike
 from clapsep_cli.models.base import Conditions, MaskSeparator, condition
 from clapsep_cli.query import Excerpt, Query, Shot
 from clapsep_cli.stitch.complex_masks import ComplexMaskStream
@@ -27,7 +27,7 @@ from clapsep_cli.stitch.windows import Stream
 class Embedder:
     """Embeds texts and recordings with a model, each once, and makes conditions from them."""
 
-    def __init__(self, model: Askable[object], silence: bool = False) -> None:
+    def __init__(self, model: ModelLike[object], silence: bool = False) -> None:
         """`silence`: accept silent recordings, rather than raise `AudioError`."""
         self.model, self.silence, self.unit = model, silence, True
         self.words: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ class Embedder:
 
 
 @torch.inference_mode()
-def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
+def conditions(model: ModelLike[object], queries: Sequence[Query], kept: Sequence[int]) -> Conditions:
     """Embed queries and join both sides of each. Every text and every recording is embedded once.
 
     Args:
@@ -100,7 +100,7 @@ def conditions(model: Askable[object], queries: Sequence[Query], kept: Sequence[
     """
     for query in queries:
         if both := set(query.pos) & set(query.neg):
-            raise QueryError(f"{both.pop()!r} is asked for and left out at the same time")
+            raise QueryError(f"{both.pop()!r} is both a positive and a negative query")
     embedder = Embedder(model)
     with _one_thread():
         embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
@@ -127,11 +127,11 @@ def stream(separator: MaskSeparator, wanted: Conditions, rate: int, channels: in
 
 
 def _key(shot: Shot) -> Hashable:
-    """Identify a shot. Targets that are negative queries of one another hold the very same arrays."""
+    """Identify a shot. Targets that are negative queries of one another share the same arrays."""
     return id(shot) if isinstance(shot, tuple) else shot
 
 
-def unknown_words(model: Askable[object], queries: Sequence[Query]) -> list[str]:
+def unknown_words(model: ModelLike[object], queries: Sequence[Query]) -> list[str]:
     """Return a line for each word of `queries` that the model does not know and so leaves out.
 
     Raises `QueryError` for a text of such words alone.
@@ -152,7 +152,7 @@ def _files(shot: Shot) -> Sequence[tuple[Any, int] | Excerpt]:
     return [replace(part, path=path) for path in recordings(part.path)]
 
 
-def _embed_shot(model: Askable[object], shot: tuple[Any, int] | Excerpt, silence: bool) -> Tensor:
+def _embed_shot(model: ModelLike[object], shot: tuple[Any, int] | Excerpt, silence: bool) -> Tensor:
     rate = model.audio.rate
     if isinstance(shot, tuple):
         name = "a recording given as a query"
@@ -175,23 +175,23 @@ def _read_excerpt(shot: Excerpt, rate: int) -> Audio:
         raise AudioError(f"the stretch {shot.start:g}-{shot.end:g} s cannot be read: {error}") from error
 
 
-def _on_device(model: Askable[object], mono: Audio) -> Tensor:
+def _on_device(model: ModelLike[object], mono: Audio) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mono)).to(model.device)
 
 
 @torch.inference_mode()
 def likeness(
-    model: Askable[object], wanted: Conditions, stem: int, rate: int, mono: Audio, moment: bool
+    model: ModelLike[object], wanted: Conditions, stem: int, rate: int, mono: Audio, moment: bool
 ) -> float | None:
     """Compare a recording with the positive query of a stem.
 
     Args:
         model: a model with an audio encoder.
-        wanted: what it was asked for.
+        wanted: its conditions.
         stem: number of the stem.
         rate: sample rate of the recording in Hz.
         mono: the recording, float32 `[samples]`.
-        moment: compare its most alike moment, where the encoder hears moments.
+        moment: compare the most alike moment, if the encoder embeds moments; else the whole.
 
     Returns:
         The cosine of the two in the query space; None for silence, and where the query is negative alone.

@@ -1,4 +1,4 @@
-"""Defines the family TUSS: a set of prompts, processed jointly, of which some become stems."""
+"""Defines the family TUSS: processes a set of prompts jointly; some of them become stems."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from clapsep_cli.errors import QueryError
-from clapsep_cli.families.base import Askable, Family
+from clapsep_cli.families.base import Family, ModelLike
 from clapsep_cli.models.prompts import TASKS, indices, untrained
 from clapsep_cli.models.tuss import Prompted, Tuss, TussConfig
 from clapsep_cli.query import Query
 from clapsep_cli.stitch.stems import StemStream
 
 
-def prompts(model: Askable[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
-    """Make a set of prompts from all that queries name, on their positive sides and, once each, on their negative ones.
+def prompts(model: ModelLike[TussConfig], queries: Sequence[Query], kept: Sequence[int]) -> Prompted:
+    """Make a set of prompts from the positive texts of queries, and from each different negative one.
 
-    A set of a single prompt, which no model was trained on, is made complete by the first task in which it occurs.
+    No model was trained on a single prompt: it is completed by the other prompts of the first task that has it.
 
     Args:
         model: a TUSS.
@@ -41,8 +41,8 @@ def stream(separator: Tuss, wanted: Prompted, rate: int, channels: int, device: 
     return StemStream(separator.window, kept, rate, separator.rate, channels, device, separator.overlap)
 
 
-def untrained_sets(model: Askable[TussConfig], queries: Sequence[Query]) -> list[str]:
-    """Return why the released models know no mixture of what `queries` name. Raises `QueryError` as `prompts` does."""
+def untrained_sets(model: ModelLike[TussConfig], queries: Sequence[Query]) -> list[str]:
+    """Return reasons why the released models were not trained on these prompts. Raises `QueryError` as `prompts`."""
     indices(_set(queries), model.config.prompts)
     return [f"the released models were not trained on {reason}" for reason in untrained(_set(queries))]
 

@@ -19,10 +19,10 @@ import torch
 
 from clapsep_cli.errors import ClapsepError, DeviceError, ModelError, OutputError, StoppedError, TakenError
 from clapsep_cli.jobs.exchange import UPLOADING, Exchange, done_before
+from clapsep_cli.jobs.job import Extraction, Failure, Job, JobProgress, Options, Outcome, Skipped, row_of
 from clapsep_cli.jobs.recording import Recording
 from clapsep_cli.jobs.resume import finished
 from clapsep_cli.jobs.stores import Stage
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options, Outcome, Skipped, row_of
 from clapsep_cli.query import Excerpt
 from clapsep_cli.separation import Workers, windows_in
 from clapsep_cli.store.checkpoint import Model

@@ -1,4 +1,4 @@
-"""Brings recordings to where they are processed, and commits results: what is done, in the way, and left to do."""
+"""Fetches recordings from stores, commits results to them, and tells which recordings are already done."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from threading import Lock
 from typing import Any
 
 from clapsep_cli.errors import AudioError, OutputError, TakenError
+from clapsep_cli.jobs.job import Extraction, Job
 from clapsep_cli.jobs.outputs import MARKS
-from clapsep_cli.jobs.resume import absent_of, finished, in_the_way, marked_name
+from clapsep_cli.jobs.resume import absent_of, finished, first_conflict, marked_name
 from clapsep_cli.jobs.stores import Stage
-from clapsep_cli.jobs.tasks import Extraction, Job
 
 AHEAD, UPLOADING = 4, 2  # recordings
 BACK_OFF_SECONDS = 2.0
-TRIES = 5  # to put the parts of a recording while other workers put theirs
+TRIES = 5  # to upload the parts of a recording while other workers upload theirs
 
 Row = Callable[[Extraction], Mapping[str, Any]]
 
 
 def done_before(job: Job, stage: Stage, fresh: bool = False) -> Job | None:
-    """Return `job` with the outputs that an earlier run finished, or None where there is still work to do.
+    """Return `job` with the outputs that an earlier run finished, or None if it is not done.
 
-    `fresh` asks a store again, where otherwise one listing serves all recordings.
+    `fresh`: ask the store again; by default, one listing serves all recordings.
     """
     if not job.key or job.marker is None:
         return job if job.key and job.outputs and _tagged(job) else None
@@ -39,7 +39,7 @@ def done_before(job: Job, stage: Stage, fresh: bool = False) -> Job | None:
         there = bool(stage.etag(job.marker)) if fresh else job.marker in stage.markers(_marks(job.marker))
         return job if there else None
     marker = stage.read(job.marker)
-    if not job.outputs:  # the events alone were asked for
+    if not job.outputs:  # only events are written
         return job if marker and _has_extras(job) else None
     absent = absent_of(marker)
     if absent and set(job.kept) <= set(absent):
@@ -57,14 +57,14 @@ def _has_extras(job: Job) -> bool:
 
 
 def _marks(path: Path) -> Path:
-    """Return the topmost folder of markers above `path`: one listing of it holds those of all recordings."""
+    """Return the topmost folder of markers above `path`. One listing of it finds the markers of all recordings."""
     return next(folder for folder in reversed(path.parents) if folder.name == MARKS)
 
 
 def blocking(job: Job, stage: Stage) -> Path | None:
-    """Return an output that exists and was not written for this job; only `--overwrite` replaces it.
+    """Return an existing output that was not written for this job; only `--overwrite` replaces it.
 
-    In a store, that is one of another marker of this recording. Parts without a marker were left by a killed worker.
+    In a store, another marker of this recording names it. Parts without a marker are left from a killed worker.
     """
     if job.marker is not None and stage.holds(job.marker):
         parts = {stage.shown(str(path)): path for path in (*job.outputs.values(), *job.extras.values())}
@@ -73,7 +73,7 @@ def blocking(job: Job, stage: Stage) -> Path | None:
     there = [path for path in job.outputs.values() if stage.is_there(path)]
     if not there:  # the others are made after the outputs
         return next((path for path in job.extras.values() if stage.is_there(path)), None)
-    return in_the_way(there, job.key) if job.key else next(iter(there), None)
+    return first_conflict(there, job.key) if job.key else next(iter(there), None)
 
 
 def _others(job: Job, stage: Stage) -> list[Path]:
@@ -96,7 +96,7 @@ def _outputs(marker: str) -> list[str]:
 
 
 class Exchange:
-    """Fetches recordings ahead of their turn, and commits what was made of them; threads do it for stores.
+    """Fetches recordings ahead of their turn, and commits their results; for stores in threads.
 
     Args:
         stage: mirrors the stores.
@@ -112,12 +112,12 @@ class Exchange:
         self._putting = ThreadPoolExecutor(UPLOADING, thread_name_prefix="clapsep-put")
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Start no further transfers."""
         for pool in (self._fetching, self._putting):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ahead(self, waiting: Iterable[Job]) -> None:
-        """Begin to fetch the next recordings, as far as there is room; the first of all in any case."""
+        """Start to fetch the next recordings as far as the disk has room; the first one in any case."""
         for job in islice(waiting, AHEAD):
             if id(job) in self._coming or not self._is_staged(job):
                 continue
@@ -145,15 +145,15 @@ class Exchange:
         self.stage.fetch(job.input.path, keep=False)
 
     def is_coming(self, job: Job) -> bool:
-        """Return False while there is no room for a recording, until another one is done."""
+        """Return False while the disk has no room for a recording; it waits until another one is done."""
         return id(job) in self._coming or not self._is_staged(job)
 
     def coming(self, job: Job) -> Future[None] | None:
-        """Return what brings a recording; None for one that is here."""
+        """Return the pending fetch of a recording; None for one on this machine."""
         return self._coming.get(id(job))
 
     def commit(self, job: Job, done: Extraction) -> Future[Extraction]:
-        """Put the parts and then the marker of a recording, and forget what is staged of it."""
+        """Upload the parts of a recording, then its marker, and remove its staged files."""
         if self._is_staged(job):
             return self._putting.submit(self._commit, job, done)
         committed: Future[Extraction] = Future()
@@ -176,7 +176,7 @@ class Exchange:
                 for other in _others(job, self.stage):
                     self.stage.remove(other)
             for attempt in range(TRIES):
-                # Those of another worker may be there, or come between: the marker tells whose belong together.
+                # Another worker may write the same parts. The marker holds the ETags of parts that belong together.
                 if (attempt or not job.overwrite) and self._agree(job.marker, parts):
                     return done
                 time.sleep(random.uniform(0, BACK_OFF_SECONDS * attempt))
@@ -194,14 +194,14 @@ class Exchange:
             self.release(job)
 
     def _agree(self, marker: Path, parts: Mapping[str, Path]) -> bool:
-        """Return True if the marker is there and names the parts that are there."""
+        """Return True if the marker exists and its ETags are those of the parts in the store."""
         with suppress(ValueError, KeyError, TypeError):
             etags = json.loads(self.stage.read(marker))["etags"]
             return all(etags[name] == self.stage.etag(path) for name, path in parts.items())
         return False
 
     def release(self, job: Job) -> None:
-        """Forget what is staged of a recording."""
+        """Remove the staged file of a recording."""
         with self._lock:
             self._held.pop(id(job), None)
             self._coming.pop(id(job), None)

@@ -28,8 +28,8 @@ class Input:
         path: of its file; `-` for standard input.
         below: its path relative to the argument that named it (a folder, the fixed part of a pattern, the folder of a
             manifest), which outputs mirror; for a file that was named itself, its name.
-        fault: the reason why it cannot be used, if that is known already.
-        stored: what a store tells of it; None for a file of this machine.
+        fault: the reason why it cannot be used, if it is already known.
+        stored: size and time of a file in a store; None for a file of this machine.
     """
 
     path: Path
@@ -63,7 +63,7 @@ def expand(
             files are only found by name.
         recursive: search folders with all their subfolders. Links are followed, no folder is entered twice.
         out: the output folder.
-        written: tells whether this program wrote a file.
+        written: returns True if this program wrote a file.
         stage: mirrors the stores of URLs.
 
     Returns:

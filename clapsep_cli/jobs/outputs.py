@@ -1,4 +1,4 @@
-"""Names the files of the parts of a recording, and checks that they can be written."""
+"""Names the output files of a recording, and checks that they can be written."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def check_outputs(
         overwrite: existing outputs will be replaced.
         skip: inputs with existing outputs will be skipped.
         stage: mirrors the stores of outputs.
-        own: tells whether this process writes the outputs of an input; those of others may exist.
+        own: returns True if this process writes the outputs of an input; those of other processes may exist.
 
     Raises:
         OutputError: two outputs are one file; an output is an input or a folder, its folder cannot be written, or it

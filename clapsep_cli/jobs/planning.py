@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import get_args
 
 from clapsep_cli.audio.encoding import choose_encoding
 from clapsep_cli.audio.film import Film
+from clapsep_cli.audio.samples import check_expand
 from clapsep_cli.audio.sources import STDIN, recordings
 from clapsep_cli.audio.writers import STDOUT, Clipping
 from clapsep_cli.errors import AudioError, ClapsepWarning, OutputError, UsageError
@@ -18,11 +19,11 @@ from clapsep_cli.files import clear_unfinished, is_there
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.exchange import blocking, done_before
 from clapsep_cli.jobs.inputs import Input, in_shard
+from clapsep_cli.jobs.job import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.jobs.outputs import MARKS, TEMPLATE, check_outputs, output_paths
 from clapsep_cli.jobs.requests import Requests
 from clapsep_cli.jobs.resume import signature
 from clapsep_cli.jobs.stores import Stage
-from clapsep_cli.jobs.tasks import Extraction, Failure, Job, JobProgress, Options
 from clapsep_cli.listening.events import FORMATS as EVENT_FORMATS
 from clapsep_cli.listening.plot import check_installed
 from clapsep_cli.query import RESIDUAL, Query, check_targets
@@ -34,7 +35,7 @@ DECISIVE = ("start", "end", "stream", "expand", "format", "subtype", "remux", "c
 
 @dataclass(frozen=True)
 class Todo:
-    """Jobs to run, jobs that an earlier run did, and recordings that cannot be processed."""
+    """Jobs to run, jobs already done, and recordings that cannot be processed."""
 
     jobs: list[Job]
     done: list[Job]
@@ -75,10 +76,10 @@ def plan(jobs: Sequence[Job], model: Model, options: Options = Options(), stage:
         jobs: from `lay_out`.
         model: the model to run them with.
         options: the same as in `lay_out`.
-        stage: likewise.
+        stage: the same as in `lay_out`.
 
     Raises:
-        UsageError: this model cannot do what an option asks for.
+        UsageError: an option does not suit this model.
     """
     for option, given in (("--presence", options.presence), ("--min-presence", options.min_presence is not None)):
         if given and not model.tells_likeness:
@@ -117,8 +118,7 @@ def _check(asked: Requests, options: Options) -> None:
         check_installed()
     if options.end is not None and options.end <= options.start:
         raise UsageError(f"--end is {options.end:g} s: nothing is left after --start, {options.start:g} s")
-    if not 1 <= options.expand < inf:
-        raise UsageError(f"--expand is {options.expand:g}: give how many times slower to hear, 10 for bats")
+    check_expand(options.expand)
     if options.min_presence is not None and not isfinite(options.min_presence):
         raise UsageError(f"--min-presence is {options.min_presence}: give a number, 0 for a start")
     if options.presence is False and options.min_presence is not None:
@@ -275,7 +275,7 @@ def extract(
         progress: is called with the job, the seconds of it that are done, and their total.
 
     Returns:
-        The paths of the outputs, and what was measured.
+        The paths of the outputs, and the measurements.
 
     Raises:
         UsageError: options contradict each other, have an unknown value, or do not fit the model.

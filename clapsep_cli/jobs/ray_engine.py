@@ -1,9 +1,10 @@
-"""Runs jobs on Ray Data: paths go in and JSON rows come out; audio never enters the engine.
+"""Runs jobs on Ray Data: paths go in and JSON rows come out; no audio passes through Ray.
 
-The driver lays out the jobs and cuts them into small chunks. Each worker, an actor of a pool, holds the model: it
-plans a chunk and runs it as one machine would (`planning`, `batch`). Ray runs a chunk again whose worker or node died;
-what was committed of it is skipped then. `Tally`, a small actor beside the driver, counts how often a chunk was begun:
-one that killed three workers comes back undone, and its recordings are tried one by one; which kills three more fails.
+The driver makes the jobs and cuts them into small chunks. Each worker, an actor of a pool, holds the model; it plans
+and runs a chunk as a single machine does (`planning`, `batch`). If a worker or node dies, Ray runs its chunk again, and
+recordings that were committed are skipped. `Tally`, a small actor beside the driver, counts how often a chunk was
+begun. A chunk that killed three workers is taken apart: its recordings run one by one, and one that kills three more
+workers fails.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from typing import Any
 from clapsep_cli.errors import ClapsepError, DeviceError, ExtraError, ModelError, StoppedError, UsageError
 from clapsep_cli.jobs.batch import run
 from clapsep_cli.jobs.inputs import Input
+from clapsep_cli.jobs.job import Cluster, Job, Loading, Options, Outcome, Skipped, row_of
 from clapsep_cli.jobs.planning import lay_out, plan
 from clapsep_cli.jobs.stores import Stage, Stored
-from clapsep_cli.jobs.tasks import Job, Loading, Options, Outcome, Skipped, row_of
 from clapsep_cli.query import Query
 from clapsep_cli.startup import set_threads
 
@@ -37,26 +38,14 @@ CHUNK = 8  # recordings
 CHUNKS_A_WORKER, MOST_CHUNKS = 8, 10_000
 DEATHS = 3  # of workers, until a chunk is taken apart
 ANSWER_SECONDS = 60.0  # for a cluster to answer
-LOOK_SECONDS = 1.0  # between a worker's questions whether to stop
+LOOK_SECONDS = 1.0  # between two checks of a worker whether to stop
 SHOTS = ("pos_audio", "neg_audio")
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where to run, named as the options of the commands; `threads` are those of each worker."""
-
-    address: str | None = None
-    workers: int | None = None
-    gpus_per_worker: float = 0.0
-    threads: int = 1
-    insecure: bool = False
-    scratch: Path | None = None
-
-
 class Tally:
-    """What workers share: how often chunks were begun, the model that the first one loaded, and whether to stop."""
+    """State shared by the workers: how often each chunk was begun, the first worker's model, and whether to stop."""
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()
@@ -64,7 +53,7 @@ class Tally:
         self._stop = False
 
     def begin(self, chunk: str) -> int:
-        """Count another worker that begins a chunk."""
+        """Count a start of a chunk, and return the number of starts."""
         self._begun[chunk] += 1
         return self._begun[chunk]
 
@@ -74,22 +63,22 @@ class Tally:
         return self._first
 
     def stop(self) -> None:
-        """Have all workers stop after the windows at hand."""
+        """Make all workers stop after their current windows."""
         self._stop = True
 
     def stopped(self) -> bool:
-        """Return True if they should."""
+        """Return True if the workers should stop."""
         return self._stop
 
 
 class Worker:
-    """An actor that holds the model. Raises nothing: a fault that ends the run is a row, too."""
+    """An actor that holds the model. It raises no errors: one that ends the run is returned as a row."""
 
     def __init__(
         self, loading: Loading, options: Options, out: str | None, cluster: Cluster, folder: str, tally: Any
     ) -> None:
         with suppress(OSError):
-            os.chdir(folder)  # relative names mean what they do for the driver, where files are shared
+            os.chdir(folder)  # the driver's, to which relative names refer
         set_threads(cluster.threads)
         self.tally, self.stage, self.stop = tally, Stage(cluster.scratch), threading.Event()
         self.fault: ClapsepError | None = None
@@ -97,7 +86,7 @@ class Worker:
             self.model = loading.load(self.stage)
             presence = options.presence and self.model.tells_likeness
             folder_out = None if out is None else self.stage.path(out)
-            # What was committed of a chunk whose worker died is done; elsewhere the driver has looked already.
+            # After a worker died, some recordings of its chunk are done. The driver has checked all others.
             skip = options.skip_existing or not options.overwrite
             self.options = replace(options, out=folder_out, presence=presence, skip_existing=skip, shard=None)
             self._agree()
@@ -205,7 +194,7 @@ def run_on_ray(
         loading: the model.
         cluster: where to run.
         stage: the same as in `lay_out`.
-        stop: once it is set, workers finish the windows at hand.
+        stop: once it is set, workers finish their current windows.
 
     Raises:
         ExtraError: Ray is not installed.
@@ -252,7 +241,7 @@ def run_on_ray(
 
 
 def _round(ray: Any, asked: Sequence[Row], cluster: Cluster, arguments: tuple[Any, ...], alone: bool) -> Iterator[Row]:
-    """Yield what workers reply about chunks of `asked`, or about each of them `alone`."""
+    """Yield the workers' replies to chunks of `asked`; `alone`: to chunks of one recording each."""
     workers = cluster.workers or _workers(ray, cluster)
     size = max(1, min(CHUNK, ceil(len(asked) / (workers * CHUNKS_A_WORKER))), ceil(len(asked) / MOST_CHUNKS))
     size = 1 if alone else size
@@ -274,7 +263,7 @@ def _round(ray: Any, asked: Sequence[Row], cluster: Cluster, arguments: tuple[An
 
 
 def _workers(ray: Any, cluster: Cluster) -> int:
-    """Return how many workers the cluster holds now."""
+    """Return the number of workers that the cluster has room for."""
     there = ray.cluster_resources()
     by_gpus = [there.get("GPU", 0) / cluster.gpus_per_worker] if cluster.gpus_per_worker else []
     return max(1, int(min(there.get("CPU", 1) / cluster.threads, *by_gpus, 65536)))
@@ -314,7 +303,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
 
 
 def _check_token(cluster: Cluster) -> None:
-    """Have Ray ask for a token; a cluster that is started here gets a new one."""
+    """Make Ray require a token; a cluster that is started here gets a new one."""
     saved = (Path.home() / ".ray" / "auth_token").is_file()
     has_token = saved or any(os.environ.get(f"RAY_AUTH_TOKEN{kind}") for kind in ("", "_PATH"))
     if not cluster.address:
@@ -333,7 +322,7 @@ def _check_token(cluster: Cluster) -> None:
 
 
 def _check_answer(address: str) -> None:
-    """Raise `DeviceError` unless the cluster answers, which Ray itself would wait for without an end."""
+    """Raise `DeviceError` unless the cluster answers; Ray itself would wait forever."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit():
         try:

@@ -21,7 +21,7 @@ from clapsep_cli.audio.film import Film
 from clapsep_cli.audio.samples import Audio, Samples, on_grid, slowed
 from clapsep_cli.audio.sources import Source
 from clapsep_cli.audio.writers import STDOUT, Outputs, Written
-from clapsep_cli.jobs.tasks import Extraction, Job, Options
+from clapsep_cli.jobs.job import Extraction, Job, Options
 from clapsep_cli.listening.events import Event, EventFinder, save_events
 from clapsep_cli.listening.levels import Likeness, Meter, Presence
 from clapsep_cli.listening.plot import Marks, Picture

@@ -1,4 +1,4 @@
-"""Gathers the markers below an output folder: a row a recording."""
+"""Reads the markers below an output folder, and writes them as one table: a row for each recording."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Row = dict[str, Any]
 
 
 def rows(out: Path, stage: Stage) -> Iterator[Row]:
-    """Yield what the markers below `out` hold, in the order of their names; damaged ones are left out.
+    """Yield the contents of the markers below `out`, sorted by name; damaged markers are skipped.
 
-    Raises `AudioError` if there are none, or one cannot be read.
+    Raises `AudioError` if there are no markers, or one cannot be read.
     """
     found = stage.markers(out / MARKS) if stage.holds(out) else set(out.glob(f"**/{MARKS}/**/*.json"))
     if not found:  # beside each recording
@@ -41,7 +41,7 @@ def rows(out: Path, stage: Stage) -> Iterator[Row]:
 
 
 def flat(row: Mapping[str, Any]) -> Row:
-    """Return a row of plain columns, named by path: `levels.target.rms`; lists as JSON."""
+    """Flatten a row into columns named by path, such as `levels.target.rms`; lists become JSON."""
     columns: Row = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -52,7 +52,7 @@ def flat(row: Mapping[str, Any]) -> Row:
 
 
 def write(found: Iterator[Row], form: str, stream: TextIO) -> int:
-    """Write rows to `stream`: `jsonl` as they are, `csv` and `parquet` flat. Returns their number.
+    """Write rows to `stream`: `jsonl` as they are, `csv` and `parquet` flat. Return the number of rows.
 
     Raises `ExtraError` where the package for Parquet is not installed.
     """

@@ -1,4 +1,4 @@
-"""Recognises recordings processed before with the same query, model and settings, by their outputs or by a marker."""
+"""Recognises recordings already processed with the same query, model and settings, by their outputs or a marker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def signature(
     settings: Mapping[str, str],
     stored: Stored | None = None,
 ) -> str:
-    """Return a key, 16 hex digits, of everything that decides which samples are written for a recording.
+    """Return a key of 16 hex digits: a hash of everything that decides which samples are written for a recording.
 
     Args:
         recording: its size and time of change count, its name does not.
@@ -89,11 +89,11 @@ def _digest(file: Path, size: int, changed: int) -> str:
 
 
 def finished(paths: Iterable[Path], key: str) -> bool:
-    """Return True if all `paths` exist with this key in their software tag; files with final names are complete."""
+    """Return True if all `paths` exist with this key in their software tag. Files with final names are complete."""
     return all(is_there(path) and _key_of(path) == key for path in paths)
 
 
-def in_the_way(paths: Iterable[Path], key: str) -> Path | None:
+def first_conflict(paths: Iterable[Path], key: str) -> Path | None:
     """Return the first of `paths` that exists but was not written for `key`; only `--overwrite` replaces it."""
     return next((path for path in paths if is_there(path) and _key_of(path) != key), None)
 
@@ -104,12 +104,12 @@ def marker_path(folder: Path, name: str, key: str) -> Path:
 
 
 def marked_name(marker: Path) -> str:
-    """Return the name of the recording of a marker, as shortened there."""
+    """Return the name of the recording that a marker belongs to, shortened as in the marker."""
     return marker.stem.rpartition(".")[0]
 
 
 def absent_of(marker: str) -> list[str]:
-    """Return the absent targets from a marker's text; none where it is empty or damaged."""
+    """Return the absent targets that a marker's text lists; none if it is empty or damaged."""
     try:
         return list(map(str, json.loads(marker)["absent"]))
     except (ValueError, KeyError, TypeError):

@@ -1,22 +1,22 @@
-"""Object stores and the web. This module alone imports fsspec.
+"""Reads and writes object stores and the web. This module alone imports fsspec.
 
-The flow is the same everywhere: lay out → plan → run → commit. A URL becomes a path in a staging folder that mirrors
-all stores: `SCRATCH/s3/lab/a.wav` stands for `s3://lab/a.wav`. So names, clashes and templates are worked out on paths,
-as for local files, and `shown` turns the paths in a message back into URLs, without user names and query strings. A
-mirrored path holds a file only while that is being worked on.
+A URL becomes a path in a staging folder that mirrors all stores: `SCRATCH/s3/lab/a.wav` stands for `s3://lab/a.wav`. So
+names, clashes and templates are checked on paths, as for local files. `shown` turns the paths in a message back into
+URLs, without user names and query strings. A mirrored path holds a file only while a job uses it.
 
-Local and remote differ in a few questions, which `Stage` answers for both:
-* which recordings are there: from a listing, with their size and time of change (or ETag), which make their key;
-* `fetch`: a recording comes to its mirrored path before it is opened, whole or not at all;
-* `put`: a finished part goes from its mirrored path to the store, which returns its ETag;
-* what is done: locally the key in a part's tag, in a store a marker `_clapsep/<recording>.<key>.json` (`exchange`).
+`Stage` hides the differences between local files and stores:
+* a listing tells which recordings exist, with size and time of change (or ETag), from which their key is computed;
+* `fetch` downloads a recording to its mirrored path before it is opened, completely or not at all;
+* `put` uploads a finished part from its mirrored path; the store returns its ETag;
+* a recording is done if the tags of its parts have its key, or, in a store, if its marker exists:
+  `_clapsep/<recording>.<key>.json` (see `exchange`).
 
-Work is at least once, its commit idempotent: parts are put one by one, then the marker, then all are compared with the
-marker; where another worker's parts came between, they are put again. A worker that is killed leaves parts without a
-marker, which the next run replaces. A local marker is the same file; it is written where the tags cannot tell (absent
-targets), and by runs that share their recordings (`--shard`, `--engine`), for `clapsep results`.
+A recording may be processed twice, which does no harm: parts are uploaded one by one, then the marker, and then all are
+compared with the marker; if another worker has replaced a part, all are uploaded again. A killed worker leaves parts
+without a marker, which the next run replaces. Local markers are the same files. They are written for absent targets,
+which leave no tag, and by runs that share recordings (`--shard`, `--engine`), for `clapsep results`.
 
-`exchange` bounds what is staged: four recordings ahead, two being uploaded, and only what the disk has room for.
+`exchange` limits the staged files: four recordings ahead, two uploads, and no more than the disk has room for.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SECRETS = re.compile(r"(?<=://)[^\s/@]*@|\?[^\s'\"),]*")  # user names and query
 TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")  # names by file system
 TAGS = ("ETag", "etag", "md5Hash", "xet_hash", "blob_id")
 LOCK = ".lock"
-LEFT_SECONDS = 60.0  # before a staging folder that nobody claims counts as left behind
+LEFT_SECONDS = 60.0  # age at which an unlocked staging folder counts as left by a killed process
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a store tells of a file: its size in bytes, and its time of change in ns, or else its ETag."""
+    """A file in a store: its size in bytes, and its time of change in ns, or else its ETag."""
 
     size: int
     changed: int | str
@@ -68,7 +68,7 @@ def is_pattern(text: str) -> bool:
 
 
 class Stage:
-    """A staging folder that mirrors stores. It is made with the first URL, and removed by `close`.
+    """A staging folder that mirrors stores. The first URL creates it, `close` removes it.
 
     Args:
         scratch: the folder to make it in; None for the system's.
@@ -155,7 +155,7 @@ class Stage:
         return self.root is not None and path.is_relative_to(self.root)
 
     def url(self, path: Path) -> str:
-        """Return the URL of a mirrored path, with all that is needed to read it."""
+        """Return the URL of a mirrored path, with user name and query string."""
         scheme, *names = self._parts(path)
         return self._urls.get(path) or f"{scheme}://{'/'.join(names)}"
 
@@ -168,10 +168,10 @@ class Stage:
                 text = text.replace(f"{root}/{scheme}/", f"{scheme}://")
         return text
 
-    # What is there
+    # Listings
 
     def is_there(self, path: Path) -> bool:
-        """Return True if there is a file or folder; a folder of a store is listed once for all in it."""
+        """Return True if a file or folder exists; a folder of a store is listed only once."""
         if not self.holds(path):
             return is_there(path)
         if path in self._known:
@@ -192,7 +192,7 @@ class Stage:
             raise
 
     def look(self, path: Path) -> Stored | None:
-        """Return what a store tells of a file; None for a folder. Raises `AudioError` if there is nothing."""
+        """Return size and time of a file in a store; None for a folder. Raises `AudioError` if it does not exist."""
         if path not in self._known:
             with self._reported(path), self._store(path) as (store, name):
                 store.invalidate_cache()
@@ -210,7 +210,7 @@ class Stage:
             return self._noted(folder, name, listed)
 
     def matches(self, pattern: Path) -> dict[Path, AudioError | None]:
-        """List the files that match a pattern, likewise."""
+        """List the files that match a pattern, as `files` does."""
         root = pattern
         while is_pattern(str(Path(*self._parts(root)))):
             root = root.parent
@@ -233,7 +233,7 @@ class Stage:
         return found
 
     def markers(self, folder: Path) -> set[Path]:
-        """List the markers in a folder and below it, once."""
+        """List the markers in a folder and below it; later calls return the same list."""
         if folder not in self._markers:
             try:
                 self._markers[folder] = set(self.files(folder, recursive=True))
@@ -243,12 +243,12 @@ class Stage:
                 self._markers[folder] = set()
         return self._markers[folder]
 
-    # Files in and out
+    # Transfers
 
     def fetch(self, path: Path, keep: bool = True) -> Path:
-        """Bring a file, or the files of a folder, to their mirrored path, and return it; local paths as they are.
+        """Download a file, or the files of a folder, and return its mirrored path; a local path is returned as it is.
 
-        With `keep`, as queries need, `drop` leaves it there. Raises `AudioError`.
+        `keep`: `drop` does not remove it, as for recordings of queries. Raises `AudioError`.
         """
         if keep:
             self._kept.add(path)
@@ -265,7 +265,7 @@ class Stage:
                 store.get_file(name, str(temporary))
                 size, due = temporary.stat().st_size, self._known[path].size
                 if due and size != due:
-                    raise AudioError(f"{self.shown(str(path))}: {size} of {due} bytes came; try again")
+                    raise AudioError(f"{self.shown(str(path))}: received {size} of {due} bytes; try again")
         return path
 
     def drop(self, path: Path) -> None:
@@ -279,7 +279,7 @@ class Stage:
             store.put_file(str(path), name)
 
     def write(self, path: Path, content: str) -> None:
-        """Write a small file, whole or not at all. Raises `OutputError`."""
+        """Write a small file, completely or not at all. Raises `OutputError`."""
         with self._reported(path, "cannot be written", OutputError):
             if self.holds(path):
                 with self._store(path) as (store, name):
@@ -290,7 +290,7 @@ class Stage:
                     temporary.write_text(content, encoding="utf-8")
 
     def read(self, path: Path) -> str:
-        """Read a small file; "" if it is not there. Raises `AudioError`."""
+        """Read a small file; "" if it does not exist. Raises `AudioError`."""
         try:
             with self._reported(path):
                 if not self.holds(path):
@@ -303,7 +303,7 @@ class Stage:
             raise
 
     def remove(self, path: Path) -> None:
-        """Remove a file of a store, if it is there. Raises `OutputError`."""
+        """Remove a file of a store if it exists. Raises `OutputError`."""
         with (
             self._reported(path, "cannot be removed", OutputError),
             self._store(path) as (store, name),
@@ -312,7 +312,7 @@ class Stage:
             store.rm_file(name)
 
     def etag(self, path: Path) -> str:
-        """Return the ETag of a file as it is now, or what the store has instead; "" if it is not there."""
+        """Ask the store for the ETag of a file, or what it has instead; "" if the file does not exist."""
         try:
             with self._reported(path), self._store(path) as (store, name):
                 store.invalidate_cache()
@@ -344,7 +344,7 @@ class Stage:
     def _reported(
         self, path: Path, what: str = "cannot be read", kind: type[ClapsepError] = AudioError
     ) -> Iterator[None]:
-        """Raise `kind` for errors of the system and of a store's client, which may raise anything."""
+        """Raise `kind` for any error of the system or of a store's client."""
         shown = self.shown(str(path))
         try:
             yield

@@ -10,8 +10,8 @@ from pathlib import Path
 from clapsep_cli.errors import AudioError, ClapsepWarning
 from clapsep_cli.jobs.inputs import Input, expand
 
-LOOK_SECONDS = 1.0  # between two looks; it works on network shares, too, where systems tell of no changes
-STILL_LOOKS = 2  # in which a file has not changed: then nobody writes to it any more
+LOOK_SECONDS = 1.0  # between two looks; polling also works on network shares, which send no change events
+STILL_LOOKS = 2  # without a change, after which a file counts as complete
 
 State = tuple[int, int]  # of a file: its size, and when it was changed, in ns
 
@@ -23,14 +23,14 @@ def arrivals(
     out: Path | None = None,
     written: Callable[[Path], bool] = lambda path: False,
 ) -> Iterator[list[Input]]:
-    """Yield the recordings of a folder that are complete, and then those that arrive, or change, until `stop` is set.
+    """Yield the complete recordings of a folder, then those that arrive or change, until `stop` is set.
 
-    A recording is complete when its size and time of change stay the same for two looks, a second apart. Arguments are
-    as of `expand`. Raises `AudioError` if there is no such folder.
+    A recording is complete when its size and time of change stay the same for two looks, a second apart. The other
+    arguments are those of `expand`. Raises `AudioError` if there is no such folder.
     """
     if not folder.is_dir():
         raise AudioError(f"{folder}: --watch needs a folder")
-    still: dict[Path, tuple[State, int]] = {}  # how many looks ago a file was changed
+    still: dict[Path, tuple[State, int]] = {}  # state of a file, and the number of looks since it changed
     taken: dict[Path, State] = {}
     while not stop.is_set():
         found = {item: _state(item.path) for item in _present(folder, recursive, out, written)}
@@ -39,7 +39,8 @@ def arrivals(
             path: (state, still[path][1] + 1 if path in still and still[path][0] == state else 0)
             for path, state in states.items()
         }
-        new = [item for item in found if item.path in still and _is_new(item.path, still, taken)]
+        complete = {path for path, (_, looks) in still.items() if looks >= STILL_LOOKS}
+        new = [item for item in found if item.path in complete and taken.get(item.path) != found[item]]
         taken = {path: state for path, state in taken.items() if path in states}
         taken |= {item.path: states[item.path] for item in new}
         if new:
@@ -47,14 +48,9 @@ def arrivals(
         stop.wait(LOOK_SECONDS)
 
 
-def _is_new(path: Path, still: dict[Path, tuple[State, int]], taken: dict[Path, State]) -> bool:
-    state, looks = still[path]
-    return looks >= STILL_LOOKS and taken.get(path) != state
-
-
 def _present(folder: Path, recursive: bool, out: Path | None, written: Callable[[Path], bool]) -> list[Input]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClapsepWarning)  # of outputs, which are there at every look
+        warnings.simplefilter("ignore", ClapsepWarning)  # of outputs that are left out, at every look
         try:
             return expand([str(folder)], recursive, out, written)
         except AudioError:  # there are none yet
@@ -64,6 +60,6 @@ def _present(folder: Path, recursive: bool, out: Path | None, written: Callable[
 def _state(path: Path) -> State | None:
     try:
         status = path.stat()
-    except OSError:  # it was taken away meanwhile
+    except OSError:  # the file was removed since it was listed
         return None
     return (status.st_size, status.st_mtime_ns) if status.st_size else None

@@ -1,4 +1,4 @@
-"""Finds when a target sounds: stretches in which it holds its own in the mixture and is like what was asked for."""
+"""Finds when a target sounds: stretches where it is loud enough in the mixture and similar to its query."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio, downmix
-from clapsep_cli.errors import OutputError
-from clapsep_cli.files import replacing
+from clapsep_cli.files import writing
 from clapsep_cli.listening.levels import Likeness
 
 FRAME_SECONDS = 0.025
 SMOOTHED_FRAMES = 5  # over which energies are averaged
 CHUNK_SECONDS = 10.0  # decided at once, beside the chunk before and the one after
 HEARD_SECONDS = 10.0  # of an event, from its start, that its presence is told from
-HYSTERESIS_DB = 6.0  # an event goes on down to this below the level at which it begins
+HYSTERESIS_DB = 6.0  # an event ends this far below the level at which it begins
 LOUD_DB, SILENT_DB = -20.0, -30.0  # to the loudest frame of three chunks: where an event begins, and where it ends
 LEVEL_WEIGHT, LEAST_LEVEL_DB = 0.01, -20.0  # of an event's level relative to the mixture, in its presence
 GAP_SECONDS = 0.4  # shorter silences do not end an event
@@ -73,7 +72,7 @@ class _Candidate:
 
     first: int
     last: int
-    begins: bool = False  # whether a frame of it is loud enough for an event to begin
+    begins: bool = False  # True if one of its frames is loud enough for an event to begin
     energies: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))  # sums, of mixture and stem
     heard: list[Audio] = field(default_factory=list)  # of the stem, [samples]
 
@@ -160,7 +159,7 @@ class EventFinder:
             self._end_open()
 
     def _end_open(self) -> None:
-        """Join what was open to the candidate before it, if there is no more than a gap between the two."""
+        """End the open candidate; join it to the one before if the gap between the two is short."""
         ended, self._open = self._open, None
         if ended is None or not ended.begins:
             return
@@ -225,13 +224,9 @@ def find_events(
 
 
 def save_events(path: Path, events: Mapping[str, Sequence[Event]], format: str, rate: int) -> None:  # noqa: A002
-    """Write a file as `write_events` does, whole or not at all. Raises `OutputError`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            write_events(file, events, format, rate)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    """Write a file as `write_events` does, completely or not at all. Raises `OutputError`."""
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        write_events(file, events, format, rate)
 
 
 def write_events(file: TextIO, events: Mapping[str, Sequence[Event]], format: str, rate: int) -> None:  # noqa: A002

@@ -1,4 +1,4 @@
-"""Tells what sounds in a recording: compares windows of it with a vocabulary of sounds in words."""
+"""Lists the sounds in a recording: compares its windows with a vocabulary of sounds in words."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Scores = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Turns a likeness x into a score, the share of such that are right: 1 / (1 + e^(−slope · (x − middle)))."""
+    """Turns a likeness x into a score, the probability that the sound is there: 1 / (1 + e^(−slope · (x − middle)))."""
 
     slope: float
     middle: float
@@ -38,7 +38,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sounds in words, and how likenesses to them are scored."""
+    """Sounds in words, and the calibration of their scores."""
 
     sounds: tuple[str, ...]
     calibration: Calibration
@@ -139,7 +139,7 @@ class Listener:
             rate: in Hz, as it is heard.
             expand: how many times slower that is than the recording.
             start: where the blocks begin in the recording, in seconds.
-            check: called for each window; what it raises ends it.
+            check: called for each window; its errors end the work.
         """
         starts: list[float] = []
         scores: list[Scores] = []

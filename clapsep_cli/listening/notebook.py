@@ -16,7 +16,7 @@ from clapsep_cli.errors import ExtraError
 from clapsep_cli.listening.plot import Picture, check_installed
 
 PLAYED_SECONDS = 60.0  # of each part; the page of a notebook holds all of it
-PLAYED_HZ = 48_000  # what is above is resampled, as browsers do not play it
+PLAYED_HZ = 48_000  # higher rates are resampled, as browsers do not play them
 PLAYED_CHANNELS = 2
 
 

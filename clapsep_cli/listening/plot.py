@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from clapsep_cli.audio.samples import Audio
 from clapsep_cli.errors import ExtraError, OutputError
-from clapsep_cli.files import replacing
+from clapsep_cli.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def check_installed() -> None:
     """Raise `ExtraError` if librosa or matplotlib is not installed; does not import them, which takes a second."""
     missing = " and ".join(name for name in ("librosa", "matplotlib") if find_spec(name) is None)
     if missing:
-        raise ExtraError(f'--plot takes {missing} too: pip install "clapsep[plot]"')
+        raise ExtraError(f'--plot needs {missing}: pip install "clapsep[plot]"')
 
 
 class Picture:
@@ -81,7 +81,7 @@ class Picture:
 
     @property
     def seconds(self) -> float:
-        """Duration of what was added."""
+        """Duration of the audio that was added."""
         return self.samples / self.rate
 
     def _push(self, block: Audio) -> None:
@@ -124,13 +124,9 @@ class Picture:
         return np.stack([*self._columns, *([self._banded()] if self._frames else [])], 2)
 
     def save(self, path: Path, title: str, marks: Marks = MappingProxyType({})) -> None:
-        """Write the picture as a PNG (see `png`), whole or not at all. Raises `OutputError`."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_bytes(self.png(title, marks))
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        """Write the picture as a PNG (see `png`), completely or not at all. Raises `OutputError`."""
+        with writing(path) as temporary:
+            temporary.write_bytes(self.png(title, marks))
 
     def png(self, title: str, marks: Marks = MappingProxyType({})) -> bytes:
         """Draw the picture as a PNG, with a `title`, and `marks` as bars above the parts they belong to."""
@@ -179,7 +175,7 @@ class Picture:
 
 
 def save_scores(path: Path, names: Sequence[str], edges: Sequence[float], scores: Audio) -> None:
-    """Draw scores over time, a row for each name, as a PNG, whole or not at all.
+    """Draw scores over time, a row for each name, as a PNG, completely or not at all.
 
     Args:
         path: of the picture.
@@ -193,19 +189,15 @@ def save_scores(path: Path, names: Sequence[str], edges: Sequence[float], scores
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, style.context("default"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-            figure = Figure(figsize=(11, 1.3 + 0.28 * len(names)), dpi=120, layout="constrained")
-            axis = figure.subplots()
-            mesh = axis.pcolormesh(edges, np.arange(len(names) + 1), scores, cmap="magma", vmin=0, vmax=1)
-            axis.set_yticks(np.arange(len(names)) + 0.5, [_printable(name) for name in names], fontfamily=_fonts())
-            axis.set(xlabel="s", ylim=(len(names), 0))
-            figure.colorbar(mesh, label="score", pad=0.012)
-            figure.savefig(temporary, format="png", metadata={"Software": "clapsep"})
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with writing(path) as temporary, style.context("default"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure = Figure(figsize=(11, 1.3 + 0.28 * len(names)), dpi=120, layout="constrained")
+        axis = figure.subplots()
+        mesh = axis.pcolormesh(edges, np.arange(len(names) + 1), scores, cmap="magma", vmin=0, vmax=1)
+        axis.set_yticks(np.arange(len(names)) + 0.5, [_printable(name) for name in names], fontfamily=_fonts())
+        axis.set(xlabel="s", ylim=(len(names), 0))
+        figure.colorbar(mesh, label="score", pad=0.012)
+        figure.savefig(temporary, format="png", metadata={"Software": "clapsep"})
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Reads a recording once and keeps on disk what the page shows and plays: peaks, a spectrogram, samples."""
+"""Reads a recording once, and writes peaks, a spectrogram and samples to disk for the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PIECES_PER_COLUMN = 4  # pieces of the waveform for a column of the spectrogram
 BANDS = 128
 LOWEST_HZ = 30.0
 WINDOW_SECONDS = 0.046  # of the transform, roughly: it has a power of two samples
-DETAIL_SECONDS = 30.0  # longest stretch whose spectrogram is computed anew
+DETAIL_SECONDS = 30.0  # longest stretch whose spectrogram is computed again
 FLOOR_DB = -100.0  # relative to full scale; stored as 0, and full scale as 255
 BLOCK_COLUMNS = 200  # columns read at a time
 SEEKABLE = ("WAV", "WAVEX", "RF64", "FLAC")  # formats that can be read from any sample on
@@ -34,12 +34,12 @@ Progress = Callable[[float, float], None]
 
 @dataclass(frozen=True)
 class Overview:
-    """Holds what the page shows and plays of a recording.
+    """Data of a recording for the page.
 
     Attributes:
         peaks: a file of int8 pairs, the lowest and highest sample of each piece.
         levels: a file of uint8 [columns, bands], a column for each four pieces.
-        audio: a file that can be read from any sample on.
+        audio: a file that can be read from any sample.
         rate: in Hz.
         channels: to listen to, 1 or 2.
         frames: its length in samples.
@@ -64,7 +64,7 @@ class Overview:
     def picture(self, start: float, end: float, columns: int) -> NDArray[np.uint8]:
         """Return the spectrogram of a stretch for a screen: each column shows its loudest moment.
 
-        It is computed anew for a short stretch, where the stored columns would be too coarse.
+        For a short stretch, where the stored columns are too coarse, it is computed again.
 
         Args:
             start: in seconds.
@@ -101,7 +101,7 @@ class Overview:
 
 
 def look(path: Path, folder: Path, progress: Progress, stop: threading.Event, stream: int | None = None) -> Overview:
-    """Read a recording once, and store in `folder` what the page shows and plays.
+    """Read a recording once, and store its overview in `folder`.
 
     Args:
         path: the recording.

@@ -1,8 +1,8 @@
 """Serves the page: its files, the state of the session as JSON, and the actions that it requests.
 
-It listens on 127.0.0.1 alone, and `Guard` admits only the page itself: other sites can send requests to 127.0.0.1, and
-by a name that resolves there even read the answers; so can other users of the machine. Requests name sounds, examples
-and attempts by random ids, never by paths.
+It listens only on 127.0.0.1, and `Guard` accepts only requests of the page itself. Other sites could send requests to
+127.0.0.1, and read the answers through a name that resolves there; so could other users of the machine. Requests name
+sounds, examples and attempts by random ids, never by paths.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PIECE_BYTES = 1 << 20  # bytes of an upload written at a time
 BAD, MISSING, TOO_LARGE, FULL = 400, 404, 413, 507
 HOSTS = ("127.0.0.1", "localhost")
 SAFE_METHODS = ("GET", "HEAD")
-HEADER = "x-clapsep"  # which neither a form nor another site's script can send unasked
+HEADER = "x-clapsep"  # which forms and scripts of other sites cannot send
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -66,7 +66,7 @@ class Page:
     """Serves the page of a session on 127.0.0.1.
 
     Args:
-        session: what the page shows.
+        session: the session to show.
         port: to listen on; 0 for any that is free.
 
     Raises:
@@ -78,7 +78,7 @@ class Page:
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.bind((HOST, port))
-            self.socket.listen()  # so that a browser that comes before the server waits for it
+            self.socket.listen()  # a browser that connects before the server runs waits
         except (OSError, OverflowError) as error:
             self.socket.close()
             raise UsageError(f"port {port} cannot be used ({getattr(error, 'strerror', None) or error})") from error
@@ -170,7 +170,7 @@ class _Handlers:
         except BaseException as error:
             shutil.rmtree(path.parent, ignore_errors=True)
             if isinstance(error, ClientDisconnect):
-                return Response(status_code=BAD)  # nobody reads the answer
+                return Response(status_code=BAD)  # the connection is closed
             if isinstance(error, ClapsepError):  # replace the path of the upload, which the user does not know
                 raise type(error)(str(error).replace(str(path), name)) from error
             raise
@@ -245,7 +245,7 @@ def _known() -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise HTTPException(MISSING, "this is not there any more") from error
+        raise HTTPException(MISSING, "this no longer exists") from error
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def _there() -> Iterator[None]:
     try:
         yield
     except (OSError, SoundFileError) as error:
-        raise HTTPException(MISSING, "the recording, or what was kept of it, is not there any more") from error
+        raise HTTPException(MISSING, "the recording, or its copy for the page, no longer exists") from error
 
 
 def _file(path: Path, name: str | None = None) -> Response:

@@ -22,26 +22,26 @@ from clapsep_cli.audio.sources import Source
 from clapsep_cli.errors import ClapsepError, OutputError, StoppedError, UsageError, forwarded_warnings
 from clapsep_cli.jobs.outputs import safe_name
 from clapsep_cli.page.overview import Overview, look
-from clapsep_cli.page.wishes import Wish, command_line, presence_in_words
+from clapsep_cli.page.requests import Request, command_line, presence_in_words
 from clapsep_cli.query import RESIDUAL, Query, check_taken
 from clapsep_cli.registry import home
 from clapsep_cli.store.library import best_installed, choices
 
 if TYPE_CHECKING:
-    from clapsep_cli.jobs.tasks import Extraction
+    from clapsep_cli.jobs.job import Extraction
     from clapsep_cli.store.checkpoint import Model
 
 RESERVE_BYTES = 256 << 20  # of the disk that a session leaves free
 MAX_SHOTS = 64
 NAME_BYTES = 160  # of an upload's name
 WAITING, WORKING, DONE, FAILED, STOPPED = "waiting", "working", "done", "failed", "stopped"
-SEEN = ("rate", "channels", "frames", "piece", "loudest")  # attributes of an overview that the page uses
+SEEN = ("rate", "channels", "frames", "piece", "loudest")  # attributes of an overview for the page
 GONE = "the session's folder is gone: stop clapsep ui and start it again"
 
 
 @dataclass
 class Sound:
-    """The mixture or a part of an attempt, to see and to hear. `overview` is None until the file was read."""
+    """The mixture, or a part of an attempt. `overview` is None until the file was read."""
 
     id: str
     name: str  # of its part, or the file's
@@ -49,7 +49,7 @@ class Sound:
     overview: Overview | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the page shows of it."""
+        """Return its data for the page."""
         seen = {name: getattr(self.overview, name) for name in SEEN} if self.overview else {}
         return {"id": self.id, "name": self.name, "file": self.path.name, **seen}
 
@@ -69,7 +69,7 @@ class OpenRecording:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the page shows of it."""
+        """Return its data for the page."""
         own = {name: getattr(self, name) for name in ("tracks", "track", "state", "done", "error")}
         return {**self.sound.as_json(), **own}
 
@@ -79,7 +79,7 @@ class Attempt:
     """One extraction: its request, progress and results."""
 
     id: str
-    wish: Wish
+    request: Request
     queries: Mapping[str, Query]  # by target
     summary: str
     command: str
@@ -95,20 +95,20 @@ class Attempt:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the page shows of it."""
+        """Return its data for the page."""
         plain = ("id", "summary", "command", "state", "done", "error", "refined", "notes")
         own = {name: getattr(self, name) for name in plain}
         parts = [{**part.as_json(), "presence": self.presence.get(part.name)} for part in self.parts]
-        return {**own, "model": self.wish.model, "elapsed": round(self.elapsed, 1), "parts": parts}
+        return {**own, "model": self.request.model, "elapsed": round(self.elapsed, 1), "parts": parts}
 
 
 class Session:
     """Holds a recording, examples and attempts, and works on them in threads.
 
-    All files lie in a folder of its own, which `close` removes; the next session removes those of killed ones.
+    Its files are in a folder of its own, which `close` removes. A session also removes the folders of killed ones.
 
     Args:
-        model: the first model offered; None for the best that is installed.
+        model: the model that is selected at first; None for the best installed one.
         device: as of `load_model`.
         place: folder in which the session makes its own; by default in `home()`.
 
@@ -152,7 +152,7 @@ class Session:
             attempt.stop.set()
 
     def state(self) -> dict[str, Any]:
-        """Return all that the page shows, in types that JSON has."""
+        """Return everything that the page shows, in types that JSON has."""
         recording = self.recording
         return {
             "recording": recording and recording.as_json(),
@@ -170,7 +170,7 @@ class Session:
             raise OutputError(GONE) from error
 
     def upload(self, name: str) -> Path:
-        """Make a folder for an upload, and return the path to write it to, under a name that any system takes."""
+        """Make a folder for an upload, and return the path to write it to, with a name that all systems allow."""
         suffix = safe_name(Path(name).suffix, 16) if Path(name).suffix else ""
         folder = self._new_folder()
         return folder / f"{safe_name(Path(name).stem or 'recording', NAME_BYTES)}{'.' + suffix if suffix else ''}"
@@ -255,25 +255,25 @@ class Session:
         sounds += [part for attempt in self.attempts.values() for part in attempt.parts]
         return {sound.id: sound for sound in sounds}[key]
 
-    def extract(self, request: bytes | str) -> Attempt:
+    def extract(self, text: bytes | str) -> Attempt:
         """Start the extraction that a request in JSON describes. Raises `UsageError`, `QueryError`, `OutputError`."""
         if self.recording is None or self.recording.sound.overview is None:
             raise UsageError("open a recording first")
         if any(attempt.state in (WAITING, WORKING) for attempt in self.attempts.values()):
             raise UsageError("an extraction is under way: wait for it, or cancel it first")
-        wish = Wish.read(request, self.shots)
+        request = Request.read(text, self.shots)
         here = {model["name"]: model["takes"] for model in choices(self.given) if model["here"]}
-        if wish.model not in here:
-            raise UsageError(f"the model {wish.model!r} is not here: clapsep models download {wish.model}")
-        queries = wish.queries(self.shots)
-        check_taken(queries.values(), here[wish.model], wish.model)
+        if request.model not in here:
+            raise UsageError(f"the model {request.model!r} is not here: clapsep models download {request.model}")
+        queries = request.queries(self.shots)
+        check_taken(queries.values(), here[request.model], request.model)
         recording, path = self.recording, self.recording.sound.path
-        self._check_room(recording, len(wish.targets) + 1)
-        command = command_line(wish, self.shots, recording.given, own_format(path), self.device, recording.track)
-        summary = wish.describe(self.shots)
-        attempt = Attempt(new_id(), wish, queries, summary, command, self._new_folder())
+        self._check_room(recording, len(request.targets) + 1)
+        command = command_line(request, self.shots, recording.given, own_format(path), self.device, recording.track)
+        summary = request.describe(self.shots)
+        attempt = Attempt(new_id(), request, queries, summary, command, self._new_folder())
         self.attempts[attempt.id] = attempt
-        self.chosen = wish.model
+        self.chosen = request.model
         self._working.submit(self._work, attempt, recording)
         return attempt
 
@@ -308,7 +308,7 @@ class Session:
             attempt.state, attempt.error = FAILED, self._reason(error)
 
     def _reason(self, error: Exception) -> str:
-        """Return an error as the page shows it. An unexpected one ends the work at hand, not the page."""
+        """Return the text of an error for the page. An unexpected error ends the current work, not the page."""
         if not self.folder.is_dir():
             return GONE
         return str(error) if isinstance(error, ClapsepError | OSError) else f"{type(error).__name__}: {error}"
@@ -316,13 +316,13 @@ class Session:
     def _run(self, attempt: Attempt, recording: OpenRecording) -> Extraction:
         from clapsep_cli.jobs.batch import run
         from clapsep_cli.jobs.inputs import Input
+        from clapsep_cli.jobs.job import Extraction, Options
         from clapsep_cli.jobs.planning import lay_out, plan
-        from clapsep_cli.jobs.tasks import Extraction, Options
 
         def progress(job: object, done: float, total: float) -> None:
             attempt.done = _share(done, total)
 
-        model = self._load(attempt.wish)
+        model = self._load(attempt.request)
         attempt.refined = model.refined
         path, presence = recording.sound.path, model.tells_likeness
         options = Options(out=attempt.folder, format=own_format(path), stream=recording.track, presence=presence)
@@ -334,14 +334,14 @@ class Session:
             raise outcome.error
         return outcome
 
-    def _load(self, wish: Wish) -> Model:
+    def _load(self, request: Request) -> Model:
         from clapsep_cli.store.library import load_model
 
-        wanted = wish.model, wish.refine
+        wanted = request.model, request.refine
         if self._model is None or self._model[0] != wanted:
-            self._model = None  # so that two are never in memory
-            model = load_model(wish.model, self.device)
-            model.refine(wish.refine)
+            self._model = None  # never hold two in memory
+            model = load_model(request.model, self.device)
+            model.refine(request.refine)
             self._model = wanted, model
         return self._model[1]
 
@@ -369,7 +369,7 @@ def _share(done: float, total: float) -> float:
 
 
 def new_id() -> str:
-    """Return a name that nobody can guess."""
+    """Return a random id that cannot be guessed."""
     return secrets.token_hex(16)
 
 
@@ -384,7 +384,7 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _clear(above: Path) -> None:
-    """Remove the folders of sessions that were killed: nobody holds their lock."""
+    """Remove the folders of killed sessions, whose locks are free."""
     for folder in list(above.iterdir()) if above.is_dir() else ():
         if not folder.is_dir():
             continue

@@ -1,4 +1,4 @@
-"""Handles low-rank adapters (LoRA): injects them for training, saves them, and merges them into a loaded model.
+"""Handles low-rank adapters (LoRA): adds them to a network for training, saves them, and merges them into a model.
 
 An adapted linear layer computes W·x + b + α/r · B·A·x. A file holds A, B and b of each such layer, by the names that
 the layers have in the separator: `X.lora_A` `[r, in]`, `X.lora_B` `[out, r]`, `X.bias` `[out]`, float32.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, ExtraError
 from clapsep_cli.store.checkpoint import Model, load_part
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 
 # Of an encoder's attention alone: a bare "proj" would also match its patch embedding.
 TARGETS = r"layers\.\d+\.blocks\.\d+\.attn\.(?:qkv|proj)"
@@ -40,14 +40,14 @@ def inject(encoder: nn.Module, rank: int, alpha: float) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
-        raise ExtraError(f"LoRA takes {error.name} too: pip install 'clapsep[train]'") from error
+        raise ExtraError(f"LoRA needs {error.name}: pip install 'clapsep[train]'") from error
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS), encoder)  # type: ignore[arg-type]
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.endswith(_BASE + "bias"))
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Return the weights by the names before `inject`, with W + scale · B·A in place of W."""
+    """Return the weights by their names before `inject`, with W + scale · B·A in place of W."""
     plain = {n.replace(_BASE, "."): t for n, t in weights.items() if ".lora_" not in n}
     for layer in _layers(weights):
         down, up = weights[layer + _DOWN], weights[layer + _UP]
@@ -83,14 +83,14 @@ def save(path: Path, weights: Mapping[str, Tensor], base: Model, rank: int, alph
         "alpha": repr(float(alpha)),
         "settings": json.dumps(settings),
     }
-    save_whole(tensors, path, notes)
+    save_tensors(tensors, path, notes)
 
 
 def apply(model: Model, path: Path) -> None:
-    """Merge an adapter into the separator of `model`, which computes as fast as before.
+    """Merge an adapter into the separator of `model`. Separation takes no longer.
 
-    The separator is read again, so call this before it is used. Raises `CheckpointError` for a file that is no adapter,
-    or one that was trained on another separator.
+    The separator is read again from disk, so call this first. Raises `CheckpointError` for a file that is no adapter,
+    and for one trained on another separator.
     """
     tensors, notes = read_tensors(path), read_notes(path)
     if notes.get("kind") != "adapter":

@@ -27,7 +27,7 @@ from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, Text
 from clapsep_cli.query import Query, check_taken, mutual
 from clapsep_cli.registry import FAMILIES
 from clapsep_cli.stitch.windows import Stream
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -114,14 +114,14 @@ class Model:
         return f"{self.family} {pin or digest(path)}"
 
     def refine(self, wanted: bool = True) -> None:
-        """Separate in two passes from now on (see `models.refined`), which takes more than twice the time.
+        """Separate in two passes from now on (see `models.refined`). This takes more than twice the time.
 
         `wanted`: False changes nothing. Raises `ModelError` for a model that takes no recordings as queries.
         """
         if self.refined or not wanted:
             return
         if self.kind.audio is None:
-            raise ModelError(f"{self.name} takes no recordings as queries, so it cannot hear what a first pass left")
+            raise ModelError(f"{self.name} takes no recordings as queries, so it cannot refine: leave out --refine")
         self.refined = True
         self.__dict__["identity"] = f"{self.identity} refined"
         if "separator" in self.__dict__:  # read already
@@ -145,7 +145,7 @@ class Model:
             kept: positions of the queries that become stems; None for all.
 
         Returns:
-            What `infer` and `stream` take; its type is the family's own.
+            The input `wanted` of `infer` and `stream`; each family has its own type.
 
         Raises:
             QueryError, AudioError: for a query that cannot be used.
@@ -170,7 +170,7 @@ class Model:
     def apart(self, targets: Mapping[str, Query]) -> Mapping[str, Query]:
         """Add to each target the others as negative queries, where the family takes them so.
 
-        Raises `QueryError` where two targets ask for the same, so that each would leave itself.
+        Raises `QueryError` if two targets have the same query: each would be its own negative.
         """
         if not self.kind.mutual:
             return targets
@@ -184,7 +184,7 @@ class Model:
     def doubts(self, queries: Sequence[Query]) -> list[str]:
         """Return a line for each reason why results for `queries` may be poor.
 
-        Raises `QueryError` as `ask` does, where that needs no network.
+        Raises `QueryError` for queries that `ask` refuses, as far as that needs no network.
         """
         self.check_taken(queries)
         return self.kind.doubts(self, queries) if self.kind.doubts else []
@@ -213,7 +213,7 @@ class Model:
 
     @torch.inference_mode()
     def infer(self, windows: Sequence[Tensor], wanted: Any, check: Callable[[], None] = go_on) -> Tensor:
-        """Separate windows of one length in one go.
+        """Separate windows of one length as one batch.
 
         Args:
             windows: float32 `[samples]` each.
@@ -231,7 +231,7 @@ class CachedTexts(TextEncoder):
 
     Args:
         load: returns the encoder; called when first needed, as it takes longer than embedding many texts.
-        folder: of a small file for each text, for one version of one model; if it cannot be written, this costs time.
+        folder: holds a small file for each text, for one version of one model; if it is read-only, nothing is kept.
         dim: length of an embedding.
         device: where embeddings are returned.
     """
@@ -246,7 +246,7 @@ class CachedTexts(TextEncoder):
         return self.load()
 
     def release(self) -> None:
-        """Take the encoder out of memory; it is loaded again when it is needed."""
+        """Free the encoder's memory; it is loaded again when needed."""
         self.__dict__.pop("encoder", None)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -323,6 +323,8 @@ def choose_device(name: str) -> torch.device:
         )
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
     except RuntimeError as error:
         raise DeviceError(f"no device {name!r}: use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda":
@@ -331,8 +333,6 @@ def choose_device(name: str) -> torch.device:
             raise DeviceError(f"device {name!r} is not there: PyTorch sees {count} CUDA devices; use -d auto or -d cpu")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device 'mps' is not there: PyTorch sees no Apple GPU; use -d auto or -d cpu")
-    elif device.type not in ("cpu", "mps"):
-        raise DeviceError(f"no device {name!r}: use auto, cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -342,7 +342,7 @@ def choose_precision(name: str, device: torch.device, near: bool = True) -> torc
     Args:
         name: "high" for float32, "fast" for bfloat16, or "auto": fast where that is native to the device and `near`.
         device: where they are computed.
-        near: True if the model's output in bfloat16 is inaudibly near to that in float32.
+        near: True if no difference can be heard between the model's outputs in bfloat16 and float32.
 
     Raises:
         UsageError: for another name.
@@ -354,7 +354,7 @@ def choose_precision(name: str, device: torch.device, near: bool = True) -> torc
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Return whether `device` multiplies bfloat16 matrices in hardware. Elsewhere they are slower than float32."""
+    """Return True if `device` multiplies bfloat16 matrices in hardware. Elsewhere they are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -364,7 +364,7 @@ def native_bfloat16(device: torch.device) -> bool:
 def save_part(
     folder: Path, part: str, family: str, config: DataclassInstance, tensors: Mapping[str, Tensor], **notes: str
 ) -> None:
-    """Write one part of a model, atomically.
+    """Write one part of a model, completely or not at all.
 
     Args:
         folder: the model's folder.
@@ -378,7 +378,7 @@ def save_part(
         ModelError: where the file cannot be written.
     """
     metadata = {"family": family, "config": json.dumps(dataclasses.asdict(config)), **notes}
-    save_whole(tensors, folder / f"{part}.safetensors", metadata)
+    save_tensors(tensors, folder / f"{part}.safetensors", metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

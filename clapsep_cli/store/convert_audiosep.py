@@ -16,7 +16,7 @@ from clapsep_cli.store.released import Released, first_few, needed, read_checkpo
 
 SEPARATOR, CLAP = "ss_model.", "query_encoder.model."
 
-# In the released file, but no part of what is computed here, or computed anew.
+# Tensors of the released file that are not used, or computed here.
 _SUPERFLUOUS = re.compile(
     r"base\.i?stft\.|base\.decoder_block\d+\.bn2\.|film\.decoder_block\d+->beta2\.|.*num_batches_tracked$"
 )

@@ -1,7 +1,7 @@
 """Converts the two released checkpoints of CLAPSep to the parts of our model; LoRA is merged on the way.
 
-Every tensor is accounted for: what a network needs must be there, in the right shape, and what nothing needs must be
-known to be superfluous.
+Every tensor is checked: those that a network needs must be there, in the right shape, and all others must be known as
+superfluous.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _DECODER: _Rules = (
     (r"aggregator\.", "decoder_model."),
 )
 
-# In the released files, but no part of what is computed here, or computed anew.
+# Tensors of the released files that are not used, or computed here.
 _SUPERFLUOUS_CLAP = re.compile(
     r"logit_scale_[at]$|(text|audio)_transform\.|text_branch\.embeddings\.position_ids$"
     r"|audio_branch\.(spectrogram_extractor\.stft\.|tscam_conv\.|head\.)"
@@ -102,7 +102,7 @@ def convert(
 
     Args:
         clap: tensors of the LAION-CLAP checkpoint by their released names, with or without `module.` before them.
-        tuned: tensors of the CLAPSep checkpoint, likewise.
+        tuned: tensors of the CLAPSep checkpoint, with names as those of `clap`.
         config: the model's size, by default the released one.
 
     Returns:

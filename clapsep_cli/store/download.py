@@ -47,7 +47,7 @@ class Fetched:
 def lock(name: str, say: Say | None = None) -> Iterator[None]:
     """Hold the lock `name` among all processes that share `home()`; report to `say` before waiting for it.
 
-    It is free again when its holder dies. Not re-entrant. Raises `DownloadError` if `home()` cannot be written.
+    The lock ends with its process. It is not re-entrant. Raises `DownloadError` if `home()` cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -59,7 +59,7 @@ def lock(name: str, say: Say | None = None) -> Iterator[None]:
             held.acquire(timeout=0)
         except Timeout:
             if say:
-                say(f"waiting for another clapsep, which is at work on {name}")
+                say(f"waiting for another clapsep process that installs {name}")
             held.acquire()
     except OSError as error:
         raise DownloadError(_disk(home(), error)) from error
@@ -90,7 +90,7 @@ def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
         if kept:
             return _checked(remote, kept, read_sums(folder).get(kept.name))
         cached = _cached(remote)
-        if cached:  # the Hub's client names what it caches after the hash that the Hub states
+        if cached:  # the Hub's client names cached files by the hash that the Hub states
             return _checked(remote, cached, cached.resolve().name, f"delete {cached}")
         stated = ask(remote)
         partial.mkdir(parents=True, exist_ok=True)
@@ -107,13 +107,13 @@ def fetch(remote: Remote, progress: Progress | None = None) -> Fetched:
 
 
 def find(remote: Remote) -> Path | None:
-    """Return the file in `home()`, if it was downloaded before."""
+    """Return the path of the file in `home()`; None if it is not there."""
     path = _folder(remote) / remote.name
     return path if path.is_file() and (path.parent / SUMS).is_file() else None
 
 
 def to_download(remote: Remote) -> int:
-    """Return the bytes that `fetch` would download. Raises `DownloadError` if the Hub has another file."""
+    """Return how many bytes `fetch` would download. Raises `DownloadError` if the Hub has another file."""
     if find(remote) or _cached(remote):
         return 0
     ask(remote)
@@ -121,7 +121,7 @@ def to_download(remote: Remote) -> int:
 
 
 def clear(remote: Remote) -> list[Path]:
-    """Delete downloads of a file, complete or not, from `home()`; return their folders. Raises `OSError`."""
+    """Delete complete and unfinished downloads of a file from `home()`; return their folders. Raises `OSError`."""
     found = [path for path in (_folder(remote), _partial(remote)) if path.is_dir()]
     for path in found:
         shutil.rmtree(path)
@@ -156,7 +156,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def write_sums(folder: Path, sums: dict[str, str]) -> None:
-    """Write a folder's `SHA256SUMS`, whole or not at all. Raises `OSError`."""
+    """Write a folder's `SHA256SUMS`, completely or not at all. Raises `OSError`."""
     with files.replacing(folder / SUMS) as temporary:
         temporary.write_text("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()), encoding="utf-8")
 
@@ -175,9 +175,9 @@ def amount(size: int) -> str:
 
 
 def _checked(remote: Remote, path: Path, stated: str | None, advice: str = "") -> Fetched:
-    """Accept a file if it is the pinned one, or has the hash `stated` by the Hub. Raises `DownloadError` else.
+    """Check that a file is the pinned one, or has the hash `stated` by the Hub. Raises `DownloadError` otherwise.
 
-    Without `advice` for the message, a file that is refused is deleted.
+    Without `advice` for the message, a refused file is deleted.
     """
     size = path.stat().st_size
     sha256 = digest(path) if size == remote.size else "another size"
@@ -186,7 +186,7 @@ def _checked(remote: Remote, path: Path, stated: str | None, advice: str = "") -
     what = f"expected {remote.size} bytes with SHA-256 {stated or remote.sha256}, got {size} bytes with {sha256}"
     if not advice:
         clear(remote)
-        advice = "it was deleted, run the command again to download it anew"
+        advice = "it was deleted, run the command again to download it"
     raise DownloadError(f"{remote.where} is damaged: {what}; {advice}, {_way_out(remote)}")
 
 
@@ -229,7 +229,7 @@ def save(url: str, path: Path, size: int | None = None, progress: Progress | Non
     Args:
         url: the address.
         path: the file to write.
-        size: bytes that it must have; None for as many as the server announces.
+        size: expected size in bytes; None for the size that the server announces.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -261,12 +261,12 @@ def save(url: str, path: Path, size: int | None = None, progress: Progress | Non
 
 
 def _bar(progress: Progress | None, total: int) -> Any:
-    """Make a progress bar for the Hub's client that calls `progress` and prints nothing."""
+    """Make a progress bar class for the Hub's client that calls `progress` and prints nothing."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **settings: Any) -> None:
-            settings["disable"] = True  # so that it prints nothing
+            settings["disable"] = True  # print nothing
             super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
@@ -275,7 +275,7 @@ def _bar(progress: Progress | None, total: int) -> Any:
                 progress(min(self.n, total), total)
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Ignore bytes of the network, so that `update` gets those of the file."""
+            """Ignore the count of transferred bytes: `update` counts those of the file."""
 
     return Bar
 
@@ -285,13 +285,13 @@ def _tried(remote: Remote, call: Callable[[], _T]) -> _T:
 
 
 def attempts(where: str, folder: Path, way_out: str, call: Callable[[], _T]) -> _T:
-    """Call until it succeeds; raise `DownloadError` where it cannot.
+    """Call `call` until it succeeds, with pauses. Raise `DownloadError` if another attempt cannot help.
 
     Args:
-        where: the file, in words.
-        folder: where it is written.
-        way_out: advice for a host that cannot be reached, after a comma.
-        call: downloads it.
+        where: description of the file, for messages.
+        folder: the folder it is written to.
+        way_out: advice for the end of a message, after a comma.
+        call: downloads the file.
     """
     pauses = iter(PAUSES_S)
     while True:
@@ -309,7 +309,7 @@ def attempts(where: str, folder: Path, way_out: str, call: Callable[[], _T]) -> 
 
 
 def _passes(error: Exception) -> bool:
-    """Return whether another attempt may help; not without any answer, so that the user need not wait."""
+    """Return True if another attempt may help: not if no server answered, so that the user need not wait."""
     import httpx2
 
     response = getattr(error, "response", None)
@@ -337,7 +337,7 @@ def _disk(folder: Path, error: OSError) -> str:
 
 
 def _way_out(remote: Remote) -> str:
-    """Return advice for a host that cannot be reached: to bring the files by other means."""
+    """Return advice to download the files elsewhere, for a host that cannot be reached."""
     entry = next((e for e in MODELS.values() if remote in e.remotes), None)
     name = entry.name if entry else "NAME"
     names = " ".join(r.name for r in (entry.remotes if entry else (remote,)))

@@ -31,8 +31,8 @@ FileProgress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 _Sources = Mapping[str, Mapping[str, str]]  # by file name: its `sha256`, and the `source` of that
 
 
-def _nothing(*_: object) -> None:
-    pass
+def ignore(*_: object) -> None:
+    """Do nothing, as a callback."""
 
 
 def _warn(line: str) -> None:
@@ -53,12 +53,12 @@ def pin(entry: Entry) -> str:
 
 
 def place(entry: Entry) -> Path:
-    """Return the path of the model's folder, whether it exists or not."""
+    """Return the path of a model's folder, which may not exist."""
     return home() / "models" / f"{entry.name}-{pin(entry)}" if entry.remotes else weights_folder() / entry.name
 
 
 def installed(entry: Entry) -> Path | None:
-    """Return the model's folder, or None. A folder gets its name only once it is complete."""
+    """Return the model's folder; None if it is not installed. A folder gets its name once it is complete."""
     folder = place(entry)
     return folder if folder.is_dir() else None
 
@@ -71,12 +71,12 @@ def facts(entry: Entry) -> dict[str, object]:
 
 
 def best_installed() -> str:
-    """Return the name of the best model that is here."""
+    """Return the name of the best installed model."""
     return PREFERRED if installed(entry_of(PREFERRED)) else BUNDLED
 
 
 def choices(given: str) -> list[dict[str, Any]]:
-    """List all models: name, here or not, kinds of queries; first the `given` one, if it is a folder."""
+    """List all models: name, installed or not, kinds of queries; first the `given` one, if it is a folder."""
     known = [{"name": name, "here": installed(one) is not None, "takes": one.takes} for name, one in MODELS.items()]
     return known if given in MODELS else [{"name": given, "here": True, "takes": _taken_by(given)}, *known]
 
@@ -93,21 +93,21 @@ def install(
     name: str,
     files: Sequence[Path] = (),
     keep_original: bool = False,
-    say: Say = _nothing,
-    progress: FileProgress = _nothing,
+    say: Say = ignore,
+    progress: FileProgress = ignore,
     instead: str = "",
 ) -> Path:
-    """Install a model: download its files, or take those that the user brought, and convert them.
+    """Install a model: download its files, or take the given ones, and convert them.
 
-    Two processes may ask at once: one works, the other waits for it.
+    Of two processes that install the same model, one waits for the other.
 
     Args:
         name: of the model.
-        files: released files that the user brought; none to download them.
+        files: released files on this machine; none to download them.
         keep_original: keep downloads after conversion.
-        say: called with a line on the size of a download before it begins, and on unusual files.
+        say: called with messages: the size of a download before it begins, and warnings about files.
         progress: called during downloads with file, bytes done and bytes in all.
-        instead: an alternative to the download, for the message.
+        instead: an alternative to the download, for that message.
 
     Returns:
         The model's folder.
@@ -144,7 +144,7 @@ def install(
 
 
 def _given(entry: Entry, files: Sequence[Path], say: Say) -> _Sources:
-    """Hash files that the user brought; report those that are not the pinned ones to `say`."""
+    """Hash the given files; report those that are not the pinned ones to `say`."""
     pinned = {remote.sha256 for remote in entry.remotes}
     hashes = {file: download.digest(file) for file in files}
     for file, sha256 in hashes.items():
@@ -157,7 +157,7 @@ def _given(entry: Entry, files: Sequence[Path], say: Say) -> _Sources:
 
 
 def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
-    """Make the model's folder; the caller holds the lock. `sources` goes into the metadata of every part."""
+    """Convert `files` into the model's folder; the caller holds the lock. Each part's metadata gets `sources`."""
     folder = place(entry)
     unfinished = folder.with_name(f".{folder.name}.partial")
     try:
@@ -177,13 +177,13 @@ def _convert(entry: Entry, files: Sequence[Path], sources: _Sources) -> Path:
 
 
 def converter(family: str) -> Callable[..., None]:
-    """Import what converts released files of a family: `convert_NAME` of the module `convert_NAME`."""
+    """Import the function that converts a family's released files: `convert_NAME` of the module `convert_NAME`."""
     convert: Callable[..., None] = getattr(import_module(f"clapsep_cli.store.convert_{family}"), f"convert_{family}")
     return convert
 
 
 def write_tokenizer(entry: Entry, folder: Path) -> None:
-    """Write the tokenizer of a released text encoder, which comes with the package, to `folder`, if there is one."""
+    """Write the tokenizer of a released text encoder to `folder`; the package has it. Do nothing without one."""
     tokenizer = FAMILIES[entry.family].tokenizer
     if tokenizer:
         packed = weights_folder() / tokenizer
@@ -191,7 +191,7 @@ def write_tokenizer(entry: Entry, folder: Path) -> None:
 
 
 def path_of(name: str) -> Path:
-    """Return the folder of a model. Raises `ModelError` where it is not here."""
+    """Return the folder of a model. Raises `ModelError` if it is not installed."""
     folder = installed(entry_of(name))
     if folder is None:
         raise ModelError(f"{name} is not here: clapsep models download {name}")
@@ -199,7 +199,7 @@ def path_of(name: str) -> Path:
 
 
 def verify(name: str) -> list[Path]:
-    """Hash all files of a model that is here, and originals that were kept; return those files.
+    """Check the hashes of an installed model's files, and of downloads that were kept; return these files.
 
     The hashes are compared with `SHA256SUMS` beside the files. Raises `CheckpointError`, `ModelError`.
     """
@@ -226,10 +226,10 @@ def _check_sums(folder: Path, needed: Sequence[str], advice: str) -> list[Path]:
     return [folder / name for name in sums]
 
 
-def remove(name: str, say: Say = _nothing) -> list[Path]:
-    """Delete all versions of a model, converted, downloaded or unfinished; return what was deleted.
+def remove(name: str, say: Say = ignore) -> list[Path]:
+    """Delete all versions of a model, converted, downloaded or unfinished; return the deleted files and folders.
 
-    Files that other programs have put into the Hub's cache stay. Raises `ModelError` for a bundled or absent model.
+    Files in the Hub's cache stay. Raises `ModelError` for a bundled model, and one that is not installed.
     """
     entry = entry_of(name)
     if not entry.remotes:
@@ -246,7 +246,7 @@ def remove(name: str, say: Say = _nothing) -> list[Path]:
         except OSError as error:
             raise ModelError(f"{error.filename or home()}: cannot be deleted ({error.strerror or error})") from error
     if not removed:
-        raise ModelError(f"there is nothing of {name} here: clapsep models list shows what there is")
+        raise ModelError(f"there is nothing of {name} here: clapsep models list shows all models")
     return removed
 
 
@@ -256,16 +256,16 @@ def load_model(
     precision: str = "auto",
     *,
     say: Say | None = None,
-    progress: FileProgress = _nothing,
+    progress: FileProgress = ignore,
 ) -> Model:
     """Load a model.
 
     Args:
-        model: a name or a folder, which loads or fails. By default `clapsep` if it is here or can be downloaded, else
-            the bundled `mini`.
+        model: a name or a folder. By default `clapsep` if it is installed or can be downloaded, else the bundled
+            `mini`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `high` (float32), `fast` (bfloat16), or `auto` (see `checkpoint.choose_precision`).
-        say: called with each remark, e.g. why `mini` is used; by default that is a `ClapsepWarning`.
+        say: called with each message, e.g. why `mini` is used; by default that is a `ClapsepWarning`.
         progress: called with file, bytes done and bytes in all of each download.
 
     Raises:
@@ -275,7 +275,7 @@ def load_model(
     """
     from clapsep_cli.store.checkpoint import Model, choose_device, native_bfloat16
 
-    chosen, warn, say = choose_device(device), say or _warn, say or _nothing
+    chosen, warn, say = choose_device(device), say or _warn, say or ignore
     if precision == "fast" and not native_bfloat16(chosen):
         warn(f"--precision fast: bfloat16 is not known to be native to this {chosen.type}; high may be faster")
     if model is None:

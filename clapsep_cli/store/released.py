@@ -1,4 +1,4 @@
-"""Reads released checkpoints and accounts for every tensor. The only file that opens a pickle, and it runs none."""
+"""Reads released checkpoints and checks every tensor. The only file that opens pickles; it runs none of their code."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError
 from clapsep_cli.store.checkpoint import save_part
-from clapsep_cli.store.whole import read_tensors
+from clapsep_cli.store.tensors import read_tensors
 
 NESTINGS = ("state_dict", "model")  # keys under which a checkpoint may hold its tensors
 
 
 class Released:
-    """Hands out the tensors of a released file by name and shape, and remembers their faults."""
+    """Returns the tensors of a released file by name and shape, and collects errors."""
 
     def __init__(self, what: str, tensors: Mapping[str, Tensor]) -> None:
         self.what = what
@@ -67,15 +67,15 @@ class Released:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a PyTorch checkpoint by name, bare or nested under `state_dict` or `model`.
 
-    They are mapped from the file. Only tensors, containers, numbers and the few constructors of NumPy scalars are
-    allowed; a pickle that asks for anything else is refused before it is run. Raises `CheckpointError`.
+    They are mapped from the file. Only tensors, containers, numbers and the constructors of NumPy scalars are allowed.
+    A pickle with anything else is refused, and none of its code is run. Raises `CheckpointError`.
     """
     scalar = np.float64(0).__reduce__()[0]
     scalars: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     allowed = [*scalars, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)), _codecs.encode]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles: they are read or refused, which is what matters
+            warnings.simplefilter("ignore")  # about unusual pickles, which are read or refused
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         asked = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
@@ -94,18 +94,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def write_part(folder: Path, part: str, family: str, config: Any, tensors: Mapping[str, Tensor], **notes: str) -> None:
-    """Write a part, read it back and compare. Arguments are those of `save_part`.
+    """Write a part, read it back and compare. The arguments are those of `save_part`.
 
     Raises:
         ModelError: the file cannot be written.
-        CheckpointError: it does not hold what was written.
+        CheckpointError: the file differs from the tensors.
     """
     save_part(folder, part, family, config, tensors, **notes)
     path = folder / f"{part}.safetensors"
     written = read_tensors(path)
     wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
     if wrong:
-        raise CheckpointError(f"{path}: is not what was written ({first_few(wrong)}); is the disk sound?")
+        raise CheckpointError(f"{path}: differs from the converted tensors ({first_few(wrong)}); is the disk faulty?")
 
 
 def needed(module: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:

@@ -1,4 +1,4 @@
-"""Sets how weights are updated: schedules of the learning rate, and the optimiser Muon."""
+"""Provides schedules of the learning rate, and the optimiser Muon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAMW_RMS = 0.2  # of an entry's step, in units of the learning rate: so rates a
 class Schedule(Protocol):
     """Sets the learning rate of each step.
 
-    It keeps no state beside the validation figures, so a resumed run continues exactly.
+    It has no state but the validation figures, so a resumed run continues exactly.
     """
 
     def rate(self, step: int, figures: Sequence[float]) -> float:
@@ -43,9 +43,9 @@ class Trapezoid:
 
 @dataclass(frozen=True)
 class Plateau:
-    """Multiplied by `factor`, down to `floor`, each time the figure has not improved `patience` times (paper IV-B).
+    """Learning rate times `factor`, down to `floor`, after each `patience` figures without improvement (paper IV-B).
 
-    It may be warmed up linearly over the first `warmup` steps, and the first `ignored` figures left out of account.
+    It rises linearly over the first `warmup` steps. The first `ignored` figures do not count.
     """
 
     lr: float
@@ -84,9 +84,9 @@ def orthogonal(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (K. Jordan et al., 2024): steps along the orthogonal matrix nearest to the gradient's mean.
 
-    All directions of a layer's input and output move alike, however small their gradients. It is for hidden layers of
-    two or more dimensions (a kernel counts as a matrix of output channels by all the rest); vectors and the first and
-    last layers stay with AdamW.
+    All directions of a layer's input and output change at the same rate, even those with small gradients. It is for
+    hidden layers of two or more dimensions (a kernel counts as a matrix, output channels by all others). AdamW trains
+    vectors and the first and last layers.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.01, momentum: float = 0.95) -> None:
@@ -110,7 +110,7 @@ class Muon(torch.optim.Optimizer):
             state["mean"] = torch.zeros_like(parameter)
         state["mean"].lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(state["mean"], group["momentum"])  # Nesterov's
-        # Channels last, as convolutions are laid out: a view, and the order of columns is of no account.
+        # Channels last, the memory layout of convolutions: so this is a view. The order of columns has no effect.
         flat = ahead.movedim(1, -1).reshape(len(ahead), -1)
         moved = orthogonal(flat) * (ADAMW_RMS * math.sqrt(max(flat.shape)))
         back = moved.view(ahead.movedim(1, -1).shape).movedim(-1, 1)

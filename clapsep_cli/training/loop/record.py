@@ -23,7 +23,7 @@ RECORD, LOG = "run.json", "log.csv"
 
 
 def check(folder: Path, recipe: Any, corpus: Corpus) -> None:
-    """Raise `CheckpointError` where the run in `folder`, if there is one, was begun with other settings or clips."""
+    """Raise `CheckpointError` if `folder` holds a run with other settings or clips."""
     try:
         before = _read(folder)
         if before is None:
@@ -47,7 +47,7 @@ def check(folder: Path, recipe: Any, corpus: Corpus) -> None:
 
 
 def precision(folder: Path) -> str:
-    """Return the precision of the run in `folder` so far, or "" if there is none."""
+    """Return the precision of the run in `folder`; "" if there is none."""
     calls = _calls(folder)
     return str(calls[-1].get("precision", "")) if calls else ""
 
@@ -87,7 +87,7 @@ def _calls(folder: Path) -> list[dict[str, object]]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -122,7 +122,7 @@ def _revision() -> str | None:
 class Log:
     """Logs figures of a run as rows `stage,step,figure,value` of `log.csv`, and as TensorBoard's events.
 
-    Rows of the stage after the initial `step` are removed: these steps will be repeated.
+    Rows of the stage after the first `step` are removed, as these steps are repeated.
     """
 
     def __init__(self, folder: Path, stage: str, step: int) -> None:
@@ -149,5 +149,5 @@ class Log:
         self.events.log_metrics(dict(figures), step)
 
     def close(self) -> None:
-        """Write what is still buffered."""
+        """Write buffered events to disk."""
         self.events.finalize("success")

@@ -1,7 +1,7 @@
-"""Draws what each step of training takes: clips, from memory or from disk, and pairs of them.
+"""Draws the examples of each training step: clips, from memory or from disk, and pairs of them.
 
-What is drawn depends on the seed, the step and the row alone, so that a resumed run, and one on another number of
-machines, draws the same.
+The draws depend only on the seed, the step and the row. So a resumed run, and a run on another number of machines,
+draws the same examples.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from clapsep_cli.audio.samples import Audio, to_rate
-from clapsep_cli.data import Corpus, read_clip
+from clapsep_cli.data import Corpus, fit, read_clip
 from clapsep_cli.dsp import RATE_HZ
 from clapsep_cli.errors import ManifestError
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 from clapsep_cli.training.loop.settings import Share, settings
 
 Store = Literal["auto", "memory", "disk"]
@@ -34,6 +34,7 @@ MEMORY_LIMIT_BYTES = 4 * 2**30  # "auto" keeps a corpus of up to this size in me
 MAX_SECONDS = 30.0  # of a clip that is kept in memory
 MARGIN = 64  # samples beyond a stretch that are read, for the resampler to start and end in the signal
 TRIES = 50  # at drawing a label, before all of them are looked through
+UNLIKE_TRIES = 1000  # at drawing a clip that sounds unlike another
 
 Made = TypeVar("Made")
 
@@ -60,6 +61,21 @@ class Pool(ABC):
     @abstractmethod
     def read(self, index: int, start: int, stop: int) -> Audio:
         """Read samples `start` to `stop`, or to the clip's end, float32 `[samples]`. Raises `ManifestError`."""
+
+    def stretch(self, index: int, samples: int, rng: np.random.Generator) -> Audio:
+        """Read a random stretch of a clip, or all of a short one with zeros after it, float32 `[samples]`."""
+        start = int(rng.integers(max(0, self.samples(index) - samples) + 1))
+        return fit(self.read(index, start, start + samples), samples)
+
+    def unlike(self, index: int, among: Sequence[int], rng: np.random.Generator) -> int:
+        """Draw one of the clips `among` with another label and other captions. Raises `ManifestError` for none."""
+        clip = self.clips[index]
+        for _ in range(UNLIKE_TRIES):
+            drawn = int(rng.choice(among))
+            other = self.clips[drawn]
+            if other.label != clip.label and not set(other.captions) & set(clip.captions):
+                return drawn
+        raise ManifestError(f"{clip.path}: too few clips in the manifest have another label and other captions")
 
 
 class MemoryPool(Pool):
@@ -98,15 +114,15 @@ class MemoryPool(Pool):
 
 
 def keep(clips: Sequence[NDArray[np.int16]], path: Path, of: Mapping[str, str]) -> None:
-    """Write decoded clips to a file that `read_kept` maps. `of` states their source and the settings of decoding."""
+    """Write decoded clips to a file for `read_kept`. `of` names their source and the settings of decoding."""
     ends = np.cumsum([len(clip) for clip in clips])
     tensors = {"pcm": torch.from_numpy(np.concatenate(clips)), "ends": torch.from_numpy(ends)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(tensors, path, of)
+    save_tensors(tensors, path, of)
 
 
 def read_kept(path: Path, of: Mapping[str, str]) -> list[NDArray[np.int16]] | None:
-    """Map the clips that `keep` wrote from the file; None for no file, or one with another `of`."""
+    """Map the clips that `keep` wrote; None if there is no such file, or one with another `of`."""
     if not path.exists() or read_notes(path) != dict(of):
         return None
     tensors = read_tensors(path)
@@ -115,7 +131,7 @@ def read_kept(path: Path, of: Mapping[str, str]) -> list[NDArray[np.int16]] | No
 
 
 class DiskPool(Pool):
-    """Decodes stretches of clips from disk each time they are read, so clips may be of any length and number."""
+    """Decodes stretches of clips from disk each time they are read, for clips of any length and number."""
 
     def __init__(self, corpus: Corpus, rate: int | None = RATE_HZ) -> None:
         super().__init__(corpus, rate)
@@ -130,7 +146,7 @@ class DiskPool(Pool):
         try:
             with soundfile.SoundFile(path) as file:
                 rate = file.samplerate
-                # From where a sample at either rate falls on one at the other, so that nothing is shifted.
+                # Begin where samples of both rates coincide, so that nothing is shifted.
                 common = math.gcd(rate, rate_out)
                 units = max(0, start - MARGIN) // (rate_out // common)
                 first, skip = units * (rate // common), start - units * (rate_out // common)
@@ -157,7 +173,7 @@ def open_pool(
         store: "memory", "disk", or "auto": memory if they fit into 4 GiB.
         rate: sample rate in Hz to read them at; None for each clip's own.
         seconds: length of a clip in memory; the rest is cut.
-        cache: a file to keep decoded clips in, so that the next run need not decode them.
+        cache: file of decoded clips, which saves the next run from decoding them.
     """
     disk = DiskPool(corpus, rate)
     held = sum(min(length, seconds) * rate for length, rate in zip(corpus.seconds, disk.rates, strict=True)) * 2
@@ -172,8 +188,8 @@ class Draw:
     seconds: Annotated[float, Field(ge=0.05, le=60)] = 5.0
     label_power: NonNegativeFloat = 0.7  # a label of n clips is drawn as often as min(n, cap) ** power
     label_cap: PositiveInt = 80
-    hard: Share = 0.0  # share of the interferers that are drawn among the labels nearest to the target's …
-    hard_labels: PositiveInt = 8  # … which are so many
+    hard: Share = 0.0  # share of the interferers drawn from the labels nearest to the target's …
+    hard_labels: PositiveInt = 8  # … and the number of these labels
     snr_std: NonNegativeFloat = 3.0
     snr_limit: NonNegativeFloat = 8.0
     speed: Annotated[float, Field(ge=0, le=0.5)] = 0.15  # speed is perturbed by up to this fraction …
@@ -193,14 +209,14 @@ class Pairs(NamedTuple):
 
 
 class Sampler:
-    """Draws pairs of clips of different sounds, cut or laid out to one length.
+    """Draws pairs of clips of different sounds, cut or extended to one length.
 
     Args:
         pool: the clips.
         draw: how they are drawn.
         seed: of all that is drawn.
         among: indices of the clips to draw from; None for all.
-        near: for each label, others from the most to the least alike; needed where `draw.hard` is not 0.
+        near: for each label, the others from the most to the least alike; needed if `draw.hard` is not 0.
     """
 
     def __init__(
@@ -222,9 +238,9 @@ class Sampler:
         self.sounds = {label: set(pool.clips[members[0]].captions) for label, members in self.groups.items()}
 
     def clip(self, rng: np.random.Generator, avoid: Sequence[str] = ()) -> int | None:
-        """Draw the index of a clip of another sound than the labels `avoid`; None where there is none.
+        """Draw the index of a clip whose label is none of `avoid`; None if there is none.
 
-        Labels that share a caption are one sound.
+        Labels that share a caption count as one sound.
         """
         for _ in range(TRIES):
             label = self.labels[rng.choice(len(self.labels), p=self.weight)]
@@ -234,11 +250,11 @@ class Sampler:
         return int(rng.choice(self.groups[rest[rng.integers(len(rest))]])) if rest else None
 
     def differs(self, label: str, others: Sequence[str]) -> bool:
-        """Return whether `label` shares no caption with any of `others`."""
+        """Return True if `label` shares no caption with any of `others`."""
         return all(label != other and not self.sounds[label] & self.sounds[other] for other in others)
 
     def interferer(self, rng: np.random.Generator, label: str) -> int:
-        """Draw the index of a clip to mix with one of `label`: of another sound, perhaps a similar one."""
+        """Draw the index of a clip of another sound, to mix with one of `label`; `draw.hard` of them are similar."""
         if self.draw.hard and rng.random() < self.draw.hard:
             alike = (other for other in self.near.get(label, ()) if other in self.groups)
             near = list(islice((other for other in alike if self.differs(other, [label])), self.draw.hard_labels))
@@ -250,7 +266,7 @@ class Sampler:
         return other
 
     def place(self, index: int, rng: np.random.Generator) -> Audio:
-        """Lay out a clip as in a recording: a stretch of a long one, a short one once or several times."""
+        """Fill a window with a clip: with a stretch of a long one, or with a short one once or several times."""
         available, n, speed = self.pool.samples(index), self.length, 1.0
         if rng.random() < self.draw.speed_share:
             speed += rng.uniform(-self.draw.speed, self.draw.speed)
@@ -283,7 +299,7 @@ class Sampler:
         for at, row in enumerate(rows):
             rng = np.random.default_rng((self.seed, step, row))
             a = self.clip(rng)
-            assert a is not None  # nothing was to be avoided
+            assert a is not None, "no label is avoided"
             b = self.interferer(rng, self.pool.clips[a].label)
             snr = float(np.clip(rng.normal(0, self.draw.snr_std), -self.draw.snr_limit, self.draw.snr_limit))
             audio[0, at], audio[1, at] = self.place(a, rng), self.place(b, rng)
@@ -296,7 +312,7 @@ class Sampler:
 def ahead(make: Callable[[int], Made], steps: range, workers: int = 1) -> Iterator[Made]:
     """Yield `make(step)` for each step in order, while `workers` threads make the next ones.
 
-    At most `workers` + 1 results wait. Decoding and resampling release the interpreter's lock, so threads are enough.
+    At most `workers` + 1 results wait. Decoding and resampling release the GIL, so threads are enough.
     """
     with ThreadPoolExecutor(workers) as pool:
         coming: list[Future[Made]] = []

@@ -19,7 +19,7 @@ from typing_extensions import dataclass_transform
 
 from clapsep_cli.errors import ExtraError, RecipeError
 
-ROUNDING = 5e-3  # by which shares may miss 1, as [0.333, 0.333, 0.333] does
+ROUNDING = 5e-3  # allowed difference of a sum of shares from 1, as of [0.333, 0.333, 0.333]
 EXACT = 1e-9
 
 Settings = TypeVar("Settings")
@@ -54,10 +54,10 @@ def validated(kind: type[Settings], values: Mapping[str, object], what: str) -> 
     Args:
         kind: a class made by `settings`.
         values: new values; names are nested or dotted ("separator.lr").
-        what: what the messages call the settings.
+        what: name of the settings, for messages.
 
     Raises:
-        RecipeError: names every value that does not fit, and for each unknown name the closest known one.
+        RecipeError: lists all wrong values, and for each unknown name the closest known one.
     """
     default = kind()
     given = merged(dataclasses.asdict(default), nested(values))  # type: ignore[call-overload]
@@ -111,7 +111,7 @@ def nested(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def merged(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
-    """Join nested settings; the second override the first."""
+    """Join nested settings; those of `second` override those of `first`."""
     together = dict(first)
     for key, value in second.items():
         before = together.get(key)
@@ -124,7 +124,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean …?" with the known name closest to `name`, or an empty text."""
     names = list(known)
     close = difflib.get_close_matches(name, names, 1, 0.5)
-    # A misspelt last part of a dotted name, or one that was named without what it belongs to.
+    # The last part of a dotted name, misspelt in its first parts or given alone.
     close = close or [k for k in names if k.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean {close[0]!r}?" if close else ""
 

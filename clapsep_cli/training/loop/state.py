@@ -1,4 +1,4 @@
-"""Runs the steps of a task, and saves its state to disk, where it is complete at any moment."""
+"""Runs the steps of a task, and saves its state to disk, completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clapsep_cli.errors import CheckpointError, RecipeError
-from clapsep_cli.store.whole import read_notes, read_tensors, save_whole
+from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 from clapsep_cli.training.loop.optimisation import Muon
 from clapsep_cli.training.loop.task import Task, Weights
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Means:
-    """Means of figures over the steps since they were last taken."""
+    """Means of figures over the steps since the last `take`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.steps = 0
 
     def add(self, figures: Mapping[str, Sequence[float]]) -> None:
-        """Add the values of some steps, by name; one by one, so that it does not matter when this is done."""
+        """Add the values of some steps, by name. They are added one by one, so the sums do not depend on the calls."""
         self.steps += max(map(len, figures.values()), default=0)
         for name, values in figures.items():
             for value in values:
@@ -79,7 +79,7 @@ class Training:
         self.average = {n: t.detach().clone() for n, t in task.net.state_dict().items()} if plan.ema else {}
 
     def _optimisers(self, trained: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        """Muon for the hidden layers that the task leaves to it, AdamW for all the rest."""
+        """Make Muon for the task's hidden layers, and AdamW for the other parameters."""
         plan, made = self.task.plan, list[torch.optim.Optimizer]()
         hidden = [name for name in trained if self.task.hidden(name)]
         others = [name for name in trained if name not in set(hidden)]
@@ -94,7 +94,7 @@ class Training:
         return made
 
     def weights(self) -> Weights:
-        """Return all weights of the network, averaged over steps where the plan says so."""
+        """Return all weights of the network, averaged over steps if the plan has `ema`."""
         return self.average or self.task.net.state_dict()
 
     def advance(self, parts: Sequence[tuple[range, Any]], rate: float) -> None:
@@ -126,9 +126,9 @@ class Training:
                 self.average[name].copy_(value)
 
     def collect(self) -> None:
-        """Add the figures of the steps since the last time, means over devices, to `means`. Waits for the device.
+        """Add the figures of the last steps, means over devices, to `means`. Waits for the device.
 
-        Raises `RecipeError` where the loss is no longer a number.
+        Raises `RecipeError` if the loss is not finite.
         """
         figures: dict[str, list[float]] = {
             name: cast(Tensor, self.fabric.all_reduce(torch.stack(values), reduce_op="mean")).tolist()
@@ -136,7 +136,7 @@ class Training:
         }
         if not all(math.isfinite(value) for values in figures.values() for value in values):
             raise RecipeError(
-                f"the loss is not finite after step {self.step} of the {self.task.name}; what was saved before is "
+                f"the loss is not finite after step {self.step} of the {self.task.name}; the state saved before is "
                 "kept; try a lower learning rate, under another --out"
             )
         for kept in self.means.values():
@@ -144,22 +144,22 @@ class Training:
         self._figures = {}
 
     def best(self) -> Weights | None:
-        """Return the mean of the best weights in validation if the present ones are among them, else None.
+        """Return the mean of the best weights in validation if the current ones are among them, else None.
 
-        The plan sets how many are averaged; if more than one, they are kept beside the state.
+        The plan sets how many are averaged; if several, they are kept beside the state.
         """
         count, latest = self.task.plan.keep_best, len(self.history) - 1
         order = sorted(range(len(self.history)), key=lambda at: (-self.history[at], at))[:count]
         if latest not in order or count == 1:
             return self.weights() if latest in order else None
         kept = {at: self.path.with_name(f"best-{at + 1}.safetensors") for at in order}
-        save_whole(self.weights(), kept[latest], {})
+        save_tensors(self.weights(), kept[latest], {})
         for path in set(self.path.parent.glob("best-*.safetensors")) - {*kept.values()}:
             path.unlink()
         return mean_of([read_tensors(path) for path in kept.values() if path.exists()])
 
     def save(self) -> None:
-        """Write everything needed to continue: weights, moments, means and the step."""
+        """Write the state to continue from: weights, moments, means and the step."""
         tensors = {f"net.{k}": v for k, v in self.task.net.state_dict().items() if k in self.kept}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for optimiser, names in zip(self.optimisers, self.names, strict=True):
@@ -168,7 +168,7 @@ class Training:
                 tensors |= {f"optimiser.{name}.{k}": v for k, v in moments.get(index, {}).items()}
         means = {name: [kept.sums, kept.steps] for name, kept in self.means.items()}
         notes = {"step": str(self.step), "history": json.dumps(self.history), "means": json.dumps(means)}
-        save_whole(tensors, self.path, notes)
+        save_tensors(tensors, self.path, notes)
 
     def resume(self) -> None:
         """Continue from the state on disk, if there is one. Raises `CheckpointError` for the state of another task."""
@@ -188,7 +188,7 @@ class Training:
                 self.average[name].copy_(value)
             parameters = dict(self.task.net.named_parameters())
             for optimiser, names in zip(self.optimisers, self.names, strict=True):
-                # The fused optimiser walks weights and moments by their place in memory: lay the moments out alike.
+                # The fused optimiser needs weights and moments with the same memory layout.
                 state = {
                     index: {
                         k: torch.empty_like(parameters[name]).copy_(v) if v.dim() else v

@@ -1,4 +1,4 @@
-"""Defines what the training loop trains: a task with its network, and a plan."""
+"""Defines a training task: its network, its examples and loss, and the plan of its steps."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Plan:
     report_every: int = 50
     validate_every: int = 1000
     save_every: int = 250
-    keep_best: int = 0  # of how many of the best in validation the mean is written, rather than the last
+    keep_best: int = 0  # number of the best weights in validation whose mean is written; 0 for the last weights
     workers: int = 1
 
     @staticmethod
     def of(recipe: object, **own: Any) -> Plan:
-        """Make a plan of those settings of a recipe that a plan has, too; `own` are the others."""
+        """Make a plan from the settings of a recipe with the same names; `own` are the others."""
         shared = {field.name: getattr(recipe, field.name) for field in fields(Plan) if hasattr(recipe, field.name)}
         return Plan(**shared | own)
 
@@ -61,19 +61,19 @@ class Task(ABC):
     def draw(self, step: int, rows: range) -> tuple[Tensor, ...]:
         """Draw the given rows of a step's batch, on the CPU.
 
-        It is called from several threads, so the result may depend on nothing else.
+        It is called from several threads, so the result may depend only on the arguments.
         """
 
     @abstractmethod
     def prepare(self, drawn: Any, step: int, rows: range) -> Any:
-        """Make the inputs of `loss` from what was drawn, on the device, in float32 and without gradients."""
+        """Make the inputs of `loss` from the result of `draw`, on the device, in float32 and without gradients."""
 
     @abstractmethod
     def loss(self, prepared: Any) -> dict[str, Tensor]:
         """Compute the "loss" and other figures, each a mean over the rows, in the run's precision."""
 
     def hidden(self, name: str) -> bool:
-        """Return whether the parameter `name` is trained by Muon rather than AdamW."""
+        """Return True if Muon trains the parameter `name`, False for AdamW."""
         return False
 
     def ready(self) -> None:
@@ -81,7 +81,7 @@ class Task(ABC):
         self.net.train()
 
     def validate(self, weights: Weights) -> Mapping[str, float]:
-        """Return figures of the network with `weights`, the higher the better; the first one decides what is best."""
+        """Return figures of the network with `weights`, the higher the better; the first one ranks the weights."""
         return {}
 
     @abstractmethod

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from clapsep_cli.data import LABELS, Corpus, Labelling, read_corpus
 from clapsep_cli.errors import DeviceError, ExtraError, RecipeError, StoppedError
-from clapsep_cli.store.checkpoint import choose_precision
-from clapsep_cli.store.whole import read_notes
+from clapsep_cli.store.checkpoint import Model, choose_precision
+from clapsep_cli.store.library import load_model
+from clapsep_cli.store.tensors import read_notes
 from clapsep_cli.training.loop import record
 from clapsep_cli.training.loop.sampling import Store, ahead
 from clapsep_cli.training.loop.settings import Seed, Workers, settings
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true", "bf16-mixed": "bf16-mixed"}
-SILENT_SECONDS = 10.0  # after which a run reports its step, also between two regular reports
-AGREED_EVERY = 10  # steps after which several processes ask each other whether to stop
+SILENT_SECONDS = 10.0  # without a report, after which a run reports its step
+AGREED_EVERY = 10  # steps after which several processes agree on whether to stop
 ESTIMATE = "estimate"
 
 
@@ -48,10 +49,10 @@ class Report:
 
     Attributes:
         stage: name of the task, "validation", or "estimate".
-        step: the step at hand, of `steps`.
+        step: the current step, of `steps`.
         steps: number of steps of the stage.
         figures: means since the last report, such as the loss in dB; in a validation, means of `measure` by kind of
-            query or by set; in an estimate, the seconds that each stage will take. Empty for a sign of life.
+            query or by set; in an estimate, the seconds of each stage. Empty if only the step is reported.
         seconds_left: to the end of the stage; in an estimate, of all stages.
         measure: name and unit of a validation's figures.
         text: a remark.
@@ -93,7 +94,7 @@ class Recipe(ABC):
 
     seed: Seed = 0
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"  # bfloat16 where the device has it natively
-    min_clips: PositiveInt = 1  # of a label; fewer are taken for a mistake
+    min_clips: PositiveInt = 1  # of a label; fewer are an error
     store: Store = "auto"  # where clips are held
     workers: Workers = 1  # threads that decode, on each device
     report_every: PositiveInt = 50  # steps
@@ -104,13 +105,23 @@ class Recipe(ABC):
         """Name or folder of the model to start from; empty for none."""
         return ""
 
+    def model(self, config: type, kind: str, device: torch.device = torch.device("cpu")) -> Model:
+        """Load the model to start from, in float32. Raises `RecipeError` if its configuration is no `config`.
+
+        `kind`: name of models with a `config`, for messages.
+        """
+        found = load_model(self.needs, "cpu")
+        if not isinstance(found.config, config):
+            raise RecipeError(f"{found.name} is of the family {found.family!r}; this preset trains {kind} models")
+        return Model(found.name, found.folder, device, precision="high")
+
     @property
     def labelling(self) -> Labelling:
         """Rules for the labels of a manifest."""
         return LABELS
 
     def suited(self, corpus: Corpus) -> Recipe:
-        """Return the recipe with defaults that depend on the size of `corpus` filled in."""
+        """Return the recipe with the settings that depend on the size of `corpus`."""
         return self
 
     @abstractmethod
@@ -131,7 +142,7 @@ class Run:
         folder: where the model and the state go.
         corpus: the clips.
         listen: called with each report.
-        stop: once set, the state is saved after the step at hand, and `StoppedError` raised.
+        stop: once set, the state is saved after the current step, and `StoppedError` raised.
     """
 
     fabric: Fabric
@@ -158,7 +169,7 @@ class Run:
     def fit(self, task: Task) -> Weights:
         """Train from the saved state, if any, to the plan's last step; return the final weights.
 
-        Raises `StoppedError` where it was stopped before; the state is saved then.
+        Raises `StoppedError` if it was stopped; the state is saved.
         """
         plan, training = task.plan, Training(task, self.fabric, self.folder / task.state)
         training.resume()
@@ -193,7 +204,7 @@ class Run:
                 if stop:
                     raise StoppedError(
                         f"stopped after step {training.step} of {plan.steps} of the {task.name}; its state is saved in "
-                        f"{self.folder}, and the same command goes on from there"
+                        f"{self.folder}, and the same command continues from there"
                     )
         finally:
             if log:
@@ -223,10 +234,10 @@ class Run:
     def check_stop(self) -> None:
         """Raise `StoppedError` if `stop` is set while there is nothing to save, in a run of one process."""
         if self.stop.is_set() and self.fabric.world_size == 1:
-            raise StoppedError(f"stopped; the same command goes on from what is in {self.folder}")
+            raise StoppedError(f"stopped; the same command continues from {self.folder}")
 
     def _stopped(self, step: int) -> bool:
-        """Return whether to stop after `step`; the same in all processes."""
+        """Return True to stop after `step`; all processes return the same."""
         if self.fabric.world_size == 1:
             return self.stop.is_set()
         if step % AGREED_EVERY:
@@ -236,7 +247,7 @@ class Run:
 
     def _drawn(self, task: Task, first: int) -> Iterator[list[tuple[range, Any]]]:
         """Draw this process's rows of each step, in parts, from step `first` on."""
-        parts, pin = self._rows(task.plan), self.device.type == "cuda"  # a GPU fetches pinned memory while it computes
+        parts, pin = self._rows(task.plan), self.device.type == "cuda"  # pinned memory is copied during computation
 
         def draw(step: int) -> list[tuple[range, Any]]:
             drawn = [(rows, task.draw(step, rows)) for rows in parts]
@@ -251,7 +262,7 @@ class Run:
         self.tell(report)
 
     def _validate(self, training: Training) -> Mapping[str, float]:
-        """Validate in the leading process and share the figures; write the best weights where the plan says so."""
+        """Validate in the leading process and share the figures; write the best weights if the plan keeps them."""
         task, history = training.task, training.history
         figures: dict[str, float] = {}
         if self.leads:
@@ -259,7 +270,7 @@ class Run:
             task.ready()
         figures = self.fabric.broadcast(figures)
         loss = training.means["validate"].take()["loss"]
-        history.append(next(iter(figures.values()), -loss))  # without clips to validate on, the loss is watched
+        history.append(next(iter(figures.values()), -loss))  # without clips to validate on, the loss counts
         best = training.best() if task.plan.keep_best and self.leads else None
         if best:
             task.write(best)
@@ -276,7 +287,7 @@ class Run:
 
 
 class Clock:
-    """Measures the time per step since a run began or resumed, without pauses. In seconds."""
+    """Measures the seconds per step since a run began or resumed, without pauses."""
 
     def __init__(self, step: int = 0) -> None:
         self.step = step
@@ -315,7 +326,7 @@ def train(
 ) -> bool:
     """Train by `recipe` on the clips that `manifest` lists, and write a model to the folder `out`.
 
-    A run that was stopped continues from `out` and draws what it would have drawn.
+    A stopped run continues from `out` with the same draws.
 
     Args:
         manifest: a CSV `file,label[,captions,split]`; clips whose split is not "train" are only validated on.
@@ -325,7 +336,7 @@ def train(
         hardware: the devices; with several, Fabric starts this program once for each.
         audio: folder of the clips; by default that of each manifest.
         held_out: a manifest of clips to validate on.
-        stop: an event that, once set, stops the run after the step at hand; its state is saved.
+        stop: once set, the run stops after the current step; its state is saved.
 
     Returns:
         True in the one process that writes.
@@ -345,12 +356,12 @@ def train(
         for package in ("lightning_fabric", "tensorboard"):  # the logger needs the latter
             import_module(package)
     except ModuleNotFoundError as error:
-        raise ExtraError(f"training takes {error.name} too: pip install 'clapsep[train]'") from error
+        raise ExtraError(f"training needs {error.name}: pip install 'clapsep[train]'") from error
     corpus = read_corpus(manifest, recipe.min_clips, recipe.labelling, audio, held_out)
     recipe = recipe.suited(corpus)
     recipe.check(corpus)
     record.check(out, recipe, corpus)
-    asked = next(name for name in (hardware.precision, recipe.precision) if name)
+    asked = hardware.precision or recipe.precision
     before = record.precision(out) if asked == "auto" else ""
     fabric, precision = _fabric(hardware, before or asked)
     run = Run(fabric, out, corpus, listen, stop or threading.Event())
@@ -369,7 +380,7 @@ def train(
 def _fabric(hardware: Hardware, precision: str) -> tuple[Fabric, str]:
     """Launch Fabric; "auto" becomes bfloat16 where the device has it natively, and float32 where it would be slower.
 
-    Raises `DeviceError` for devices that are not there.
+    Raises `DeviceError` for missing devices.
     """
     from lightning_fabric import Fabric
 
@@ -382,6 +393,6 @@ def _fabric(hardware: Hardware, precision: str) -> tuple[Fabric, str]:
             precision = "bf16-mixed" if native else "32-true"
         fabric = build(precision=PRECISIONS[precision])
         fabric.launch()
-    except (ValueError, RuntimeError) as error:  # Fabric's own words for what is not there
-        raise DeviceError(f"cannot train there: {' '.join(str(error).split())}") from error
+    except (ValueError, RuntimeError) as error:  # Fabric reports missing devices so
+        raise DeviceError(f"cannot train on these devices: {' '.join(str(error).split())}") from error
     return fabric, precision

@@ -1,8 +1,7 @@
-"""Trains AudioSep as the released one was trained (arXiv 2308.05037, and its code): CLAP's text tower frozen, two
-clips to a mixture, mean absolute difference of waveforms.
+"""Trains AudioSep as the released one was trained (arXiv 2308.05037, and its code).
 
-Unlike there, the interferer is always of another sound, which small collections need, and texts are embedded without
-dropout.
+CLAP's text tower is frozen, two clips make a mixture, and the loss is the mean absolute difference of waveforms. Two
+things differ: the interferer is always another sound, as small collections need, and the text tower has no dropout.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 
 from clapsep_cli.data import Corpus, fit
 from clapsep_cli.dsp import RATE_HZ
-from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models.audiosep import AudioSep, AudioSepConfig
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
-from clapsep_cli.store.library import load_model
-from clapsep_cli.store.whole import copy
+from clapsep_cli.store.tensors import copy
 from clapsep_cli.training.loop.sampling import Pool, open_pool
 from clapsep_cli.training.loop.settings import Workers, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
@@ -34,7 +31,6 @@ from clapsep_cli.training.recipes.validation import Case, choose, improvements
 
 FAMILY = "audiosep"
 WIDEST_SNR_DB = 10  # of a mixture, either way; a whole number is drawn
-TRIES = 1000  # at drawing a clip that sounds unlike another
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,9 @@ class AudioSepRecipe(Recipe):
     """Settings of the training of an AudioSep.
 
     Attributes:
-        base: the model whose text tower is used, by name or folder.
-        init: one whose separator is trained further, with its text tower; if empty, a separator of the size of `base`'s
-            is trained from scratch.
+        base: a model by name or folder, whose text tower is used.
+        init: a model whose separator is trained further, with its text tower; if empty, a separator of the size of that
+            of `base` is trained from scratch.
     """
 
     free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
@@ -82,19 +78,16 @@ class AudioSepRecipe(Recipe):
         return self.init or self.base
 
     def check(self, corpus: Corpus) -> None:
-        model = load_model(self.needs, "cpu")
-        if not isinstance(model.config, AudioSepConfig):
-            raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains AudioSep models")
+        self.model(AudioSepConfig, "AudioSep")
 
     def train(self, run: Run) -> None:
-        found = load_model(self.needs, "cpu")
-        model, pool = Model(found.name, found.folder, run.device, precision="high"), open_pool(run.corpus, self.store)
+        model, pool = self.model(AudioSepConfig, "AudioSep", run.device), open_pool(run.corpus, self.store)
         if run.leads:
             for name in ("text.safetensors", "tokenizer.json"):
                 copy(model.folder / name, run.folder / name)
         used = (run.corpus.clips[i] for i in (*run.corpus.train, *run.corpus.held_out))
         embedded = embed_all(model.text, sorted({caption for clip in used for caption in clip.captions}))
-        del model.text  # it has said all that is needed of it
+        del model.text  # no longer needed
         run.fit(AudioSepTask(self, run, model, build(self, model), pool, embedded))
 
 
@@ -150,22 +143,11 @@ class AudioSepTask(Task):
         for at, row in enumerate(rows):
             rng = np.random.default_rng((self.recipe.seed, step, row))
             target = int(rng.choice(self.run.corpus.train))
-            for side, clip in enumerate((target, self.interferer(target, rng))):
-                start = int(rng.integers(max(0, self.pool.samples(clip) - self.samples) + 1))
-                audio[side, at] = fit(self.pool.read(clip, start, start + self.samples), self.samples)
+            for side, clip in enumerate((target, self.pool.unlike(target, self.run.corpus.train, rng))):
+                audio[side, at] = self.pool.stretch(clip, self.samples, rng)
             captions[at] = rng.choice(self.captions[target])
         targets, interferers = torch.from_numpy(audio)
         return targets, interferers, torch.from_numpy(captions)
-
-    def interferer(self, target: int, rng: np.random.Generator) -> int:
-        """Draw a clip with another label and other captions."""
-        clip = self.pool.clips[target]
-        for _ in range(TRIES):
-            index = int(rng.choice(self.run.corpus.train))
-            other = self.pool.clips[index]
-            if other.label != clip.label and not set(other.captions) & set(clip.captions):
-                return index
-        raise ManifestError(f"{clip.path}: hardly a clip in the manifest sounds unlike it")
 
     def prepare(self, drawn: tuple[Tensor, ...], step: int, rows: range) -> tuple[Tensor, Tensor, Tensor]:
         clips, captions = (drawn[0], drawn[1]), drawn[2]

@@ -1,4 +1,4 @@
-"""Mixing and augmentation in training, on the device. What is random comes from generators that the caller seeds."""
+"""Mixes and augments clips in training, on the device. The caller seeds all random generators."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOM_SECONDS = 1.0  # of an impulse response; the rest is cut
 
 @settings
 class Acoustics:
-    """Shares of the clips that are made to sound as if they had been recorded elsewhere.
+    """Shares of the clips that get a simulated other recording: equaliser, band limits, room, noise floor.
 
     `eq_db`: standard deviation of the random equaliser at its control points, in dB.
     """
@@ -37,19 +37,19 @@ class Acoustics:
     eq_db: NonNegativeFloat = 5.0
     low_pass: Share = 0.3
     high_pass: Share = 0.2
-    room: Share = 0.25  # where there are impulse responses
+    room: Share = 0.25  # if there are impulse responses
     floor: Share = 0.5  # a noise floor of its own
 
 
 def seeded(*key: int) -> torch.Generator:
-    """Make a generator that depends on the numbers of `key` alone."""
+    """Make a generator that depends only on the numbers of `key`."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def levelled(targets: Tensor, interferers: Tensor, snr_db: Tensor) -> tuple[Tensor, Tensor]:
     """Scale targets and interferers, float32 `[batch, samples]`, to sum up to mixtures at `snr_db` (`[batch]`).
 
-    Where its peak would exceed 1, it is scaled (see `full_scale_gain`).
+    A mixture whose peak would exceed 1 is scaled (see `full_scale_gain`).
     """
     wanted, others = torch.empty_like(targets), torch.empty_like(interferers)
     for row, snr in enumerate(snr_db):  # one by one, they stay in a processor's cache
@@ -65,13 +65,13 @@ def levelled(targets: Tensor, interferers: Tensor, snr_db: Tensor) -> tuple[Tens
 def elsewhere(
     audio: Tensor, rooms: Tensor | None, acoustics: Acoustics, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Alter clips as if recorded by others: through a random equaliser and band limits, in a room, over a noise floor.
+    """Simulate other recordings of clips: a random equaliser and band limits, a room, and a noise floor.
 
     Args:
         audio: float32 `[clips, samples]`.
-        rooms: what `room_spectra` made of impulse responses for clips of this length, or None.
-        acoustics: how often each of it happens.
-        generators: one for each clip, on the CPU, so that every device draws the same.
+        rooms: from `room_spectra`, for clips of this length; None for no rooms.
+        acoustics: the share of each.
+        generators: one for each clip, on the CPU, so that the draws do not depend on the device.
 
     Returns:
         Float32 `[clips, samples]`, each clip at the energy it had before the noise floor was added.

@@ -1,4 +1,4 @@
-"""Trains CLAPSep by the paper's recipe (arXiv 2402.17455, III and IV-B).
+"""Trains CLAPSep as in the paper (arXiv 2402.17455, III and IV-B).
 
 CLAP is frozen, the separator's encoder is tuned by LoRA, and the decoder is trained from scratch or further.
 """
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli import dsp
-from clapsep_cli.data import CAPTIONS, Corpus, Labelling, fit
-from clapsep_cli.errors import ManifestError, RecipeError
+from clapsep_cli.data import CAPTIONS, Corpus, Labelling
+from clapsep_cli.errors import RecipeError
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import condition
 from clapsep_cli.models.clap import ClapAudioEncoder
 from clapsep_cli.models.clapsep import AggregatorLayer, CLAPSep, CLAPSepConfig, Features, TransformerLayer
 from clapsep_cli.store import adapters
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
-from clapsep_cli.store.library import load_model
-from clapsep_cli.store.whole import copy
+from clapsep_cli.store.tensors import copy
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.record import settings_of
 from clapsep_cli.training.loop.sampling import Pool, open_pool
@@ -42,9 +41,8 @@ from clapsep_cli.training.recipes.validation import Case, cases, improvements
 ADAPTER = "adapter.safetensors"
 TIME_STRIPE, MEL_STRIPE = 64, 8  # SpecAugment: stripes of frames and mel bins are narrower, as in the code
 LINEAR_STD = 0.02  # of the decoder's linear weights at first
-DEEPEST_DROP = 0.1  # of what the last of the decoder's Swin blocks adds; from 0 at the first (stochastic depth)
+DEEPEST_DROP = 0.1  # rate at which the decoder's last Swin block is dropped; 0 for the first (stochastic depth)
 SPECTRUM_MOMENTUM = 0.01  # of the running statistics of the spectrum
-TRIES = 1000  # at drawing a clip that sounds unlike another
 
 
 @settings
@@ -55,10 +53,10 @@ class ClapsepRecipe(Recipe):
         base: the model whose CLAP is used, by name or folder.
         init: a model whose separator is trained further, with its CLAP; if empty, the separator's encoder starts as
             CLAP's and its decoder from scratch.
-        encoder: (Table IV) trained by LoRA, frozen, trained from scratch in full, or none, with zeros in its place.
+        encoder: trained by LoRA, frozen, trained in full from scratch, or none: then zeros replace it (Table IV).
         queries: the weight of audio, α ~ U(0, 1) (Eq. 3), 0 or 1.
-        phase: also make a head that turns the mixture's phases, as a variant of the released code does; a model that
-            `init` names keeps the one that it has. It starts by turning nothing.
+        phase: add a head that changes the mixture's phases, as a variant of the released code does; at first it changes
+            nothing. The model `init` keeps the head that it has.
         valence: shares of the steps with the positive query alone, the negative alone, and both.
     """
 
@@ -70,7 +68,7 @@ class ClapsepRecipe(Recipe):
     base: str = "clapsep"
     init: str = ""
     encoder: Literal["lora", "frozen", "scratch", "none"] = "lora"
-    lora_only: bool = False  # the decoder stays as it is
+    lora_only: bool = False  # do not train the decoder
     lora_rank: PositiveInt = 16
     lora_alpha: PositiveFloat = 1.0
     queries: Literal["hybrid", "text", "audio"] = "hybrid"
@@ -91,7 +89,7 @@ class ClapsepRecipe(Recipe):
     stale_epochs: PositiveInt = 5  # without improvement, until the learning rate is lowered: by the paper's words
     weight_decay: NonNegativeFloat = 0.01
     clip: PositiveFloat = 5.0  # norm of the gradient
-    validation_mixtures: NonNegativeInt | None = None  # at most so many; None for one of every clip held out
+    validation_mixtures: NonNegativeInt | None = None  # at most; None for one for each held-out clip
     keep: Literal["best", "last"] = "best"  # weights of which epoch are written
 
     @property
@@ -104,19 +102,13 @@ class ClapsepRecipe(Recipe):
 
     def check(self, corpus: Corpus) -> None:
         if self.lora_only and not (self.init and self.encoder == "lora"):
-            raise RecipeError("lora_only tunes a separator that is there: it takes init, and encoder lora")
+            raise RecipeError("lora_only tunes an existing separator: set init, and encoder lora")
         if self.lora_only and self.phase:
-            raise RecipeError("lora_only tunes nothing but the encoder: leave phase out")
-        model = self.model(torch.device("cpu"))
-        if not isinstance(model.config, CLAPSepConfig):
-            raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains CLAPSep models")
-
-    def model(self, device: torch.device) -> Model:
-        found = load_model(self.needs, "cpu")
-        return Model(found.name, found.folder, device, precision="high")
+            raise RecipeError("lora_only tunes only the encoder: leave phase out")
+        self.model(CLAPSepConfig, "CLAPSep")
 
     def train(self, run: Run) -> None:
-        model, pool = self.model(run.device), open_pool(run.corpus, self.store)
+        model, pool = self.model(CLAPSepConfig, "CLAPSep", run.device), open_pool(run.corpus, self.store)
         if run.leads:
             for name in ("text.safetensors", "audio.safetensors", "tokenizer.json"):
                 copy(model.folder / name, run.folder / name)
@@ -124,7 +116,7 @@ class ClapsepRecipe(Recipe):
         captions = sorted({c for i in run.corpus.train for c in run.corpus.clips[i].captions})
         embedded = embed_all(model.text, captions)
         window = net.config.window
-        audio = None if self.queries == "text" else model.audio  # of CLAP; never read where no shot is a query
+        audio = None if self.queries == "text" else model.audio  # CLAP's; not read if no shot is a query
         count = len(run.corpus.held_out) if self.validation_mixtures is None else self.validation_mixtures
         validated = cases(pool, run.corpus.held_out, count, window, model.text, audio)
         del model.text  # not needed any more
@@ -154,7 +146,7 @@ def build(recipe: ClapsepRecipe, model: Model) -> CLAPSep:
             net.encoder = net.config.build_htsat(stretch=False)
         case "frozen" | "none":
             net.encoder.requires_grad_(False)
-    if recipe.encoder == "none":  # zeros, so that the condition and the spectrum alone decide: a model like any other
+    if recipe.encoder == "none":  # zeros, so that only the condition and the spectrum have an effect
         for parameter in net.encoder.parameters():
             parameter.data.zero_()
     return net
@@ -235,28 +227,17 @@ class ClapsepTask(Task):
         for at, row in enumerate(rows):
             rng = np.random.default_rng((self.recipe.seed, step, row))
             target = self.target(step, row)
-            for side, clip in enumerate((target, self._interferer(target, rng))):
-                start = int(rng.integers(max(0, self.pool.samples(clip) - self.window) + 1))
-                audio[side, at] = fit(self.pool.read(clip, start, start + self.window), self.window)
+            for side, clip in enumerate((target, self.pool.unlike(target, self.clips, rng))):
+                audio[side, at] = self.pool.stretch(clip, self.window, rng)
                 captions[at, side] = rng.choice(self.captions[clip])
         targets, interferers = torch.from_numpy(audio)
         return targets, interferers, torch.from_numpy(captions)
 
     def target(self, step: int, row: int) -> int:
-        """Return the clip that is the target of a row: each one once an epoch, in another order each time."""
+        """Return the target clip of a row: each clip once in an epoch, in a new order each time."""
         epoch, within = divmod(step, self.epoch)
         order = _order(self.recipe.seed, epoch, len(self.clips))
         return self.clips[order[(within * self.recipe.batch + row) % len(order)]]
-
-    def _interferer(self, target: int, rng: np.random.Generator) -> int:
-        """Draw a clip with another label and other captions."""
-        clip = self.pool.clips[target]
-        for _ in range(TRIES):
-            index = int(rng.choice(self.clips))
-            other = self.pool.clips[index]
-            if other.label != clip.label and not set(other.captions) & set(clip.captions):
-                return index
-        raise ManifestError(f"{clip.path}: hardly a clip in the manifest sounds unlike it")
 
     def prepare(self, drawn: tuple[Tensor, ...], step: int, rows: range) -> Prepared:
         clips, captions = (drawn[0], drawn[1]), drawn[2]
@@ -273,7 +254,7 @@ class ClapsepTask(Task):
         return Prepared(mixtures, self.net.resample(mixtures), targets, condition(*sides), depth)
 
     def _depth(self, step: int, rows: range) -> Tensor:
-        """Draw which of the decoder's Swin blocks are dropped for which rows, the later the more often."""
+        """Draw the decoder's Swin blocks that are dropped for each row, later blocks more often."""
         highest = 0.0 if self.recipe.lora_only else DEEPEST_DROP
         rates = torch.linspace(0, highest, len(self.net.aggregator.layers))[:, None]
         shape = (self.plan.batch, len(rates), 2)
@@ -301,7 +282,7 @@ class ClapsepTask(Task):
 
     def loss(self, prepared: Prepared) -> dict[str, Tensor]:
         spectrum = dsp.spectrum(prepared.mixtures)
-        # Taken apart, as resampling would suffer from the precision that does for networks.
+        # `prepared.heard` was resampled in float32: the precision of the networks is too low for that.
         features = Features(spectrum.abs(), self.net.encoder(prepared.heard))
         with ExitStack() as dropped:
             factors = prepared.depth.permute(1, 2, 0)

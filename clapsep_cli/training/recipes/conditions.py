@@ -21,21 +21,21 @@ from clapsep_cli.training.loop.settings import Share, settings
 
 AT_ONCE = 64  # texts
 
-# Which clip a query is for, and whether it names that clip (the positive) and the other one (the negative).
+# The clip that a query is for, and True if it has a positive side (this clip), a negative side (the other clip).
 KINDS = (
     *((wanted, True, True) for wanted in (0, 0, 1, 1)),
     *((wanted, positive, not positive) for positive in (True, False) for wanted in (0, 1)),
 )
-ABSENT_WITH_NEGATIVE = 0.4  # share of the queries for absent sounds that also name what to leave
+ABSENT_WITH_NEGATIVE = 0.4  # share of the queries for absent sounds that also have a negative
 
 
-class Asked(NamedTuple):
+class DrawnQueries(NamedTuple):
     """Queries of a step's mixtures."""
 
     conditions: Tensor  # float32 [queries, 2 · dim]
     mixtures: Tensor  # index of the mixture each is for, int64 [queries]
-    interferer: Tensor  # whether it is for the second clip, bool [queries]
-    present: Tensor  # whether what it asks for is there, bool [queries]
+    interferer: Tensor  # True if it is for the second clip, bool [queries]
+    present: Tensor  # True if its sound is in the mixture, bool [queries]
 
 
 @settings
@@ -46,8 +46,8 @@ class Mixing:
     noise: NonNegativeFloat = 0.3  # length of the random vector added to an embedding
     text_only: Share = 0.7  # share of the sides that are text alone
     audio_only: Share = 0.18  # … audio alone; the rest mixes both with α ~ U(0, 1) (Eq. 3)
-    shots: PositiveInt = 3  # at most so many shots are averaged
-    absent: Share = 0.18  # share of the queries whose positive is for something not there
+    shots: PositiveInt = 3  # most shots that are averaged
+    absent: Share = 0.18  # share of the queries for a sound that is not in the mixture
 
 
 def embed_all(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def embed_all(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
             embedded |= dict(zip(few, encoder.embed(few).cpu(), strict=True))
         except QueryError:
             for text in few:
-                with suppress(QueryError):  # the others' clips are asked for by audio alone
+                with suppress(QueryError):  # clips of other texts are queried by audio alone
                     embedded[text] = encoder.embed([text])[0].cpu()
     if not embedded:
         raise ManifestError("no caption of the manifest has a word that the text encoder knows")
@@ -98,7 +98,7 @@ class Queries:
         self.pool, self.texts, self.views, self.mixing = pool, texts, views, mixing
 
     def side(self, clip: int, alpha: float, rng: np.random.Generator) -> Tensor:
-        """Make an embedding that asks for the sound of `clip`: α · audio (another clip's) + (1 − α) · text."""
+        """Make one side of a query for the sound of `clip`: α · audio (of another clip) + (1 − α) · text."""
         label = self.pool.clips[clip].label
         others = [i for i in self.pool.by_label[label] if i != clip and i in self.views]
         captions = self.texts.by_label.get(label)
@@ -108,12 +108,12 @@ class Queries:
         return alpha * self.shots(others or [clip], rng) + (1 - alpha) * text if alpha else text
 
     def shots(self, clips: Sequence[int], rng: np.random.Generator) -> Tensor:
-        """Average up to `mixing.shots` embeddings of any of `clips`, as several shots are joined in use."""
+        """Average up to `mixing.shots` embeddings of any of `clips`, as for a query of several shots."""
         views = [self.views[int(rng.choice(clips))] for _ in range(rng.integers(self.mixing.shots) + 1)]
         return torch.stack([self.blurred(view[rng.integers(len(view))], rng) for view in views]).mean(0)
 
     def blurred(self, embedding: Tensor, rng: np.random.Generator) -> Tensor:
-        """Move an embedding a little, so that the separator also understands what lies beside the captions it met."""
+        """Add noise to an embedding, so that the separator also learns the neighbourhood of the captions."""
         noise = torch.from_numpy(rng.standard_normal(len(embedding), dtype=np.float32))
         return F.normalize(embedding + noise * (self.mixing.noise / math.sqrt(len(embedding))), dim=0)
 
@@ -124,7 +124,7 @@ class Queries:
 
     def draw(
         self, sampler: Sampler, pairs: Sequence[Sequence[int]], generators: Sequence[np.random.Generator]
-    ) -> Asked:
+    ) -> DrawnQueries:
         """Draw `mixing.queries` queries of each mixture, half of them with both sides, as many for either clip.
 
         Args:
@@ -148,4 +148,4 @@ class Queries:
                 )
                 rows.append((condition(*sides), mixture, wanted == 1, third is None))
         conditions, *others = zip(*rows, strict=True)
-        return Asked(torch.cat(conditions), *(torch.tensor(column) for column in others))
+        return DrawnQueries(torch.cat(conditions), *(torch.tensor(column) for column in others))

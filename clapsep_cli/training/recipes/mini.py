@@ -1,7 +1,7 @@
-"""Trains a mini model: the space of its queries in closed form where that is wanted, then its separator.
+"""Trains a mini model: optionally the space of its queries, in closed form, then its separator.
 
-The trunk stays as it is. Mixtures are made on the fly as the paper makes them (IV-B), each with several queries: half
-of them name both sides, the others one; text and audio of a side are mixed with one α; loss 0.9 · SNR + 0.1 · SI-SNR.
+The trunk is frozen. Mixtures are made on the fly as in the paper (IV-B), each with several queries: half of them have
+both sides, the others one; α weighs text and audio of a side; the loss is −(0.9 · SNR + 0.1 · SI-SNR).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clapsep_cli.models.mini import Mini, MiniConfig, lay_out
 from clapsep_cli.models.mini_queries import STRETCH_SECONDS, MiniAudio, MiniText
 from clapsep_cli.registry import BUNDLED, weights_folder
 from clapsep_cli.store.checkpoint import Model, load_part, save_part
-from clapsep_cli.store.whole import copy, read_tensors, save_whole
+from clapsep_cli.store.tensors import copy, read_tensors, save_tensors
 from clapsep_cli.tables import read_table
 from clapsep_cli.training.loop.optimisation import Trapezoid
 from clapsep_cli.training.loop.sampling import Draw, Pool, Sampler, open_pool
@@ -35,26 +35,26 @@ from clapsep_cli.training.loop.settings import Share, flatten, settings
 from clapsep_cli.training.loop.task import Plan, Task, Weights
 from clapsep_cli.training.loop.train import ESTIMATE, Clock, Recipe, Report, Run
 from clapsep_cli.training.recipes.augment import Acoustics, elsewhere, levelled, room_spectra, seeded
-from clapsep_cli.training.recipes.conditions import Asked, Mixing, Queries, Texts
+from clapsep_cli.training.recipes.conditions import DrawnQueries, Mixing, Queries, Texts
 from clapsep_cli.training.recipes.objective import BandStatistics, separation_loss, statistics
 from clapsep_cli.training.recipes.space import balanced, fit_sounds, fit_words
 from clapsep_cli.training.recipes.validation import Case, cases, improvements
 
 # Layers that begin and end the network, or know its queries: Muon is not for these.
 ENDS = ("stem", "norms", "query", "scale", "alike", "head", "fine")
-FEWEST_STEPS, MOST_STEPS = 200, 6000  # of the separator, where they are not set
-BATCH, FEW_CLIPS_BATCH = 8, 4  # likewise, in mixtures
-HEARD, HEARD_EVERY = "heard.safetensors", 50  # what clips sound like; clips between two reports
+FEWEST_STEPS, MOST_STEPS = 200, 6000  # of the separator, unless they are set
+BATCH, FEW_CLIPS_BATCH = 8, 4  # mixtures of a step, unless they are set
+HEARD, HEARD_EVERY = "heard.safetensors", 50  # features of the clips; clips between two reports
 ENCODERS = ("text.safetensors", "audio.safetensors")
 
 
 @settings
-class Stage:
+class SeparatorSettings:
     """Length and learning rate of the separator's training."""
 
     lr: NonNegativeFloat = 1.5e-3
     steps: NonNegativeInt = 0  # by the size of the data if 0
-    batch: NonNegativeInt = 0  # mixtures of a step; likewise
+    batch: NonNegativeInt = 0  # mixtures of a step; by the size of the data if 0
     warmup: NonNegativeInt = 50
     decay: Share = 0.4  # the learning rate falls to zero over this last share of the steps
 
@@ -64,10 +64,9 @@ class MiniRecipe(Recipe):
     """Settings of the training of a mini model.
 
     Attributes:
-        encoders: a mini model's folder whose text and audio encoders are taken; the bundled one if empty.
-        init: a mini model's folder, or its name, whose encoders are taken and whose separator is trained further.
-        space: "keep" takes the space of queries as it is in the encoders, "words" fits the words' places in it to the
-            clips, "fit" makes all of it anew.
+        encoders: folder of a mini model whose text and audio encoders are used; the bundled one if empty.
+        init: folder or name of a mini model whose encoders are used and whose separator is trained further.
+        space: "keep" uses the encoders as they are, "words" fits the text encoder's map to the clips, "fit" both maps.
         paraphrases: a CSV `label,captions`.
         rooms: a CSV `file` of impulse responses.
         cache: a file for decoded clips, so that they are decoded once.
@@ -85,15 +84,15 @@ class MiniRecipe(Recipe):
     init: str = ""
     space: Literal["keep", "words", "fit"] = "keep"
     whitening: PositiveFloat = 0.5  # see `space.fit_sounds`; of a space that is fitted
-    ridge: PositiveFloat = 100.0  # see `space.fit_words`; likewise
+    ridge: PositiveFloat = 100.0  # see `space.fit_words`; of a space that is fitted
     paraphrases: str = ""
     rooms: str = ""
     cache: str = ""
     draw: Draw = Draw(seconds=4.0, label_power=0.6, hard=0.1, speed=0.2, speed_share=0.5)
-    separator: Stage = Stage()
+    separator: SeparatorSettings = SeparatorSettings()
     mixing: Mixing = Mixing()
     quiet: NonNegativeFloat = 0.45  # weight of a dB of output where the target is absent
-    untold: Share = 0.25  # share of the queries that only the maps of likeness are told
+    untold: Share = 0.25  # share of the queries that reach the network only through the maps of likeness
     acoustics: Acoustics = Acoustics()
     optimiser: Literal["muon", "adamw"] = "muon"
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.997
@@ -140,7 +139,7 @@ class MiniRecipe(Recipe):
         if self.init and (self.source / "separator.safetensors").is_file():
             config = Model(self.init, self.source, torch.device("cpu")).config
             if not isinstance(config, MiniConfig):
-                raise RecipeError(f"{self.source}: is no mini model, so mini cannot go on from it")
+                raise RecipeError(f"{self.source}: is no mini model; --init of mini needs one")
             here = dict(flatten(self.mini, "mini."))
             other = {name: size for name, size in flatten(config, "mini.") if size != here[name]}
             if other:
@@ -164,7 +163,7 @@ class MiniRecipe(Recipe):
             write_encoders(self, run, means, audio)
         run.fabric.barrier()
         text, audio = (load_part(run.folder, part, "mini", self.mini).to(run.device) for part in ("text", "audio"))
-        with torch.no_grad():  # all at once: a map for each clip would scatter what is kept over the memory
+        with torch.no_grad():  # as one batch: a call for each clip would fragment the memory
             points = audio.keys.project(torch.cat(list(means.values())).to(run.device)).cpu()
         views = dict(zip(means, points.split([len(each) for each in means.values()]), strict=True))
         texts = Texts(text, run.corpus.clips, read_paraphrases(Path(self.paraphrases)) if self.paraphrases else {})
@@ -179,7 +178,7 @@ class MiniRecipe(Recipe):
 
 
 class Places:
-    """Makes clips sound as if recorded elsewhere; how, depends on seed, step and row alone."""
+    """Simulates other recordings of clips (see `elsewhere`); the draws depend only on seed, step and row."""
 
     def __init__(self, recipe: MiniRecipe, samples: int, device: torch.device) -> None:
         self.recipe = recipe
@@ -194,15 +193,15 @@ class Places:
 
 
 def heard(run: Run, pool: Pool, net: MiniAudio) -> dict[int, Tensor]:
-    """Listen to the clips to train on, to the beginning and the end of each.
+    """Compute the trunk's features of the training clips, at the beginning and the end of each.
 
     Args:
-        run: the run, in whose folder the result is kept.
+        run: the run; its folder keeps the result.
         pool: its clips.
-        net: what hears them.
+        net: the audio encoder.
 
     Returns:
-        By the clip's index, float32 `[2, 1536]`, or `[1, 1536]` for one that is heard at once.
+        By the clip's index, float32 `[2, 1536]`, or `[1, 1536]` for a short clip.
     """
     among, path = run.corpus.train, run.folder / HEARD
     if run.leads and not path.exists():
@@ -215,13 +214,13 @@ def heard(run: Run, pool: Pool, net: MiniAudio) -> dict[int, Tensor]:
             if number % HEARD_EVERY == 0 or number == len(among):
                 left = clock.seconds_left(number, len(among))
                 run.tell(Report("clips heard", number, len(among), {}, left))
-        save_whole(means, path, {})
+        save_tensors(means, path, {})
     run.fabric.barrier()
     return {int(name): means for name, means in read_tensors(path).items()}
 
 
 def write_encoders(recipe: MiniRecipe, run: Run, means: Mapping[int, Tensor], audio: MiniAudio) -> None:
-    """Write the encoders to the run's folder: as they are, or fitted to the clips, once."""
+    """Write the encoders to the run's folder, as they are or fitted to the clips, unless they are there."""
     kept = {"keep": ENCODERS, "words": ("audio.safetensors",), "fit": ()}[recipe.space]
     for name in ("tokenizer.json", *kept):
         copy(recipe.source / name, run.folder / name)
@@ -241,9 +240,9 @@ def write_encoders(recipe: MiniRecipe, run: Run, means: Mapping[int, Tensor], au
 
 
 def _captioned(text: MiniText, clips: Sequence[Clip], points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the word vectors of the clips' captions that the encoder understands, the points and the weights.
+    """Return the word vectors of the captions that the encoder understands, and their points and weights.
 
-    The captions of a clip share its weight. Raises `ManifestError` where none is understood.
+    The captions of a clip share its weight. Raises `ManifestError` if the encoder understands none.
     """
     vectors: dict[str, Tensor] = {}
     for caption in {caption for clip in clips for caption in clip.captions}:
@@ -264,7 +263,7 @@ class Prepared(NamedTuple):
 
     levels: Tensor
     maps: list[Tensor]
-    asked: Asked
+    asked: DrawnQueries
     told: Tensor  # see `Mini.band_mask`
     statistics: BandStatistics
 
@@ -294,11 +293,11 @@ class SeparatorTask(Task):
         if not recipe.init or recipe.space == "fit":
             self.net.keys.load_state_dict(audio.keys.state_dict())
         self.net.trunk.load_state_dict(audio.trunk.state_dict())
-        self.net.keys.requires_grad_(False)  # they belong to the space of queries
+        self.net.keys.requires_grad_(False)  # part of the space of queries
         lay_out(self.net)
 
     def hidden(self, name: str) -> bool:
-        """Return whether Muon trains a parameter: a matrix or kernel that is not of the first or last layer."""
+        """Return True if Muon trains a parameter: a matrix or kernel, but not of the first or last layer."""
         matrix = self.net.get_parameter(name).dim() >= 2
         return self.recipe.optimiser == "muon" and matrix and name.split(".")[0] not in ENDS
 
@@ -315,7 +314,7 @@ class SeparatorTask(Task):
         of = statistics(targets, others, self.net.bands, self.net.spread)
         levels = self.net.levels(of.bands, of.mixture / of.bands.shape[1])
         maps = self.net.trunk(self.net.trunk.hear(targets + others))
-        queries, count = Asked(*asked), self.queries.mixing.queries
+        queries, count = DrawnQueries(*asked), self.queries.mixing.queries
         drawn_told = [torch.rand(count, 1, generator=seeded(self.recipe.seed, 2, step, row)) for row in rows]
         told = (torch.cat(drawn_told) >= self.recipe.untold).float().to(levels.device)
         return Prepared(levels, maps, queries, told, of.by_two().ask(queries.mixtures, queries.interferer))
@@ -336,9 +335,9 @@ class SeparatorTask(Task):
 
 
 def _half(state: Weights) -> dict[str, Tensor]:
-    """Convert weights to what is stored: matrices in float16, which costs nothing that can be heard, and no counters.
+    """Convert weights for storage: matrices to float16, without an audible difference; counters are dropped.
 
-    Vectors stay float32: a variance that a norm has met may be beyond float16.
+    Vectors stay float32: the variance of a norm may be too large for float16.
     """
 
     def stored(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses of separators: CLAPSep's on waveforms (Eq. 14), the same on bands, and TUSS's on sets of sources.
+"""Computes the losses of separators: CLAPSep's on waveforms (Eq. 14), the same on bands, and TUSS's on sources.
 
 A mask that is linear between bands can be scored from statistics of the bands, without spectra. `metrics` has the same
 ratios for evaluation: in float64 on NumPy arrays, without gradients, and limited to ±100 dB.
@@ -17,7 +17,7 @@ from clapsep_cli import dsp
 
 FLOOR = 1e-8  # energy added to signal and noise: keeps gradients finite for silence and perfect estimates
 # Of TUSS's loss:
-SOFT_LIMIT = 10 ** (-30 / 10)  # of the error's energy relative to the source's: beyond 30 dB little is gained
+SOFT_LIMIT = 10 ** (-30 / 10)  # of the error's energy relative to the source's: above 30 dB the loss hardly falls
 INACTIVE_WEIGHT = 0.1  # of a source that is silent
 EPSILON = 1e-7
 
@@ -34,7 +34,7 @@ def snr(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 def si_snr(estimate: Tensor, target: Tensor) -> Tensor:
-    """Compute the scale-invariant SNR in dB (Eq. 16), likewise: the target is first scaled to fit the estimate best."""
+    """Compute the scale-invariant SNR in dB (Eq. 16), as `snr`; the target is first scaled to fit the estimate best."""
     fit = (estimate * target).sum(1, keepdim=True) / (target.square().sum(1, keepdim=True) + FLOOR)
     return snr(estimate, fit * target)
 
@@ -44,7 +44,7 @@ def waveform_loss(estimate: Tensor, target: Tensor, snr_weight: float = 0.9) -> 
 
     Args:
         estimate: float32 `[batch, samples]`.
-        target: likewise.
+        target: float32 `[batch, samples]`.
         snr_weight: λ, from 0 to 1.
     """
     return -(snr_weight * snr(estimate, target) + (1 - snr_weight) * si_snr(estimate, target)).mean()
@@ -87,7 +87,7 @@ class BandStatistics:
 
         Args:
             mixtures: index of the mixture that each query is for, int64 `[queries]`.
-            interferer: whether the query's target is X − S, bool `[queries]`.
+            interferer: True if the query's target is X − S, bool `[queries]`.
 
         Returns:
             Statistics of as many rows as there are queries.
@@ -106,7 +106,7 @@ def statistics(targets: Tensor, others: Tensor, heard: Tensor, spread: Tensor) -
 
     Args:
         targets: float32 `[batch, samples]`.
-        others: the interferers, likewise.
+        others: the interferers, float32 `[batch, samples]`.
         heard: weights of the bins in each band as the network hears it, `[bands, 513]`.
         spread: share of each band in the bins of its mask, `[bands, 513]`.
     """
@@ -134,14 +134,14 @@ def _statistics(target: Tensor, other: Tensor, weights: Tensor, spread: Tensor) 
 def separation_loss(mask: Tensor, of: BandStatistics, present: Tensor, quiet: float) -> Tensor:
     """Compute −0.9 · SNR − 0.1 · SI-SNR (Eq. 14) of masked mixtures, in dB, mean over the batch.
 
-    Where the target is absent, the loss is the level of the output relative to the mixture. The floors keep an example
-    that is separated to 30 dB from outweighing the rest.
+    If the target is absent, the loss is the level of the output relative to the mixture. The floors limit the weight of
+    examples that are already separated by 30 dB.
 
     Args:
         mask: float32 `[batch, frames, bands]`.
         of: statistics of the mixtures.
-        present: whether the target is in the mixture, bool `[batch]`.
-        quiet: weight of a dB of output where it is not.
+        present: True if the target is in the mixture, bool `[batch]`.
+        quiet: weight of a dB of output if the target is absent.
     """
 
     def ratio(signal: Tensor, noise: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def source_losses(estimates: Tensor, references: Tensor, prompts: Tensor) -> Ten
 
     Args:
         estimates: `[batch, prompts, samples]`.
-        references: likewise.
+        references: `[batch, prompts, samples]`.
         prompts: int64 `[prompts]` or `[batch, prompts]`.
 
     Returns:

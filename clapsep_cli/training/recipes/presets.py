@@ -16,38 +16,31 @@ from clapsep_cli.training.loop.train import Recipe
 
 @dataclass(frozen=True)
 class Preset:
-    """A named recipe: the class that holds its settings, as "module:name", and what it sets otherwise.
+    """A named recipe: the class of its settings, as "module:name", and the settings that differ from the defaults.
 
-    `registry` says of which family the models are that it makes, and can go on from.
+    `registry` lists the presets of each family.
     """
 
     recipe: str
-    about: str
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
 RECIPES = "clapsep_cli.training.recipes"
 PRESETS = {
-    "mini": Preset(f"{RECIPES}.mini:MiniRecipe", "a small model like the bundled one, on a CPU"),
-    "clapsep-hybrid": Preset(f"{RECIPES}.clapsep:ClapsepRecipe", "the paper's, queried by text, audio or both"),
-    "clapsep-text": Preset(
-        f"{RECIPES}.clapsep:ClapsepRecipe",
-        "the paper's, queried by text alone",
-        {"queries": "text"},
-    ),
-    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe", "as the released TUSS, by prompts"),
+    "mini": Preset(f"{RECIPES}.mini:MiniRecipe"),
+    "clapsep-hybrid": Preset(f"{RECIPES}.clapsep:ClapsepRecipe"),
+    "clapsep-text": Preset(f"{RECIPES}.clapsep:ClapsepRecipe", {"queries": "text"}),
+    "tuss-medium": Preset(f"{RECIPES}.tuss:TussRecipe"),
     "tuss-large": Preset(
-        f"{RECIPES}.tuss:TussRecipe",
-        "3.4 times the weights",
-        {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4},
+        f"{RECIPES}.tuss:TussRecipe", {"tuss": dataclasses.asdict(LARGE), "batch": 2, "epsilon": 1e-4}
     ),
-    "audiosep-base": Preset(f"{RECIPES}.audiosep:AudioSepRecipe", "as the released AudioSep, by words"),
+    "audiosep-base": Preset(f"{RECIPES}.audiosep:AudioSepRecipe"),
 }
 DEFAULT = "mini"
 
 
 def build(preset: str, *overrides: Mapping[str, object]) -> Recipe:
-    """Make the recipe of a preset with settings overridden; later overrides win. Raises `RecipeError`."""
+    """Make the recipe of a preset with overridden settings; later overrides win. Raises `RecipeError`."""
     if preset not in PRESETS:
         raise RecipeError(f"no preset {preset!r}{nearest(preset, PRESETS)}: there are {', '.join(PRESETS)}")
     chosen = PRESETS[preset]

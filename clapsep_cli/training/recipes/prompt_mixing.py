@@ -1,4 +1,4 @@
-"""Makes the mixtures that a TUSS is trained and validated on: drawn from clips, or listed with their stems."""
+"""Makes mixtures to train and validate a TUSS: drawn from clips, or read from lists with their stems."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from clapsep_cli.training.loop.sampling import Pool
 from clapsep_cli.training.loop.settings import Share, Shares, settings
 
 RATE_HZ = 48_000
-TRIES = 10  # stretches of a clip that are tried before the loudest of it is looked for
-AUDIBLE = 1e-3  # root mean square from which on a stretch is not silent (−60 dB)
-SCANNED = 2**18  # samples of a clip that are looked through at a time
-# Which prompts' clips a background may be summed from, where it is not a recording of its own.
+TRIES = 10  # random stretches of a clip that are tried before its loudest one is searched
+AUDIBLE = 1e-3  # least root mean square of a stretch that is not silent (−60 dB)
+SCANNED = 2**18  # samples of a clip that are searched at a time
+# Prompts whose clips may be summed to a background that is not a recording.
 INGREDIENTS = {"sfxbg": ("sfx",), "musicbg": STEMS}
 QUIET, QUIETEST_DB, QUIETEST_OTHERS_DB = ("sfx", "sfxbg", "musicbg"), -20.0, -10.0  # of a source; the loudest is 0 dB
 
@@ -54,7 +54,7 @@ class PromptMixer:
         vocabulary: the model's prompts.
 
     Raises:
-        ManifestError: where there are too few clips that may be mixed with each other.
+        ManifestError: too few clips may be mixed with each other.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class PromptMixer:
         return [members for members in pools if members]
 
     def _stretch(self, rng: np.random.Generator, index: int, rate: int) -> Audio:
-        """Read an audible stretch of a clip, or place all of a short one at random; band-limited to `rate`."""
+        """Read an audible stretch of a clip, or all of a short one at a random place; band-limited to `rate`."""
         own = self.pool.rates[index]
         length = math.ceil(self.samples * own / RATE_HZ)
         stretch = _audible(rng, self.pool, index, length)
@@ -166,7 +166,7 @@ class ListedMixtures:
 
 
 def check_audible(pool: Pool) -> None:
-    """Raise `ManifestError` that names all clips that are silent throughout."""
+    """Raise `ManifestError` that names all silent clips."""
     with ThreadPoolExecutor(8) as threads:
         audible = threads.map(lambda index: any(peak > 0 for _, peak in _peaks(pool, index)), range(len(pool.clips)))
         silent = [str(clip.path) for clip, heard in zip(pool.clips, audible, strict=True) if not heard]

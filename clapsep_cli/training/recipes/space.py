@@ -1,6 +1,6 @@
-"""The space of a mini model's queries, made from clips: two linear maps in closed form.
+"""Fits the space of a mini model's queries to clips: two linear maps in closed form.
 
-What clips sound like is whitened along its principal components; word vectors are mapped to the clips they caption.
+The features of clips are whitened along their principal components; word vectors are mapped to the clips they caption.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SMALLEST_SPREAD = 1e-2  # added to the deviation of what the trunk hears: some of its channels are always 0
+SMALLEST_SPREAD = 1e-2  # added to the deviation of the trunk's features: some of its channels are always 0
 
 
 def balanced(labels: Sequence[str]) -> Tensor:
@@ -22,10 +22,10 @@ def balanced(labels: Sequence[str]) -> Tensor:
 
 
 def fit_sounds(heard: Tensor, weights: Tensor, dim: int, whitening: float) -> tuple[Tensor, Tensor]:
-    """Fit the map that whitens what clips sound like.
+    """Fit the map that whitens the features of clips.
 
     Args:
-        heard: of each clip, float64 `[clips, features]`.
+        heard: features of each clip, float64 `[clips, features]`.
         weights: from `balanced`.
         dim: how many principal components are kept.
         whitening: share of the mean variance that is added to each component's.
@@ -42,7 +42,7 @@ def fit_sounds(heard: Tensor, weights: Tensor, dim: int, whitening: float) -> tu
 
 
 def fit_words(words: Tensor, points: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Fit the map from word vectors to what they caption, by ridge regression.
+    """Fit the map from word vectors to the clips they caption, by ridge regression.
 
     The mean of the vectors is mapped to the origin, around which whitened clips lie.
 
@@ -50,7 +50,7 @@ def fit_words(words: Tensor, points: Tensor, weights: Tensor, ridge: float) -> t
         words: vector of each caption, float64 `[captions, columns]`.
         points: where its clip lies in the space, `[captions, dim]`.
         weights: of the captions, `[captions]`.
-        ridge: what keeps the map small.
+        ridge: weight of the penalty on the size of the map.
 
     Returns:
         The matrix, float64 `[columns, dim]`, and the offset, `[dim]`.

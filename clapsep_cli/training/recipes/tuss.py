@@ -1,7 +1,7 @@
 """Trains a TUSS as the released ones were trained (arXiv 2410.23987).
 
-Mixtures are made on the fly of clips whose labels name prompts, all of which are asked for. What is minimised is the
-negative SNR; which of equal prompts gives which source is left open.
+Mixtures are made on the fly of clips whose labels name prompts, and the network gets all of these prompts. The loss is
+the negative SNR, in the best assignment of sources to equal prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from clapsep_cli.data import TRAIN, Corpus, Labelling
 from clapsep_cli.errors import ManifestError, RecipeError
 from clapsep_cli.models.tuss import LARGE, MEDIUM, Tuss, TussConfig
 from clapsep_cli.store.checkpoint import load_part, save_part
-from clapsep_cli.store.library import load_model
 from clapsep_cli.training.loop.optimisation import Plateau
 from clapsep_cli.training.loop.sampling import DiskPool, Pool, ahead, open_pool
 from clapsep_cli.training.loop.settings import Share, Workers, settings
@@ -44,8 +43,8 @@ class TussRecipe(Recipe):
     Attributes:
         init: a TUSS to continue from, by name or folder, which decides the size; if empty, one of the size `tuss` is
             trained from scratch.
-        prompts: of the model, in this order; by default those of `init` or `tuss`. With fewer it becomes a specialist;
-            a new one gets a token of its own, and is learned while the others go on.
+        prompts: of the model, in this order; by default those of `init` or `tuss`. Fewer make a specialist; a new one
+            gets its own token, and is trained together with the others.
         validation_lists: CSVs `mixture,prompt,reference`, each a further set to validate on.
     """
 
@@ -58,7 +57,7 @@ class TussRecipe(Recipe):
     tuss: TussConfig = MEDIUM
     prompts: tuple[str, ...] = ()
     mixing: PromptMixing = PromptMixing()
-    prompt_dropout: Share = 0.0  # share of the steps that ask for some of the prompts only; the released ones' did not
+    prompt_dropout: Share = 0.0  # share of the steps with only some of the prompts; 0 for the released models
     epochs: PositiveInt = 150
     epoch_steps: PositiveInt = 2500
     batch: PositiveInt = 4
@@ -66,12 +65,12 @@ class TussRecipe(Recipe):
     lr: NonNegativeFloat = 1e-3  # of both sizes, as released; the paper used 5e-4 for the large one
     warmup: NonNegativeInt = 10_000  # steps
     lr_factor: Share = 0.5
-    lr_epochs: NonNegativeInt = 75  # before which the learning rate is not lowered
-    stale_epochs: PositiveInt = 5  # without improvement, after one more of which it is: as the released code counts
+    lr_epochs: NonNegativeInt = 75  # first epochs, in which the learning rate is not lowered
+    stale_epochs: PositiveInt = 5  # allowed without improvement; one more lowers it, as the released code counts
     weight_decay: NonNegativeFloat = 0.01
     epsilon: PositiveFloat = 1e-8  # of AdamW
     clip: PositiveFloat = 5.0  # norm of the gradient
-    average: PositiveInt = 5  # of how many of the best epochs the weights are averaged
+    average: PositiveInt = 5  # number of the best epochs whose weights are averaged
     validation_mixtures: NonNegativeInt = 100  # of each set
     validation_lists: tuple[str, ...] = ()
 
@@ -81,17 +80,13 @@ class TussRecipe(Recipe):
 
     @property
     def start(self) -> TussConfig:
-        """The size and prompts of the model to start from. Raises `RecipeError` where `init` is of another family."""
-        if not self.init:
-            return self.tuss
-        model = load_model(self.init, "cpu")
-        if not isinstance(model.config, TussConfig):
-            raise RecipeError(f"{model.name} is of the family {model.family!r}; this preset trains TUSS models")
-        return model.config
+        """The size and prompts of the model to start from. Raises `RecipeError` if `init` is of another family."""
+        config: TussConfig = self.model(TussConfig, "TUSS").config if self.init else self.tuss
+        return config
 
     @property
     def size(self) -> TussConfig:
-        """The network's size and prompts. Raises `RecipeError` where they cannot be."""
+        """The network's size and prompts. Raises `RecipeError` for prompts that are not possible."""
         try:
             return replace(self.start, prompts=self.prompts or self.start.prompts)
         except ValueError as error:
@@ -112,7 +107,7 @@ class TussRecipe(Recipe):
         check_audible(pool)
 
     def mixers(self, pool: Pool, corpus: Corpus) -> tuple[PromptMixer, dict[str, PromptMixer | ListedMixtures]]:
-        """Make the mixer to train on, and the sets to validate on: the other splits, and what is listed."""
+        """Make the mixer to train on, and the sets to validate on: the other splits, and `validation_lists`."""
         splits: dict[str, list[int]] = {}
         for index, clip in enumerate(corpus.clips):
             splits.setdefault(clip.split, []).append(index)
@@ -136,7 +131,7 @@ class TussRecipe(Recipe):
         size, start = self.size, self.start
         if not self.init:
             return Tuss(size)
-        net: Tuss = load_part(load_model(self.init, "cpu").folder, "separator", FAMILY, start)
+        net: Tuss = load_part(self.model(TussConfig, "TUSS").folder, "separator", FAMILY, start)
         if size != start:
             tokens = torch.randn(len(size.prompts), size.width)  # of new prompts, as when training begins
             for at, prompt in enumerate(size.prompts):
@@ -147,8 +142,7 @@ class TussRecipe(Recipe):
 
 
 class Prepared(NamedTuple):
-    """Holds mixtures, float32 `[rows, samples]`, the sources asked for, `[rows, prompts, samples]`, and the prompts of
-    these, int64 `[rows, prompts]`."""
+    """Mixtures `[rows, samples]` and sources `[rows, prompts, samples]`, float32; prompts, int64 `[rows, prompts]`."""
 
     mixtures: Tensor
     sources: Tensor
@@ -156,7 +150,7 @@ class Prepared(NamedTuple):
 
 
 def whole_of(drawn: tuple[Tensor, ...]) -> Prepared:
-    """Mix sources, all of which are asked for, unless their mixture is given, too."""
+    """Mix sources, unless their mixture is given, too. All sources are targets."""
     sources, prompts, *mixture = drawn
     return Prepared(mixture[0] if mixture else sources.sum(1), sources, prompts)
 
@@ -196,7 +190,7 @@ class TussTask(Task):
         rng, count = np.random.default_rng((self.recipe.seed, 4, step)), drawn[1].shape[1]
         if count < 2 or rng.random() >= self.recipe.prompt_dropout:
             return whole
-        asked = int(rng.integers(1, count))  # the same of all rows, which of them differs
+        asked = int(rng.integers(1, count))  # the same number in all rows
         orders = np.argsort(rng.random((self.plan.batch, count)), axis=1)[rows.start : rows.stop, :asked]
         kept = torch.from_numpy(np.sort(orders, axis=1)).to(drawn[1].device)
         row = torch.arange(len(kept), device=kept.device)[:, None]

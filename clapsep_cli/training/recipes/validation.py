@@ -1,7 +1,7 @@
-"""Validation of a separator in training: SI-SDRi on fixed mixtures of clips that it is not trained on.
+"""Validates a separator in training: SI-SDRi on fixed mixtures of held-out clips.
 
-Clips are mixed within each split: `dev`, of sources that are trained on, and splits of whole sources that are not,
-which show how a model generalises.
+Clips are mixed within each split. The clips of `dev` come from the sources of the training clips; other splits hold
+whole sources that are not trained on, and show how a model generalises.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clapsep_cli.training.loop.sampling import Pool
 from clapsep_cli.training.recipes.augment import levelled
 
 SEED = 1
-DEV = "dev"  # the split of sources that are trained on
+DEV = "dev"  # the split of held-out clips from the sources of the training clips
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def choose(pool: Pool, held_out: Sequence[int], count: int) -> list[tuple[int, i
     Args:
         pool: all clips.
         held_out: indices of the clips to choose from.
-        count: at most so many mixtures.
+        count: most mixtures.
 
     Returns:
         For each mixture, the indices of the target, of an interferer of another label without a caption in common, and
@@ -73,7 +73,7 @@ def cases(
     Args:
         pool: all clips.
         held_out: indices of the clips to mix.
-        count: at most so many mixtures of each split.
+        count: most mixtures of each split.
         window: length of a mixture in samples.
         text: embeds captions, for the kinds of query "both" and "positive".
         audio: embeds another clip of the label, for the kind "shot"; on the same device.

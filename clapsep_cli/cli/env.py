@@ -1,7 +1,8 @@
-"""Collects facts for a bug report: versions and the machine, never a token or a password."""
+"""`clapsep env`: prints facts for a bug report, versions and the machine, never a token or a password."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -9,11 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from clapsep_cli.cli import options as opt
 from clapsep_cli.registry import MODELS, home
-from clapsep_cli.store import library
 from clapsep_cli.version import __version__
 
 UNKNOWN = "unknown"
@@ -27,6 +31,15 @@ VARIABLES = (
 DRIVER_VERSION = ("--query-gpu=driver_version", "--format=csv,noheader")
 REASON_LETTERS = 120
 WAIT_SECONDS = 5  # for a program to print its version
+
+
+def env(
+    as_json: Annotated[bool, opt.option(opt.RUN, "--json", "Print a JSON object instead.")] = False,
+    _model_dir: opt.ModelDir = None,
+) -> None:
+    """Print the versions and the machine for a bug report; no names, no secrets."""
+    facts = environment()
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(f"{k:22} {v}" for k, v in facts.items()))
 
 
 def environment() -> dict[str, str]:
@@ -121,6 +134,8 @@ def _cuda() -> str:
 
 def _version_of(package: str) -> Callable[[], str]:
     def version() -> str:
+        from importlib import metadata
+
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -130,6 +145,8 @@ def _version_of(package: str) -> Callable[[], str]:
 
 
 def _models() -> str:
+    from clapsep_cli.store import library
+
     here = ", ".join(f"{name} in {folder}" for name, one in MODELS.items() if (folder := library.installed(one)))
     return f"{here or 'none'}; home {home()}"
 

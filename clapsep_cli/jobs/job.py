@@ -1,4 +1,4 @@
-"""Defines the options of a run, the model to load for it, the job of one recording, and its result."""
+"""Defines the options of a run, the job of one recording, and its result."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from clapsep_cli.jobs.resume import marker_path
 from clapsep_cli.jobs.stores import Stage, is_url
 from clapsep_cli.listening.events import Event, Rules
 from clapsep_cli.query import RESIDUAL, Query
+from clapsep_cli.store import library
 
 if TYPE_CHECKING:
     from clapsep_cli.store.checkpoint import Model
@@ -36,18 +37,18 @@ class Options:
         plot: write a picture of each recording, too.
         overwrite: replace existing outputs.
         skip_existing: skip recordings already processed with the same settings.
-        only: targets to write; empty for all.
-        residual: write what the targets leave of the mixture; None for yes, except to standard output.
+        only: names of the targets to write; empty for all.
+        residual: write the residual; None for yes, except to standard output.
         remove: write the residual alone.
         consistent: add the residual to the targets in equal shares, so that they add up to the mixture.
-        mutual: use the other targets as negative queries of each; None for yes.
+        mutual: use the other targets as negative queries of each target; None for yes.
         events: also write when each target sounds.
         events_format: "csv", "audacity" or "raven".
-        no_audio: write the events alone; windows that are unlike the query at a first look are not separated.
+        no_audio: write only the events, from the channels' mean at the model's rate.
         events_level, events_presence, events_length: what counts as an event (see `Rules`); None for the default.
-        presence: measure whether each target is there; None where `min_presence` needs it.
+        presence: measure the presence of each target; None: only if `min_presence` needs it.
         min_presence: write no target whose presence is below this.
-        markers: write a marker for each recording, also locally, as processes do that share them (see `stores`).
+        markers: write a marker for each recording, also locally, as runs that share recordings do (see `stores`).
         shard: process only the recordings of shard K of N, counted from 0 (see `in_shard`).
         batch_size: windows processed at once; 0 chooses by the device.
         jobs: threads that read and write files.
@@ -92,7 +93,7 @@ class Options:
         return replace(Rules(), **{name: value for name, value in given.items() if value is not None})
 
     def chosen(self, targets: Sequence[str]) -> list[str]:
-        """Return the targets that are wanted of a recording with these."""
+        """Return those of a recording's `targets` that are written."""
         return [name for name in targets if not self.only or name in self.only]
 
     def parts(self, targets: Sequence[str]) -> list[str]:
@@ -103,10 +104,6 @@ class Options:
             return [RESIDUAL]
         wanted = self.out != STDOUT if self.residual is None else self.residual
         return [*self.chosen(targets), *([RESIDUAL] if wanted else [])]
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ class Loading:
     refine: bool = False
 
     def load(
-        self, stage: Stage, say: Callable[[str], None] = _nothing, progress: Callable[..., None] = _nothing
+        self, stage: Stage, say: Callable[[str], None] = library.ignore, progress: Callable[..., None] = library.ignore
     ) -> Model:
         """Load the model with its adapter.
 
@@ -132,16 +129,26 @@ class Loading:
         Raises:
             ModelError: there is no such model.
         """
-        from clapsep_cli.store.library import load_model
-
         name = str(stage.fetch(stage.path(self.model))) if self.model and is_url(self.model) else self.model
-        model = load_model(name, self.device, self.precision, say=say, progress=progress)
+        model = library.load_model(name, self.device, self.precision, say=say, progress=progress)
         if self.adapter:
             from clapsep_cli.store.adapters import apply
 
             apply(model, stage.fetch(stage.path(self.adapter)))
         model.refine(self.refine)
         return model
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Options for running on Ray, named as those of the commands; `threads` are those of each worker."""
+
+    address: str | None = None
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    threads: int = 1
+    insecure: bool = False
+    scratch: Path | None = None
 
 
 def row_of(outcome: Extraction | Skipped | Failure, model: Model) -> dict[str, Any]:
@@ -168,13 +175,13 @@ class Job:
         input: the recording.
         targets: the query of each target; all are separated together.
         outputs: path of each part to write: targets, or "residual".
-        kept: targets to compute for that.
+        kept: targets to compute for these outputs.
         key: stored in the outputs to recognise them later (see `resume.signature`).
         picture: path of the picture of the parts.
         events: path of the list of events.
         overwrite: replace existing outputs.
         marks: folder of the markers, where recordings are to be skipped later (see `stores`).
-        marks_all: write a marker for each recording, not only where audio cannot tell that it was done.
+        marks_all: write a marker for each recording, not only where no audio file shows that it is done.
     """
 
     input: Input
@@ -194,7 +201,7 @@ class Job:
         return marker_path(self.marks, self.input.below.name, self.key) if self.marks and self.key else None
 
     def needs_marker(self, absent: Sequence[str]) -> bool:
-        """Return True if a marker is written: all that tells of `absent` targets, and of events without audio."""
+        """Return True if a marker is written: only it can record `absent` targets, and events without audio."""
         return self.marks_all or bool(absent) or not self.outputs
 
     @property
@@ -216,7 +223,7 @@ class Extraction:
         mixture: the recording.
         outputs: path of each part written; empty where all targets are absent.
         seconds: duration of the audio.
-        elapsed: seconds spent on it; of steps shared with other recordings its share, so that they add up.
+        elapsed: seconds spent on it; a step shared with other recordings counts in equal parts.
         queries: description of each target's query.
         clipped: number of clipped samples of each part.
         gain: factor applied to all parts so that they do not clip; 1 for none.
@@ -224,9 +231,9 @@ class Extraction:
         presence: of each target, where it was measured.
         absent: targets that were not written because their presence is too low; they stay in the residual.
         picture: path of the picture.
-        events: of each target, in order of time, where they were asked for.
+        events: of each target, in order of time, if they were searched for.
         events_file: path of their list.
-        notes: damage that was ignored, and sound tracks that were not read.
+        notes: remarks on ignored damage and on sound tracks that were not read.
     """
 
     mixture: Path
@@ -251,7 +258,7 @@ class Extraction:
 
     @property
     def found(self) -> bool:
-        """True if a target is present, as far as `min_presence` requires."""
+        """True unless all targets are below `min_presence`."""
         return bool(self.outputs) or (self.events_file is not None and len(self.absent) < len(self.queries))
 
     def as_json(self) -> dict[str, Any]:
@@ -263,7 +270,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A recording that was done before, or by another process meanwhile."""
+    """A recording that is already done, by an earlier run or another process."""
 
     job: Job
 
@@ -274,7 +281,7 @@ class Skipped:
 
     @property
     def error(self) -> ClapsepError:
-        """The error for a run without `skip_existing`."""
+        """The error to raise in a run without `skip_existing`."""
         return TakenError(f"{self.mixture}: was processed by another process meanwhile")
 
 

@@ -1,4 +1,4 @@
-"""Reads and writes tensors with notes, and copies files; a file is written completely or not at all."""
+"""Reads and writes files of tensors, each with notes, and copies a model's files."""
 
 from __future__ import annotations
 
@@ -12,49 +12,44 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clapsep_cli.errors import CheckpointError, ModelError
-from clapsep_cli.files import replacing
+from clapsep_cli.files import writing
 
-PIECE_BYTES = 1 << 25  # mapped at a time
+PIECE_BYTES = 1 << 25  # of a file, mapped at a time
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write tensors under a temporary name and rename the complete file.
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str]) -> None:
+    """Write a file of tensors, completely or not at all.
 
     Args:
-        tensors: by name.
-        path: of the file; its folder is made.
+        tensors: the tensors by name.
+        path: the file; its folder is created.
         notes: the file's metadata.
 
     Raises:
         ModelError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
+    with writing(path, ModelError) as temporary:
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
+        try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(notes))
-            temporary.chmod(mode)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        except SafetensorError as error:
+            raise OSError(f"{error}; is the disk full?") from error
+        temporary.chmod(mode)
 
 
 def copy(file: Path, place: Path) -> None:
     """Copy `file` to `place`, unless a copy is there already. Raises `ModelError`.
 
-    A link to `file` is replaced by a copy: writing to one must not change the other.
+    A link to `file` is replaced by a copy, so that writing to one does not change the other.
     """
     if place.exists() and not place.samefile(file):
         return
-    try:
-        with replacing(place) as temporary:
-            shutil.copyfile(file, temporary)
-    except OSError as error:
-        raise ModelError(f"{place}: cannot be written ({error.strerror or error})") from error
+    with writing(place, ModelError) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """Read the notes that were written with tensors. Raises `CheckpointError`."""
+    """Read the metadata of a file of tensors. Raises `CheckpointError`."""
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
@@ -63,9 +58,9 @@ def read_notes(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a part, mapped from the file. Raises `CheckpointError`.
+    """Read all tensors of a file, memory-mapped. Raises `CheckpointError`.
 
-    Every 32 MB are a mapping of their own, so memory is freed piece by piece as tensors are converted.
+    Each 32 MB have their own mapping, so that memory is freed piece by piece while tensors are converted.
     """
     tensors: dict[str, Tensor] = {}
     mapped = PIECE_BYTES

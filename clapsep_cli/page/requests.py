@@ -1,4 +1,4 @@
-"""Reads the requests of the page, and turns them into queries, words, and the command that does the same."""
+"""Reads the requests of the page; makes from them queries, a description, and the command that does the same."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Shots = Mapping[str, tuple[str, Path]]  # examples by id: the name each was give
 
 MAX_LETTERS = 1000  # of a text, at most
 MAX_ITEMS = 64  # of a side, at most
-# Presence scores from which on it is told so: with mini, six in ten of the sounds that are there reach the second, and
-# as many of those that are not stay below the last.
+# Least presence scores for these words. With mini, six in ten of the present sounds reach the second, and six in ten of
+# the absent sounds are below the last.
 IN_WORDS = ((0.15, "clearly there"), (-0.05, "probably there"), (-0.2, "doubtful"))
 ABSENT_IN_WORDS = "probably not in this recording"
 
@@ -52,13 +52,13 @@ class Side(_Read):
 
 
 class Target(Side):
-    """A side to keep, under a name."""
+    """A target: the positive side of a query, and a name."""
 
     name: str
 
 
-class Wish(_Read):
-    """A request: the model, the targets, and the side that all of them leave; `refine` as in `Model.refine`."""
+class Request(_Read):
+    """A request: the model, the targets, and the negative side of all of them; `refine` as in `Model.refine`."""
 
     model: str
     refine: bool = False
@@ -66,21 +66,21 @@ class Wish(_Read):
     leave: Side = Side()
 
     @staticmethod
-    def read(request: bytes | str, shots: Shots) -> Wish:
+    def read(text: bytes | str, shots: Shots) -> Request:
         """Read and check a request in JSON. Raises `UsageError` or, for an impossible target, `QueryError`."""
         try:
-            wish = Wish.model_validate_json(request)
+            request = Request.model_validate_json(text)
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, fault["loc"]))
             raise UsageError(f"the request cannot be read: {': '.join(filter(None, (place, fault['msg'])))}") from error
-        if any(key not in shots for side in (*wish.targets, wish.leave) for key in side.shots):
-            raise UsageError("an example is not there any more: add it again")
-        sizes = [len(side.texts) + len(side.shots) + len(side.spans) for side in wish.targets]
-        if not wish.single and set(sizes) != {1}:
+        if any(key not in shots for side in (*request.targets, request.leave) for key in side.shots):
+            raise UsageError("an example no longer exists: add it again")
+        sizes = [len(side.texts) + len(side.shots) + len(side.spans) for side in request.targets]
+        if not request.single and set(sizes) != {1}:
             raise UsageError("a target with a name is one text, one example or one stretch")
-        wish.queries(shots)
-        return wish
+        request.queries(shots)
+        return request
 
     @property
     def single(self) -> bool:
@@ -115,27 +115,27 @@ class Wish(_Read):
         return " without ".join(filter(None, ("; ".join(filter(None, told)) or "everything", left)))
 
 
-def command_line(wish: Wish, shots: Shots, given: str, form: str, device: str, stream: int | None = None) -> str:
+def command_line(request: Request, shots: Shots, given: str, form: str, device: str, stream: int | None = None) -> str:
     """Return the command that writes the same files, for a POSIX shell.
 
     Args:
-        wish: the request.
+        request: the request.
         shots: the examples; those dropped on the page appear under their file names.
         given: name of the recording.
         form: format of the outputs.
-        device: as of `load_model`.
+        device: name of the device, as for `load_model`.
         stream: number of the sound track, from 1; None for the first.
     """
     words = ["clapsep", "extract", _as_argument(given)]
-    for name, side in wish.named().items():
-        if wish.single:
+    for name, side in request.named().items():
+        if request.single:
             words += _side(side, shots, "--pos", "--query-audio", "--pos-span")
         else:
             (query,) = (*side.texts, *(shots[key][0] for key in side.shots), *map(_stretch, side.spans))
             words += ["--target", f"{name}={query}"]
-    words += _side(wish.leave, shots, "--neg", "--neg-audio", "--neg-span")
-    words += ["--model", wish.model]
-    words += ["--refine"] if wish.refine else []
+    words += _side(request.leave, shots, "--neg", "--neg-audio", "--neg-span")
+    words += ["--model", request.model]
+    words += ["--refine"] if request.refine else []
     words += [] if stream is None else ["--stream", str(stream)]
     words += ["--format", form] if form != "wav" else []
     words += ["--device", device] if device != "auto" else []

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from clapsep_cli.evaluation.compare import Run
     from clapsep_cli.evaluation.prompted import PartScore
+    from clapsep_cli.evaluation.scores import Run
 
 PIPE_COLUMNS = 200
 S = TypeVar("S")
@@ -46,8 +46,7 @@ def show(runs: Sequence[Run], as_json: bool, labels: bool, quiet: bool) -> None:
 def _print_json(runs: Sequence[Run]) -> None:
     from dataclasses import asdict
 
-    from clapsep_cli.evaluation.compare import differences
-    from clapsep_cli.evaluation.scores import by_label, presence
+    from clapsep_cli.evaluation.scores import by_label, differences, presence
 
     whole = [
         {
@@ -94,8 +93,8 @@ def _print_table(runs: Sequence[Run]) -> None:
         if found := presence(run.scores):
             typer.echo(
                 f"{f'{run.listed}, {run.system}: ' if several else ''}"
-                f"level of the output: {found['present_level']:.1f} dB for sounds that are there, "
-                f"{found['absent_level']:.1f} dB for sounds that are not (medians); area under the ROC curve "
+                f"level of the output: {found['present_level']:.1f} dB for present sounds, "
+                f"{found['absent_level']:.1f} dB for absent sounds (medians); area under the ROC curve "
                 f"{found['roc_area']:.3f}"
             )
 
@@ -103,8 +102,7 @@ def _print_table(runs: Sequence[Run]) -> None:
 def _print_differences(runs: Sequence[Run]) -> None:
     from rich.table import Table
 
-    from clapsep_cli.evaluation.compare import differences
-    from clapsep_cli.evaluation.scores import METRICS
+    from clapsep_cli.evaluation.scores import METRICS, differences
 
     found = list(differences(runs))
     if not found:
