@@ -56,6 +56,7 @@ def set_threads(count: int | None) -> None:
     try:
         import torch
     finally:
+        gc.freeze()  # nor is any found there later, which takes as long
         gc.enable()
     if count:
         torch.set_num_threads(count)

@@ -65,9 +65,11 @@ class MaskedRecording(Stream):
         self.frames_per_hop = self.hop / rate * RATE_HZ / HOP  # of the mask: 1 at rates that are a multiple of 100
         self.mask_frame = 0  # the first one held
         bins = torch.arange(self.n_fft // 2 + 1, dtype=torch.float64) * (rate / self.n_fft / (RATE_HZ / N_FFT))
-        native = _interpolate(spread, bins.clamp(max=N_FFT // 2).to(device), 1)
-        # The share of each band, or bin, of the mask in each bin of the spectrum.
-        self.spread = torch.where((bins > N_FFT // 2).to(device), spread[:, -TOP_BINS:].mean(1, keepdim=True), native)
+        inside = bins[bins <= N_FFT // 2].to(device)
+        self.above = len(bins) - len(inside)
+        # The share of each band, or bin, of the mask in each bin of the spectrum; one column stands for all above.
+        top = spread[:, -TOP_BINS:].mean(1, keepdim=True)[:, : self.above]
+        self.spread = torch.cat([_interpolate(spread, inside, 1), top], 1)
 
     def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
         self.arrived.append(torch.from_numpy(block).to(self.device))
@@ -161,7 +163,7 @@ class MaskedRecording(Stream):
         mask = _interpolate(self.mask, at[:count].clamp(max=held - 1).to(self.mask.device), 1)
         past = min(int(at[count]), held - 1)
         self.mask, self.mask_frame = self.mask[:, past:], self.mask_frame + past
-        return mask @ self.spread
+        return F.pad(mask @ self.spread, (0, max(0, self.above - 1)), mode="replicate")
 
 
 class MaskTrack:
