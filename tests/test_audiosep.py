@@ -297,7 +297,7 @@ def test_masks_of_several_stems_and_windows(tiny: AudioSep) -> None:
     masks = tiny.infer(windows, wanted)
     assert masks.shape == (2, 3, TINY.window // HOP + 1, 1025)
     assert masks.dtype == torch.complex64
-    assert masks.abs().max() <= 1
+    assert masks.abs().max() <= 1 + 1e-6  # rounded
     for window, masks_of_it in zip(windows, masks, strict=True):
         for given, mask in zip(wanted, masks_of_it, strict=True):
             expected = tiny(window[None], given[None])
