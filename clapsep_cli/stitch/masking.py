@@ -163,7 +163,8 @@ class MaskedRecording(Stream):
         mask = _interpolate(self.mask, at[:count].clamp(max=held - 1).to(self.mask.device), 1)
         past = min(int(at[count]), held - 1)
         self.mask, self.mask_frame = self.mask[:, past:], self.mask_frame + past
-        return F.pad(mask @ self.spread, (0, max(0, self.above - 1)), mode="replicate")
+        native = torch.stack([one @ self.spread for one in mask])  # one of all would round by stem
+        return F.pad(native, (0, max(0, self.above - 1)), mode="replicate")
 
 
 class MaskTrack:
