@@ -185,13 +185,13 @@ def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
 def downmix(audio: Audio) -> Audio:
     """Mix channels to mono, as a model hears them: float32 `[channels, samples]` to their mean, float32 `[samples]`.
 
-    If the channels cancel, as with reversed polarity, return the loudest channel instead.
+    If the channels cancel, as with reversed polarity, return the first channel with half the energy of the loudest.
     """
-    mean = audio.mean(0)
-    energies = np.square(audio).sum(1)
-    if np.square(mean).sum() >= CANCELLED * energies.mean():
+    mean = audio.sum(0) * np.float32(1 / len(audio))
+    energies = np.einsum("cs,cs->c", audio, audio)
+    if mean @ mean >= CANCELLED * energies.mean():
         return np.asarray(mean, np.float32)
-    return np.asarray(audio[int(energies.argmax())], np.float32)
+    return np.asarray(audio[int((energies >= energies.max() / 2).argmax())], np.float32)
 
 
 def check_expand(expand: float) -> None:
