@@ -45,7 +45,7 @@ def masked(
     """
     samples = audio.shape[1]
     stream, out, fed = MaskedRecording(WINDOW, len(masks), rate, len(audio), CPU, spread), [], 0
-    heard = np.zeros((len(audio), round(samples * 32_000 / rate)), np.float32)
+    heard = np.zeros((1, round(samples * 32_000 / rate)), np.float32)
     masks = F.pad(masks, (0, 0, 0, WINDOW // HOP), mode="replicate")
     for block in [*_cut(audio, cuts), audio[:, :0]]:
         fed, last = fed + block.shape[1], block.shape[1] == 0

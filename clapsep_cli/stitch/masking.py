@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clapsep_cli.audio.samples import PEAK, downmix
+from clapsep_cli.audio.samples import PEAK
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.stitch.windows import OVERLAP_FRAMES, Stream, Windower
 
@@ -41,10 +41,12 @@ class MaskedRecording(Stream):
             float32 `[bands, 513]`.
     """
 
+    mono = True
+
     def __init__(
         self, window: int, stems: int, rate: int, channels: int, device: torch.device, spread: Tensor | None = None
     ) -> None:
-        super().__init__(Windower(window, channels), device)
+        super().__init__(Windower(window, 1), device)
         self.stems, self.channels, self.rate = stems, channels, rate
         spread = torch.eye(N_FFT // 2 + 1, device=device) if spread is None else spread
         self.track = MaskTrack(stems, len(spread), device)
@@ -73,7 +75,7 @@ class MaskedRecording(Stream):
 
     def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
         self.arrived.append(torch.from_numpy(block).to(self.device))
-        windows = [downmix(window) for window in self._cut(block, heard, last)]
+        windows = [window for (window,) in self._cut(block, heard, last)]
         for window in windows:
             if (peak := float(np.abs(window).max())) > 1:
                 window *= np.float32(PEAK / peak)

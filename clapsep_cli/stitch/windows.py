@@ -22,6 +22,8 @@ class Stream(ABC):
     of it separated; hands the results back in their order; and pulls the stems as far as they are final.
     """
 
+    mono = False  # True if it hears one channel, the recording's downmix
+
     def __init__(self, windower: Windower, device: torch.device) -> None:
         self.windower, self.device = windower, device
         self.starts: list[int] = []  # of the windows that still lack results, in samples at the separator's rate
@@ -34,7 +36,8 @@ class Stream(ABC):
 
         Args:
             block: the next stretch of the recording, float32 `[channels, samples]`.
-            heard: the next stretch at the separator's rate, likewise. As resamplers lag, the two may differ in length.
+            heard: the next stretch at the separator's rate, likewise, or `[1, samples]` if it is `mono`. As resamplers
+                lag, the two may differ in length.
             last: whether the recording ends here.
 
         Returns:
