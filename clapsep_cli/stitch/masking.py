@@ -21,7 +21,7 @@ from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.stitch.windows import OVERLAP_FRAMES, Stream, Windower
 
 TOP_BINS = 64  # of the mask, 14–16 kHz
-VALUES_AT_ONCE = 2**17  # spectral values handled in one go: they stay in a processor's cache
+VALUES_AT_ONCE = 2**19  # spectral values handled in one go: they stay in a processor's cache
 FRAMES_AT_ONCE = 100  # likewise: nothing is held back for long
 
 
