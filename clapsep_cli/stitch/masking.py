@@ -114,12 +114,11 @@ class MaskedRecording(Stream):
         """Compute what is left of the recording, once all masks are there."""
         # A recording shorter than a window is heard with silence behind it, not with its end reflected.
         padding = max(0, -(-self.windower.window * self.rate // RATE_HZ) - self.samples)
-        self.arrived.append(torch.zeros(self.channels, padding, device=self.device))
-        self._join()
-        # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
         padded = self.samples + padding
+        # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
         last = math.ceil(padded / self.hop)
-        self.audio = _reflect(self.audio, 0, last * self.hop + self.half - padded)
+        audio = torch.cat([self.audio, *self.arrived, self.audio.new_zeros(self.channels, padding)], 1)
+        self.audio, self.arrived = _reflect(audio, 0, last * self.hop + self.half - padded), []
         self.audio = F.pad(self.audio, (0, self.n_fft - self.size))
         before = max(0, self.frame * self.hop - self.half)
         rest = torch.cat([self._compute(last + 1 - self.frame), self.sums * self.falling], 2)
@@ -127,28 +126,30 @@ class MaskedRecording(Stream):
 
     def _compute(self, count: int) -> Tensor:
         """Compute the samples that the next `count` frames complete, `[stems, channels, samples]`."""
-        self._join()
         if count > 0 and self.frame == 0:
+            self._join(self.half + 1)
             self.audio = _reflect(self.audio, self.half, 0)
         begin, done = self.frame * self.hop, count * self.hop
         masks, sums = self._masks(count), F.pad(self.sums, (0, done))
         for at in range(0, count, self.step):
-            self._add(masks[:, at : at + self.step], self.audio[:, at * self.hop :], sums[..., at * self.hop :])
+            self._add(masks[:, at : at + self.step], sums[..., at * self.hop :])
         rising = self.rising[begin : begin + done]
         sums[..., : len(rising)] *= rising
         self.frame += count
-        self.audio, self.sums = self.audio[:, done:], sums[..., done:]
+        self.sums = sums[..., done:]
         return sums[..., min(max(0, self.half - begin), done) : done]
 
-    def _join(self) -> None:
-        if self.arrived:
-            self.audio, self.arrived = torch.cat([self.audio, *self.arrived], 1), []
+    def _join(self, samples: int) -> None:
+        """Join the next of the blocks that arrived, until `audio` holds so many samples."""
+        while self.arrived and self.audio.shape[1] < samples:
+            self.audio = torch.cat([self.audio, self.arrived.pop(0)], 1)
 
-    def _add(self, masks: Tensor, audio: Tensor, sums: Tensor) -> None:
-        """Mask the frames at the beginning of `audio`, and add them to that of `sums`, `[stems, channels, samples]`."""
+    def _add(self, masks: Tensor, sums: Tensor) -> None:
+        """Mask the next frames, as many as `masks` has, and add them to the first of `sums`."""
         count, hops = masks.shape[1], -(-self.size // self.hop)
-        span = (count - 1) * self.hop + self.n_fft
-        spectra = torch.fft.rfft(audio[:, :span].unfold(1, self.n_fft, self.hop) * self.analysis)
+        self._join(span := (count - 1) * self.hop + self.n_fft)
+        spectra = torch.fft.rfft(self.audio[:, :span].unfold(1, self.n_fft, self.hop) * self.analysis)
+        self.audio = self.audio[:, count * self.hop :]
         # Stem by stem: one product for all would round by their number.
         for mask, stem in zip(masks, sums[..., : (count + hops - 1) * self.hop], strict=True):
             pieces = torch.fft.irfft(spectra * (mask @ self.spread), self.n_fft)
