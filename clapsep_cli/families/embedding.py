@@ -122,8 +122,7 @@ def stream(separator: MaskSeparator, wanted: Conditions, rate: int, channels: in
     """Make the stream that masks a recording of `channels` at `rate` Hz."""
     if separator.turns:
         return ComplexMaskStream(separator.window, HOP, N_FFT, len(wanted.kept), rate, channels, device)
-    spread = separator.spread if len(wanted.targets) == 1 else None  # several targets share bins
-    return MaskedRecording(separator.window, len(wanted.kept), rate, channels, device, spread)
+    return MaskedRecording(separator.window, len(wanted.kept), rate, channels, device, separator.spread)
 
 
 def _key(shot: Shot) -> Hashable:
