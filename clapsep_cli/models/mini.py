@@ -189,11 +189,11 @@ class Mini(base.MaskSeparator):
         Returns:
             float32 `[batch, 1, frames, bands]`, about unit range; a multiple of 16 frames of 20 ms.
         """
-        padded = F.pad(bands.transpose(1, 2), (0, -bands.shape[1] % trunk.STRIDES[-1]))
+        padded = F.pad(bands, (0, 0, 0, -bands.shape[1] % trunk.STRIDES[-1]))
         # The square of the RMS to within a constant: |X|² sums to N_FFT/2 · 3/8 · N_FFT · rms² a frame (Hann window).
         gain = 10 / (energy / (3 / 16 * dsp.N_FFT**2)).clamp(min=SILENCE_RMS**2)
-        pairs = F.avg_pool1d(padded, 2).transpose(1, 2)
-        return ((torch.log1p(pairs * gain[:, None, None]) - 2) / 2)[:, None]
+        pairs = padded.reshape(len(bands), -1, 2, bands.shape[2]).mean(2)
+        return trunk.one_channel((torch.log1p(pairs * gain[:, None, None]) - 2) / 2)
 
     def features(self, levels: Tensor, maps: list[Tensor]) -> Features:
         """Compute the features of mixtures from `levels` and the trunk's maps."""

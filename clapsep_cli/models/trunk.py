@@ -80,7 +80,7 @@ class Trunk(nn.Module):
         )
         # At half the rate, as the network was trained, a frame has half the samples.
         bands = torch.log(dsp.power(spectrum).sqrt_().transpose(1, 2) @ self.mel / 2 + FLOOR)
-        return F.pad(bands, (0, 0, 0, -bands.shape[1] % STRIDES[-1]), value=math.log(FLOOR))[:, None]
+        return one_channel(F.pad(bands, (0, 0, 0, -bands.shape[1] % STRIDES[-1]), value=math.log(FLOOR)))
 
     def forward(self, bands: Tensor) -> list[Tensor]:
         """Compute the maps, from fine to coarse.
@@ -93,13 +93,35 @@ class Trunk(nn.Module):
         """
         x, maps = bands, []
         for number, layer in enumerate(self.layers):
-            if layer.stride == (2, 2):  # as TensorFlow pads: where it halves, at the end alone
-                x = F.pad(x, (0, 1, 0, 1))
-            # Of one channel, layouts are the same: the first layer's result has to be told that channels come last.
-            x = F.relu_(layer(x)).contiguous(memory_format=torch.channels_last)
+            assert isinstance(layer, nn.Conv2d)
+            if layer.stride == (2, 2):
+                x = ended(x)
+            x = F.relu_(pointwise(layer, x) if layer.kernel_size == (1, 1) else layer(x))
             if number % 2 == 0 and number // 2 - 1 in MAPS:
                 maps.append(x)
         return maps
+
+
+def one_channel(values: Tensor) -> Tensor:
+    """Make a map of one channel, `[batch, 1, frames, bands]`, in a layout of which convolutions make channels last."""
+    return values[..., None].permute(0, 3, 1, 2)
+
+
+def ended(x: Tensor) -> Tensor:
+    """Add a frame and a row of zeros at the end, as TensorFlow pads where it halves. (`F.pad` would first fill all.)"""
+    batch, channels, frames, rows = x.shape
+    padded = x.new_empty(batch, frames + 1, rows + 1, channels).permute(0, 3, 1, 2)
+    padded[:, :, frames], padded[..., rows] = 0, 0
+    padded[:, :, :frames, :rows] = x
+    return padded
+
+
+def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a 1×1 convolution to a map with channels last, as a product. On one thread, its own way is slower."""
+    product = F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1))
+    if layer.bias is not None:
+        product += layer.bias  # a product that begins with it is slower, too
+    return product.permute(0, 3, 1, 2)
 
 
 def pooled(maps: list[Tensor], frames: int) -> Tensor:
