@@ -25,7 +25,9 @@ STRIDES = (4, 8, 16, 32)  # of these maps, in frames and in mel bands
 
 
 def mel_bands() -> Tensor:
-    """Return triangles between edges that are even on HTK's mel scale, float32 `[513, MELS]`, peaks of 1."""
+    """Return triangles between edges that are even on HTK's mel scale, peaks of 1: float32 `[bins, MELS]`, without the
+    bins from `HIGHEST_HZ` on, which no band hears.
+    """
     with torch.device("cpu"):
 
         def mel(hertz: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def mel_bands() -> Tensor:
 
         ends = mel(torch.tensor([LOWEST_HZ, HIGHEST_HZ], dtype=torch.float64))
         edges = torch.linspace(ends[0].item(), ends[1].item(), MELS + 2, dtype=torch.float64)
-        bins = mel(torch.arange(dsp.N_FFT // 2 + 1, dtype=torch.float64) * (dsp.RATE_HZ / dsp.N_FFT))[:, None]
+        bins = mel(torch.arange(0, HIGHEST_HZ, dsp.RATE_HZ / dsp.N_FFT, dtype=torch.float64))[:, None]
         left, centre, right = edges[:-2], edges[1:-1], edges[2:]
         return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0).float()
 
@@ -74,12 +76,13 @@ class Trunk(nn.Module):
         Returns:
             float32 `[batch, 1, frames, MELS]`; a multiple of 32 frames.
         """
-        audio = audio / audio.abs().amax(1, keepdim=True).clamp(min=QUIETEST)
+        peak = audio.abs().amax(1).clamp(min=QUIETEST)[:, None, None]
         spectrum = torch.stft(
             audio, dsp.N_FFT, dsp.HOP, ANALYSIS, self.analysis, pad_mode="constant", return_complex=True
         )
+        amplitude = dsp.power(spectrum.transpose(1, 2)[..., : len(self.mel)]).sqrt_()
         # At half the rate, as the network was trained, a frame has half the samples.
-        bands = torch.log(dsp.power(spectrum).sqrt_().transpose(1, 2) @ self.mel / 2 + FLOOR)
+        bands = torch.log(amplitude @ self.mel / (2 * peak) + FLOOR)
         return one_channel(F.pad(bands, (0, 0, 0, -bands.shape[1] % STRIDES[-1]), value=math.log(FLOOR)))
 
     def forward(self, bands: Tensor) -> list[Tensor]:
