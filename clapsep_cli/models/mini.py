@@ -145,7 +145,7 @@ class Mini(base.MaskSeparator):
         channels = tuple(trunk.MAPS.values())
         for number, (stride, halvings) in enumerate(zip(trunk.STRIDES, (1, 2, 3, 3), strict=True)):
             places = rows_to_bands(trunk.MELS // stride, config.bands // 2**halvings, config)
-            self.register_buffer(f"places{number}", places, persistent=False)
+            self.register_buffer(f"places{number}", places.T.contiguous(), persistent=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in channels)
         self.lateral = nn.ModuleList(
             nn.Conv2d(n, m, 1) for n, m in zip(channels, (fine, middle, coarse, coarse), strict=True)
@@ -201,7 +201,7 @@ class Mini(base.MaskSeparator):
         keys = self.keys(maps)
         normed = [norm(each) for norm, each in zip(self.norms, maps, strict=True)]
         given = [
-            lateral(each).contiguous() @ self.get_buffer(f"places{number}")  # rows come last, as they are mixed
+            self.placed(trunk.pointwise(lateral, each), number)
             for number, (lateral, each) in enumerate(zip(self.lateral, normed, strict=True))
         ]
         given[2:] = [given[2] + F.interpolate(given[3], scale_factor=(2.0, 1.0))]
@@ -210,6 +210,10 @@ class Mini(base.MaskSeparator):
             x = block((self.halve[scale - 1](x) if scale else x) + heard)
             scales.append(x)
         return Features(levels, scales[0], scales[1], self.context(scales[2]), keys)
+
+    def placed(self, rows: Tensor, number: int) -> Tensor:
+        """Interpolate rows of the trunk's map of that number to bands, with channels last."""
+        return (self.get_buffer(f"places{number}") @ rows.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
         frames = self.window // dsp.HOP + 1
@@ -241,8 +245,7 @@ class Mini(base.MaskSeparator):
             torch.cat([known if told is None else known * told, *((n > 1e-3) + 0.0 for n in lengths)], 1)
         )
         alike = self.alike(self.scale(likeness(features.keys, asked)))
-        places = self.get_buffer("places2")
-        x = self.up[2](F.relu(features.coarse + alike @ places), query)
+        x = self.up[2](F.relu_(features.coarse + self.placed(alike, 2)), query)
         for level, given in ((1, features.middle), (0, features.fine)):
             x = self.up[level](F.interpolate(self.narrow[level](x), scale_factor=2) + given, query)
         mask: Tensor = self.fine(torch.cat([F.relu(self.head(x)), features.levels], 1))

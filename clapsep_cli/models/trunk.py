@@ -96,7 +96,6 @@ class Trunk(nn.Module):
         """
         x, maps = bands, []
         for number, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Conv2d)
             if layer.stride == (2, 2):
                 x = ended(x)
             x = F.relu_(pointwise(layer, x) if layer.kernel_size == (1, 1) else layer(x))
@@ -119,8 +118,9 @@ def ended(x: Tensor) -> Tensor:
     return padded
 
 
-def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a 1×1 convolution to a map with channels last, as a product. On one thread, its own way is slower."""
+    assert isinstance(layer, nn.Conv2d)
     product = F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1))
     if layer.bias is not None:
         product += layer.bias  # a product that begins with it is slower, too
