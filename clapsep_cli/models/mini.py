@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from clapsep_cli import dsp
 from clapsep_cli.models import base, trunk
@@ -79,8 +80,23 @@ class Residual(nn.Module):
         h = self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x)))))
         if self.film is not None:
             gain, bias = self.film(query)[:, :, None, None].chunk(2, 1)
-            h = h * (1 + gain) + bias
+            return F.relu_((x + bias).addcmul_(h, 1 + gain))
         return F.relu_(h + x)
+
+
+def fuse_norm(norm: nn.Module, conv: nn.Module) -> None:
+    """Make a 1×1 convolution of an input do what it does of the normed input. (PyTorch fuses only norms that follow.)
+
+    With the norm as s · x + t of each channel, W (s · x + t) + b = (W s) x + (W t + b).
+    """
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    conv.bias += conv.weight[:, :, 0, 0] @ (norm.bias - norm.running_mean * scale)
+    conv.weight *= scale[:, None, None]
 
 
 def rows_to_bands(rows: int, bands: int, config: MiniConfig) -> Tensor:
@@ -156,7 +172,7 @@ class Mini(base.MaskSeparator):
         self.context = Context(coarse, config.bands // 8, config.narrow, config.hidden)
         self.keys = Keys(config)
         self.query = nn.Sequential(nn.Linear(2 * config.dim + 2, q), nn.ReLU(), nn.Linear(q, q), nn.ReLU())
-        self.scale = nn.BatchNorm2d(LIKENESS)
+        self.scale: nn.Module = nn.BatchNorm2d(LIKENESS)
         self.alike = nn.Conv2d(LIKENESS, coarse, 1)
         self.up = nn.ModuleList(Residual(n, q) for n in config.channels)
         self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(config.channels))
@@ -173,6 +189,16 @@ class Mini(base.MaskSeparator):
 
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        for block in (*self.down, *self.up):
+            for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+        for before, pointwise in zip((*self.norms, self.scale), (*self.lateral, self.alike), strict=True):
+            fuse_norm(before, pointwise)
+        self.norms, self.scale = nn.ModuleList(nn.Identity() for _ in self.norms), nn.Identity()
 
     def encode(self, mixture: Tensor) -> Features:
         power = dsp.power(dsp.spectrum(mixture))
