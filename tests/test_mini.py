@@ -150,6 +150,26 @@ def test_targets_share_bands_and_with_them_bins() -> None:
     assert (masks[0, 0] <= alone[0] + 1e-5).all()
 
 
+def test_fused_for_inference_it_masks_the_same(tiny: Model) -> None:
+    torch.manual_seed(0)
+    net = Mini(TINY_MINI).eval()
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor, low, high in ((norm.weight, 0.5, 2), (norm.bias, -1, 1), (norm.running_mean, -1, 1)):
+            assert tensor is not None
+            torch.nn.init.uniform_(tensor, low, high)
+        assert norm.running_var is not None
+        norm.running_var.uniform_(0.5, 2)
+    mixture, wanted = 0.1 * torch.randn(1, net.window), condition(*torch.randn(2, 1, TINY_MINI.dim))
+    with torch.no_grad():
+        before = net.mask(net.encode(mixture), wanted)
+        net.fuse()
+        torch.testing.assert_close(net.mask(net.encode(mixture), wanted), before, rtol=0, atol=1e-5)
+    assert norms
+    for fused in (net, tiny.separator):  # a loaded model is fused
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
+
+
 def test_condition_has_length_1_and_zeros_for_a_missing_side() -> None:
     side = torch.tensor([[3.0, 4.0]])
     torch.testing.assert_close(condition(side, None), torch.tensor([[0.6, 0.8, 0, 0]]))

@@ -47,6 +47,12 @@ class Separator(nn.Module, ABC, Generic[Wanted]):
     def lower(self, dtype: torch.dtype) -> None:
         """Compute from now on in `dtype` wherever that makes inference faster; what comes in and out is float32."""
 
+    def fuse(self) -> None:
+        """Fuse layers, for inference alone: it then computes the same faster, and can no longer be trained or saved.
+
+        Here: fuse none.
+        """
+
     @abstractmethod
     def infer(self, windows: Tensor, wanted: Wanted, check: Callable[[], None] = go_on) -> Tensor:
         """Separate windows.

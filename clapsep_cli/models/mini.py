@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from clapsep_cli import dsp
 from clapsep_cli.models import base, trunk
@@ -79,8 +80,23 @@ class Residual(nn.Module):
         h = self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x)))))
         if self.film is not None:
             gain, bias = self.film(query)[:, :, None, None].chunk(2, 1)
-            h = h * (1 + gain) + bias
+            return F.relu_((x + bias).addcmul_(h, 1 + gain))
         return F.relu_(h + x)
+
+
+def fuse_norm(norm: nn.Module, conv: nn.Module) -> None:
+    """Make a 1×1 convolution of an input do what it does of the normed input. (PyTorch fuses only norms that follow.)
+
+    With the norm as s · x + t of each channel, W (s · x + t) + b = (W s) x + (W t + b).
+    """
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    conv.bias += conv.weight[:, :, 0, 0] @ (norm.bias - norm.running_mean * scale)
+    conv.weight *= scale[:, None, None]
 
 
 def rows_to_bands(rows: int, bands: int, config: MiniConfig) -> Tensor:
@@ -137,14 +153,15 @@ class Mini(base.MaskSeparator):
         self.window = config.seconds * dsp.RATE_HZ
         spread = band_matrix(config.bands, config.linear_bands)
         self.register_buffer("shares", spread, persistent=False)  # of bands in the bins of their mask
-        self.register_buffer("bands", spread / spread.sum(1, keepdim=True), persistent=False)  # bins in each band
+        mean = (spread / spread.sum(1, keepdim=True)).T.contiguous().T  # a product by its transpose is faster so
+        self.register_buffer("bands", mean, persistent=False)  # bins in each band
         self.shares: Tensor
         self.bands: Tensor
         self.trunk = trunk.Trunk()
         channels = tuple(trunk.MAPS.values())
         for number, (stride, halvings) in enumerate(zip(trunk.STRIDES, (1, 2, 3, 3), strict=True)):
             places = rows_to_bands(trunk.MELS // stride, config.bands // 2**halvings, config)
-            self.register_buffer(f"places{number}", places, persistent=False)
+            self.register_buffer(f"places{number}", places.T.contiguous(), persistent=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in channels)
         self.lateral = nn.ModuleList(
             nn.Conv2d(n, m, 1) for n, m in zip(channels, (fine, middle, coarse, coarse), strict=True)
@@ -155,7 +172,7 @@ class Mini(base.MaskSeparator):
         self.context = Context(coarse, config.bands // 8, config.narrow, config.hidden)
         self.keys = Keys(config)
         self.query = nn.Sequential(nn.Linear(2 * config.dim + 2, q), nn.ReLU(), nn.Linear(q, q), nn.ReLU())
-        self.scale = nn.BatchNorm2d(LIKENESS)
+        self.scale: nn.Module = nn.BatchNorm2d(LIKENESS)
         self.alike = nn.Conv2d(LIKENESS, coarse, 1)
         self.up = nn.ModuleList(Residual(n, q) for n in config.channels)
         self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(config.channels))
@@ -173,6 +190,16 @@ class Mini(base.MaskSeparator):
     def lower(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
+    @torch.no_grad()
+    def fuse(self) -> None:
+        for block in (*self.down, *self.up):
+            for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+        for before, pointwise in zip((*self.norms, self.scale), (*self.lateral, self.alike), strict=True):
+            fuse_norm(before, pointwise)
+        self.norms, self.scale = nn.ModuleList(nn.Identity() for _ in self.norms), nn.Identity()
+
     def encode(self, mixture: Tensor) -> Features:
         power = dsp.power(dsp.spectrum(mixture))
         levels, heard = self.levels(power @ self.bands.T, power.sum(-1).mean(-1)), self.trunk.hear(mixture)
@@ -189,18 +216,18 @@ class Mini(base.MaskSeparator):
         Returns:
             float32 `[batch, 1, frames, bands]`, about unit range; a multiple of 16 frames of 20 ms.
         """
-        padded = F.pad(bands.transpose(1, 2), (0, -bands.shape[1] % trunk.STRIDES[-1]))
+        padded = F.pad(bands, (0, 0, 0, -bands.shape[1] % trunk.STRIDES[-1]))
         # The square of the RMS to within a constant: |X|² sums to N_FFT/2 · 3/8 · N_FFT · rms² a frame (Hann window).
         gain = 10 / (energy / (3 / 16 * dsp.N_FFT**2)).clamp(min=SILENCE_RMS**2)
-        pairs = F.avg_pool1d(padded, 2).transpose(1, 2)
-        return ((torch.log1p(pairs * gain[:, None, None]) - 2) / 2)[:, None]
+        pairs = padded.reshape(len(bands), -1, 2, bands.shape[2]).mean(2)
+        return trunk.one_channel((torch.log1p(pairs * gain[:, None, None]) - 2) / 2)
 
     def features(self, levels: Tensor, maps: list[Tensor]) -> Features:
         """Compute the features of mixtures from `levels` and the trunk's maps."""
         keys = self.keys(maps)
         normed = [norm(each) for norm, each in zip(self.norms, maps, strict=True)]
         given = [
-            lateral(each).contiguous() @ self.get_buffer(f"places{number}")  # rows come last, as they are mixed
+            self.placed(trunk.pointwise(lateral, each), number)
             for number, (lateral, each) in enumerate(zip(self.lateral, normed, strict=True))
         ]
         given[2:] = [given[2] + F.interpolate(given[3], scale_factor=(2.0, 1.0))]
@@ -209,6 +236,10 @@ class Mini(base.MaskSeparator):
             x = block((self.halve[scale - 1](x) if scale else x) + heard)
             scales.append(x)
         return Features(levels, scales[0], scales[1], self.context(scales[2]), keys)
+
+    def placed(self, rows: Tensor, number: int) -> Tensor:
+        """Interpolate rows of the trunk's map of that number to bands, with channels last."""
+        return (self.get_buffer(f"places{number}") @ rows.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
         frames = self.window // dsp.HOP + 1
@@ -240,8 +271,7 @@ class Mini(base.MaskSeparator):
             torch.cat([known if told is None else known * told, *((n > 1e-3) + 0.0 for n in lengths)], 1)
         )
         alike = self.alike(self.scale(likeness(features.keys, asked)))
-        places = self.get_buffer("places2")
-        x = self.up[2](F.relu(features.coarse + alike @ places), query)
+        x = self.up[2](F.relu_(features.coarse + self.placed(alike, 2)), query)
         for level, given in ((1, features.middle), (0, features.fine)):
             x = self.up[level](F.interpolate(self.narrow[level](x), scale_factor=2) + given, query)
         mask: Tensor = self.fine(torch.cat([F.relu(self.head(x)), features.levels], 1))
@@ -259,7 +289,11 @@ class Keys(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Map each place: float32 `[batch, dim, frames of 160 ms, 4 rows]`."""
-        finer, coarser = self.finer(maps[-2].sqrt()), self.coarser(maps[-1].sqrt())
+        # Half of the values are 0, of which MKL takes roots twenty times slower.
+        finer, coarser = (
+            trunk.pointwise(layer, each.clamp(min=1e-20).sqrt_())
+            for layer, each in zip((self.finer, self.coarser), maps[-2:], strict=True)
+        )
         keys: Tensor = finer + F.interpolate(coarser, scale_factor=2)
         return keys
 

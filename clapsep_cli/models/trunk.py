@@ -25,7 +25,9 @@ STRIDES = (4, 8, 16, 32)  # of these maps, in frames and in mel bands
 
 
 def mel_bands() -> Tensor:
-    """Return triangles between edges that are even on HTK's mel scale, float32 `[513, MELS]`, peaks of 1."""
+    """Return triangles between edges that are even on HTK's mel scale, peaks of 1: float32 `[bins, MELS]`, without the
+    bins from `HIGHEST_HZ` on, which no band hears.
+    """
     with torch.device("cpu"):
 
         def mel(hertz: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def mel_bands() -> Tensor:
 
         ends = mel(torch.tensor([LOWEST_HZ, HIGHEST_HZ], dtype=torch.float64))
         edges = torch.linspace(ends[0].item(), ends[1].item(), MELS + 2, dtype=torch.float64)
-        bins = mel(torch.arange(dsp.N_FFT // 2 + 1, dtype=torch.float64) * (dsp.RATE_HZ / dsp.N_FFT))[:, None]
+        bins = mel(torch.arange(0, HIGHEST_HZ, dsp.RATE_HZ / dsp.N_FFT, dtype=torch.float64))[:, None]
         left, centre, right = edges[:-2], edges[1:-1], edges[2:]
         return torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0).float()
 
@@ -74,13 +76,14 @@ class Trunk(nn.Module):
         Returns:
             float32 `[batch, 1, frames, MELS]`; a multiple of 32 frames.
         """
-        audio = audio / audio.abs().amax(1, keepdim=True).clamp(min=QUIETEST)
+        peak = audio.abs().amax(1).clamp(min=QUIETEST)[:, None, None]
         spectrum = torch.stft(
             audio, dsp.N_FFT, dsp.HOP, ANALYSIS, self.analysis, pad_mode="constant", return_complex=True
         )
+        amplitude = dsp.power(spectrum.transpose(1, 2)[..., : len(self.mel)]).sqrt_()
         # At half the rate, as the network was trained, a frame has half the samples.
-        bands = torch.log(dsp.power(spectrum).sqrt_().transpose(1, 2) @ self.mel / 2 + FLOOR)
-        return F.pad(bands, (0, 0, 0, -bands.shape[1] % STRIDES[-1]), value=math.log(FLOOR))[:, None]
+        bands = torch.log(amplitude @ self.mel / (2 * peak) + FLOOR)
+        return one_channel(F.pad(bands, (0, 0, 0, -bands.shape[1] % STRIDES[-1]), value=math.log(FLOOR)))
 
     def forward(self, bands: Tensor) -> list[Tensor]:
         """Compute the maps, from fine to coarse.
@@ -93,13 +96,35 @@ class Trunk(nn.Module):
         """
         x, maps = bands, []
         for number, layer in enumerate(self.layers):
-            if layer.stride == (2, 2):  # as TensorFlow pads: where it halves, at the end alone
-                x = F.pad(x, (0, 1, 0, 1))
-            # Of one channel, layouts are the same: the first layer's result has to be told that channels come last.
-            x = F.relu_(layer(x)).contiguous(memory_format=torch.channels_last)
+            if layer.stride == (2, 2):
+                x = ended(x)
+            x = F.relu_(pointwise(layer, x) if layer.kernel_size == (1, 1) else layer(x))
             if number % 2 == 0 and number // 2 - 1 in MAPS:
                 maps.append(x)
         return maps
+
+
+def one_channel(values: Tensor) -> Tensor:
+    """Make a map of one channel, `[batch, 1, frames, bands]`, in a layout of which convolutions make channels last."""
+    return values[..., None].permute(0, 3, 1, 2)
+
+
+def ended(x: Tensor) -> Tensor:
+    """Add a frame and a row of zeros at the end, as TensorFlow pads where it halves. (`F.pad` would first fill all.)"""
+    batch, channels, frames, rows = x.shape
+    padded = x.new_empty(batch, frames + 1, rows + 1, channels).permute(0, 3, 1, 2)
+    padded[:, :, frames], padded[..., rows] = 0, 0
+    padded[:, :, :frames, :rows] = x
+    return padded
+
+
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 1×1 convolution to a map with channels last, as a product. On one thread, its own way is slower."""
+    assert isinstance(layer, nn.Conv2d)
+    product = F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1))
+    if layer.bias is not None:
+        product += layer.bias  # a product that begins with it is slower, too
+    return product.permute(0, 3, 1, 2)
 
 
 def pooled(maps: list[Tensor], frames: int) -> Tensor:

@@ -74,12 +74,13 @@ class Model:
 
     @cached_property
     def separator(self) -> Separator[Any]:
-        """The separator in `dtype` on `device`, read when first used. Raises `CheckpointError`."""
+        """The separator in `dtype` on `device`, for inference, read when first used. Raises `CheckpointError`."""
         if isinstance(texts := self.__dict__.get("text"), CachedTexts):
             texts.release()  # the queries are embedded: the two are rarely needed at once
         separator = cast(
             "Separator[Any]", load_part(self.folder, "separator", self.family, self.config).to(self.device)
         )
+        separator.fuse()
         if self.dtype != torch.float32:
             separator.lower(self.dtype)
         return self._refined(separator) if self.refined else separator
