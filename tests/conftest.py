@@ -27,7 +27,7 @@ from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, Text
 from clapsep_cli.models.mini import Mini, MiniConfig
 from clapsep_cli.models.mini_queries import MiniAudio
 from clapsep_cli.registry import FAMILIES, MODELS, Traits, WebFile, weights_folder
-from clapsep_cli.store import convert_clapsep
+from clapsep_cli.store import convert_clapsep, convert_tuss
 from clapsep_cli.store.checkpoint import Model, save_part
 from clapsep_cli.store.convert_audiosep import convert_audiosep
 from clapsep_cli.store.library import load_model, write_tokenizer
@@ -118,6 +118,16 @@ def audiosep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert_audiosep([place / "a.ckpt"], place / "model", TINY)
     write_tokenizer(MODELS["audiosep"], place / "model")
     return place / "model"
+
+
+@pytest.fixture(scope="session")
+def tuss_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TUSS of a few thousand weights that hears a fifth of a second."""
+    from tuss_stand_in import TINY, released
+
+    folder = tmp_path_factory.mktemp("tuss")
+    save_part(folder, "separator", "tuss", TINY, convert_tuss.convert(released(TINY), TINY))
+    return folder
 
 
 @pytest.fixture

@@ -570,15 +570,19 @@ def test_queries_are_embedded_on_one_thread(
     assert (used, torch.get_num_threads()) == ([1], 2)
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("folder", "word", "count"),
+    [("tiny_folder", "dog", 2), ("tiny_folder", "dog", 8), ("audiosep_folder", "dog", 3), ("tuss_folder", "sfx", 3)],
+)
 def test_windows_on_several_cores_give_the_same_bits(
-    tmp_path: Path, tiny: Model, cores: Callable[[int], None], count: int
+    request: pytest.FixtureRequest, tmp_path: Path, cores: Callable[[int], None], folder: str, word: str, count: int
 ) -> None:
-    lengths = (30_000, 400_000, 2_000)  # 3.75, 50 and 0.25 s
-    items = [(record(tmp_path, f"{n}.wav", length, seed=n), DOG) for n, length in enumerate(lengths)]
-    first = outcomes(items, tiny, tmp_path / "one", Options(presence=True))
+    lengths, model = (30_000, 400_000, 2_000), load_model(request.getfixturevalue(folder), "cpu", "high")
+    items = [(record(tmp_path, f"{n}.wav", length, seed=n), Query(word)) for n, length in enumerate(lengths)]
+    options = Options(presence=model.tells_likeness)
+    first = outcomes(items, model, tmp_path / "one", options)
     cores(count)
-    second = outcomes(items, tiny, tmp_path / "many", Options(presence=True))
+    second = outcomes(items, model, tmp_path / "many", options)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
     assert [(o.mixture, o.levels, o.presence) for o in first] == [(o.mixture, o.levels, o.presence) for o in second]
     assert torch.get_num_threads() == count

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import Audio, names, noise, read
 from torch import Tensor
-from tuss_stand_in import TINY, released
 
 from clapsep_cli import Query, extract, load_model
 from clapsep_cli.cli.separate import parts, repeated
@@ -28,18 +27,9 @@ from clapsep_cli.models.base import Separator, go_on
 from clapsep_cli.models.prompts import PROMPTS, TASKS
 from clapsep_cli.models.tuss import Prompted, Tuss
 from clapsep_cli.store import library
-from clapsep_cli.store.checkpoint import Model, save_part
-from clapsep_cli.store.convert_tuss import convert
+from clapsep_cli.store.checkpoint import Model
 
 RATE = 48_000
-
-
-@pytest.fixture(scope="session")
-def tuss_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TUSS of a few thousand weights that hears a fifth of a second."""
-    folder = tmp_path_factory.mktemp("tuss")
-    save_part(folder, "separator", "tuss", TINY, convert(released(TINY), TINY))
-    return folder
 
 
 @pytest.fixture
