@@ -152,9 +152,10 @@ class MaskedRecording(Stream):
         self._join(span := (count - 1) * self.hop + self.n_fft)
         spectra = torch.fft.rfft(self.audio[:, :span].unfold(1, self.n_fft, self.hop) * self.analysis)
         self.audio = self.audio[:, count * self.hop :]
+        masked = spectra if self.stems == 1 else None  # in place where no other stem needs them
         # Stem by stem: one product for all would round by their number.
         for mask, stem in zip(masks, sums[..., : (count + hops - 1) * self.hop], strict=True):
-            pieces = torch.fft.irfft(spectra * (mask @ self.spread), self.n_fft)
+            pieces = torch.fft.irfft(torch.mul(spectra, mask @ self.spread, out=masked), self.n_fft)
             rows = stem.unflatten(1, (-1, self.hop))  # frame i lasts from row i on, `hops` rows long
             for row, window in enumerate(torch.split(self.synthesis, self.hop)):
                 part = pieces[..., row * self.hop :][..., : len(window)]
