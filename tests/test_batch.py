@@ -571,14 +571,28 @@ def test_queries_are_embedded_on_one_thread(
 
 
 @pytest.mark.parametrize(
-    ("folder", "word", "count"),
-    [("tiny_folder", "dog", 2), ("tiny_folder", "dog", 8), ("audiosep_folder", "dog", 3), ("tuss_folder", "sfx", 3)],
+    ("folder", "word", "count", "seconds"),
+    [
+        ("tiny_folder", "dog", 2, 50),
+        ("tiny_folder", "dog", 8, 50),
+        ("audiosep_folder", "dog", 3, 10),
+        ("tuss_folder", "sfx", 3, 1),
+    ],
 )
 def test_windows_on_several_cores_give_the_same_bits(
-    request: pytest.FixtureRequest, tmp_path: Path, cores: Callable[[int], None], folder: str, word: str, count: int
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    cores: Callable[[int], None],
+    folder: str,
+    word: str,
+    count: int,
+    seconds: int,
 ) -> None:
-    lengths, model = (30_000, 400_000, 2_000), load_model(request.getfixturevalue(folder), "cpu", "high")
-    items = [(record(tmp_path, f"{n}.wav", length, seed=n), Query(word)) for n, length in enumerate(lengths)]
+    model = load_model(request.getfixturevalue(folder), "cpu", "high")
+    items = [
+        (record(tmp_path, f"{n}.wav", round(share * seconds * 8000), seed=n), Query(word))
+        for n, share in enumerate((0.075, 1, 0.005))
+    ]
     options = Options(presence=model.tells_likeness)
     first = outcomes(items, model, tmp_path / "one", options)
     cores(count)
