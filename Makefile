@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Bytecode is kept, whatever the environment says: else each process of a test or benchmark compiles the package anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-ray test-cpus test-lowest check bench fuzz golden clean
 
 demo: $(VENV)/installed

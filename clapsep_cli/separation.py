@@ -158,10 +158,12 @@ class Passage:
     def __init__(self, model: Model, wanted: Any, rate: int, channels: int) -> None:
         self._stream: Stream = model.stream(wanted, rate, channels)
         self._waiting: list[Samples] = [np.zeros((channels, 0), np.float32)]  # mixture whose stems are still to come
-        heard = model.separator.rate
+        self._rate, heard = rate, model.separator.rate
+        self._unmixed = np.zeros((channels, 0), np.float32)  # what is not yet mixed to mono
         # One for each channel: those of soxr for several want samples interleaved, and take a fifth longer.
         self._resamplers = [
-            soxr.ResampleStream(rate, heard, 1, "float32", "HQ") for _ in range(channels if rate != heard else 0)
+            soxr.ResampleStream(rate, heard, 1, "float32", "HQ")
+            for _ in range(0 if rate == heard else 1 if self._stream.mono else channels)
         ]
 
     def hear(self, block: Samples, last: bool = False) -> Audio:
@@ -172,13 +174,25 @@ class Passage:
             last: True if the recording ends with it.
 
         Returns:
-            The resampled audio that is ready, float32 `[channels, samples heard]`.
+            The resampled audio that is ready, float32 `[channels, samples heard]`; one channel where the stream hears
+            a downmix.
         """
         block = block.astype(np.float32, copy=False)
+        if self._stream.mono and len(block) > 1:
+            block = self._mixed(block, last)
         if not self._resamplers:
             return block
         heard = [ear.resample_chunk(row, last=last) for ear, row in zip(self._resamplers, block, strict=True)]
         return np.stack(heard)
+
+    def _mixed(self, block: Audio, last: bool) -> Audio:
+        """Mix whole seconds to mono, so that blocks do not matter. Resampling one channel is faster."""
+        unmixed = np.concatenate([self._unmixed, block], 1) if self._unmixed.size else block
+        length = unmixed.shape[1]
+        end = length if last else length - length % self._rate
+        self._unmixed = unmixed[:, end:]
+        seconds = [downmix(unmixed[:, at : min(at + self._rate, end)]) for at in range(0, end, self._rate)]
+        return np.concatenate([np.zeros(0, np.float32), *seconds])[None]
 
     def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:
         """Take in a block, and what `hear` returned for it; return the windows to be separated, in order."""

@@ -47,7 +47,7 @@ def peak(seconds: int) -> None:
     with torch.inference_mode():
         model = Tuss(MEDIUM).eval()
         prompts = torch.tensor([PROMPTS.index(prompt) for prompt in SCENE])
-        stream = StemStream(model.window, SCENE, model.rate, model.rate, 1, torch.device("cpu"))
+        stream = StemStream(model.window, SCENE, model.rate, model.rate, 1, torch.device("cpu"), model.overlap)
         for second in range(seconds + 1):
             piece = 0.1 * torch.randn(1, model.rate if second < seconds else 0).numpy()
             for window in stream.push(piece, piece, second == seconds):

@@ -112,7 +112,7 @@ class Browser:
         elif method == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
             self.complaints.append(" ".join(str(one.get("value", one.get("description"))) for one in told["args"]))
         elif method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(told["entry"]["text"])
+            self.complaints.append(f"{told['entry']['text']} {told['entry'].get('url', '')}".strip())
 
     def open(self, address: str) -> None:
         """Go to a page."""

@@ -558,6 +558,18 @@ def test_queries_on_several_cores_give_the_same_bits(cores: Callable[[int], None
     assert torch.equal(*asked)
 
 
+@pytest.mark.parametrize("folder", ["tiny_folder", "audiosep_folder"])
+def test_queries_are_embedded_on_one_thread(
+    request: pytest.FixtureRequest, cores: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    model, used = load_model(request.getfixturevalue(folder), "cpu", "high"), []
+    embed = model.text.embed
+    monkeypatch.setattr(model.text, "embed", lambda texts: (used.append(torch.get_num_threads()), embed(texts))[1])
+    cores(2)
+    model.ask([Query("dog")])
+    assert (used, torch.get_num_threads()) == ([1], 2)
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_windows_on_several_cores_give_the_same_bits(
     tmp_path: Path, tiny: Model, cores: Callable[[int], None], count: int

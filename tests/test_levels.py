@@ -73,5 +73,7 @@ def test_downmix_is_the_mean_unless_the_channels_cancel() -> None:
     np.testing.assert_array_equal(downmix(left[None]), left)
     np.testing.assert_allclose(downmix(np.stack([left, right])), (left + right) / 2, rtol=1e-5)
     np.testing.assert_allclose(downmix(np.stack([left, np.zeros_like(left)])), left / 2)
-    np.testing.assert_array_equal(downmix(np.stack([-0.9 * left, left])), left)
+    np.testing.assert_array_equal(downmix(np.stack([left, -1.1 * left])), left)  # about as loud: the first
+    np.testing.assert_array_equal(downmix(np.stack([-0.8 * left, left, -0.2 * left, 0 * left])), -0.8 * left)
+    np.testing.assert_array_equal(downmix(np.stack([-0.6 * left, left, -0.4 * left])), left)
     assert not downmix(np.zeros((2, 10), np.float32)).any()

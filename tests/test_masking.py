@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from clapsep_cli import dsp
 from clapsep_cli.dsp import HOP
 from clapsep_cli.models.mini import band_matrix
+from clapsep_cli.stitch import masking
 from clapsep_cli.stitch.masking import MaskedRecording
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def masked(
     """
     samples = audio.shape[1]
     stream, out, fed = MaskedRecording(WINDOW, len(masks), rate, len(audio), CPU, spread), [], 0
-    heard = np.zeros((len(audio), round(samples * 32_000 / rate)), np.float32)
+    heard = np.zeros((1, round(samples * 32_000 / rate)), np.float32)
     masks = F.pad(masks, (0, 0, 0, WINDOW // HOP), mode="replicate")
     for block in [*_cut(audio, cuts), audio[:, :0]]:
         fed, last = fed + block.shape[1], block.shape[1] == 0
@@ -134,7 +135,16 @@ def test_stems_share_the_mixture_and_have_masks_of_their_own() -> None:
     together = masked(audio, 44_100, masks)
     assert together.shape == (3, 2, 50_000)
     for stem, mask in zip(together, masks, strict=True):
-        torch.testing.assert_close(stem, masked(audio, 44_100, mask[None])[0], rtol=0, atol=1e-6)
+        assert torch.equal(stem, masked(audio, 44_100, mask[None])[0])
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 48000])
+def test_steps_of_one_frame_complete_the_beginning_too(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a recording of many channels has a high rate: what begins with half a frame takes several steps."""
+    audio, masks = noise(2, 2 * rate), torch.rand(1, frames(2 * rate, rate), 513)
+    expected = masked(audio, rate, masks)
+    monkeypatch.setattr(masking, "VALUES_AT_ONCE", 1)
+    torch.testing.assert_close(masked(audio, rate, masks, [rate // 300] * 500), expected, rtol=0, atol=1e-6)
 
 
 def test_a_stream_that_begins_with_half_a_frame_waits_for_more() -> None:

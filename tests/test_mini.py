@@ -21,7 +21,7 @@ from clapsep_cli.families.base import load_family
 from clapsep_cli.jobs.job import Options
 from clapsep_cli.metrics import si_sdr
 from clapsep_cli.models import trunk
-from clapsep_cli.models.base import MaskSeparator, condition
+from clapsep_cli.models.base import Conditions, MaskSeparator, condition
 from clapsep_cli.models.mini import Mini, band_matrix, rows_to_bands
 from clapsep_cli.models.mini_queries import MiniAudio
 from clapsep_cli.models.refined import Refined
@@ -134,6 +134,20 @@ def test_masks_lie_between_0_and_1_whatever_the_batch() -> None:
     assert both.max() <= 1
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(shared[1:], alone, rtol=0, atol=1e-5)
+
+
+def test_targets_share_bands_and_with_them_bins() -> None:
+    torch.manual_seed(0)
+    net = Mini(TINY_MINI).eval()
+    window, wanted = 0.1 * torch.randn(1, net.window), condition(torch.randn(5, TINY_MINI.dim), None)
+    with torch.no_grad():
+        masks = net.infer(window, Conditions(wanted, (3, 0, 1, 2, 4)))
+        alone = net.mask(net.encode(window), wanted[3:4])
+        total = net.spectral(masks)[0].sum(0)
+    assert masks.shape == (1, 5, net.window // 320 + 1, TINY_MINI.bands)
+    assert total.max() == pytest.approx(1)
+    assert (masks[0, 0] < alone[0]).any()
+    assert (masks[0, 0] <= alone[0] + 1e-5).all()
 
 
 def test_fused_for_inference_it_masks_the_same(tiny: Model) -> None:

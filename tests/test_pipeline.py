@@ -119,6 +119,16 @@ def test_the_model_hears_the_mean_of_the_channels_at_32_khz() -> None:
     assert not heard[32_000:].any()
 
 
+@pytest.mark.parametrize("blocks", [[96_000], [7, 50_000, 20_000]])
+def test_in_seconds_whose_channels_cancel_the_model_hears_one_of_them(blocks: list[int]) -> None:
+    separator, (left, right) = Fixed(1.0, window=96_000), noise(2, 96_000)
+    right[32_000:64_000] = -1.1 * left[32_000:64_000]
+    run(Stub(separator), np.stack([left, right]), 32_000, blocks)
+    expected = (left + right) / 2
+    expected[32_000:64_000] = left[32_000:64_000]
+    np.testing.assert_allclose(separator.heard[0], expected, rtol=0, atol=1e-7)
+
+
 def test_over_full_scale_the_model_hears_less_but_levels_stay() -> None:
     separator = Fixed(1.0)
     loud = 4 * noise(1, 32_000) / np.float32(0.1)

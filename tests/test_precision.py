@@ -23,7 +23,7 @@ from clapsep_cli.dsp import RATE_HZ, spectrum, waveform
 from clapsep_cli.errors import UsageError
 from clapsep_cli.models import layers
 from clapsep_cli.models.base import MaskSeparator
-from clapsep_cli.models.layers import attend
+from clapsep_cli.models.layers import FEW, Linear, attend
 from clapsep_cli.store.checkpoint import choose_precision
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,6 +54,19 @@ def test_attention_with_and_without_a_bias_that_recurs(dtype: torch.dtype, toler
     qkv = torch.randn(6, 7, 3 * 4 * 5, generator=generator).to(dtype)
     bias = torch.randn(few, 4, 7, 7, generator=generator).to(dtype) if few else None
     torch.testing.assert_close(attend(qkv, 4, bias).double(), by_definition(qkv, 4, bias), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+def test_a_product_is_the_same_for_few_rows_and_for_many(rows: int, bias: bool) -> None:
+    layer, x = Linear(48, 96, bias=bias), torch.randn(1, rows, 48, requires_grad=True)
+    found, expected = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    across = torch.randn_like(expected)
+    for one, other in zip(
+        *(torch.autograd.grad(y, (x, *layer.parameters()), across) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 def test_attention_leaves_out_what_must_not_be_attended_to() -> None:

@@ -105,6 +105,8 @@ class SoundFileDecoder(Decoder):
         if stream is not None and stream.layer != 3:
             self.frames = stream.frames * stream.samples
         self.bits, self.speakers = BITS.get(self._file.subtype), self._read_speakers()
+        # Samples that libsndfile needs not decode: NumPy converts them several times as fast.
+        self._plain = self._file.subtype == "PCM_16" and self._file.format != "FLAC"
         self.tags = {name: text for name in TAGS if (text := getattr(self._file, name))}
 
     def _read_speakers(self) -> int | None:
@@ -114,11 +116,12 @@ class SoundFileDecoder(Decoder):
         return int(mask[1], 16) if mask else None
 
     def read(self, samples: int) -> Samples:
+        if self._ended:
+            return np.zeros((self.channels, 0), np.float32)
         wanted = max(0, min(samples, self._file.frames - self._done))
         # Samples that libsndfile fails to read stay NaN.
-        block = np.full((wanted, self.channels), np.nan, np.float64 if self.bits == 32 else np.float32)
-        if self._ended:
-            return np.ascontiguousarray(block[:0].T)
+        kind = np.int16 if self._plain else np.float64 if self.bits == 32 else np.float32
+        block = np.full((wanted, self.channels), 0 if self._plain else np.nan, kind)
         damaged = False
         try:
             block = self._file.read(out=block)
@@ -136,7 +139,8 @@ class SoundFileDecoder(Decoder):
             self._check_end()
         if self._file.format == "OGG" and self.channels in OGG_ORDER:
             block = block[:, OGG_ORDER[self.channels]]
-        return np.ascontiguousarray(block.T)
+        block = np.ascontiguousarray(block.T)
+        return block * np.float32(2**-15) if self._plain else block
 
     def _check_end(self) -> None:
         self._ended = True

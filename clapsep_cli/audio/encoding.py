@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from clapsep_cli.audio.decoders import OGG_ORDER, TAGS, reason
 from clapsep_cli.audio.film import MUXERS, Film, MediaEncoder
-from clapsep_cli.audio.samples import Audio, Encoder, Form, Samples, quantise
+from clapsep_cli.audio.samples import Encoder, Form, Samples, quantise
 from clapsep_cli.audio.wav import WavWriter
 from clapsep_cli.errors import OutputError
 
@@ -165,12 +165,12 @@ class SoundFileEncoder(Encoder):
             raise OutputError(reason(error)) from error
 
     def write(self, audio: Samples) -> int:
-        samples: Audio | NDArray[np.int32] = audio.astype(np.float32, copy=False)
+        samples: NDArray[Any] = audio.astype(np.float32, copy=False)
         if self._bits is None:
             clipped = int(np.count_nonzero(np.abs(audio) > 1))  # by the player
         else:
             integers, clipped = quantise(audio, self._bits)
-            samples = integers << (32 - self._bits)
+            samples = integers << (8 * integers.itemsize - self._bits)
         if self._file.format == "OGG" and len(samples) in OGG_ORDER:
             samples = samples[np.argsort(OGG_ORDER[len(samples)])]
         try:

@@ -185,13 +185,13 @@ def from_array(audio: Any, rate: Any, name: str) -> tuple[Audio, int]:
 def downmix(audio: Audio) -> Audio:
     """Mix channels to mono, as a model hears them: float32 `[channels, samples]` to their mean, float32 `[samples]`.
 
-    If the channels cancel, as with reversed polarity, return the loudest channel instead.
+    If the channels cancel, as with reversed polarity, return the first channel with half the energy of the loudest.
     """
-    mean = audio.mean(0)
-    energies = np.square(audio).sum(1)
-    if np.square(mean).sum() >= CANCELLED * energies.mean():
+    mean = audio.sum(0) * np.float32(1 / len(audio))
+    energies = np.einsum("cs,cs->c", audio, audio)
+    if mean @ mean >= CANCELLED * energies.mean():
         return np.asarray(mean, np.float32)
-    return np.asarray(audio[int(energies.argmax())], np.float32)
+    return np.asarray(audio[int((energies >= energies.max() / 2).argmax())], np.float32)
 
 
 def check_expand(expand: float) -> None:
@@ -233,23 +233,23 @@ def on_grid(audio: Samples, bits: int | None) -> Samples:
     steps = 2.0 ** (bits - 1)
     rounded = _wide_enough(audio, bits) * steps  # exact, as is the way back: by a power of two
     np.rint(rounded, out=rounded)
-    rounded /= steps
+    rounded *= 1 / steps
     return rounded
 
 
-def quantise(audio: Samples, bits: int) -> tuple[NDArray[np.int32], int]:
+def quantise(audio: Samples, bits: int) -> tuple[NDArray[np.signedinteger[Any]], int]:
     """Convert `audio` to integers of a PCM depth.
 
-    Returns the integers, and the number of samples that were clipped to fit.
+    Returns the integers, int16 for 16 bits and int32 for more, and the number of samples that were clipped to fit.
     """
     # libsndfile would scale by 32767 where reading divides by 32768: convert here, to return what was read.
     full = 2.0 ** (bits - 1)
-    scaled = _wide_enough(audio, bits) * full
+    scaled, clipped, kind = _wide_enough(audio, bits) * full, 0, np.int16 if bits == 16 else np.int32
     np.rint(scaled, out=scaled)
-    if scaled.size == 0 or (scaled.min() >= -full and scaled.max() <= full - 1):
-        return scaled.astype(np.int32), 0
-    clipped = int(np.count_nonzero((scaled > full - 1) | (scaled < -full)))
-    return scaled.clip(-full, full - 1).astype(np.int32), clipped
+    if scaled.size and (scaled.min() < -full or scaled.max() > full - 1):
+        clipped = int(np.count_nonzero((scaled > full - 1) | (scaled < -full)))
+        np.clip(scaled, -full, full - 1, out=scaled)
+    return scaled.astype(kind), clipped
 
 
 def _wide_enough(audio: Samples, bits: int) -> Samples:

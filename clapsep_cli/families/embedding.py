@@ -102,13 +102,13 @@ def conditions(model: ModelLike[object], queries: Sequence[Query], kept: Sequenc
         if both := set(query.pos) & set(query.neg):
             raise QueryError(f"{both.pop()!r} is both a positive and a negative query")
     embedder = Embedder(model)
-    with _one_thread():
+    with one_thread():
         embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
         return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute with one thread, as windows are: the last bits then do not depend on the number of cores."""
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -122,8 +122,7 @@ def stream(separator: MaskSeparator, wanted: Conditions, rate: int, channels: in
     """Make the stream that masks a recording of `channels` at `rate` Hz."""
     if separator.turns:
         return ComplexMaskStream(separator.window, HOP, N_FFT, len(wanted.kept), rate, channels, device)
-    spread = separator.spread if len(wanted.targets) == 1 else None  # several targets share bins
-    return MaskedRecording(separator.window, len(wanted.kept), rate, channels, device, spread)
+    return MaskedRecording(separator.window, len(wanted.kept), rate, channels, device, separator.spread)
 
 
 def _key(shot: Shot) -> Hashable:

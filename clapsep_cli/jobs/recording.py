@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,7 @@ class Recording:
         # Rounded before they are subtracted, the stems leave a residual that adds up to the mixture exactly.
         bits, named = self.encoding.bits, zip(self.job.kept, stems, strict=True)
         parts = {name: on_grid(stem, bits) for name, stem in named if name not in absent}
-        parts[RESIDUAL] = mixture - sum(parts.values())
+        parts[RESIDUAL] = reduce(np.subtract, parts.values(), mixture)
         written = {part: parts[part] for part in self.job.outputs if part not in absent}
         shown = {part: audio.astype(np.float32, copy=False) for part, audio in written.items()}
         for part, audio in shown.items():

@@ -126,12 +126,12 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
             yield dsp.masked(spectrum, self.spectral(self.mask(features, wanted)), mixtures.shape[1])
 
     def infer(self, windows: Tensor, wanted: Conditions, check: Callable[[], None] = go_on) -> Tensor:
-        """Return masks of the targets that are kept, `[batch, stems, frames, 513]`; of a single target as of `mask`.
+        """Return masks of the targets that are kept, `[batch, stems, frames, 513 bins]`, or of bands as of `mask`.
 
         The encoder runs once a window; a window that is too short is heard with silence behind it.
 
         Targets share the mixture: where the masks of all of them, kept or not, add up to more than 1, they are scaled
-        to 1, so that what they leave is never negative.
+        to 1, so that what they leave is never negative; neither is it in bins, which are weighted means of bands.
         """
         frames = windows.shape[1] // dsp.HOP + 1
         if windows.shape[1] < self.window:
@@ -146,7 +146,7 @@ class MaskSeparator(ConditionedSeparator[Conditions]):
         total: Tensor | None = None
         for first in range(0, len(wanted.targets), TARGETS_AT_ONCE):
             check()
-            masks = self.spectral(self.mask(features, wanted.targets[first : first + TARGETS_AT_ONCE]))
+            masks = self.mask(features, wanted.targets[first : first + TARGETS_AT_ONCE])
             sizes = (masks.abs() if self.turns else masks).sum(0)
             total = sizes if total is None else total.add_(sizes)
             kept |= {at: mask for at, mask in enumerate(masks, first) if at in wanted.kept}

@@ -17,7 +17,7 @@ from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ, Resampler, power, spectrum
 from clapsep_cli.models import htsat
 from clapsep_cli.models.base import MaskSeparator, full_scale_gain
 from clapsep_cli.models.htsat import HTSAT, PATCH, BinNorm, SwinBlock, through
-from clapsep_cli.models.layers import attend
+from clapsep_cli.models.layers import Linear, attend
 
 BINS = N_FFT // 2 + 1
 QUIETEST = 1e-8  # added to the squared length of a turn before dividing by it
@@ -109,11 +109,11 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.activation = activation
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, feed_forward)
-        self.fc2 = nn.Linear(feed_forward, width)
+        self.fc1 = Linear(width, feed_forward)
+        self.fc2 = Linear(feed_forward, width)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
@@ -127,7 +127,7 @@ class FiLM(nn.Module):
 
     def __init__(self, width: int, condition: int) -> None:
         super().__init__()
-        self.feature_proj = nn.Linear(width, width)
+        self.feature_proj = Linear(width, width)
         self.gamma = nn.Linear(condition, width)
         self.beta = nn.Linear(condition, width)
         self.norm = nn.LayerNorm(width)
@@ -144,7 +144,7 @@ class PatchExpanding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(2 * width, 4 * width, bias=False)
+        self.expand = Linear(2 * width, 4 * width, bias=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:

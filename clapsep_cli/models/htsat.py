@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep_cli.dsp import mel_filters, power, spectrum
-from clapsep_cli.models.layers import attend
+from clapsep_cli.models.layers import Linear, attend
 
 RATE_HZ = 48_000
 HOP = 480  # samples, at RATE_HZ
@@ -49,8 +49,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         # Constants are made on the CPU by name, so that a module built on the meta device has them all the same.
         self.register_buffer("relative_position_index", _relative_position_index(window), persistent=False)
         self.register_buffer("shift_mask", _shift_mask(side, window, shift) if shift else None, persistent=False)
@@ -130,8 +130,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
@@ -158,7 +158,7 @@ class PatchMerging(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, side, _, width = x.shape

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clapsep_cli.audio.samples import PEAK, downmix
+from clapsep_cli.audio.samples import PEAK
 from clapsep_cli.dsp import HOP, N_FFT, RATE_HZ
 from clapsep_cli.stitch.windows import OVERLAP_FRAMES, Stream, Windower
 
@@ -28,8 +28,8 @@ FRAMES_AT_ONCE = 100  # likewise: nothing is held back for long
 class MaskedRecording(Stream):
     """Masks a recording at its own rate. A separator hears windows of its downmix at 32 kHz and returns their masks.
 
-    The masks of the windows are cross-faded into one mask a stem. `audio`, `mask`, `sums` and `envelope` all begin at
-    the next frame to be computed; only what is unfinished is held.
+    The masks of the windows are cross-faded into one mask a stem. `audio`, `mask` and `sums` all begin at the next
+    frame to be computed; only what is unfinished is held.
 
     Args:
         window: length of the separator's window, in samples at 32 kHz.
@@ -41,10 +41,12 @@ class MaskedRecording(Stream):
             float32 `[bands, 513]`.
     """
 
+    mono = True
+
     def __init__(
         self, window: int, stems: int, rate: int, channels: int, device: torch.device, spread: Tensor | None = None
     ) -> None:
-        super().__init__(Windower(window, channels), device)
+        super().__init__(Windower(window, 1), device)
         self.stems, self.channels, self.rate = stems, channels, rate
         spread = torch.eye(N_FFT // 2 + 1, device=device) if spread is None else spread
         self.track = MaskTrack(stems, len(spread), device)
@@ -52,28 +54,39 @@ class MaskedRecording(Stream):
         self.half = max(1, round(rate * N_FFT / RATE_HZ / 2))  # of the analysis window, in samples
         self.size = 2 * self.half
         self.n_fft = _smooth(self.size)
-        self.step = max(1, min(FRAMES_AT_ONCE, VALUES_AT_ONCE // (stems * channels * (self.n_fft // 2 + 1))))
-        self.hann = torch.hann_window(self.size, device=device)
-        self.padded = F.pad(self.hann, (0, self.n_fft - self.size))
+        self.step = max(1, min(FRAMES_AT_ONCE, VALUES_AT_ONCE // (channels * (self.n_fft // 2 + 1))))
+        self._make_windows()
         self.audio = torch.zeros(channels, 0, device=device)
         self.arrived: list[Tensor] = []  # audio behind that, to be joined when it is needed
         self.mask = torch.zeros(stems, 0, len(spread), device=device)
-        self.sums = torch.zeros(stems * channels, self.size - self.hop, device=device)  # overlap-add, to be added to
-        self.envelope = torch.zeros(self.size - self.hop, device=device)  # sum of squared windows, likewise
-        self.frame = 0  # the next one to be computed
-        self.pulled = -self.half  # samples; the first ones stem from the reflection before the recording
+        self.sums = torch.zeros(stems, channels, len(self.rising), device=device)  # overlap-add, to be added to
+        self.frame = 0  # the next one to be computed; the first begins with the reflection before the recording
         self.frames_per_hop = self.hop / rate * RATE_HZ / HOP  # of the mask: 1 at rates that are a multiple of 100
         self.mask_frame = 0  # the first one held
         bins = torch.arange(self.n_fft // 2 + 1, dtype=torch.float64) * (rate / self.n_fft / (RATE_HZ / N_FFT))
         inside = bins[bins <= N_FFT // 2].to(device)
-        self.above = len(bins) - len(inside)
-        # The share of each band, or bin, of the mask in each bin of the spectrum; one column stands for all above.
-        top = spread[:, -TOP_BINS:].mean(1, keepdim=True)[:, : self.above]
+        # The share of each band, or bin, of the mask in each bin of the spectrum.
+        top = spread[:, -TOP_BINS:].mean(1, keepdim=True).expand(-1, len(bins) - len(inside))
         self.spread = torch.cat([_interpolate(spread, inside, 1), top], 1)
+
+    def _make_windows(self) -> None:
+        """Compute the windows of analysis and synthesis, and the gains that complete both ends of the recording."""
+        hann = torch.hann_window(self.size, dtype=torch.float64, device="cpu")
+        # Frames that are windowed twice and added up have to be divided by the sum of the squared windows. It repeats
+        # every hop, so the second window is divided instead. Cut into rows of a hop, the windows' squares sum to:
+        sums = F.pad(hann.square(), (0, -self.size % self.hop)).view(-1, self.hop).cumsum(0)
+        whole = sums[-1]
+        synthesis = hann / whole.repeat(len(sums))[: self.size]
+        # No frames come before the first: its row i lies only in the rows 0 to i of windows. None come after the last:
+        # its row i + 1 lies only in those after i.
+        rising, falling = (whole / part.clamp(min=1e-8) for part in (sums[:-1], whole - sums[:-1]))
+        self.analysis = F.pad(hann, (0, self.n_fft - self.size)).float().to(self.device)
+        self.synthesis = synthesis.float().to(self.device)
+        self.rising, self.falling = (gain.flatten().float().to(self.device) for gain in (rising, falling))
 
     def push(self, block: NDArray[np.float32], heard: NDArray[np.float32], last: bool = False) -> list[Tensor]:
         self.arrived.append(torch.from_numpy(block).to(self.device))
-        windows = [downmix(window) for window in self._cut(block, heard, last)]
+        windows = [window for (window,) in self._cut(block, heard, last)]
         for window in windows:
             if (peak := float(np.abs(window).max())) > 1:
                 window *= np.float32(PEAK / peak)
@@ -97,74 +110,64 @@ class MaskedRecording(Stream):
         masked = math.ceil((self.mask_frame + self.mask.shape[1] - 1) / self.frames_per_hop) - self.frame
         # In steps that begin at fixed frames: the last bits of an FFT or a product depend on how many go in at once.
         count = min(audible, masked) // self.step * self.step
-        return self._compute(count).view(self.stems, self.channels, -1) if count > 0 else nothing
+        return self._compute(count) if count > 0 else nothing
 
     def _rest(self) -> Tensor:
         """Compute what is left of the recording, once all masks are there."""
         # A recording shorter than a window is heard with silence behind it, not with its end reflected.
         padding = max(0, -(-self.windower.window * self.rate // RATE_HZ) - self.samples)
-        self.arrived.append(torch.zeros(self.channels, padding, device=self.device))
-        self._join()
-        # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
         padded = self.samples + padding
+        # The last frame is centred at or after the end, and hears the end reflected, as a centred STFT does.
         last = math.ceil(padded / self.hop)
-        self.audio = _reflect(self.audio, 0, last * self.hop + self.half - padded)
+        audio = torch.cat([self.audio, *self.arrived, self.audio.new_zeros(self.channels, padding)], 1)
+        self.audio, self.arrived = _reflect(audio, 0, last * self.hop + self.half - padded), []
         self.audio = F.pad(self.audio, (0, self.n_fft - self.size))
-        before = max(self.pulled, 0)
-        rest = torch.cat([self._compute(last + 1 - self.frame), self.sums / self.envelope.clamp(min=1e-8)], 1)
-        return rest[:, : self.samples - before].view(self.stems, self.channels, -1)
+        before = max(0, self.frame * self.hop - self.half)
+        rest = torch.cat([self._compute(last + 1 - self.frame), self.sums * self.falling], 2)
+        return rest[..., : self.samples - before]
 
     def _compute(self, count: int) -> Tensor:
-        """Compute the samples that the next `count` frames complete, `[stems · channels, samples]`."""
-        self._join()
+        """Compute the samples that the next `count` frames complete, `[stems, channels, samples]`."""
         if count > 0 and self.frame == 0:
+            self._join(self.half + 1)
             self.audio = _reflect(self.audio, self.half, 0)
-        parts = [self._frames(min(self.step, count - done)) for done in range(0, count, self.step)]
-        return torch.cat([self.sums[:, :0], *parts], 1)
-
-    def _join(self) -> None:
-        if self.arrived:
-            self.audio, self.arrived = torch.cat([self.audio, *self.arrived], 1), []
-
-    def _frames(self, count: int) -> Tensor:
-        span = (count - 1) * self.hop + self.n_fft
-        spectra = torch.fft.rfft(self.audio[:, :span].unfold(1, self.n_fft, self.hop) * self.padded)
-        mask = self._mask(count)[:, None]
-        masked = spectra.new_empty(self.stems, *spectra.shape)
-        # A product of complex and real numbers would first make the real ones complex.
-        torch.mul(spectra.real, mask, out=masked.real)
-        torch.mul(spectra.imag, mask, out=masked.imag)
-        pieces = torch.fft.irfft(masked.flatten(0, 1), self.n_fft)[..., : self.size]
-        sums, envelope = self._overlap_add(pieces), self._overlap_add(self.hann.expand(1, count, -1))[0]
-        sums[:, : self.sums.shape[1]] += self.sums
-        envelope[: len(self.envelope)] += self.envelope
-        done = count * self.hop
+        begin, done = self.frame * self.hop, count * self.hop
+        masks, sums = self._masks(count), F.pad(self.sums, (0, done))
+        for at in range(0, count, self.step):
+            self._add(masks[:, at : at + self.step], sums[..., at * self.hop :])
+        rising = self.rising[begin : begin + done]
+        sums[..., : len(rising)] *= rising
         self.frame += count
-        self.sums, self.envelope, self.audio = sums[:, done:], envelope[done:], self.audio[:, done:]
-        skipped = min(max(0, -self.pulled), done)
-        self.pulled += done
-        return sums[:, skipped:done] / envelope[skipped:done]
+        self.sums = sums[..., done:]
+        return sums[..., min(max(0, self.half - begin), done) : done]
 
-    def _overlap_add(self, pieces: Tensor) -> Tensor:
-        """Window `pieces` and add them up: `[channels, frames, size]` to `[channels, (frames − 1) · hop + size]`."""
-        channels, frames, size = pieces.shape
-        hops = -(-size // self.hop)  # that a frame lasts
-        added = pieces.new_zeros(channels, frames + hops - 1, self.hop)
-        for at in range(hops):
-            within = slice(at * self.hop, (at + 1) * self.hop)
-            part = pieces[..., within]
-            added[:, at : at + frames, : part.shape[2]].addcmul_(part, self.hann[within])
-        return added.flatten(1)[:, : (frames - 1) * self.hop + size]
+    def _join(self, samples: int) -> None:
+        """Join the next of the blocks that arrived, until `audio` holds so many samples."""
+        while self.arrived and self.audio.shape[1] < samples:
+            self.audio = torch.cat([self.audio, self.arrived.pop(0)], 1)
 
-    def _mask(self, count: int) -> Tensor:
-        """Interpolate the masks at the next `count` frames and all bins, `[stems, count, bins]`; drop those before."""
+    def _add(self, masks: Tensor, sums: Tensor) -> None:
+        """Mask the next frames, as many as `masks` has, and add them to the first of `sums`."""
+        count, hops = masks.shape[1], -(-self.size // self.hop)
+        self._join(span := (count - 1) * self.hop + self.n_fft)
+        spectra = torch.fft.rfft(self.audio[:, :span].unfold(1, self.n_fft, self.hop) * self.analysis)
+        self.audio = self.audio[:, count * self.hop :]
+        # Stem by stem: one product for all would round by their number.
+        for mask, stem in zip(masks, sums[..., : (count + hops - 1) * self.hop], strict=True):
+            pieces = torch.fft.irfft(spectra * (mask @ self.spread), self.n_fft)
+            rows = stem.unflatten(1, (-1, self.hop))  # frame i lasts from row i on, `hops` rows long
+            for row, window in enumerate(torch.split(self.synthesis, self.hop)):
+                part = pieces[..., row * self.hop :][..., : len(window)]
+                rows[:, row : row + count, : len(window)].addcmul_(part, window)
+
+    def _masks(self, count: int) -> Tensor:
+        """Interpolate the masks at the next `count` frames, `[stems, count, bins or bands]`; drop those before."""
         at = (self.frame + torch.arange(count + 1, dtype=torch.float64)) * self.frames_per_hop - self.mask_frame
         held = self.mask.shape[1]
-        mask = _interpolate(self.mask, at[:count].clamp(max=held - 1).to(self.mask.device), 1)
+        masks = _interpolate(self.mask, at[:count].clamp(max=held - 1).to(self.mask.device), 1)
         past = min(int(at[count]), held - 1)
         self.mask, self.mask_frame = self.mask[:, past:], self.mask_frame + past
-        native = torch.stack([one @ self.spread for one in mask])  # one of all would round by stem
-        return F.pad(native, (0, max(0, self.above - 1)), mode="replicate")
+        return masks
 
 
 class MaskTrack:

@@ -22,6 +22,8 @@ class Stream(ABC):
     of it separated; hands the results back in their order; and pulls the stems as far as they are final.
     """
 
+    mono = False  # True if it hears one channel, the recording's downmix
+
     def __init__(self, windower: Windower, device: torch.device) -> None:
         self.windower, self.device = windower, device
         self.starts: list[int] = []  # of the windows that still lack results, in samples at the separator's rate
@@ -34,7 +36,8 @@ class Stream(ABC):
 
         Args:
             block: the next stretch of the recording, float32 `[channels, samples]`.
-            heard: the next stretch at the separator's rate, likewise. As resamplers lag, the two may differ in length.
+            heard: the next stretch at the separator's rate, likewise, or `[1, samples]` if it is `mono`. As resamplers
+                lag, the two may differ in length.
             last: whether the recording ends here.
 
         Returns:
@@ -79,27 +82,31 @@ class Windower:
         self.window, self.step = window, step
         self.hop = -(-(window - min(overlap, window // 2)) // step) * step
         self.start = 0  # of the next regular window
-        self.buffer = np.zeros((channels, 0), np.float32)
-        self.at = 0  # position of the buffer in the stream
+        self.blocks = [np.zeros((channels, 0), np.float32)]  # that a window still to come may need
+        self.at, self.end = 0, 0  # their place in the stream
 
     def push(self, block: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Take in `block` (`[channels, samples]`); yield the windows it completes, each with its start."""
-        self.buffer = np.concatenate([self.buffer, block], 1)
-        while self.at + self.buffer.shape[1] >= self.start + self.window:
+        self.blocks.append(block)
+        self.end += block.shape[1]
+        while self.end >= self.start + self.window:
             yield self._cut(self.start)
-            # The last window may reach back as far as the start of the one before.
-            self.buffer = self.buffer[:, self.start - self.at :]
-            self.at = self.start
             self.start += self.hop
 
     def finish(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield the window that ends with the stream, unless a regular one has."""
-        samples = self.at + self.buffer.shape[1]
         if self.start == 0:
             yield self._cut(0)
-        elif samples > self.start - self.hop + self.window:
-            yield self._cut(-(-(samples - self.window) // self.step) * self.step)
+        elif self.end > self.start - self.hop + self.window:
+            yield self._cut(-(-(self.end - self.window) // self.step) * self.step)
 
     def _cut(self, start: int) -> tuple[int, NDArray[np.float32]]:
-        piece = self.buffer[:, start - self.at :][:, : self.window]
-        return start, np.pad(piece, ((0, 0), (0, self.window - piece.shape[1])))
+        """Copy a window out of the blocks. No later one starts before it, so blocks before it are dropped."""
+        while self.at + self.blocks[0].shape[1] < start:
+            self.at += self.blocks.pop(0).shape[1]
+        parts, at = [], self.at - start  # of each block in the window
+        for block in self.blocks:
+            parts.append(block[:, max(0, -at) : max(0, self.window - at)])
+            at += block.shape[1]
+        silence = np.zeros((len(self.blocks[0]), max(0, self.window - at)), np.float32)
+        return start, np.concatenate([*parts, silence], 1)

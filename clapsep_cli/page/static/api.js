@@ -32,14 +32,19 @@ function upload(path, file) {
   return asked(path, 'POST', file, { 'X-Name': encodeURIComponent(file.name), 'Content-Type': 'application/octet-stream' });
 }
 
-async function bytes(path, signal) {
-  return (await ask(path, { signal })).arrayBuffer();
+// Of a sound; an error says of which.
+async function bytes(sound, path, signal) {
+  try {
+    return await (await ask(`/api/sounds/${sound}/${path}`, { signal })).arrayBuffer();
+  } catch (error) {
+    throw Object.assign(error, { sound });
+  }
 }
 
-export const getPeaks = (id) => bytes(`/api/sounds/${id}/peaks`).then((data) => new Int8Array(data));
+export const getPeaks = (id) => bytes(id, 'peaks').then((data) => new Int8Array(data));
 
 export const getPicture = (id, from, to, columns, signal) =>
-  bytes(`/api/sounds/${id}/picture?from=${from}&to=${to}&columns=${columns}`, signal).then((data) => new Uint8Array(data));
+  bytes(id, `picture?from=${from}&to=${to}&columns=${columns}`, signal).then((data) => new Uint8Array(data));
 
 export const getSamples = (id, start, frames, signal) =>
-  bytes(`/api/sounds/${id}/samples?start=${start}&frames=${frames}`, signal).then((data) => new Float32Array(data));
+  bytes(id, `samples?start=${start}&frames=${frames}`, signal).then((data) => new Float32Array(data));

@@ -41,8 +41,15 @@ async function refresh() {
   }
 }
 
-// Tell what went wrong, where it belongs; nothing can be done any more once the server has ended.
-function fail(error, tell) {
+const sounds = () => [state.recording, ...state.attempts.flatMap((attempt) => attempt.parts)].map((sound) => sound?.id);
+
+// Tell what went wrong, where it belongs; nothing can be done any more once the server has ended. What fails because
+// its sound was removed meanwhile is not told.
+async function fail(error, tell) {
+  if (error.sound) {
+    await refresh();
+    if (!sounds().includes(error.sound)) return;
+  }
   if (error.ended) find('main').inert = true;
   (error.ended ? banner : tell)(error.message);
 }
