@@ -95,8 +95,8 @@ def fuse_norm(norm: nn.Module, conv: nn.Module) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    conv.bias += conv.weight[:, :, 0, 0] @ (norm.bias - norm.running_mean * scale)
-    conv.weight *= scale[:, None, None]
+    conv.bias = nn.Parameter(conv.bias + conv.weight[:, :, 0, 0] @ (norm.bias - norm.running_mean * scale))
+    conv.weight = nn.Parameter(conv.weight * scale[:, None, None])
 
 
 def rows_to_bands(rows: int, bands: int, config: MiniConfig) -> Tensor:
