@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 RATE_HZ = 32_000
 N_FFT = 1024  # samples, window and transform alike
 HOP = 320  # samples, at RATE_HZ
+FRAMES_AT_ONCE = 128  # whose spectra stay in a processor's cache
 
 
 @lru_cache(maxsize=8)
@@ -34,6 +36,26 @@ def spectrum(x: Tensor, hop: int = HOP) -> Tensor:
     """
     bins_first = torch.stft(x, N_FFT, hop, window=_hann(x.device, x.dtype), pad_mode="reflect", return_complex=True)
     return bins_first.transpose(-1, -2)
+
+
+def spectra(x: Tensor, window: Tensor | None = None) -> Iterator[Tensor]:
+    """Compute the STFT, `FRAMES_AT_ONCE` frames at a time: faster where little is kept of each spectrum.
+
+    Args:
+        x: float32 `[batch, samples]`, more than 512 samples.
+        window: float32 `[1024]`; the signal then has zeros around it. None for the window and ends of `spectrum`.
+
+    Yields:
+        complex64 `[batch, frames, 513]`.
+    """
+    half = N_FFT // 2
+    if window is None:
+        window = _hann(x.device, x.dtype)
+        x = torch.cat([x[:, 1 : half + 1].flip(1), x, x[:, -half - 1 : -1].flip(1)], 1)
+    else:
+        x = F.pad(x, (half, half))
+    for frames in torch.split(x.unfold(1, N_FFT, HOP), FRAMES_AT_ONCE, 1):
+        yield torch.fft.rfft(frames * window)
 
 
 def power(spec: Tensor) -> Tensor:

@@ -170,6 +170,16 @@ def test_fused_for_inference_it_masks_the_same(tiny: Model) -> None:
         assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
 
 
+@pytest.mark.parametrize("samples", [513, 50_123])
+def test_spectra_some_frames_at_a_time_are_those_of_the_stft(samples: int) -> None:
+    audio = torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.cat(list(dsp.spectra(audio)), 1), dsp.spectrum(audio), rtol=0, atol=1e-4)
+    short = trunk.Trunk().analysis
+    assert int((short > 0).sum()) == trunk.ANALYSIS - 1  # a periodic Hann window begins with 0
+    stft = torch.stft(audio, 1024, 320, window=short, pad_mode="constant", return_complex=True)
+    torch.testing.assert_close(torch.cat(list(dsp.spectra(audio, short)), 1), stft.mT, rtol=0, atol=1e-4)
+
+
 def test_condition_has_length_1_and_zeros_for_a_missing_side() -> None:
     side = torch.tensor([[3.0, 4.0]])
     torch.testing.assert_close(condition(side, None), torch.tensor([[0.6, 0.8, 0, 0]]))

@@ -95,8 +95,8 @@ def fuse_norm(norm: nn.Module, conv: nn.Module) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    conv.bias += conv.weight[:, :, 0, 0] @ (norm.bias - norm.running_mean * scale)
-    conv.weight *= scale[:, None, None]
+    conv.bias = nn.Parameter(conv.bias + conv.weight[:, :, 0, 0] @ (norm.bias - norm.running_mean * scale))
+    conv.weight = nn.Parameter(conv.weight * scale[:, None, None])
 
 
 def rows_to_bands(rows: int, bands: int, config: MiniConfig) -> Tensor:
@@ -201,8 +201,9 @@ class Mini(base.MaskSeparator):
         self.norms, self.scale = nn.ModuleList(nn.Identity() for _ in self.norms), nn.Identity()
 
     def encode(self, mixture: Tensor) -> Features:
-        power = dsp.power(dsp.spectrum(mixture))
-        levels, heard = self.levels(power @ self.bands.T, power.sum(-1).mean(-1)), self.trunk.hear(mixture)
+        bands = torch.cat([dsp.power(each) @ self.bands.T for each in dsp.spectra(mixture)], 1)
+        energy = (bands @ self.shares.sum(1)).mean(1)  # each bin is shared out completely
+        levels, heard = self.levels(bands, energy), self.trunk.hear(mixture)
         with torch.autocast(mixture.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.features(levels, self.trunk(heard))
 

@@ -62,7 +62,9 @@ class Trunk(nn.Module):
             before = channels
         self.layers = nn.ModuleList(layers)
         self.register_buffer("mel", mel_bands(), persistent=False)
-        self.register_buffer("analysis", torch.hann_window(ANALYSIS, device="cpu"), persistent=False)
+        around = (dsp.N_FFT - ANALYSIS) // 2
+        analysis = F.pad(torch.hann_window(ANALYSIS, device="cpu"), (around, around))
+        self.register_buffer("analysis", analysis, persistent=False)
         self.mel: Tensor
         self.analysis: Tensor
         self.requires_grad_(False)
@@ -77,12 +79,9 @@ class Trunk(nn.Module):
             float32 `[batch, 1, frames, MELS]`; a multiple of 32 frames.
         """
         peak = audio.abs().amax(1).clamp(min=QUIETEST)[:, None, None]
-        spectrum = torch.stft(
-            audio, dsp.N_FFT, dsp.HOP, ANALYSIS, self.analysis, pad_mode="constant", return_complex=True
-        )
-        amplitude = dsp.power(spectrum.transpose(1, 2)[..., : len(self.mel)]).sqrt_()
+        heard = [dsp.power(each[..., : len(self.mel)]).sqrt_() @ self.mel for each in dsp.spectra(audio, self.analysis)]
         # At half the rate, as the network was trained, a frame has half the samples.
-        bands = torch.log(amplitude @ self.mel / (2 * peak) + FLOOR)
+        bands = torch.log(torch.cat(heard, 1) / (2 * peak) + FLOOR)
         return one_channel(F.pad(bands, (0, 0, 0, -bands.shape[1] % STRIDES[-1]), value=math.log(FLOOR)))
 
     def forward(self, bands: Tensor) -> list[Tensor]:
