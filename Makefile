@@ -38,8 +38,8 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Takes minutes; parts: start, processes, growth, cores, window, tuss. LONG=1 adds 3 h of audio and 2,000 files.
-# BEFORE=/path/to/a/checkout: `cores` takes turns with that version.
+# Takes minutes; parts: start, processes, growth, cores, window, audiosep, tuss.
+# LONG=1 adds 3 h of audio and 2,000 files. BEFORE=/path/to/a/checkout: `cores` takes turns with that version.
 bench: $(VENV)/dev
 	LONG=$(LONG) BEFORE=$(BEFORE) $(BIN)/python tests/bench.py $(PART)
 

@@ -191,7 +191,7 @@ class Passage:
         length = unmixed.shape[1]
         end = length if last else length - length % self._rate
         self._unmixed = unmixed[:, end:]
-        seconds = [downmix(unmixed[:, at : min(at + self._rate, end)]) for at in range(0, end, self._rate)]
+        seconds = [downmix(unmixed[:, at : at + self._rate]) for at in range(0, end, self._rate)]
         return np.concatenate([np.zeros(0, np.float32), *seconds])[None]
 
     def push(self, block: Samples, heard: Audio, last: bool = False) -> list[Tensor]:

@@ -8,7 +8,8 @@ import io
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Spins of a waiting OpenMP thread before it sleeps. On two free cores as fast as the default (300,000). If another
@@ -60,6 +61,19 @@ def set_threads(count: int | None) -> None:
         gc.enable()
     if count:
         torch.set_num_threads(count)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as windows are: the last bits then do not depend on the number of cores."""
+    import torch
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
 
 
 def keep_memory() -> None:

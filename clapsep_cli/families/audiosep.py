@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clapsep_cli.families.base import Family, ModelLike
-from clapsep_cli.families.embedding import Embedder, one_thread
+from clapsep_cli.families.embedding import Embedder
 from clapsep_cli.models.audiosep import N_FFT, AudioSep, AudioSepConfig
 from clapsep_cli.models.clap import ClapTextEncoder
 from clapsep_cli.query import Query
@@ -28,9 +28,8 @@ class Descriptions(Embedder):
 def descriptions(model: ModelLike[AudioSepConfig], queries: Sequence[Query], kept: Sequence[int]) -> Tensor:
     """Embed the queries at the positions `kept`: float32 `[stems, dim]`, rows of length 1."""
     embedder = Descriptions(model)
-    with one_thread():
-        embedder.embed_texts(text for at in kept for text in queries[at].pos)
-        return torch.cat([embedder.condition(queries[at]) for at in kept])
+    embedder.embed_texts(text for at in kept for text in queries[at].pos)
+    return torch.cat([embedder.condition(queries[at]) for at in kept])
 
 
 def stream(separator: AudioSep, wanted: Tensor, rate: int, channels: int, device: torch.device) -> ComplexMaskStream:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,20 +101,8 @@ def conditions(model: ModelLike[object], queries: Sequence[Query], kept: Sequenc
         if both := set(query.pos) & set(query.neg):
             raise QueryError(f"{both.pop()!r} is both a positive and a negative query")
     embedder = Embedder(model)
-    with one_thread():
-        embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
-        return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as windows are: the last bits then do not depend on the number of cores."""
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(cores)
+    embedder.embed_texts(text for query in queries for text in (*query.pos, *query.neg))
+    return Conditions(torch.cat([embedder.condition(query) for query in queries]), tuple(kept))
 
 
 def stream(separator: MaskSeparator, wanted: Conditions, rate: int, channels: int, device: torch.device) -> Stream:

@@ -26,6 +26,7 @@ from clapsep_cli.files import digest, replacing
 from clapsep_cli.models.base import AudioEncoder, MaskSeparator, Separator, TextEncoder, go_on
 from clapsep_cli.query import Query, check_taken, mutual
 from clapsep_cli.registry import FAMILIES
+from clapsep_cli.startup import one_thread
 from clapsep_cli.stitch.windows import Stream
 from clapsep_cli.store.tensors import read_notes, read_tensors, save_tensors
 
@@ -77,9 +78,7 @@ class Model:
         """The separator in `dtype` on `device`, for inference, read when first used. Raises `CheckpointError`."""
         if isinstance(texts := self.__dict__.get("text"), CachedTexts):
             texts.release()  # the queries are embedded: the two are rarely needed at once
-        separator = cast(
-            "Separator[Any]", load_part(self.folder, "separator", self.family, self.config).to(self.device)
-        )
+        separator: Separator[Any] = load_part(self.folder, "separator", self.family, self.config).to(self.device)
         separator.fuse()
         if self.dtype != torch.float32:
             separator.lower(self.dtype)
@@ -152,7 +151,8 @@ class Model:
             QueryError, AudioError: for a query that cannot be used.
         """
         self.check_taken(queries)
-        return self.kind.ask(self, queries, range(len(queries)) if kept is None else kept)
+        with one_thread():
+            return self.kind.ask(self, queries, range(len(queries)) if kept is None else kept)
 
     def check_taken(self, queries: Iterable[Query]) -> None:
         """Raise `QueryError` for a query of a kind that this model does not take."""
